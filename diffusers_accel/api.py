@@ -1,0 +1,271 @@
+"""`patch` and `unpatch`: check, build the sites, attach; and take everything off again."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusers_accel.clock import Clock
+from diffusers_accel.engine import Launches, PlanEngine
+from diffusers_accel.families import find
+from diffusers_accel.log import LOG
+from diffusers_accel.methods import NAMED, Method, Recipe
+from diffusers_accel.plan import Plan
+from diffusers_accel.processor import redirect, restore, site_of
+from diffusers_accel.report import PatchReport
+from diffusers_accel.site import Engine, Model, Site, Timer
+
+PRESET = "pattern"
+PRESET_MIN_TOKENS = 4096  # 32 blocks: below that a band has too few blocks to leave out
+
+
+class Attachment:
+    """Sites attached to the transformers of a pipeline; a context manager that detaches them at the end."""
+
+    def __init__(self, models: list[Model], sites: list[Site], clock: Clock) -> None:
+        self.sites = sites
+        self._models = models
+        self._clock = clock
+        self._undo: list[Callable[[], None]] = []
+
+    def step(self, index: int, steps: int) -> None:
+        """For your own denoising loop: says that step `index` (from 0) of `steps` runs next."""
+        self._clock.set(index, steps)
+
+    @contextmanager
+    def timed(self) -> Iterator[Timer]:
+        """Measures the time spent in the patched self-attention; read `attention_ms` of what it gives."""
+        timer = Timer()
+        for site in self.sites:
+            site.timer = timer
+        try:
+            yield timer
+        finally:
+            for site in self.sites:
+                site.timer = None
+
+    def unpatch(self) -> None:
+        """Gives every module its own processor back, bit for bit; harmless when done already."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unpatch()
+
+
+class Patch(Attachment):
+    """A pipeline at work under a plan. `repr` says what was done, `report()` what has run since."""
+
+    def __init__(self, attachment: Attachment, plan: Plan, engines: list[PlanEngine]) -> None:
+        super().__init__(attachment._models, attachment.sites, attachment._clock)
+        self._undo = attachment._undo
+        self.plan = plan
+        self._engines = engines
+
+    def report(self) -> PatchReport:
+        """What ran since patching or `clear`: per layer, methods, kernels, realised density and notes."""
+        return PatchReport.of(self._engines)
+
+    def clear(self) -> None:
+        """Sets the counters of `report` to zero."""
+        for engine in self._engines:
+            engine.clear()
+
+    def __repr__(self) -> str:
+        mix = ", ".join(
+            f"{self.plan.methods[symbol].label} {share:.0%}" for symbol, share in self.plan.shares().items()
+        )
+        state = "" if self._undo else " (unpatched)"
+        layers = "; ".join(
+            f"{model.name}: {self._count(model)} self-attention layers patched" for model in self._models
+        )
+        return f"<Patch {self.plan.family}{state}: {layers}; heads over the schedule: {mix}>"
+
+    def _count(self, model: Model) -> str:
+        return f"{sum(site.model is model for site in self.sites)}/{model.shape.layers}"
+
+
+def patch(
+    pipe: Any, plan: Plan | Recipe | Method | str | os.PathLike[str] | None = None, /, **parameters: Any
+) -> Patch:
+    """Makes the self-attention of a diffusers video pipeline sparse, in place.
+
+    Args:
+        pipe: a loaded pipeline with all that you did to it (LoRA, offload, quantization), or its transformer. Pass the
+            pipeline where you can: it knows which step runs.
+        plan: a Plan, a path to a plan file, the name of a method ("dense", "pattern"), a Method for all heads, or a Recipe.
+            None takes "pattern" with its conservative defaults, and stays dense where sparse attention cannot win.
+        **parameters: of the named method, such as density=0.3.
+
+    Returns:
+        The Patch. As a context manager it unpatches at the end of the block; otherwise `unpatch(pipe)` does.
+
+    Raises:
+        TypeError: for a transformer of no supported family, or a parameter that the method does not have.
+        ValueError: for a plan that does not fit the model, a method that nothing here can run, or a patched pipeline.
+    """
+    found = find(pipe)
+    shapes = {name: family.shape(module) for name, (module, family) in found.items()}
+    family = next(iter(found.values()))[1].name
+    chosen, min_tokens = _choose(pipe, plan, parameters, found)
+    resolved = chosen if isinstance(chosen, Plan) else Plan.uniform(chosen, family=family, models=shapes)
+    resolved.check(shapes, family=family)
+    if plan is not None:
+        _check_kernels(pipe, resolved, found)
+    launches: Launches = {}
+    engines: list[PlanEngine] = []
+
+    def make_engine(site: Site) -> PlanEngine:
+        engines.append(PlanEngine(site, resolved, launches, min_tokens))
+        return engines[-1]
+
+    done = Patch(attach(pipe, make_engine), resolved, engines)
+    LOG.info("%r", done)
+    return done
+
+
+def attach(pipe: Any, make_engine: Callable[[Site], Engine]) -> Attachment:
+    """Puts `make_engine(site)` in charge of every self-attention module; `patch` with an engine of your own.
+
+    Raises:
+        ValueError: when the pipeline is patched already, or its transformer runs under context parallelism.
+    """
+    found = find(pipe)
+    _check_free(found)
+    clock = Clock(None if isinstance(pipe, nn.Module) else pipe)
+    models: list[Model] = []
+    sites: list[Site] = []
+    attachment = Attachment(models, sites, clock)
+    try:
+        for name, (module, family) in found.items():
+            model = Model(name, module, family, clock)
+            models.append(model)
+            for layer, (path, attention) in enumerate(family.self_attention(module)):
+                sites.append(_attach_site(model, layer, path, attention, make_engine, attachment))
+            hook = module.register_forward_pre_hook(_Observer(model), with_kwargs=True)
+            attachment._undo += [hook.remove, clock.listen(module)]
+    except BaseException:
+        attachment.unpatch()
+        raise
+    return attachment
+
+
+def unpatch(pipe: Any) -> None:
+    """Takes off whatever `patch` put on; the modules, hooks and settings are then as before.
+
+    Raises:
+        ValueError: when nothing of ours is attached to it.
+    """
+    attachments = {id(site.attachment): site.attachment for _, site in _sites(find(pipe))}
+    if not attachments:
+        raise ValueError(f"this {type(pipe).__name__} is not patched: nothing to take off")
+    for attachment in attachments.values():
+        attachment.unpatch()
+
+
+class _Observer:
+    """The forward pre-hook; in a copy or pickle of the model it does nothing."""
+
+    def __init__(self, model: Model | None = None) -> None:
+        self.model = model
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.model is not None:
+            self.model.observe(module, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Observer, ()
+
+
+def _attach_site(
+    model: Model, layer: int, path: str, attention: Any, make_engine: Callable[[Site], Engine], attachment: Attachment
+) -> Site:
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    stock = attention.processor
+
+    def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return dispatch_attention_fn(q, k, v, backend=processor._attention_backend)
+
+    site = Site(model, layer, path, attention, dense)
+    site.engine = make_engine(site)
+    site.attachment = attachment
+    processor = redirect(site, stock)
+    attention.set_processor(processor)
+
+    def undo() -> None:
+        if attention.processor is processor:
+            attention.set_processor(restore(processor))
+        else:
+            LOG.warning("%s: its processor was replaced since patching and is left as it is", path)
+
+    attachment._undo.append(undo)
+    return site
+
+
+def _choose(
+    pipe: Any, plan: Any, parameters: dict[str, Any], found: dict[str, Any]
+) -> tuple[Plan | Recipe | Method, int]:
+    """What to run, and from how many tokens on."""
+    if plan is None:
+        reason = next((reason for _, reason in _refusals(pipe, NAMED[PRESET]().heads, found)), None)
+        if reason is None:
+            return NAMED[PRESET](**parameters), PRESET_MIN_TOKENS
+        LOG.warning("staying dense: no sparse kernel can run here (%s)", reason)
+        return NAMED["dense"](), 0
+    if isinstance(plan, str) and plan in NAMED:
+        known = inspect.signature(NAMED[plan]).parameters
+        if unknown := sorted(set(parameters) - set(known)):
+            raise TypeError(f"{plan!r} has no parameter {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+        return NAMED[plan](**parameters), 0
+    if parameters:
+        raise TypeError(
+            f"parameters go with a named method ({', '.join(NAMED)}), found {sorted(parameters)} beside {plan!r}"
+        )
+    if isinstance(plan, (Plan, Recipe, Method)):
+        return plan, 0
+    if isinstance(plan, (str, os.PathLike)):
+        path = Path(plan)
+        if isinstance(plan, str) and not path.exists() and path.suffix != ".json":
+            raise ValueError(f"{plan!r} is neither a method ({', '.join(NAMED)}) nor a plan file that exists")
+        return Plan.load(path), 0
+    raise TypeError(f"expected a Plan, a path, a method's name, a Method or a Recipe, found {type(plan).__name__}")
+
+
+def _check_kernels(pipe: Any, plan: Plan, found: dict[str, Any]) -> None:
+    for method, reason in _refusals(pipe, tuple(plan.methods.values()), found):
+        raise ValueError(f'"{method.label}" cannot run here: {reason}. Use "dense", or patch(pipe) to let it choose.')
+
+
+def _refusals(pipe: Any, methods: tuple[Method, ...], found: dict[str, Any]) -> Iterator[tuple[Method, str]]:
+    for module, family in found.values():
+        device = getattr(pipe, "_execution_device", None) or next(module.parameters()).device
+        for method in methods:
+            if reason := method.refuses(family.shape(module).head_dim, torch.device(device), module.dtype):
+                yield method, reason
+
+
+def _sites(found: dict[str, Any]) -> Iterator[tuple[Any, Site]]:
+    for module, family in found.values():
+        for _, attention in family.self_attention(module):
+            if site := site_of(attention.processor):
+                yield attention, site
+
+
+def _check_free(found: dict[str, Any]) -> None:
+    if next(_sites(found), None):
+        raise ValueError("it is patched already: call diffusers_accel.unpatch on it first")
+    for name, (module, family) in found.items():
+        for _, attention in family.self_attention(module):
+            if getattr(attention.processor, "_parallel_config", None) is not None:
+                raise ValueError(f"{name} runs under context parallelism, which is not supported yet: patch without it")

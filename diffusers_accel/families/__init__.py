@@ -1,0 +1,57 @@
+"""Model families: one file each, found by the transformer's class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from diffusers_accel.families.family import Family
+from diffusers_accel.families.wan import WAN
+
+FAMILIES: dict[str, Family] = {family.transformer: family for family in (WAN,)}
+
+COMPONENTS = ("transformer", "transformer_2")
+
+
+def find(pipe_or_transformer: Any) -> dict[str, tuple[nn.Module, Family]]:
+    """The transformers of a pipeline (or the one that is given) with their families, by the pipeline's names for them.
+
+    Raises:
+        TypeError: when there is no transformer of a supported class; the message lists those that are.
+    """
+    if isinstance(pipe_or_transformer, nn.Module):
+        candidates = {"transformer": pipe_or_transformer}
+    else:
+        parts = {name: getattr(pipe_or_transformer, name, None) for name in COMPONENTS}
+        candidates = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    found: dict[str, tuple[nn.Module, Family]] = {}
+    for name, module in candidates.items():
+        module = _uncompiled(module)
+        for cls in type(module).__mro__:
+            if family := FAMILIES.get(f"{cls.__module__}.{cls.__qualname__}"):
+                found[name] = (module, family)
+                break
+        else:
+            raise TypeError(f"{name} is a {type(module).__name__}, {_supported()}")
+    if not found:
+        raise TypeError(f"{type(pipe_or_transformer).__name__} has no {' or '.join(COMPONENTS)}; {_supported()}")
+    return found
+
+
+def list_families() -> list[str]:
+    """Names of the supported families with their transformer classes."""
+    return [f"{family.name} ({family.transformer.rpartition('.')[2]})" for family in FAMILIES.values()]
+
+
+def _supported() -> str:
+    return f"supported: {', '.join(list_families())}. Pass a diffusers pipeline or transformer of these."
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """The module inside torch.compile's wrapper: hooks and processors belong to that one."""
+    original = getattr(module, "_orig_mod", module)
+    return original if isinstance(original, nn.Module) else module
+
+
+__all__ = ["COMPONENTS", "FAMILIES", "Family", "find", "list_families"]

@@ -1,0 +1,159 @@
+"""The select stage: which key blocks does a query block read?
+
+Sparse-vDiT (arXiv 2506.03065) gives each head one of five fixed patterns. All of them are static here: they depend on the
+layout and, for a calibrated stripe, on the head, never on q and k. Masks are over blocks of `BLOCK` tokens in the
+method's own token order; `frame_major` says whether that order keeps frames together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffusers_accel.layout import TokenLayout
+from diffusers_accel.methods.context import Context
+
+BLOCK = 128  # tokens of a query block and of a key block
+
+
+@dataclass(frozen=True)
+class All:
+    """Every query reads every key: dense attention (Sparse-vDiT's M0)."""
+
+    kind: ClassVar[str] = "all"
+
+    def mask(self, ctx: Context, frame_major: bool) -> Tensor:
+        blocks = ctx.layout.blocks(BLOCK)
+        return torch.ones(1, blocks, blocks, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """No query reads anything: the head's output is 0 (Sparse-vDiT's M1)."""
+
+    kind: ClassVar[str] = "skip"
+
+    def mask(self, ctx: Context, frame_major: bool) -> Tensor:
+        blocks = ctx.layout.blocks(BLOCK)
+        return torch.zeros(1, blocks, blocks, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Band:
+    """Each query block reads the key blocks nearest to it (M2; in the order "hwf" it is M3, multi-diagonal).
+
+    Unlike the paper's sliding window, whose rows shrink at the ends of the sequence, rows here keep their length: the
+    window is shifted inside. So the density is exactly what was asked for, up to one block a row, and rows are balanced.
+
+    Args:
+        density: share of key blocks that a video query block reads, in (0, 1], the always-read blocks (text, first frame)
+            included. At least the block itself and the always-read blocks are read, so small densities are exceeded.
+        first_frame: always read the first frame's keys, where the order keeps it together.
+    """
+
+    density: float
+    first_frame: bool = True
+    kind: ClassVar[str] = "band"
+
+    def __post_init__(self) -> None:
+        _check_density(self.density)
+
+    def mask(self, ctx: Context, frame_major: bool) -> Tensor:
+        blocks = ctx.layout.blocks(BLOCK)
+        index = torch.arange(blocks)
+        distance = (index[:, None] - index[None, :]).abs().double()
+        distance += (index[None, :] > index[:, None]) * 0.5  # ties go to the earlier block
+        return _nearest(-distance, self.density, ctx.layout, self.first_frame and frame_major)[None]
+
+
+@dataclass(frozen=True)
+class Stripe:
+    """All queries read the same key columns (M4, vertical stripe), and each block itself.
+
+    Args:
+        density: share of key blocks that a video query block reads, in (0, 1], always-read blocks included.
+        first_frame: always read the first frame's keys.
+        calibrated: take the columns that got most attention during the search, from the plan's tensor
+            "stripe_mass/<transformer>", [layers, heads, frames, height]: the mean probability that a key in that latent
+            frame and token row receives, resized where the layout differs. Otherwise columns are spread evenly.
+    """
+
+    density: float
+    first_frame: bool = True
+    calibrated: bool = False
+    kind: ClassVar[str] = "stripe"
+
+    def __post_init__(self) -> None:
+        _check_density(self.density)
+
+    def mask(self, ctx: Context, frame_major: bool) -> Tensor:
+        blocks = ctx.layout.blocks(BLOCK)
+        score = self._column_score(ctx) if self.calibrated else _spread(blocks)[None]
+        score = score[:, None, :].expand(-1, blocks, -1).clone()
+        score[:, torch.arange(blocks), torch.arange(blocks)] = math.inf
+        rows = [_nearest(head, self.density, ctx.layout, self.first_frame) for head in score]
+        return torch.stack(rows)
+
+    def _column_score(self, ctx: Context) -> Tensor:
+        """[heads, key blocks], fp64: the attention mass that each key block received in the search."""
+        name = f"stripe_mass/{ctx.transformer}"
+        if name not in ctx.tensors:
+            raise ValueError(
+                f"a calibrated stripe needs the tensor {name!r} of a searched plan, found {sorted(ctx.tensors)}"
+            )
+        layout = ctx.layout
+        mass = ctx.tensors[name][ctx.layer, list(ctx.heads)].double()
+        if mass.shape[1:] != (layout.frames, layout.height):
+            size = (layout.frames, layout.height)
+            mass = torch.nn.functional.interpolate(mass[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+        per_token = mass[..., None].expand(-1, -1, -1, layout.width).flatten(1)
+        sequence = torch.zeros(len(ctx.heads), layout.blocks(BLOCK) * BLOCK, dtype=torch.float64)
+        sequence[:, layout.video_start : layout.video_start + layout.video_tokens] = per_token
+        return sequence.unflatten(1, (-1, BLOCK)).sum(-1)
+
+
+Select = All | Skip | Band | Stripe
+SELECTS: dict[str, type[Select]] = {cls.kind: cls for cls in (All, Skip, Band, Stripe)}
+
+
+def _check_density(density: float) -> None:
+    if not 0 < density <= 1:
+        raise ValueError(f"density is the share of key blocks that are read, expected in (0, 1], found {density}")
+
+
+def _spread(blocks: int) -> Tensor:
+    """A score by which any prefix of the ranking is spread evenly: the bit-reversed (van der Corput) index."""
+    bits = max(1, math.ceil(math.log2(max(blocks, 2))))
+    return torch.tensor([-int(f"{index:0{bits}b}"[::-1], 2) for index in range(blocks)], dtype=torch.float64)
+
+
+def _nearest(score: Tensor, density: float, layout: TokenLayout, first_frame: bool) -> Tensor:
+    """Keeps the best-scored key blocks of each row up to `density`; text is always read and reads everything.
+
+    Args:
+        score: [blocks, blocks], fp64: higher is read first.
+
+    Returns:
+        bool [blocks, blocks].
+    """
+    blocks = score.shape[0]
+    always = torch.zeros(blocks, dtype=torch.bool)
+    text = torch.zeros(blocks, dtype=torch.bool)
+    if layout.text_tokens:
+        text[layout.text_start // BLOCK : math.ceil((layout.text_start + layout.text_tokens) / BLOCK)] = True
+        always |= text
+    if first_frame:
+        first_stop = layout.video_start + layout.height * layout.width
+        always[layout.video_start // BLOCK : math.ceil(first_stop / BLOCK)] = True
+    keep = always[None, :] | torch.eye(blocks, dtype=torch.bool)
+    wanted = max(1, round(density * blocks))
+    ranked = score.masked_fill(keep, math.inf).argsort(dim=1, descending=True, stable=True)
+    counts = keep.sum(1).clamp(min=wanted)
+    rank = torch.empty_like(ranked).scatter_(1, ranked, torch.arange(blocks).expand(blocks, -1).contiguous())
+    mask = rank < counts[:, None]
+    mask[text] = True
+    return mask

@@ -1,0 +1,213 @@
+"""The plan: which method each head takes in each span of the schedule; a search finds it and patch replays it."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_accel import plan_file
+from diffusers_accel.files import FileError, read_json, read_tensors, write_json, write_tensors
+from diffusers_accel.methods import DENSE, Method, Recipe
+from diffusers_accel.plan_check import check_plan, names
+from diffusers_accel.shape import ModelShape
+
+
+class PlanError(FileError):
+    """A plan or its file is wrong or does not fit: the message says what was expected, what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """One stretch of the schedule.
+
+    Args:
+        start: share of the schedule's steps at which it begins, in [0, 1).
+        stop: where it ends, in (0, 1].
+        heads: transformer name -> one string per layer, one method symbol per head.
+    """
+
+    start: float
+    stop: float
+    heads: dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which method each head takes, for the transformers of one pipeline. Checked whole when it is made.
+
+    Args:
+        family: model family, such as "wan".
+        models: transformer name -> its self-attention layers, heads and head dim.
+        methods: symbol (one of A-Z, a-z, 0-9 or ".") -> method.
+        spans: stretches of the schedule in order, from 0 to 1 without gap or overlap.
+        budget: what the search was asked for; plain JSON data.
+        provenance: how the plan was made: model, prompts, seeds, versions, device; plain JSON data.
+        tensors: what its methods read, by name; "stripe_mass/<transformer>" is [layers, heads, frames, height].
+
+    Raises:
+        PlanError: a part is wrong; the message gives its path.
+    """
+
+    family: str
+    models: dict[str, ModelShape]
+    methods: dict[str, Method]
+    spans: tuple[Span, ...]
+    budget: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            check_plan(self)
+        except FileError as error:
+            raise PlanError(str(error)) from error
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Reads a plan file and its side file of tensors. Nothing in them is executed.
+
+        Raises:
+            FileNotFoundError: there is nothing at `path`.
+            PlanError: the file is not a plan of this version, whole and consistent.
+        """
+        path = Path(path)
+        try:
+            data = read_json(path)
+        except FileError as error:
+            raise PlanError(str(error)) from error
+        try:
+            parts = plan_file.parse(data)
+            parts["spans"] = tuple(Span(*span) for span in parts["spans"])
+            parts["tensors"] = read_tensors(path, parts["tensors"])
+            return Plan(**parts)
+        except FileError as error:
+            raise PlanError(f"{path}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes `path`, which must end in ".json", and beside it `<stem>.<hash>.safetensors` if there are tensors.
+
+        Each is written under a temporary name and renamed, the side file first: a save that fails leaves the plan that
+        was there before, and its side file, as they were.
+
+        Raises:
+            PlanError: the name does not end in ".json".
+            OSError: the folder cannot be written.
+        """
+        path = Path(path)
+        if path.suffix != ".json":
+            raise PlanError(f'{path}: expected a file name that ends in ".json", found {path.name!r}')
+        reference = write_tensors(path, self.tensors)
+        write_json(path, {**plan_file.plain(self), "tensors": reference})
+
+    @staticmethod
+    def uniform(method: Method | Recipe, family: str, models: Mapping[str, ModelShape]) -> Plan:
+        """The plan in which every layer is dealt out by the same rule; a recipe's dense steps and layers stay dense."""
+        recipe = Recipe(heads=(method,)) if isinstance(method, Method) else method
+        symbols = {DENSE: "."} if recipe.dense_steps or recipe.dense_layers or DENSE in recipe.heads else {}
+        letters = iter(string.ascii_letters + string.digits)
+        for each in recipe.heads:
+            if each not in symbols:
+                symbols[each] = next(letters)
+
+        def span(start: float, stop: float, of: Recipe) -> Span:
+            def row(layer: int, heads: int) -> str:
+                return "".join(symbols[of.method(layer, head)] for head in range(heads))
+
+            rows = {
+                name: tuple(row(layer, each.heads) for layer in range(each.layers)) for name, each in models.items()
+            }
+            return Span(start, stop, rows)
+
+        edge = float(recipe.dense_steps)
+        spans = [span(0.0, edge, Recipe(heads=(DENSE,)))] if edge > 0 else []
+        spans += [span(edge, 1.0, recipe)] if edge < 1 else []
+        methods = {symbol: each for each, symbol in symbols.items()}
+        return Plan(family=family, models=dict(models), methods=methods, spans=tuple(spans))
+
+    def check(self, models: Mapping[str, ModelShape], *, family: str | None = None) -> None:
+        """Compares with a loaded pipeline's transformers.
+
+        Raises:
+            PlanError: the plan was made for another family, other transformers or other sizes.
+        """
+        if family is not None and family != self.family:
+            raise PlanError(
+                f"the plan is for the family {self.family!r}, this pipeline is of {family!r}: search a plan for it"
+            )
+        if set(models) != set(self.models):
+            raise PlanError(
+                f"the plan is for {names(self.models)}, this pipeline has {names(models)}; was it searched on another model?"
+            )
+        for name, found in models.items():
+            for what, word in (
+                ("layers", "self-attention layers"),
+                ("heads", "heads"),
+                ("head_dim", "channels a head"),
+            ):
+                planned, real = getattr(self.models[name], what), getattr(found, what)
+                if planned != real:
+                    raise PlanError(
+                        f"the plan has {planned} {word} in {name!r}, this model has {real}; was it searched on another size of "
+                        f"the model? Search one for this: diffusers-accel search"
+                    )
+
+    def span_at(self, step: int, steps: int) -> int:
+        """Index of the span that holds the middle of step `step` (0-based) of `steps`."""
+        if not 0 <= step < steps:
+            raise PlanError(f"step: expected 0 to {steps - 1} in a schedule of {steps} steps, found {step}")
+        middle = (step + 0.5) / steps
+        return next(index for index, span in enumerate(self.spans) if middle < span.stop)
+
+    def method(self, span: int, transformer: str, layer: int, head: int) -> Method:
+        """The method of one head in the span of that index."""
+        return self.methods[self.spans[span].heads[transformer][layer][head]]
+
+    def shares(self) -> dict[str, float]:
+        """Symbol -> the share of heads that take it, over the whole schedule and all transformers; they add up to 1."""
+        total = sum(shape.layers * shape.heads for shape in self.models.values())
+        counts = dict.fromkeys(self.methods, 0.0)
+        for span in self.spans:
+            for symbol in "".join(row for rows in span.heads.values() for row in rows):
+                counts[symbol] += (span.stop - span.start) / total
+        return counts
+
+    def show(self) -> str:
+        """The plan as text: its methods with their share of heads, then a row of symbols per layer and span."""
+        return "\n".join(_lines(self))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return NotImplemented
+        mine, theirs = plan_file.plain(self), plan_file.plain(other)
+        return mine == theirs and _same_tensors(self.tensors, other.tensors)
+
+
+def _same_tensors(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    return mine.keys() == theirs.keys() and all(
+        tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]) for name, tensor in mine.items()
+    )
+
+
+def _lines(plan: Plan) -> list[str]:
+    shapes = [f"{name}: {s.layers} layers x {s.heads} heads x {s.head_dim}" for name, s in plan.models.items()]
+    lines = [
+        f"plan for {plan.family} ({'; '.join(shapes)})",
+        "",
+        "methods, with the share of heads over the whole schedule",
+    ]
+    for symbol, share in plan.shares().items():
+        lines.append(f"  {symbol}  {plan.methods[symbol].label:<24} {share:>6.1%}")
+    for span in plan.spans:
+        for name, rows in span.heads.items():
+            lines += ["", f"{span.start:.0%} to {span.stop:.0%} of the steps, {name}"]
+            lines += [f"  layer {layer:>2}  {row}" for layer, row in enumerate(rows)]
+    for title, data in (("budget", plan.budget), ("provenance", plan.provenance)):
+        if data:
+            lines += ["", title, *(f"  {key}: {value}" for key, value in data.items())]
+    return lines

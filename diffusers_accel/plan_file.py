@@ -1,0 +1,122 @@
+"""The plan file: versioned, strict JSON, one symbol per head in one string per layer and span; docs/plan.md describes it.
+
+What is said twice in a file (a key), left out or not known is refused: a plan that is half understood would give other
+frames than the ones that its search measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from diffusers_accel.files import FileError
+from diffusers_accel.methods import Method
+from diffusers_accel.shape import ModelShape
+
+if TYPE_CHECKING:
+    from diffusers_accel.plan import Plan
+
+FORMAT = "diffusers_accel.plan"
+VERSION = 1
+_KEYS = ("format", "version", "family", "models", "methods", "spans", "budget", "provenance", "tensors")
+
+
+def plain(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON data, without its tensors."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "family": plan.family,
+        "models": {
+            name: {"layers": shape.layers, "heads": shape.heads, "head_dim": shape.head_dim}
+            for name, shape in plan.models.items()
+        },
+        "methods": {symbol: method.to_json() for symbol, method in plan.methods.items()},
+        "spans": [
+            {"start": span.start, "stop": span.stop, "heads": {name: list(rows) for name, rows in span.heads.items()}}
+            for span in plan.spans
+        ],
+        "budget": plan.budget,
+        "provenance": plan.provenance,
+    }
+
+
+def parse(data: object) -> dict[str, Any]:
+    """Checks the shape of a plan file's data, whose values `Plan` checks.
+
+    Returns:
+        family, models, methods, budget and provenance as `Plan` takes them; spans as (start, stop, heads); and "tensors",
+        the reference to the side file, as found.
+
+    Raises:
+        FileError: a key is unknown or missing or holds another type; the message gives its path.
+    """
+    _check_format(data)
+    plan = _object(data, "the plan", _KEYS)
+    methods = _mapping(plan["methods"], "methods")
+    return {
+        "family": plan["family"],
+        "models": {name: _shape(item, f"models.{name}") for name, item in _mapping(plan["models"], "models").items()},
+        "methods": {symbol: _method(item, f"methods.{symbol}") for symbol, item in methods.items()},
+        "spans": [_span(item, f"spans[{index}]") for index, item in enumerate(_list(plan["spans"], "spans"))],
+        "budget": _mapping(plan["budget"], "budget"),
+        "provenance": _mapping(plan["provenance"], "provenance"),
+        "tensors": plan["tensors"],
+    }
+
+
+def _check_format(data: object) -> None:
+    """Before anything else, so that a file of another kind or version is not called a plan with unknown keys."""
+    plan = _mapping(data, "the file")
+    if plan.get("format") != FORMAT:
+        raise FileError(f'format: expected "{FORMAT}", found {plan.get("format")!r}; this is not a plan file')
+    version = plan.get("version")
+    if isinstance(version, bool) or version != VERSION:
+        newer = isinstance(version, int) and version > VERSION
+        advice = "upgrade diffusers-accel" if newer else "search the plan again"
+        raise FileError(f"version: expected {VERSION}, found {version!r}; {advice}")
+
+
+def _shape(data: object, path: str) -> ModelShape:
+    return ModelShape(**_object(data, path, ("layers", "heads", "head_dim")))
+
+
+def _method(data: object, path: str) -> Method:
+    try:
+        return Method.from_json(data)
+    except ValueError as error:
+        raise FileError(f"{path}: {error}") from error
+
+
+def _span(data: object, path: str) -> tuple[float, float, dict[str, tuple[str, ...]]]:
+    span = _object(data, path, ("start", "stop", "heads"))
+    heads = _mapping(span["heads"], f"{path}.heads")
+    rows = {name: tuple(_list(item, f"{path}.heads.{name}")) for name, item in heads.items()}
+    return span["start"], span["stop"], rows
+
+
+def _object(data: object, path: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    found = _mapping(data, path)
+    if unknown := sorted(set(found) - set(keys)):
+        raise FileError(f"{path}: expected only the keys {', '.join(keys)}, found the unknown key {unknown[0]!r}")
+    if missing := [key for key in keys if key not in found]:
+        raise FileError(f"{path}: expected the keys {', '.join(keys)}, found none called {missing[0]!r}")
+    return found
+
+
+def _mapping(data: object, path: str) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise FileError(f"{path}: expected an object, found {_kind(data)}")
+    return dict(data)
+
+
+def _list(data: object, path: str) -> list[Any]:
+    if not isinstance(data, list):
+        raise FileError(f"{path}: expected a list, found {_kind(data)}")
+    return data
+
+
+def _kind(data: object) -> str:
+    return {dict: "an object", list: "a list", str: f"the text {data!r}"[:80], type(None): "null"}.get(
+        type(data), repr(data)
+    )

@@ -1,0 +1,81 @@
+"""What a patch has done: methods, kernels, realised density and notes, per layer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from diffusers_accel.engine import PlanEngine
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """Rows per (transformer, layer), each with: transformer, layer, calls, methods {label: heads x calls}, kernels {name:
+    calls}, density (computed share of block pairs, mean over calls and heads, or None before the first call), notes {reason:
+    calls}. `str()` gives a table in which layers that did the same share a line.
+    """
+
+    rows: list[dict[str, Any]]
+
+    @staticmethod
+    def of(engines: Sequence[PlanEngine]) -> PatchReport:
+        rows = []
+        for engine in engines:
+            tally = engine.tally
+            rows.append(
+                {
+                    "transformer": engine.site.transformer,
+                    "layer": engine.site.layer,
+                    "calls": tally.calls,
+                    "methods": dict(tally.heads),
+                    "kernels": dict(tally.kernels),
+                    "density": tally.density / tally.calls if tally.calls else None,
+                    "notes": dict(tally.notes),
+                }
+            )
+        return PatchReport(rows)
+
+    @property
+    def density(self) -> float | None:
+        """Of the whole run, dense steps and layers included; None before the first call."""
+        calls = sum(row["calls"] for row in self.rows)
+        return sum(row["density"] * row["calls"] for row in self.rows if row["calls"]) / calls if calls else None
+
+    def __str__(self) -> str:
+        table = Table("layers", "calls", "density", "heads", "kernels", "notes")
+        alike: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            shown = {key: value for key, value in row.items() if key != "layer"}
+            alike.setdefault(repr(shown), []).append(row)
+        for rows in alike.values():
+            row = rows[0]
+            density = "-" if row["density"] is None else f"{row['density']:.3f}"
+            notes = "; ".join(f"{reason} (x{calls})" for reason, calls in row["notes"].items())
+            layers = f"{row['transformer']} {_ranges([one['layer'] for one in rows])}"
+            table.add_row(layers, str(row["calls"]), density, _shares(row["methods"]), _shares(row["kernels"]), notes)
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(table)
+        whole = "nothing has run yet" if self.density is None else f"density of the whole run {self.density:.3f}"
+        return f"{capture.get()}{whole}"
+
+
+def _shares(counts: dict[str, int]) -> str:
+    total = sum(counts.values())
+    return ", ".join(f"{name} {count / total:.0%}" for name, count in Counter(counts).most_common())
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

@@ -1,0 +1,335 @@
+"""Dense against patched in one run: the same prompts, seeds and noise, speed and quality, clip by clip."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from diffusers_accel.api import Patch, patch
+from diffusers_accel.evals.generate import (
+    Prompt,
+    Run,
+    SharedNoise,
+    check_call,
+    device_of,
+    generate,
+    memory_kind,
+    prompt_text,
+)
+from diffusers_accel.evals.measurement import machine, versions
+from diffusers_accel.evals.metrics import METRICS, Metric, MetricUnavailable, Score, score_clip
+from diffusers_accel.evals.report import Clip, Media, Report, Subject
+from diffusers_accel.evals.report.video import GAIN, encode, encode_difference
+from diffusers_accel.evals.tally import (
+    BASELINE,
+    WARM_UP_STEPS,
+    Tally,
+    cost_rows,
+    noise_rows,
+    protocol,
+    quality_rows,
+    speed_rows,
+)
+from diffusers_accel.methods import Method, Recipe
+from diffusers_accel.plan import Plan
+
+# What a subject may be; a pair gives the parameters of a named method.
+PlanLike = Plan | Recipe | Method | str | os.PathLike[str] | tuple[str, Mapping[str, Any]]
+
+
+def compare(
+    pipe: Any,
+    subjects: Mapping[str, PlanLike],
+    prompts: Sequence[Prompt],
+    *,
+    call: Mapping[str, Any],
+    seeds: Sequence[int] = (0,),
+    metrics: Sequence[str] = tuple(METRICS),
+    rounds: int = 1,
+    show: int = 4,
+    fps: int = 16,
+    progress: bool = True,
+) -> Report:
+    """Measure what patching wins and what it costs, against the same pipeline unpatched.
+
+    Every prompt is run with every seed; each such clip is generated dense, then with each subject, then dense again. The
+    pipeline is left as it was found, whatever happens.
+
+    Args:
+        pipe: a loaded, unpatched pipeline of a supported family.
+        subjects: name -> a Plan, a method's name, a path to a plan file, a Method or Recipe, or (method's name, parameters).
+        prompts: texts; or mappings of pipeline arguments, such as prompt_embeds, for a pipeline without a text encoder.
+        call: what else the pipeline is called with, such as height, width, num_frames, num_inference_steps, guidance_scale.
+        seeds: of the CPU generator that makes the initial noise.
+        metrics: names out of `METRICS`. One that cannot be computed here gives rows without value that say why.
+        rounds: how many patched runs of each clip are timed, each between two dense ones.
+        show: at most so many clips are kept as video for the report's page.
+        fps: of those videos.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError, TypeError: an argument is not as expected, or the pipeline is patched already; before any clip is made.
+    """
+    prompts = list(prompts)
+    check_call(pipe, call, prompts)
+    _check(subjects, metrics, seeds, rounds, fps)
+    for subject in subjects.values():
+        with _patched(pipe, subject):
+            pass  # a plan that does not fit is refused now, not after the first clip
+    scores = {name: _load(METRICS[name]) for name in metrics}
+    session = _Session(pipe, dict(subjects), dict(call), scores, fps)
+    texts = [prompt_text(prompt, number) for number, prompt in enumerate(prompts)]
+    if len(set(texts)) != len(texts):
+        raise ValueError(f"prompts: expected each once (`seeds` gives several clips of one), found {texts}")
+    clips = [(prompt, seed, text) for prompt, text in zip(prompts, texts, strict=True) for seed in seeds]
+    with _quiet(pipe), _bar(progress, session.steps * session.runs(len(clips), rounds)) as session.bar:
+        session.warm_up(*clips[0][:2])
+        for number, (prompt, seed, text) in enumerate(clips):
+            session.clip(prompt, seed, rounds, text, media=number < show)
+        session.dense_attention(*clips[0][:2])
+    return session.report(texts, list(seeds), rounds)
+
+
+class _Session:
+    """The state of one comparison."""
+
+    def __init__(
+        self, pipe: Any, subjects: dict[str, PlanLike], call: dict[str, Any], scores: dict[str, Score | str], fps: int
+    ) -> None:
+        self.pipe, self.subjects, self.call, self.scores, self.fps = pipe, subjects, call, scores, fps
+        self.bar: Callable[[str | None], None]
+        self.steps = int(
+            call.get(
+                "num_inference_steps", inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
+            )
+        )
+        self.tallies = {name: Tally() for name in (BASELINE, *subjects)}
+        self.repeat: list[float] = []
+        self.patch_difference = 0.0
+        self.clips: list[Clip] = []
+        self.shape: tuple[int, ...] = ()
+        self.tokens: dict[str, Any] = {}
+
+    def runs(self, clips: int, rounds: int) -> int:
+        """Full runs; the warm-up is not counted."""
+        return clips * (1 + rounds * (1 + len(self.subjects))) + 1
+
+    def warm_up(self, prompt: Prompt, seed: int) -> None:
+        """A few steps of everything, so that compilation and first allocations fall outside the timed runs."""
+        call = {**self.call, "num_inference_steps": min(WARM_UP_STEPS, self.steps)}
+        self.bar("warm-up")
+        generate(self.pipe, prompt, SharedNoise(seed), call)
+        for subject in self.subjects.values():
+            with _patched(self.pipe, subject) as patched:
+                generate(self.pipe, prompt, SharedNoise(seed), call)
+                layout = patched.sites[0].layout()
+        self.tokens = {
+            "frames": layout.frames,
+            "height": layout.height,
+            "width": layout.width,
+            "text": layout.text_tokens,
+        }
+
+    def clip(self, prompt: Prompt, seed: int, rounds: int, text: str, media: bool) -> None:
+        noise = SharedNoise(seed)
+        first = self._run(BASELINE, prompt, noise, text)
+        dense, times = [first.milliseconds], {name: [] for name in self.subjects}
+        self.shape = first.frames.shape
+        videos = {BASELINE: encode(first.frames, self.fps)} if media else {}
+        differences: dict[str, bytes] = {}
+        for number in range(rounds):
+            for name in self.subjects:
+                run = self._run(name, prompt, noise, text)
+                times[name].append(run.milliseconds)
+                if number == 0:
+                    self._score(name, first.frames, run.frames)
+                    if media:
+                        videos[name] = encode(run.frames, self.fps)
+                        differences[name] = encode_difference(first.frames, run.frames, self.fps)
+            again = self._run(BASELINE, prompt, noise, text)
+            dense.append(again.milliseconds)
+            self.repeat.append(largest_difference(first.frames, again.frames))
+        for name, found in {BASELINE: dense, **times}.items():
+            self.tallies[name].times.append(found)
+        self.clips.append(Clip(text, seed, Media(videos, differences, self.fps, GAIN) if media else None))
+
+    def dense_attention(self, prompt: Prompt, seed: int) -> None:
+        """Attention's share of a dense run, seen through an all-dense patch; and what that patch changes in the frames."""
+        with _patched(self.pipe, "dense") as patched, patched.timed() as timer:
+            run = generate(self.pipe, prompt, SharedNoise(seed), self.call, lambda: self.bar(None))
+        self.tallies[BASELINE].attention.append(timer.attention_ms)
+        self.tallies[BASELINE].plan = patched.plan
+        self.patch_difference = largest_difference(self.first_frames, run.frames)
+
+    def _run(self, name: str, prompt: Prompt, noise: SharedNoise, text: str) -> Run:
+        self.bar(f"{name} · {text}")
+        tally = self.tallies[name]
+        if name == BASELINE:
+            run = generate(self.pipe, prompt, noise, self.call, lambda: self.bar(None))
+            if not self.clips and not tally.peaks:
+                self.first_frames = run.frames
+        else:
+            with _patched(self.pipe, self.subjects[name]) as patched, patched.timed() as timer:
+                run = generate(self.pipe, prompt, noise, self.call, lambda: self.bar(None))
+            report = patched.report()
+            if report.density is None:
+                raise RuntimeError(f"{name}: the pipeline ran, but no patched self-attention did; nothing to compare")
+            tally.attention.append(timer.attention_ms)
+            tally.densities.append(report.density)
+            tally.layers, tally.plan = report.rows, patched.plan
+        tally.peaks.append(run.peak_bytes)
+        return run
+
+    def _score(self, name: str, reference: np.ndarray, frames: np.ndarray) -> None:
+        for metric, score in self.scores.items():
+            result = score_clip(METRICS[metric], score, reference, frames)
+            self.tallies[name].scores.setdefault(metric, []).append(result)
+
+    def report(self, prompts: list[str], seeds: list[int], rounds: int) -> Report:
+        provenance = self._provenance(prompts, seeds, rounds)
+        dense = self.tallies[BASELINE]
+        rows = [*cost_rows(BASELINE, dense, None, provenance, memory_kind(self.pipe))]
+        rows += noise_rows(dense, self.repeat, self.patch_difference, provenance)
+        for name in self.subjects:
+            tally = self.tallies[name]
+            rows += cost_rows(name, tally, BASELINE, provenance, memory_kind(self.pipe))
+            rows += speed_rows(name, tally, dense, self.clips, provenance)
+            rows += quality_rows(name, tally, self.clips, provenance)
+        subjects = []
+        for name in self.subjects:
+            plan = self.tallies[name].plan
+            assert plan is not None  # every subject ran on every clip
+            subjects.append(Subject(name, plan, self.tallies[name].layers))
+        return Report(tuple(rows), tuple(self.clips), tuple(subjects), provenance)
+
+    def _provenance(self, prompts: list[str], seeds: list[int], rounds: int) -> dict[str, Any]:
+        models = self.tallies[BASELINE].plan.models if self.tallies[BASELINE].plan else {}
+        transformers = {
+            name: {
+                "class": type(getattr(self.pipe, name)).__name__,
+                "dtype": str(getattr(self.pipe, name).dtype).removeprefix("torch."),
+            }
+            | {"layers": shape.layers, "heads": shape.heads, "head_dim": shape.head_dim}
+            for name, shape in models.items()
+        }
+        frames, height, width, _ = self.shape
+        return {
+            "machine": machine(),
+            "versions": versions(("torch", "triton", "diffusers", "diffusers-accel", "numpy", "scikit-image", "lpips")),
+            "pipeline": {
+                "class": type(self.pipe).__name__,
+                "device": str(device_of(self.pipe)),
+                "transformers": transformers,
+            },
+            "call": {key: _plain(value) for key, value in self.call.items()},
+            "clip": {"frames": frames, "height": height, "width": width},
+            "tokens": self.tokens,
+            "prompts": prompts,
+            "seeds": seeds,
+            "rounds": rounds,
+            "protocol": protocol(self.scores, len(self.clips), rounds, memory_kind(self.pipe)),
+        }
+
+
+def largest_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Largest absolute difference of two clips in 0..1; 1 where one of them is not finite."""
+    if np.array_equal(a, b):
+        return 0.0
+    difference = float(np.abs(a - b).max())
+    return difference if np.isfinite(difference) else 1.0
+
+
+def _check(
+    subjects: Mapping[str, PlanLike], metrics: Sequence[str], seeds: Sequence[int], rounds: int, fps: int
+) -> None:
+    if not subjects:
+        raise ValueError('subjects: expected one or more, such as {"plan": "plan.json"}, found none')
+    seen: dict[str, str] = {}
+    for name in subjects:
+        key = " ".join(str(name).split()).casefold()
+        if not isinstance(name, str) or not key:
+            raise ValueError(f"subjects: expected names with letters in them, found {name!r}")
+        if key == BASELINE:
+            raise ValueError(f"subjects: {name!r} is the baseline's name; give the subject another")
+        if key in seen:
+            raise ValueError(
+                f"subjects: {seen[key]!r} and {name!r} would look the same in a table; give each its own name"
+            )
+        seen[key] = name
+    for metric in metrics:
+        if metric not in METRICS:
+            raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, found {metric!r}")
+    if len(set(metrics)) != len(metrics):
+        raise ValueError(f"metrics: expected each once, found {list(metrics)}")
+    if not seeds or len(set(seeds)) != len(seeds) or not all(isinstance(seed, int) for seed in seeds):
+        raise ValueError(f"seeds: expected one or more different whole numbers, found {list(seeds)}")
+    if rounds < 1 or fps < 1:
+        raise ValueError(f"rounds and fps: expected 1 or more, found {rounds} and {fps}")
+
+
+def _patched(pipe: Any, subject: PlanLike) -> Patch:
+    if isinstance(subject, tuple):
+        name, parameters = subject
+        return patch(pipe, name, **parameters)
+    return patch(pipe, subject)
+
+
+def _load(metric: Metric) -> Score | str:
+    """The score function, or why there is none."""
+    try:
+        return metric.load()
+    except MetricUnavailable as reason:
+        return str(reason)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    if isinstance(value, torch.Tensor):
+        return f"tensor {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return repr(value)
+
+
+@contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    """Without the pipeline's own progress bar."""
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    had = hasattr(pipe, "_progress_bar_config")
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        if had:
+            pipe._progress_bar_config = before
+        else:
+            del pipe._progress_bar_config
+
+
+@contextmanager
+def _bar(shown: bool, steps: int) -> Iterator[Callable[[str | None], None]]:
+    """A function that says what runs next, or (None) that a step is done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not shown) as bar:
+        task = bar.add_task("warm-up", total=steps)
+
+        def say(what: str | None) -> None:
+            if what is None:
+                bar.advance(task)
+            else:
+                bar.update(task, description=what if len(what) <= 48 else what[:47] + "…")
+
+        yield say

@@ -1,0 +1,179 @@
+"""One clip of a pipeline: the same prompt, seed and initial noise whatever is patched, timed, with its peak memory."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+# What a report sets itself, with what the user should do instead.
+RESERVED = {
+    "prompt": "give it in `prompts`",
+    "prompt_embeds": "give {'prompt_embeds': ...} as an item of `prompts`",
+    "generator": "give `seeds`",
+    "latents": "give `seeds`; the noise of a clip is made once and shared",
+    "output_type": "frames are always raw arrays",
+    "return_dict": "leave it out",
+    "num_videos_per_prompt": "give more `seeds`",
+    "callback_on_step_end": "the progress bar uses it",
+}
+RSS_PERIOD_S = 0.02
+
+Prompt = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of the pipeline.
+
+    frames: [F, H, W, 3] float32 in 0..1, before any video encoder. milliseconds: of the whole call, text encoder and
+    decoder included. peak_bytes: highest memory during the call (see `memory_kind`).
+    """
+
+    frames: np.ndarray
+    milliseconds: float
+    peak_bytes: int
+
+
+def check_call(pipe: Any, call: Mapping[str, Any], prompts: list[Prompt]) -> None:
+    """Refuses keys that the pipeline does not take or that a report sets itself."""
+    accepted = set(inspect.signature(type(pipe).__call__).parameters) - {"self"}
+    for key in call:
+        if key in RESERVED:
+            raise ValueError(f"call: {key!r} is set by compare; {RESERVED[key]}")
+        if key not in accepted:
+            raise ValueError(
+                f"call: {type(pipe).__name__} takes no {key!r}; it takes {', '.join(sorted(accepted - set(RESERVED)))}"
+            )
+    if not prompts:
+        raise ValueError("prompts: expected one or more, found none")
+    for number, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise ValueError(f"prompts[{number}]: expected text, found an empty string")
+        elif not isinstance(prompt, Mapping) or not prompt or not set(prompt) <= accepted - set(call):
+            found = sorted(prompt) if isinstance(prompt, Mapping) else type(prompt).__name__
+            raise ValueError(
+                f"prompts[{number}]: expected a string, or a mapping of arguments of {type(pipe).__name__} that are not in "
+                f"call (such as prompt_embeds), found {found}"
+            )
+
+
+def prompt_text(prompt: Prompt, number: int) -> str:
+    """What a report prints for a prompt."""
+    text = prompt if isinstance(prompt, str) else prompt.get("prompt")
+    return text if isinstance(text, str) else f"embedded prompt {number + 1}"
+
+
+class SharedNoise:
+    """Makes sure that every run of a clip starts from the same noise, bit for bit.
+
+    The noise comes from a CPU generator of the clip's seed, fresh for each run; what the pipeline made of it in the first run
+    is kept and later runs are held against it.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._first: list[torch.Tensor] | None = None
+
+    @contextmanager
+    def watching(self, pipe: Any) -> Iterator[torch.Generator]:
+        """A fresh generator; the pipeline's `prepare_latents` is observed meanwhile."""
+        stock = pipe.prepare_latents
+
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            made = stock(*args, **kwargs)
+            tensors = [
+                t.detach().cpu().clone()
+                for t in (made if isinstance(made, tuple) else (made,))
+                if isinstance(t, torch.Tensor)
+            ]
+            if self._first is None:
+                self._first = tensors
+            elif len(tensors) != len(self._first) or not all(map(torch.equal, tensors, self._first)):
+                raise RuntimeError(
+                    f"seed {self.seed}: expected the clip's own initial noise again, found another; nothing can be compared"
+                )
+            return made
+
+        pipe.prepare_latents = observed
+        try:
+            yield torch.Generator("cpu").manual_seed(self.seed)
+        finally:
+            del pipe.prepare_latents
+
+
+def generate(
+    pipe: Any, prompt: Prompt, noise: SharedNoise, call: Mapping[str, Any], on_step: Callable[[], None] | None = None
+) -> Run:
+    """Run the pipeline once, as it is."""
+    arguments = {**call, **({"prompt": prompt} if isinstance(prompt, str) else prompt), "output_type": "np"}
+    if on_step and "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
+        arguments["callback_on_step_end"] = lambda *_: on_step() or {}
+    gc.collect()
+    with noise.watching(pipe) as generator, _PeakMemory(pipe) as memory:
+        start = time.perf_counter()
+        frames = pipe(**arguments, generator=generator).frames
+        memory.synchronize()
+        milliseconds = (time.perf_counter() - start) * 1e3
+    frames = np.asarray(frames)
+    if frames.ndim != 5 or frames.shape[0] != 1 or frames.shape[-1] != 3:
+        raise TypeError(f"expected frames [1, F, H, W, 3] of {type(pipe).__name__}, found {list(frames.shape)}")
+    return Run(np.ascontiguousarray(frames[0], dtype=np.float32), milliseconds, memory.peak)
+
+
+def device_of(pipe: Any) -> torch.device:
+    """Where the pipeline computes, also under offload."""
+    return torch.device(pipe._execution_device)
+
+
+def memory_kind(pipe: Any) -> str:
+    """What `Run.peak_bytes` counts."""
+    return "CUDA allocator" if device_of(pipe).type == "cuda" else "resident set of the process, sampled"
+
+
+class _PeakMemory:
+    """Peak bytes inside a `with`: of the CUDA allocator, elsewhere of the process's resident set."""
+
+    def __init__(self, pipe: Any) -> None:
+        device = device_of(pipe)
+        self._cuda = device if device.type == "cuda" else None
+        self._stop = threading.Event()
+        self.peak = 0
+
+    def synchronize(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize(self._cuda)
+
+    def __enter__(self) -> _PeakMemory:
+        if self._cuda:
+            self.synchronize()
+            torch.cuda.reset_peak_memory_stats(self._cuda)
+        else:
+            self._thread = threading.Thread(target=self._sample, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._cuda:
+            self.peak = torch.cuda.max_memory_allocated(self._cuda)
+        else:
+            self._stop.set()
+            self._thread.join()
+
+    def _sample(self) -> None:
+        import psutil
+
+        process = psutil.Process()
+        while True:
+            self.peak = max(self.peak, process.memory_info().rss)
+            if self._stop.wait(RSS_PERIOD_S):
+                break

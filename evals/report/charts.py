@@ -1,0 +1,162 @@
+"""The report's charts: matplotlib draws them, the page's style sheet colours them (light and dark)."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from diffusers_accel.evals.measurement import Measurement
+from diffusers_accel.evals.metrics import METRICS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from diffusers_accel.evals.report.report import Report
+
+# Stand-ins that become CSS variables once the SVG is inside the page.
+INK, LINE = "#000001", "#000002"
+SERIES = tuple(f"#00001{i}" for i in range(6))
+MARKERS = ("o", "s", "D", "^", "v", "P")
+_VARIABLES = {INK: "var(--ink)", LINE: "var(--line)"} | {c: f"var(--series-{i})" for i, c in enumerate(SERIES)}
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "diffusers_accel",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": LINE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+def quality_speed(report: Report) -> list[str]:
+    """One SVG per metric that has values: speed-up across, quality up; small dots are clips, large ones subjects."""
+    charts = []
+    for metric in METRICS.values():
+        points = [_point(report, metric.name, subject.name) for subject in report.subjects]
+        if any(points):
+            charts.append(_quality_chart(metric.name, points))
+    return charts
+
+
+def density_per_layer(report: Report) -> list[str]:
+    """One SVG per transformer: realised density of each self-attention layer, a line per subject."""
+    names = list(dict.fromkeys(row["transformer"] for subject in report.subjects for row in subject.layers))
+    return [_density_chart(report, name) for name in names]
+
+
+def _point(
+    report: Report, metric: str, subject: str
+) -> tuple[str, Measurement, Measurement, list[tuple[float, float]]] | None:
+    speed, quality = report.row("speedup", subject), report.row(metric, subject)
+    if speed is None or quality is None or speed.value is None or quality.value is None:
+        return None
+    clips = [(report.row("speedup", subject, clip), report.row(metric, subject, clip)) for clip in report.clips]
+    dots = [(a.value, b.value) for a, b in clips if a and b and a.value is not None and b.value is not None]
+    return subject, speed, quality, dots
+
+
+def _quality_chart(name: str, points: Sequence[Any]) -> str:
+    metric = METRICS[name]
+
+    def draw(axes: Axes) -> None:
+        axes.axvline(1.0, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        for i, point in enumerate(points):
+            if point is None:
+                continue
+            subject, speed, quality, dots = point
+            style: dict[str, Any] = {
+                "color": SERIES[i % len(SERIES)],
+                "marker": MARKERS[i % len(MARKERS)],
+                "linestyle": "none",
+            }
+            axes.plot([x for x, _ in dots], [y for _, y in dots], markersize=3.5, alpha=0.55, **style)
+            axes.errorbar(
+                speed.value,
+                quality.value,
+                xerr=_std(speed),
+                yerr=_std(quality),
+                markersize=9,
+                capsize=3,
+                label=subject,
+                **style,
+            )
+        axes.margins(0.18)
+        axes.annotate(
+            "dense",
+            (1.0, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -2),
+            textcoords="offset points",
+            va="top",
+        )
+        axes.set_xlabel("speed-up, end to end (x)   faster →")
+        better = "↑ better" if metric.better == "higher" else "↓ better"
+        axes.set_ylabel(f"{metric.title}{f' ({metric.unit})' if metric.unit else ''}   {better}")
+        axes.legend(frameon=False, loc="best")
+
+    found = "; ".join(f"{p[0]}: {p[1].value:.2f}x at {p[2].value:.3f}" for p in points if p)
+    return _svg(f"quality-{name}", f"{metric.title} against speed-up. {found}", draw, (4.4, 3.3))
+
+
+def _density_chart(report: Report, transformer: str) -> str:
+    lines = {}
+    for subject in report.subjects:
+        rows = [row for row in subject.layers if row["transformer"] == transformer and row["density"] is not None]
+        lines[subject.name] = ([row["layer"] for row in rows], [row["density"] for row in rows])
+    layers = max((max(x) + 1 for x, _ in lines.values() if x), default=1)
+
+    def draw(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        for i, (subject, (x, y)) in enumerate(lines.items()):
+            style: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
+            axes.plot(x, y, markersize=5 if layers <= 24 else 3, linewidth=1.2, label=subject, **style)
+        axes.set_ylim(0, 1.04)
+        axes.set_xlim(-0.5, layers - 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(f"layer of {transformer}")
+        axes.set_ylabel("density of the whole run")
+        axes.legend(frameon=False, loc="best")
+
+    means = "; ".join(f"{name}: {min(y):.2f} to {max(y):.2f}" for name, (_, y) in lines.items() if y)
+    return _svg(f"density-{transformer}", f"Realised density per layer of {transformer}. {means}", draw, (6.4, 2.9))
+
+
+def _std(row: Measurement) -> float | None:
+    return row.spread.std if row.spread else None
+
+
+def _svg(name: str, description: str, draw: Callable[[Axes], None], inches: tuple[float, float]) -> str:
+    """What `draw` puts on axes, as inline SVG: no XML head, no outside addresses, ids of its own."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=inches, layout="constrained")
+        figure.patch.set_alpha(0.0)
+        axes = figure.add_subplot()
+        axes.patch.set_alpha(0.0)
+        draw(axes)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r'\bid="|(?<=url\()#|(?<=href=")#', lambda m: f"{m.group()}{name}-", svg)
+    for stand_in, variable in _VARIABLES.items():
+        svg = svg.replace(stand_in, variable)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)

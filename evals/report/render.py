@@ -1,0 +1,152 @@
+"""The report as one page that needs nothing else, and as Markdown."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from diffusers_accel.evals.measurement import Measurement
+from diffusers_accel.evals.metrics import METRICS
+from diffusers_accel.evals.report import charts, words
+from diffusers_accel.evals.report.colours import asked_density, method_colours
+from diffusers_accel.evals.report.report import Clip, Report, Subject
+
+FOLDER = Path(__file__).parent
+LETTERS_UP_TO = 16  # heads; a wider plan gets small cells without letters
+
+
+def html(report: Report) -> str:
+    """The page: style, script, charts and clips inside it."""
+    template = _environment(autoescape=True).get_template("report.html.j2")
+    return template.render(
+        **_shared(report),
+        style=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
+        script=Markup((FOLDER / "player.js").read_text(encoding="utf-8")),
+        quality_charts=[Markup(svg) for svg in charts.quality_speed(report)],
+        density_charts=[Markup(svg) for svg in charts.density_per_layer(report)],
+        plans=[_plan(subject) for subject in report.subjects],
+        shown=[_clip(report, clip) for clip in report.clips if clip.media],
+        fps=next((clip.media.fps for clip in report.clips if clip.media), 1),
+    )
+
+
+def markdown(report: Report) -> str:
+    """The numbers, without plans and clips."""
+    environment = _environment(autoescape=False)
+    environment.filters["cell"] = lambda text: str(text).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+    return environment.get_template("report.md.j2").render(**_shared(report)).rstrip() + "\n"
+
+
+def _environment(autoescape: bool) -> jinja2.Environment:
+    loader = jinja2.FileSystemLoader(FOLDER)
+    strict = jinja2.StrictUndefined
+    return jinja2.Environment(
+        loader=loader, autoescape=autoescape, undefined=strict, trim_blocks=True, lstrip_blocks=True
+    )
+
+
+def _shared(report: Report) -> dict[str, Any]:
+    names = [subject.name for subject in report.subjects]
+    titles = [metric.title for metric in METRICS.values()]
+    return {
+        "sentences": [words.sentence(report, name) for name in names],
+        "verdicts": [words.faster(report, name) for name in names],
+        "headings": words.HEADINGS,
+        "table": [words.cells(report, name) for name in ("dense", *names)],
+        "notes": _notes(report),
+        "clip_headings": ("prompt", "seed", "subject", "speed-up", "time", *titles),
+        "clip_table": [_clip_row(report, clip, name) for clip in report.clips for name in names],
+        "protocol": report.provenance["protocol"],
+        "provenance": _facts(report.provenance),
+    }
+
+
+def _clip_row(report: Report, clip: Clip, name: str) -> tuple[str, ...]:
+    numbers = (words.number(report.row(metric, name, clip)) for metric in ("speedup", "time", *METRICS))
+    return clip.prompt, str(clip.seed), name, *numbers
+
+
+def _notes(report: Report) -> list[str]:
+    """What was left out or could not be measured, and what the dense runs say about the measurement itself."""
+    found: dict[str, list[str]] = {}
+    for row in report.rows:
+        if row.metric in METRICS and row.clip is None and row.note:
+            found.setdefault(f"{METRICS[row.metric].title}: {row.note}", []).append(row.subject)
+    notes = [f"{', '.join(subjects)}: {note}." for note, subjects in found.items()]
+    drift, repeat, patched = (
+        report.row(m, "dense") for m in ("dense_drift", "repeat_difference", "dense_patch_difference")
+    )
+    assert drift and drift.value is not None and repeat and patched  # every report has these rows
+    longer = f"the last took {abs(drift.value):.1%} {'longer' if drift.value > 0 else 'less'} than the first"
+    return [
+        *notes,
+        f"Dense runs of the same clip: {_difference(repeat)}; {longer} (median).",
+        f"Dense under an all-dense patch against dense unpatched: {_difference(patched)}.",
+    ]
+
+
+def _difference(row: Measurement) -> str:
+    return f"frames differ by up to {row.value:.2g} of full range" if row.value else "identical frames"
+
+
+def _facts(provenance: Any) -> list[tuple[str, str]]:
+    """Machine, versions, shapes and settings, as pairs of text."""
+    keys = ("machine", "versions", "pipeline", "call", "clip", "tokens", "prompts", "seeds")
+    return [(key, _flat(provenance[key])) for key in keys if provenance.get(key)]
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key} {_flat(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(
+            json.dumps(item, ensure_ascii=False) if isinstance(item, str) else _flat(item) for item in value
+        )
+    return str(value)
+
+
+def _plan(subject: Subject) -> dict[str, Any]:
+    """The heat maps of one plan: a panel per span and transformer, and a legend."""
+    plan = subject.plan
+    panels: list[dict[str, Any]] = []
+    for span in plan.spans:
+        for name, rows in span.heads.items():
+            asked = [asked_density(plan.methods[symbol]) for row in rows for symbol in row]
+            title = f"{span.start:.0%} to {span.stop:.0%} of the steps" + (f", {name}" if len(span.heads) > 1 else "")
+            cell = 24 if len(rows[0]) <= LETTERS_UP_TO else 11
+            panels.append({"title": title, "rows": rows, "density": sum(asked) / len(asked), "cell": cell})
+    legend = [
+        {
+            "symbol": symbol,
+            "label": plan.methods[symbol].label,
+            "share": share,
+            "density": asked_density(plan.methods[symbol]),
+        }
+        for symbol, share in plan.shares().items()
+    ]
+    colours = method_colours(plan.methods)
+    return {"name": subject.name, "panels": panels, "legend": legend, "colours": colours, "methods": plan.methods}
+
+
+def _clip(report: Report, clip: Clip) -> dict[str, Any]:
+    """The films of one clip, each difference right after its subject."""
+    assert clip.media
+    films = []
+    for name, film in clip.media.videos.items():
+        rows = [(metric.title, report.row(metric.name, name, clip)) for metric in METRICS.values()]
+        scores = ", ".join(f"{title} {words.number(row)}" for title, row in rows if row and row.value is not None)
+        films.append({"title": name, "data": _base64(film), "note": scores or ("baseline" if name == "dense" else "")})
+        if name in clip.media.differences:
+            gain = clip.media.gain
+            note = f"|{name} − dense| × {gain}"
+            films.append({"title": f"difference × {gain}", "data": _base64(clip.media.differences[name]), "note": note})
+    return {"prompt": clip.prompt, "seed": clip.seed, "films": films}
+
+
+def _base64(film: bytes) -> str:
+    return base64.b64encode(film).decode("ascii")

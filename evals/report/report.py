@@ -1,0 +1,95 @@
+"""The report: every number with its provenance, the plans, and a few clips to look at."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from diffusers_accel.evals.measurement import Measurement, write_rows
+from diffusers_accel.evals.report import words
+from diffusers_accel.files import write_whole
+from diffusers_accel.plan import Plan
+
+
+@dataclass(frozen=True)
+class Media:
+    """MP4 films of one clip: by subject ("dense" included), and of |subject - dense| x gain by subject."""
+
+    videos: Mapping[str, bytes]
+    differences: Mapping[str, bytes]
+    fps: int
+    gain: int
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One prompt with one seed; `media` only for those that the page shows."""
+
+    prompt: str
+    seed: int
+    media: Media | None = field(default=None, repr=False)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """How rows refer to it."""
+        return {"prompt": self.prompt, "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was compared with the dense baseline: its plan, and what ran per layer (rows of `Patch.report()`)."""
+
+    name: str
+    plan: Plan
+    layers: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `compare` found. `str()` is the table; `save` writes report.json, report.md and report.html."""
+
+    rows: tuple[Measurement, ...]
+    clips: tuple[Clip, ...]
+    subjects: tuple[Subject, ...]
+    provenance: Mapping[str, Any] = field(repr=False)
+
+    def row(self, metric: str, subject: str, clip: Clip | None = None) -> Measurement | None:
+        """The row of a metric of a subject, over all clips or of one; None where there is none."""
+        key = clip.key if clip else None
+        return next((r for r in self.rows if (r.metric, r.subject, r.clip) == (metric, subject, key)), None)
+
+    @property
+    def headline(self) -> str:
+        """What was found, one sentence per subject."""
+        return " ".join(words.sentence(self, subject.name) for subject in self.subjects)
+
+    def table(self) -> Table:
+        """For the terminal, one line per subject."""
+        table = Table(*words.HEADINGS)
+        for name in ("dense", *(subject.name for subject in self.subjects)):
+            table.add_row(*words.cells(self, name))
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=140)
+        with console.capture() as capture:
+            console.print(self.table())
+        return f"{capture.get()}{self.headline}"
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write report.json, report.md and report.html into `folder`, each whole or not at all; returns the page's path."""
+        from diffusers_accel.evals.report.render import html, markdown
+
+        folder = Path(folder)
+        page, text = html(self), markdown(self)  # before anything is written
+        folder.mkdir(parents=True, exist_ok=True)
+        write_rows(folder / "report.json", self.rows, headline=self.headline)
+        write_whole(folder / "report.md", text.encode())
+        write_whole(folder / "report.html", page.encode())
+        return folder / "report.html"

@@ -1,0 +1,100 @@
+"""Numbers as people read them, and the sentences that say what was found."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from diffusers_accel.evals.measurement import Measurement
+from diffusers_accel.evals.metrics import METRICS
+
+if TYPE_CHECKING:
+    from diffusers_accel.evals.report.report import Report
+
+COSTS = ("time", "attention_time", "density")
+HEADINGS = (
+    "",
+    "speed-up",
+    "time a clip",
+    "in attention",
+    "density",
+    *(m.title for m in METRICS.values()),
+    "peak memory",
+)
+DIGITS = {"speedup": 2, "psnr": 2, "ssim": 4, "lpips": 4, "density": 3}
+
+
+def seconds(milliseconds: float) -> str:
+    return f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{milliseconds / 1e3:.2f} s"
+
+
+def number(row: Measurement | None) -> str:
+    """A row's value with its unit, and ± its standard deviation where it is a ratio or a quality; "" without a row."""
+    if row is None:
+        return ""
+    if row.value is None:
+        return "identical" if row.note == "identical" else "not measured"
+    if row.unit == "ms":
+        return seconds(row.value)
+    if row.unit == "bytes":
+        return f"{row.value / 2**30:.2f} GiB"
+    digits = DIGITS.get(row.metric, 3)
+    std = row.spread.std if row.spread and row.metric != "density" else None
+    text = (
+        f"{row.value:.{digits}f}"
+        + ("x" if row.unit == "x" else "")
+        + (f" ± {std:.{digits}f}" if std is not None else "")
+    )
+    return f"{text} {row.unit}" if row.unit not in ("", "x") else text
+
+
+def cells(report: Report, subject: str) -> tuple[str, ...]:
+    """One line of the table, in the order of HEADINGS."""
+    reference = "reference" if subject == "dense" else ""
+    first = (number(report.row("speedup", subject)) or "1 (baseline)", *(number(report.row(m, subject)) for m in COSTS))
+    quality = tuple(number(report.row(metric, subject)) or reference for metric in METRICS)
+    return (subject, *first, *quality, number(report.row("peak_memory", subject)))
+
+
+def sentence(report: Report, subject: str) -> str:
+    """What was found about one subject: whether it was faster, or NOT, and what it cost."""
+    speedup, dense, patched = (report.row(*at) for at in (("speedup", subject), ("time", "dense"), ("time", subject)))
+    assert speedup and dense and patched and dense.value and patched.value  # every report has these rows
+    clips = len(report.clips)
+    spread = speedup.spread
+    interval = f", 95 % interval {spread.low:.2f} to {spread.high:.2f}" if spread and spread.low is not None else ""
+    basis = f"median of {clips} clips{interval}" if clips > 1 else "one clip, so no spread is known"
+    times = f"{basis}; {seconds(dense.value)} → {seconds(patched.value)} a clip"
+    return f"{subject} {_verdict(report, speedup)} ({times}), at {_quality(report, subject)}."
+
+
+def faster(report: Report, subject: str) -> bool | None:
+    """True or False where the runs can tell, None where the difference lies within their own noise."""
+    speedup = report.row("speedup", subject)
+    drift = report.row("dense_drift", "dense")
+    assert speedup and speedup.value and drift and drift.value is not None
+    low, high = (speedup.spread.low, speedup.spread.high) if speedup.spread else (None, None)
+    straddles = low is not None and high is not None and low <= 1 <= high
+    if straddles or abs(speedup.value - 1) <= abs(drift.value):
+        return None
+    return speedup.value > 1
+
+
+def _verdict(report: Report, speedup: Measurement) -> str:
+    assert speedup.value
+    ratio = f"{speedup.value:.2f}x"
+    match faster(report, speedup.subject):
+        case True:
+            return f"ran {ratio} as fast as dense, end to end"
+        case False:
+            return f"was NOT faster than dense: {ratio}, end to end"
+        case None:
+            return f"was not measurably faster or slower than dense: {ratio}, end to end, within the noise of the runs"
+
+
+def _quality(report: Report, subject: str) -> str:
+    rows = [row for metric in METRICS if (row := report.row(metric, subject))]
+    if not rows:
+        return "a quality that was not measured"
+    if any(row.note == "identical" for row in rows):
+        return "frames identical to dense"
+    return ", ".join(f"{METRICS[row.metric].title} {number(row)}" for row in rows)

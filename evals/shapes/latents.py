@@ -1,0 +1,65 @@
+"""Training clips encoded ahead of time into one growing file, read as a memory map while it is still written."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from diffusers_accel.evals.shapes.autoencoder import encode_mean, to_video
+from diffusers_accel.evals.shapes.models import LATENT_CHANNELS, build_autoencoder
+from diffusers_accel.evals.shapes.render import render, training_scene
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
+SHAPE = (LATENT_CHANNELS, 17, 32, 32)  # of one 33 x 128 x 128 clip
+RECORD_BYTES = int(np.prod(SHAPE)) * 2
+
+
+def trained_autoencoder(folder: Path) -> AutoencoderKLWan:
+    """The averaged autoencoder of a finished run, with its measured latent statistics, in eval mode."""
+    path = folder / "autoencoder.pt"
+    held = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+    if "latents_mean" not in held:
+        raise FileNotFoundError(f"expected a finished autoencoder in {path}, found none; run the autoencoder command first")
+    vae = build_autoencoder(held["latents_mean"], held["latents_std"])
+    vae.load_state_dict(held["average"]["values"])
+    return vae.eval()
+
+
+def clip_caption(seed: int, index: int) -> str:
+    """Caption of record `index` of a file encoded with `seed`."""
+    return training_scene(np.random.default_rng([seed, 1, index])).caption
+
+
+def encode_latents(folder: Path, clips: int, seed: int) -> Path:
+    """Append normalised float16 latents of training clips to latents.bin until it holds `clips`; resumes where it ended."""
+    vae, path = trained_autoencoder(folder), folder / "latents.bin"
+    mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    done = path.stat().st_size // RECORD_BYTES if path.exists() else 0
+    with path.open("r+b" if path.exists() else "wb") as file:
+        file.truncate(done * RECORD_BYTES)  # an interrupted write
+        file.seek(0, os.SEEK_END)
+        started = time.monotonic()
+        for index in range(done, clips):
+            video = to_video(render(training_scene(np.random.default_rng([seed, 1, index]))))[None]
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                latent = encode_mean(vae, video)[0].float()
+            file.write(((latent - mean) / std).to(torch.float16).numpy().tobytes())
+            file.flush()
+            if (index + 1) % 100 == 0:
+                print(f"{index + 1}/{clips} clips, {(time.monotonic() - started) / (index + 1 - done):.2f} s each", flush=True)
+    return path
+
+
+def open_latents(path: Path) -> np.ndarray:
+    """The whole records written so far: float16 `[N, 8, 17, 32, 32]`."""
+    count = path.stat().st_size // RECORD_BYTES if path.exists() else 0
+    if count == 0:
+        raise FileNotFoundError(f"expected encoded clips in {path}, found none; run the latents command first")
+    return np.memmap(path, np.float16, "r", shape=(count, *SHAPE))

@@ -1,0 +1,94 @@
+"""A training run that can be killed at any moment: its clock, its log and its atomic checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SAVE_EVERY_S = 90.0
+
+
+class RunState:
+    """Step counter, training seconds and checkpoint of one named run in a folder.
+
+    Seconds count training only and survive restarts, so `progress` (0..1 of the minutes asked for) drives the learning
+    rate and the stages wherever the run was interrupted. Steps that were not saved are trained again.
+    """
+
+    def __init__(self, folder: Path, name: str, minutes: float, seed: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.log_path = folder / f"{name}.pt", folder / f"{name}.jsonl"
+        self.minutes, self.seed = minutes, seed
+        self.step, self.seconds = 0, 0.0
+        self._saved = self._started = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Training seconds up to now."""
+        return self.seconds + time.monotonic() - self._started
+
+    @property
+    def progress(self) -> float:
+        """Share of the time budget that is used, 0..1."""
+        return min(1.0, self.elapsed / (60 * self.minutes))
+
+    def resume(self) -> dict[str, Any] | None:
+        """Tensors of the last checkpoint, or None for a new run."""
+        if not self.path.exists():
+            return None
+        held = torch.load(self.path, map_location="cpu", weights_only=True)
+        self.step, self.seconds = held.pop("step"), held.pop("seconds")
+        if (seed := held.pop("seed", self.seed)) != self.seed:
+            raise ValueError(f"expected the seed {seed} of {self.path}, found {self.seed}; give that seed or another folder")
+        self._saved = self._started = time.monotonic()
+        return held
+
+    def save(self, **tensors: Any) -> None:
+        """Write the checkpoint under a temporary name, then rename it."""
+        part = self.path.with_suffix(".part")
+        torch.save({"step": self.step, "seconds": self.elapsed, "seed": self.seed, **tensors}, part)
+        os.replace(part, self.path)
+        self._saved = time.monotonic()
+
+    @property
+    def save_due(self) -> bool:
+        return time.monotonic() - self._saved > SAVE_EVERY_S
+
+    def log(self, **row: float) -> None:
+        """Append a row to the log and print it."""
+        row = {"step": self.step, "minutes": round(self.elapsed / 60, 2), **{k: round(v, 6) for k, v in row.items()}}
+        with self.log_path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+
+
+class Average:
+    """Exponential moving average of a module's parameters in fp32, warmed up so that early steps count fully."""
+
+    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+        self.decay, self.count = decay, 0
+        self.values = {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: torch.nn.Module) -> None:
+        self.count += 1
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        for name, value in module.state_dict().items():
+            self.values[name].lerp_(value, 1 - decay)
+
+    def state(self) -> dict[str, Any]:
+        return {"count": self.count, "values": self.values}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.count, self.values = state["count"], state["values"]
+
+
+def scheduled_lr(peak: float, progress: float, step: int, warmup: int = 100, hold: float = 0.5) -> float:
+    """Linear warm-up in steps, constant up to `hold` of the budget, then linear to 1 % of the peak at its end."""
+    decay = 1.0 if progress <= hold else 1.0 - 0.99 * (progress - hold) / (1 - hold)
+    return peak * decay * min(1.0, (step + 1) / warmup)

@@ -1,0 +1,58 @@
+"""Train the shapes model from nothing: `python -m diffusers_accel.evals.shapes.train --help`.
+
+Meant to run in the background (`nice -n 10 ...`); each command resumes where it was killed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train the shapes text-to-video model.")
+
+Minutes = Annotated[float, typer.Option(help="Training time in all, counted over restarts.")]
+Threads = Annotated[int, typer.Option(help="CPU threads.")]
+Seed = Annotated[int, typer.Option(help="Seed of weights, clips and noise.")]
+Out = Annotated[Path, typer.Option(help="Working folder with checkpoints and logs.")]
+
+
+@app.callback()
+def main() -> None:
+    """Train the shapes text-to-video model."""
+
+
+@app.command()
+def autoencoder(minutes: Minutes = 25, threads: Threads = 1, seed: Seed = 0, out: Out = Path("shapes-training")) -> None:
+    """Train the autoencoder on rendered clips."""
+    from diffusers_accel.evals.shapes.autoencoder import train_autoencoder
+
+    torch.set_num_threads(threads)
+    print(train_autoencoder(out, minutes, seed))
+
+
+@app.command()
+def latents(
+    clips: Annotated[int, typer.Option(help="Clips to encode in all.")] = 4000,
+    threads: Threads = 1, seed: Seed = 0, out: Out = Path("shapes-training"),
+) -> None:
+    """Encode training clips ahead (may still run while the transformer trains)."""
+    from diffusers_accel.evals.shapes.latents import encode_latents
+
+    torch.set_num_threads(threads)
+    print(encode_latents(out, clips, seed))
+
+
+@app.command()
+def transformer(minutes: Minutes = 90, threads: Threads = 1, seed: Seed = 0, out: Out = Path("shapes-training")) -> None:
+    """Train the transformer and the text encoder on the encoded clips."""
+    from diffusers_accel.evals.shapes.transformer import train_transformer
+
+    torch.set_num_threads(threads)
+    print(train_transformer(out, minutes, seed))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,99 @@
+"""Training of the shapes denoiser and its text encoder by flow matching on encoded clips."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from diffusers_accel.evals.shapes.denoiser import SHORT_TEXT_ROWS, prepare_for_training, set_inputs
+from diffusers_accel.evals.shapes.latents import clip_caption, open_latents
+from diffusers_accel.evals.shapes.models import FLOW_SHIFT, build_text_encoder, build_tokenizer, build_transformer
+from diffusers_accel.evals.shapes.run_state import Average, RunState, scheduled_lr
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# (share of the time budget at which the stage ends, clips of a batch, latent frames of a clip): all at 32 x 32.
+STAGES = ((0.25, 16, 2), (0.50, 8, 4), (0.72, 4, 8), (1.01, 2, 17))
+PEAK_LR = 1e-3
+DROP_CAPTION = 0.1
+
+
+class Denoiser(torch.nn.Module):
+    """The two trained modules of the pipeline behind them both: text encoder and transformer."""
+
+    def __init__(self, **sizes: int) -> None:
+        super().__init__()
+        self.tokenizer: PreTrainedTokenizerFast = build_tokenizer()
+        self.text_encoder = build_text_encoder(len(self.tokenizer))
+        self.transformer = build_transformer(**sizes)
+
+    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text embeddings `[B, SHORT_TEXT_ROWS, C]`, zero after the real rows as in the stock call, and the real rows."""
+        ids = self.tokenizer(captions, padding="max_length", max_length=SHORT_TEXT_ROWS, return_tensors="pt")
+        rows = self.text_encoder(ids.input_ids, ids.attention_mask).last_hidden_state
+        return rows * ids.attention_mask[..., None], ids.attention_mask.sum(1)
+
+
+def sample_sigmas(batch: int, generator: torch.Generator) -> torch.Tensor:
+    """Noise shares `[B]` with the density that the scheduler's shift gives its steps, stratified over the batch."""
+    u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+    return FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)
+
+
+def train_transformer(
+    folder: Path, minutes: float, seed: int, stages: tuple = STAGES, compile: bool = True, **sizes: int
+) -> Path:
+    """Train until the time budget is used up, resuming from the folder's checkpoint; returns the checkpoint's path."""
+    torch.manual_seed(seed)
+    model = Denoiser(**sizes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
+    average, run = Average(model, 0.998), RunState(folder, "transformer", minutes, seed)
+    if held := run.resume():
+        model.load_state_dict(held["model"])
+        optimizer.load_state_dict(held["optimizer"])
+        average.load(held["average"])
+    prepare_for_training(model.transformer)
+    forward = torch.compile(model.transformer, dynamic=False) if compile else model.transformer
+
+    def save() -> None:
+        run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), average=average.state())
+
+    losses: list[float] = []
+    while run.progress < 1:
+        _, batch, frames = next(s for s in stages if run.progress < s[0])
+        rng = np.random.default_rng([seed, 2, run.step])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        latents = open_latents(folder / "latents.bin")
+        clips = rng.integers(len(latents), size=batch)
+        picks = np.stack([np.sort(rng.choice(latents.shape[2], frames, replace=False)) for _ in range(batch)])
+        clean = torch.from_numpy(np.stack([latents[c][:, p] for c, p in zip(clips, picks, strict=True)])).float()
+        captions = ["" if rng.random() < DROP_CAPTION else clip_caption(seed, int(c)) for c in clips]
+
+        noise = torch.randn(clean.shape, generator=generator)
+        sigma = sample_sigmas(batch, generator)
+        mix = sigma.view(-1, 1, 1, 1, 1)
+        for group in optimizer.param_groups:
+            group["lr"] = scheduled_lr(PEAK_LR, run.progress, run.step, warmup=200, hold=0.6)
+        with torch.autocast("cpu", torch.bfloat16):
+            text, rows = model.encode(captions)
+            set_inputs(model.transformer, rows, torch.from_numpy(picks))
+            velocity = forward((1 - mix) * clean + mix * noise, 1000 * sigma, text.float(), return_dict=False)[0]
+        loss = (velocity.float() - (noise - clean)).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update(model)
+        run.step += 1
+        losses.append(loss.item())
+        if run.step % 25 == 0:
+            run.log(loss=float(np.mean(losses)), frames=frames, clips=len(latents))
+            losses.clear()
+        if run.save_due:
+            save()
+    save()
+    return run.path

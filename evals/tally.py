@@ -1,0 +1,121 @@
+"""What one comparison saw of each subject, and the rows that this makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from diffusers_accel.evals.measurement import Measurement, Spread, summarise
+from diffusers_accel.evals.metrics import METRICS, Score
+from diffusers_accel.evals.report import Clip
+from diffusers_accel.plan import Plan
+
+BASELINE = "dense"
+WARM_UP_STEPS = 2
+
+
+@dataclass
+class Tally:
+    """What was seen of one subject (or of the dense baseline)."""
+
+    times: list[list[float]] = field(default_factory=list)  # [clip][run], ms
+    attention: list[float] = field(default_factory=list)  # ms per run
+    peaks: list[int] = field(default_factory=list)
+    densities: list[float] = field(default_factory=list)
+    scores: dict[str, list[tuple[float | None, str | None]]] = field(default_factory=dict)  # metric -> per clip
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    plan: Plan | None = None
+
+
+def _over_clips(found: Sequence[tuple[float | None, str | None]]) -> tuple[float | None, Spread | None, str | None]:
+    """Mean and spread over the clips that have a value, and a note about the others."""
+    values = [value for value, _ in found if value is not None]
+    notes = list(dict.fromkeys(note for value, note in found if value is None and note))
+    if not values:
+        return None, None, "; ".join(notes)
+    mean, spread = summarise(values, "mean")
+    missing = len(found) - len(values)
+    return mean, spread, f"{missing} of {len(found)} clips left out: {'; '.join(notes)}" if missing else None
+
+
+def quality_rows(name: str, tally: Tally, clips: Sequence[Clip], provenance: dict[str, Any]) -> Iterator[Measurement]:
+    """Each metric over all clips, then per clip."""
+    for metric_name, found in tally.scores.items():
+        metric = METRICS[metric_name]
+        mean, spread, note = _over_clips(found)
+        yield Measurement(metric_name, mean, metric.unit, metric.better, name, BASELINE, provenance, spread, note=note)
+        for clip, (value, why) in zip(clips, found, strict=True):
+            yield Measurement(
+                metric_name, value, metric.unit, metric.better, name, BASELINE, provenance, clip=clip.key, note=why
+            )
+
+
+def cost_rows(
+    name: str, tally: Tally, baseline: str | None, provenance: dict[str, Any], memory: str
+) -> Iterator[Measurement]:
+    """Time, attention time, density and memory over all clips."""
+    median, spread = summarise([value for clip in tally.times for value in clip], "median")
+    yield Measurement("time", median, "ms", "lower", name, baseline, provenance, spread)
+    attention, spread = summarise(tally.attention, "median")
+    note = "one clip, through an all-dense patch" if baseline is None else None
+    yield Measurement("attention_time", attention, "ms", "lower", name, baseline, provenance, spread, note=note)
+    density, spread = summarise(tally.densities or [1.0], "mean")
+    yield Measurement("density", density, "", "neither", name, baseline, provenance, spread)
+    yield Measurement("peak_memory", float(max(tally.peaks)), "bytes", "lower", name, baseline, provenance, note=memory)
+
+
+def speed_rows(
+    name: str, tally: Tally, dense: Tally, clips: Sequence[Clip], provenance: dict[str, Any]
+) -> Iterator[Measurement]:
+    """Speed-up over all clips, then speed-up and time per clip."""
+    ratios = [float(np.median(a) / np.median(b)) for a, b in zip(dense.times, tally.times, strict=True)]
+    median, spread = summarise(ratios, "median")
+    yield Measurement("speedup", median, "x", "higher", name, BASELINE, provenance, spread)
+    for clip, ratio, times in zip(clips, ratios, tally.times, strict=True):
+        yield Measurement("speedup", ratio, "x", "higher", name, BASELINE, provenance, clip=clip.key)
+        yield Measurement("time", float(np.median(times)), "ms", "lower", name, BASELINE, provenance, clip=clip.key)
+
+
+def noise_rows(
+    dense: Tally, repeat: Sequence[float], patch_difference: float, provenance: dict[str, Any]
+) -> Iterator[Measurement]:
+    """How far the dense runs are from each other: what no difference below should be read into."""
+    drift = [clip[-1] / clip[0] - 1 for clip in dense.times]
+    yield Measurement(
+        "dense_drift",
+        float(np.median(drift)),
+        "",
+        "neither",
+        BASELINE,
+        BASELINE,
+        provenance,
+        summarise(drift, "median")[1],
+    )
+    for metric, value in (("repeat_difference", max(repeat)), ("dense_patch_difference", patch_difference)):
+        yield Measurement(
+            metric, value, "", "lower", BASELINE, BASELINE, provenance, note=None if value else "identical"
+        )
+
+
+def protocol(scores: Mapping[str, Score | str], clips: int, rounds: int, memory: str) -> list[str]:
+    """How the numbers were made, in sentences."""
+    return [
+        f"{clips} clips (every prompt with every seed). The baseline is the same pipeline, unpatched. For each clip the initial "
+        "noise comes from a CPU generator of its seed and was checked to be the same, bit for bit, in every run.",
+        f"Each clip was run dense, then with each subject, then dense again ({rounds} such round{'s' * (rounds > 1)}), after a "
+        f"warm-up of {WARM_UP_STEPS} steps. Time is the wall time of the whole pipeline call, text encoder and decoder included; "
+        "each patched clip starts from a fresh patch, so that making its block lists is inside its time.",
+        "The speed-up of a clip is its median dense time over its median patched time; the speed-up of a subject is the median "
+        "over clips.",
+        "Quality is measured on raw float frames against the dense frames of the first run, never on compressed video: per "
+        "frame, averaged over the frames of a clip, then over clips. "
+        + " ".join(f"{METRICS[name].title}: {METRICS[name].protocol}" for name in scores),
+        "Spread is the sample standard deviation over clips and, from three clips on, the 95 % bootstrap interval (percentile).",
+        "Density is the computed share of block pairs over the whole run, dense steps and layers included.",
+        "Attention time is the time inside self-attention; that of the baseline comes from one extra run of the first clip "
+        "under an all-dense patch.",
+        f"Peak memory: {memory}.",
+    ]

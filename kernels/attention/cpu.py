@@ -1,0 +1,216 @@
+"""Block-sparse attention on a CPU that skips the unread blocks, built on PyTorch's own fused CPU attention.
+
+Query rows whose keys are one run of tokens (bands, dense heads) are handed over as strided views: many rows and heads in
+one call, nothing copied. All others gather their key tokens, a few rows at a time so that the copies stay in cache.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from diffusers_accel.kernels.pattern import BlockPattern
+
+# Kills the process on zero keys and returns 0 for a fully masked row: it is only ever given keys that exist, unmasked.
+fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+# Keys and values gathered for one call: more falls out of cache, less pays for more calls.
+GATHER_BYTES = 2 << 20
+
+
+def refuses(device: torch.device, dtype: torch.dtype, head_dim: int, blocks: tuple[int, int]) -> str | None:
+    """Why this implementation cannot run there, or None."""
+    if device.type != "cpu":
+        return f"runs on cpu tensors, found {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"takes float16, bfloat16 and float32, found {dtype}"
+    return None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """`count` groups of query rows, each reading one run of keys; the next group is a fixed step further in both."""
+
+    query: int
+    query_tokens: int
+    key: int
+    key_tokens: int
+    query_step: int = 0
+    key_step: int = 0
+    count: int = 1
+
+    def then(self, other: Sweep) -> Sweep | None:
+        """This sweep with `other` as its next group, or None where the sizes or the steps do not fit."""
+        steps = (other.query - self.query) // self.count, (other.key - self.key) // self.count
+        if (
+            (other.query_tokens, other.key_tokens) != (self.query_tokens, self.key_tokens)
+            or (steps[0] * self.count, steps[1] * self.count) != (other.query - self.query, other.key - self.key)
+            or steps[1] < 0  # a view cannot step backwards
+            or (self.count > 1 and steps != (self.query_step, self.key_step))
+        ):
+            return None
+        return Sweep(self.query, self.query_tokens, self.key, self.key_tokens, *steps, self.count + 1)
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Query rows anywhere in the pattern that have the same number of queries and of keys.
+
+    batch, head, query (first token): int64 `[rows]`; blocks: int64 `[rows, n]`, key-block ids; lengths: int64
+    `[rows, n]`, how many tokens of each exist, or None where all blocks are whole.
+    """
+
+    query_tokens: int
+    key_tokens: int
+    batch: Tensor
+    head: Tensor
+    query: Tensor
+    blocks: Tensor
+    lengths: Tensor | None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The calls that compute a pattern: sweeps as (batch row, first head, heads, sweep), and gathers."""
+
+    sweeps: list[tuple[int, int, int, Sweep]]
+    gathers: list[Gather]
+    covered: bool  # every query row reads something
+
+
+def schedule(pattern: BlockPattern) -> Schedule:
+    """Sorts the query rows of a pattern into calls. It walks the lists in Python, so it is kept with the pattern."""
+    blocks, counts, lengths = pattern.blocks.tolist(), pattern.counts.tolist(), pattern.key_lengths().tolist()
+    sweeps: dict[tuple[int, Sweep], list[int]] = defaultdict(list)
+    gathers: dict[tuple[int, int, int], list[tuple[int, int, int, list[int]]]] = defaultdict(list)
+    covered = True
+    for b, h in product(range(len(blocks)), range(pattern.heads)):
+        lists = [[j for j in row[:n] if lengths[j]] for row, n in zip(blocks[b][h], counts[b][h])]
+        last: Sweep | None = None
+        for first, rows, ids in merged_rows(lists):
+            if not ids:
+                covered = False
+                continue
+            query = first * pattern.block_q
+            sizes = min(rows * pattern.block_q, pattern.queries - query), sum(lengths[j] for j in ids)
+            if ids[-1] - ids[0] >= len(ids) or any(lengths[j] < pattern.block_k for j in ids[:-1]):
+                gathers[*sizes, len(ids)].append((b, h, query, ids))
+                continue
+            sweep = Sweep(query, sizes[0], ids[0] * pattern.block_k, sizes[1])
+            longer = last.then(sweep) if last else None
+            if last and not longer:
+                sweeps[b, last].append(h)
+            last = longer or sweep
+        if last:
+            sweeps[b, last].append(h)
+    calls = [(b, first, count, sweep) for (b, sweep), heads in sweeps.items() for first, count in runs(heads)]
+    return Schedule(calls, [gather(pattern, lengths, *item) for item in sorted(gathers.items())], covered)
+
+
+def merged_rows(lists: list[list[int]]) -> Iterator[tuple[int, int, list[int]]]:
+    """Consecutive query blocks with the same list as (first, count, list): one longer query is faster."""
+    first = 0
+    for i in range(1, len(lists) + 1):
+        if i == len(lists) or lists[i] != lists[first]:
+            yield first, i - first, lists[first]
+            first = i
+
+
+def runs(heads: list[int]) -> Iterator[tuple[int, int]]:
+    """Ascending head numbers as (first, count) of consecutive ones."""
+    first = 0
+    for i in range(1, len(heads) + 1):
+        if i == len(heads) or heads[i] != heads[i - 1] + 1:
+            yield heads[first], i - first
+            first = i
+
+
+def gather(
+    pattern: BlockPattern,
+    lengths: list[int],
+    sizes: tuple[int, int, int],
+    rows: list[tuple[int, int, int, list[int]]],
+) -> Gather:
+    """The gathered rows of one size as tensors."""
+    batch, head, query = torch.tensor([row[:3] for row in rows]).unbind(1)
+    blocks = torch.tensor([row[3] for row in rows])
+    existing = torch.tensor(lengths)[blocks]
+    whole = bool((existing == pattern.block_k).all())
+    return Gather(sizes[0], sizes[1], batch, head, query, blocks, None if whole else existing)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention over the blocks of the pattern; the arguments have been checked by the caller."""
+    batch, queries, heads, dim = q.shape
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    if pattern is None:
+        plan, rows = Schedule([(0, 0, heads, Sweep(0, queries, 0, k.shape[1]))], [], covered=True), 1
+    else:
+        plan, rows = pattern.derived(schedule), pattern.blocks.shape[0]
+    out = q.new_empty(batch, queries, heads, dim)
+    lse = q.new_empty(batch, queries, heads, dtype=torch.float32)
+    if not plan.covered:
+        out.zero_()
+        lse.fill_(-torch.inf)
+    for repeat in range(0, batch, rows):
+        for row, head, count, sweep in plan.sweeps:
+            part = slice(head, head + count)
+            run_sweep(*(x[repeat + row, :, part] for x in (q, k, v, out, lse[..., None])), sweep, scale)
+        for rows_of_a_size in plan.gathers:
+            assert pattern is not None
+            run_gather(q, k, v, out, lse, rows_of_a_size, repeat, pattern.block_k, scale)
+    return out, lse.transpose(1, 2).contiguous()
+
+
+def run_sweep(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sweep: Sweep, scale: float) -> None:
+    """One call for all groups and heads of a sweep; the views of the keys overlap. All tensors are `[S, H, D|1]`."""
+
+    def groups(x: Tensor, token: int, tokens: int, step: int) -> Tensor:
+        s, h, d = x.stride()
+        return x[token:].as_strided((sweep.count, x.shape[1], tokens, x.shape[2]), (step * s, h, s, d))
+
+    queries = (sweep.query, sweep.query_tokens, sweep.query_step)
+    keys = (sweep.key, sweep.key_tokens, sweep.key_step)
+    part, part_lse = fused_attention(groups(q, *queries), groups(k, *keys), groups(v, *keys), scale=scale)
+    groups(out, *queries).copy_(part)
+    groups(lse, *queries).copy_(part_lse[..., None])
+
+
+def run_gather(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rows: Gather,
+    first_batch: int,
+    block_k: int,
+    scale: float,
+) -> None:
+    """Copies the key tokens of a few rows beside each other, attends, and goes on with the next few."""
+    heads, dim = q.shape[2:]
+    flat_q, flat_k, flat_v, flat_out = (x.reshape(-1, dim) for x in (q, k, v, out))
+    flat_lse = lse.view(-1)
+    at_once = max(1, GATHER_BYTES // (2 * rows.key_tokens * dim * k.element_size()))
+    in_query, in_block = torch.arange(rows.query_tokens), torch.arange(block_k)
+    for start in range(0, len(rows.query), at_once):
+        part = slice(start, start + at_once)
+        batch, head = first_batch + rows.batch[part, None], rows.head[part, None]
+        queries = ((batch * q.shape[1] + rows.query[part, None] + in_query) * heads + head).flatten()
+        tokens = rows.blocks[part, :, None] * block_k + in_block
+        keys = (batch[..., None] * k.shape[1] + tokens) * heads + head[..., None]
+        keys = keys.flatten() if rows.lengths is None else keys[in_block < rows.lengths[part, :, None]]
+        shape = (len(batch), 1, rows.key_tokens, dim)
+        part_out, part_lse = fused_attention(
+            flat_q.index_select(0, queries).view(len(batch), 1, rows.query_tokens, dim),
+            flat_k.index_select(0, keys).view(shape),
+            flat_v.index_select(0, keys).view(shape),
+            scale=scale,
+        )
+        flat_out.index_copy_(0, queries, part_out.reshape(-1, dim))
+        flat_lse.index_copy_(0, queries, part_lse.reshape(-1))

@@ -1,0 +1,101 @@
+"""Runs the user's own pipeline under an engine of the search, whole or only as far as is needed, and leaves it as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffusers_accel.api import attach
+from diffusers_accel.site import Engine, Site
+
+Prompt = str | Mapping[str, Any]
+
+OURS = ("prompt", "generator", "latents", "callback_on_step_end")  # what a search gives to the call itself
+
+
+class Enough(Exception):
+    """Raised by an engine that has seen what it came for: the rest of the generation is not needed."""
+
+
+def run_pipeline(
+    pipe: Any, make_engine: Callable[[Site], Engine], prompt: Prompt, call: Mapping[str, Any], seed: int
+) -> bool:
+    """One generation with `make_engine(site)` at every self-attention; detached again whatever happens.
+
+    Returns:
+        True when the generation ran to its end, False when an engine said `Enough`.
+    """
+    arguments = {**call, **as_arguments(prompt), "generator": torch.Generator("cpu").manual_seed(seed)}
+    with _quiet(pipe), attach(pipe, make_engine):
+        try:
+            pipe(**arguments)
+            return True
+        except Enough:
+            if hasattr(pipe, "maybe_free_model_hooks"):
+                pipe.maybe_free_model_hooks()  # what an offloaded pipeline does at the end of a call
+            return False
+
+
+def now(site: Site) -> tuple[int, int]:
+    """(step, steps) of the running call."""
+    where = site.clock.now()
+    if where is None:
+        raise RuntimeError(
+            "a search needs to know which step runs, but neither the pipeline nor its transformer says so; "
+            "search with the whole diffusers pipeline, not with a bare transformer"
+        )
+    return where
+
+
+def as_arguments(prompt: Prompt) -> dict[str, Any]:
+    return {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
+
+
+def check_call(call: Mapping[str, Any], prompts: tuple[Prompt, ...]) -> None:
+    """Refuses what a search gives itself, and an empty list of prompts."""
+    for name in OURS:
+        if name in call:
+            raise ValueError(f'call: "{name}" is set by the search (from prompts and seed), take it out')
+    if not prompts:
+        raise ValueError("prompts: expected at least one calibration prompt, found none")
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON data that is equal for equal values: tensors and arrays by their hash."""
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return f"{value.dtype} {list(value.shape)} sha256 {hashlib.sha256(data).hexdigest()[:16]}"
+    if isinstance(value, np.ndarray):
+        return plain(torch.from_numpy(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in sorted(value.items())}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def prompt_label(prompt: Prompt) -> str:
+    """The text of a prompt, or what tells one set of arguments from another."""
+    return prompt if isinstance(prompt, str) else json.dumps(plain(prompt))
+
+
+@contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    """Without the pipeline's own progress bar: the search shows one of its own."""
+    before = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(**{**(before or {}), "disable": True})
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = before

@@ -1,0 +1,145 @@
+"""What is installed: the wheel against the tree, names that nobody else's package may lose to ours, lazy imports."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import diffusers_accel
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
+# Folders of the repository and the packages as which they are imported.
+HOMES = {
+    "diffusers_accel": "diffusers_accel",
+    "kernels": "diffusers_accel.kernels",
+    "search": "diffusers_accel.search",
+    "evals": "diffusers_accel.evals",
+}
+
+
+def tree() -> set[str]:
+    """Every file of the four folders by the path that it has when installed."""
+    files = set()
+    for folder, package in HOMES.items():
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and path.suffix != ".pyc" and not path.name.startswith("."):
+                files.add(f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}")
+    return files
+
+
+def python(code: str, *, cwd: Path = ROOT, **env: str) -> str:
+    """Runs `code` in a fresh interpreter and returns what it printed."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of the sources, so that no earlier build/ of the checkout can leak into it."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for folder in HOMES:
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", "dist", "."]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (built,) = (source / "dist").glob("*.whl")
+    return built
+
+
+def test_every_folder_with_code_is_a_listed_package() -> None:
+    found = {path.rpartition("/")[0].replace("/", ".") for path in tree() if path.endswith(".py")}
+    listed = CONFIG["tool"]["setuptools"]["packages"]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == found
+
+
+def test_the_wheel_holds_the_whole_tree(wheel: Path) -> None:
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == tree()
+    assert "diffusers_accel/py.typed" in names
+    weights = [name for name in names if name.startswith("diffusers_accel/evals/shapes/weights/")]
+    assert any(name.endswith(".safetensors") for name in weights), "the shapes model's weights are not in the wheel"
+    assert any(name.endswith("model_index.json") for name in weights), "the shapes model's folder is not a pipeline's"
+
+
+def test_every_module_of_the_wheel_imports_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    files = sorted(name for name in tree() if name.endswith(".py") and "__main__" not in name)
+    modules = [name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in files]
+    code = f"""
+import importlib, sys
+for name in {modules!r}:
+    found = importlib.import_module(name).__file__
+    assert found.startswith({str(tmp_path)!r}), found
+"""
+    python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+
+
+def test_the_wheel_says_what_it_is(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    assert f"Version: {diffusers_accel.__version__}\n" in metadata
+    assert "License-Expression: Apache-2.0\n" in metadata
+    for extra in ("triton", "eval", "lpips", "xformers", "dev"):
+        assert f"Provides-Extra: {extra}\n" in metadata
+    (scripts,) = (archive.read(n).decode() for n in archive.namelist() if n.endswith(".dist-info/entry_points.txt"))
+    assert "diffusers-accel = diffusers_accel.cli:main" in scripts
+
+
+def test_the_three_folders_are_namespaces_without_dangerous_names() -> None:
+    for folder in ("kernels", "search", "evals"):
+        assert not (ROOT / folder / "__init__.py").exists(), f"{folder}/ would shadow a package of that name"
+    risky = {"triton", "types", "enum"}
+    assert not [path for folder in HOMES for path in (ROOT / folder).rglob("*") if path.stem in risky]
+
+
+def test_hugging_faces_kernels_is_not_shadowed(tmp_path: Path) -> None:
+    """Even with the checkout first and the real package last on the path, as under `python -m` from the root."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("real = True\n")
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.real)"
+    assert python(code) == "True"
+
+
+def test_diffusers_sees_no_kernels_package_in_the_checkout() -> None:
+    code = "import importlib.metadata as m, diffusers.utils as u; print(u.is_kernels_available())"
+    try:
+        import importlib.metadata
+
+        expected = bool(importlib.metadata.version("kernels"))
+    except importlib.metadata.PackageNotFoundError:
+        expected = False
+    assert python(code) == str(expected)
+
+
+def test_imports_are_lazy() -> None:
+    heavy = "heavy = {'torch', 'diffusers', 'transformers', 'triton', 'typer', 'rich', 'matplotlib', 'safetensors'}"
+    code = f"{heavy}; import sys, diffusers_accel; print(sorted(heavy & set(sys.modules)))"
+    assert python(code) == "[]"
+    code = (
+        f"{heavy}; import sys, diffusers_accel.kernels.attention; print(sorted(heavy & set(sys.modules) - {{'torch'}}))"
+    )
+    assert python(code) == "[]"
+
+
+@pytest.mark.parametrize("name", diffusers_accel.__all__)
+def test_the_public_names_are_there(name: str) -> None:
+    assert getattr(diffusers_accel, name).__name__ == name
+    assert name in dir(diffusers_accel)
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'pach'; it has Method, Plan, compare, .*patch"):
+        _ = diffusers_accel.pach
