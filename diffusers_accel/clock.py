@@ -50,7 +50,8 @@ class Clock:
             return None
         if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
             return None
-        step, rest = divmod(timestep.storage_offset() - timesteps.storage_offset(), max(timesteps.stride(0), 1))
+        offset = int(timestep.storage_offset()) - int(timesteps.storage_offset())
+        step, rest = divmod(offset, max(timesteps.stride(0), 1))
         return (step, len(timesteps)) if rest == 0 and 0 <= step < len(timesteps) else None
 
     def listen(self, transformer: Any) -> Callable[[], None]:

@@ -124,7 +124,7 @@ def diagnose(
     found = find(pipe)
     shapes = {name: family.shape(module) for name, (module, family) in found.items()}
     device = str(torch.device(pipe._execution_device))
-    kinds = [(device, module.dtype, shapes[name].head_dim) for name, (module, _) in found.items()]
+    kinds = [(device, next(module.parameters()).dtype, shapes[name].head_dim) for name, (module, _) in found.items()]
     defaults = {name: each.default for name, each in inspect.signature(type(pipe).__call__).parameters.items()}
     if "callback_on_step_end" not in defaults:
         raise TypeError(f"{type(pipe).__name__} takes no callback_on_step_end, without which its steps cannot be timed")

@@ -52,7 +52,8 @@ def redirect(site: Site, stock: Any) -> Any:
     Raises:
         TypeError: when the processor's class does not call attention by the name that the family knows.
     """
-    cls: Any = _redirected(type(stock), site.model.family.attention_call)
+    stock_class: Any = type(stock)
+    cls: Any = _redirected(stock_class, site.model.family.attention_call)
     processor: Any = object.__new__(cls)
     vars(processor).update(vars(stock))
     handle = next(_HANDLES)

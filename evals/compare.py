@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from diffusers_accel.evals.generate import (
     Prompt,
     Run,
     SharedNoise,
+    attribute,
     check_call,
     device_of,
     generate,
@@ -89,7 +91,9 @@ def compare(
     if len(set(texts)) != len(texts):
         raise ValueError(f"prompts: expected each once (`seeds` gives several clips of one), found {texts}")
     clips = [(prompt, seed, text) for prompt, text in zip(prompts, texts, strict=True) for seed in seeds]
-    with _quiet(pipe), _bar(progress, session.steps * session.runs(len(clips), rounds)) as session.bar:
+    quiet = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
+    steps = session.steps * session.runs(len(clips), rounds)
+    with attribute(pipe, "_progress_bar_config", quiet), _bar(progress, steps) as session.bar:
         session.warm_up(*clips[0][:2])
         for number, (prompt, seed, text) in enumerate(clips):
             session.clip(prompt, seed, rounds, text, media=number < show)
@@ -105,11 +109,8 @@ class _Session:
     ) -> None:
         self.pipe, self.subjects, self.call, self.scores, self.fps = pipe, subjects, call, scores, fps
         self.bar: Callable[[str | None], None]
-        self.steps = int(
-            call.get(
-                "num_inference_steps", inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
-            )
-        )
+        stock = inspect.signature(type(pipe).__call__).parameters
+        self.steps = int(call.get("num_inference_steps", stock["num_inference_steps"].default))
         self.tallies = {name: Tally() for name in (BASELINE, *subjects)}
         self.repeat: list[float] = []
         self.patch_difference = 0.0
@@ -210,15 +211,13 @@ class _Session:
         return Report(tuple(rows), tuple(self.clips), tuple(subjects), provenance)
 
     def _provenance(self, prompts: list[str], seeds: list[int], rounds: int) -> dict[str, Any]:
-        models = self.tallies[BASELINE].plan.models if self.tallies[BASELINE].plan else {}
-        transformers = {
-            name: {
-                "class": type(getattr(self.pipe, name)).__name__,
-                "dtype": str(getattr(self.pipe, name).dtype).removeprefix("torch."),
-            }
-            | {"layers": shape.layers, "heads": shape.heads, "head_dim": shape.head_dim}
-            for name, shape in models.items()
-        }
+        plan = self.tallies[BASELINE].plan
+        assert plan is not None  # the all-dense run gave it
+        transformers = {}
+        for name, shape in plan.models.items():
+            model = getattr(self.pipe, name)
+            kind = {"class": type(model).__name__, "dtype": str(model.dtype).removeprefix("torch.")}
+            transformers[name] = {**kind, **asdict(shape)}
         frames, height, width, _ = self.shape
         return {
             "machine": machine(),
@@ -295,21 +294,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return f"tensor {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return repr(value)
-
-
-@contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
-    """Without the pipeline's own progress bar."""
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
-    had = hasattr(pipe, "_progress_bar_config")
-    pipe.set_progress_bar_config(**{**before, "disable": True})
-    try:
-        yield
-    finally:
-        if had:
-            pipe._progress_bar_config = before
-        else:
-            del pipe._progress_bar_config
 
 
 @contextmanager

@@ -50,9 +50,8 @@ def check_call(pipe: Any, call: Mapping[str, Any], prompts: list[Prompt]) -> Non
         if key in RESERVED:
             raise ValueError(f"call: {key!r} is set by compare; {RESERVED[key]}")
         if key not in accepted:
-            raise ValueError(
-                f"call: {type(pipe).__name__} takes no {key!r}; it takes {', '.join(sorted(accepted - set(RESERVED)))}"
-            )
+            known = ", ".join(sorted(accepted - set(RESERVED)))
+            raise ValueError(f"call: {type(pipe).__name__} takes no {key!r}; it takes {known}")
     if not prompts:
         raise ValueError("prompts: expected one or more, found none")
     for number, prompt in enumerate(prompts):
@@ -91,24 +90,33 @@ class SharedNoise:
 
         def observed(*args: Any, **kwargs: Any) -> Any:
             made = stock(*args, **kwargs)
-            tensors = [
-                t.detach().cpu().clone()
-                for t in (made if isinstance(made, tuple) else (made,))
-                if isinstance(t, torch.Tensor)
-            ]
+            parts = made if isinstance(made, tuple) else (made,)
+            noise = [part.detach().cpu().clone() for part in parts if isinstance(part, torch.Tensor)]
             if self._first is None:
-                self._first = tensors
-            elif len(tensors) != len(self._first) or not all(map(torch.equal, tensors, self._first)):
+                self._first = noise
+            elif len(noise) != len(self._first) or not all(map(torch.equal, noise, self._first)):
                 raise RuntimeError(
-                    f"seed {self.seed}: expected the clip's own initial noise again, found another; nothing can be compared"
+                    f"seed {self.seed}: expected the clip's initial noise again, found another, so nothing can be compared; "
+                    f"does {type(pipe).__name__} draw noise from elsewhere than its generator?"
                 )
             return made
 
-        pipe.prepare_latents = observed
-        try:
+        with attribute(pipe, "prepare_latents", observed):
             yield torch.Generator("cpu").manual_seed(self.seed)
-        finally:
-            del pipe.prepare_latents
+
+
+@contextmanager
+def attribute(thing: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of this very object set for a while; afterwards its `__dict__` is as it was."""
+    before = vars(thing).copy()
+    setattr(thing, name, value)
+    try:
+        yield
+    finally:
+        if name in before:
+            setattr(thing, name, before[name])
+        else:
+            delattr(thing, name)
 
 
 def generate(

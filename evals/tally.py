@@ -83,17 +83,8 @@ def noise_rows(
     dense: Tally, repeat: Sequence[float], patch_difference: float, provenance: dict[str, Any]
 ) -> Iterator[Measurement]:
     """How far the dense runs are from each other: what no difference below should be read into."""
-    drift = [clip[-1] / clip[0] - 1 for clip in dense.times]
-    yield Measurement(
-        "dense_drift",
-        float(np.median(drift)),
-        "",
-        "neither",
-        BASELINE,
-        BASELINE,
-        provenance,
-        summarise(drift, "median")[1],
-    )
+    drift, spread = summarise([clip[-1] / clip[0] - 1 for clip in dense.times], "median")
+    yield Measurement("dense_drift", drift, "", "neither", BASELINE, BASELINE, provenance, spread)
     for metric, value in (("repeat_difference", max(repeat)), ("dense_patch_difference", patch_difference)):
         yield Measurement(
             metric, value, "", "lower", BASELINE, BASELINE, provenance, note=None if value else "identical"

@@ -13,6 +13,13 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+def block_lengths(tokens: int, block: int, valid: Tensor | None, device: torch.device) -> Tensor:
+    """How many tokens of each block exist: int32 `[blocks]`; the last block ends with the sequence, `valid` cuts others."""
+    starts = torch.arange(0, tokens, block, dtype=torch.int32, device=device)
+    lengths = (tokens - starts).clamp(max=block)
+    return lengths if valid is None else torch.minimum(lengths, valid)
+
+
 @dataclass(frozen=True, eq=False)
 class BlockPattern:
     """Per (batch row, head, query block), an ascending list of the key blocks that are computed.
@@ -114,9 +121,7 @@ class BlockPattern:
     ) -> BlockPattern:
         """The pattern of `heads` heads that reads every key block."""
         shape = (1, heads, -(-queries // block_q), -(-keys // block_k))
-        return cls.from_mask(
-            torch.ones(shape, dtype=torch.bool, device=device), queries, keys, block_q, block_k, valid
-        )
+        return cls.from_mask(torch.ones(shape, dtype=torch.bool, device=device), queries, keys, block_q, block_k, valid)
 
     @staticmethod
     def cat(patterns: Sequence[BlockPattern]) -> BlockPattern:
@@ -180,9 +185,7 @@ class BlockPattern:
 
     def key_lengths(self) -> Tensor:
         """How many tokens of each key block exist: int32 `[K]`; the last block ends with the sequence."""
-        starts = torch.arange(self.key_blocks, dtype=torch.int32, device=self.device) * self.block_k
-        lengths = (self.keys - starts).clamp(max=self.block_k)
-        return lengths if self.valid is None else torch.minimum(lengths, self.valid)
+        return block_lengths(self.keys, self.block_k, self.valid, self.device)
 
     def mask(self) -> Tensor:
         """The block pairs that are computed: bool `[B|1, H, Q, K]`."""
@@ -224,7 +227,7 @@ class BlockPattern:
             raise ValueError(f"BlockPattern.counts must lie in 0..{capacity}, found {lowest}..{highest}")
         read = torch.arange(capacity, device=self.device) < self.counts[..., None]
         ids = self.blocks[read]
-        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < key_blocks):
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= key_blocks):
             raise ValueError(
                 f"BlockPattern.blocks must name key blocks 0..{key_blocks - 1}, found {int(ids.min())}..{int(ids.max())}"
             )

@@ -1,10 +1,7 @@
 """Which candidate each head takes: pure, deterministic, numpy only, seconds on a CPU for any model.
 
-Minimising a sum of errors under a limit on a sum of costs, with one choice per head, is the multiple-choice knapsack. Each
-head's options form a lower convex hull in the (cost, error) plane; walking the edges of all hulls together, cheapest error
-per saved cost first, passes through solutions that no other assignment of the same cost can beat (Everett 1963). The walk
-stops at the first one inside the budget, and one head is then improved with what is left of it. The result is at most one
-edge away from the optimum, and a tighter budget never has a smaller error.
+A speed-up or a density is a limit on the sum of costs over all heads and calls, under which the sum of errors is minimised
+(`search.knapsack`).
 
 The paper's own rule (Sparse-vDiT, arXiv 2506.03065, Eq. 2 and 3) is there as `Budget.paper`. Its Algorithm 1 prints the
 penalty with the opposite sign; Eq. 2 is taken, the only reading that rewards sparsity.
@@ -15,9 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from diffusers_accel.search.budget import Budget
+from diffusers_accel.search.knapsack import cheapest, knapsack
 
 if TYPE_CHECKING:
     from diffusers_accel.search.cost import Cost
@@ -25,59 +25,6 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 DENSE = 0  # index of the dense candidate
-SLACK = 1 + 1e-9  # a sum of many costs may be above the limit by rounding
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a plan may cost. Built with `Budget.speedup`, `Budget.density` or `Budget.paper`."""
-
-    kind: Literal["speedup", "density", "paper"]
-    value: float
-    penalty: float = 0.0
-    mse: Literal["mean", "relative"] = "mean"
-    cost: Literal["time", "blocks"] = "blocks"
-
-    def __post_init__(self) -> None:
-        if self.kind == "speedup" and not (math.isfinite(self.value) and self.value >= 1):
-            raise ValueError(f"a speed-up is a factor of 1 or more, found {self.value}")
-        if self.kind == "density" and not 0 <= self.value <= 1:
-            raise ValueError(f"a density is a share of block pairs, expected in [0, 1], found {self.value}")
-        if self.kind == "paper" and not (self.value >= 0 and math.isfinite(self.penalty) and self.penalty >= 0):
-            raise ValueError(f"epsilon and lambda are 0 or more, found epsilon {self.value}, lambda {self.penalty}")
-
-    @classmethod
-    def speedup(cls, factor: float) -> Budget:
-        """Least error at which a whole generation is `factor` times as fast, text encoder and VAE included.
-
-        Predicted from the measured kernel times and attention's measured share of a generation.
-        """
-        return cls("speedup", factor, cost="time")
-
-    @classmethod
-    def density(cls, density: float) -> Budget:
-        """Least error at which the mean density of the whole run, dense steps included, is at most `density`."""
-        return cls("density", density)
-
-    @classmethod
-    def paper(
-        cls,
-        epsilon: float = 1.0,
-        lam: float = 0.5,
-        *,
-        mse: Literal["mean", "relative"] = "mean",
-        cost: Literal["time", "blocks"] = "blocks",
-    ) -> Budget:
-        """Sparse-vDiT's rule: argmin over sparse i of MSE_i + lam * (1 - S_i), or dense where none of these is below epsilon.
-
-        Args:
-            epsilon: threshold; 0 keeps every head dense, infinity none. The paper's 1.0 is tuned to CogVideoX1.5.
-            lam: weight of the cost that is left, 1 - S_i.
-            mse: "mean" over rows and channels as in the paper, which does not transfer between models, or "relative" to
-                the head's own energy, which does.
-            cost: what S_i counts: skipped "blocks" as in the paper, or saved kernel "time" on this device.
-        """
-        return cls("paper", epsilon, lam, mse, cost)
 
 
 @dataclass(frozen=True)
@@ -131,78 +78,6 @@ def assign(
     return _summary(scores, tables, choice)
 
 
-def knapsack(error: Array, cost: Array, limit: float) -> Array:
-    """One option per item with (nearly) the least total error at a total cost of at most `limit`.
-
-    Args:
-        error: [items, options], 0 or more; infinity where an option is not allowed.
-        cost: [items, options], 0 or more.
-        limit: on the sum of costs.
-
-    Returns:
-        int [items]: the options.
-
-    Raises:
-        ValueError: even the cheapest options cost more than `limit`.
-    """
-    items = np.arange(len(error))
-    choice = _cheapest(np.where(error == error.min(1, keepdims=True), cost, np.inf), error)
-    edge_item, edge_option, edge_slope, edge_saving = _hull_edges(error, cost, choice)
-    order = np.lexsort((edge_item, edge_slope))  # stable: within an item, the edges stay in the order of the walk
-    total = float(cost[items, choice].sum())
-    left = total - np.cumsum(edge_saving[order])
-    if total > limit * SLACK:
-        inside = np.flatnonzero(left <= limit * SLACK)
-        if not len(inside):
-            raise ValueError(f"a cost of {limit:.6g} is out of reach, the least possible is {left[-1] if len(left) else total:.6g}")
-        for edge in order[: inside[0] + 1]:
-            choice[edge_item[edge]] = edge_option[edge]
-    return _improve_one(error, cost, choice, limit)
-
-
-def _hull_edges(error: Array, cost: Array, start: Array) -> tuple[Array, Array, Array, Array]:
-    """Edges of all items' lower convex hulls, walked from `start` towards lower cost: item, option, slope, saving."""
-    items = np.arange(len(error))
-    current, steepest = start.copy(), np.zeros(len(error))
-    edges: list[tuple[Array, Array, Array, Array]] = []
-    while True:
-        saving = cost[items, current][:, None] - cost
-        rise = error - error[items, current][:, None]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            slope = np.where((saving > 0) & np.isfinite(error), rise / saving, np.inf)
-        lowest = slope.min(1)
-        moving = np.flatnonzero(np.isfinite(lowest))
-        if not len(moving):
-            break
-        # Of several options on one edge the far end, so that the walk makes progress.
-        option = np.where(slope == lowest[:, None], saving, -np.inf).argmax(1)
-        steepest = np.maximum(steepest, np.where(np.isfinite(lowest), lowest, 0))  # rounding may not reorder a hull
-        edges.append((moving, option[moving], steepest[moving], saving[moving, option[moving]]))
-        current[moving] = option[moving]
-    if not edges:
-        empty = np.zeros(0)
-        return empty.astype(int), empty.astype(int), empty, empty
-    item, option, slope, saving = (np.concatenate(column) for column in zip(*edges))
-    return item, option, slope, saving
-
-
-def _improve_one(error: Array, cost: Array, choice: Array, limit: float) -> Array:
-    """Spends what is left of the budget on the one change of one item that lowers the error most."""
-    items = np.arange(len(error))
-    slack = limit * SLACK - float(cost[items, choice].sum())
-    gain = error[items, choice][:, None] - error
-    gain[cost - cost[items, choice][:, None] > slack] = 0
-    if gain.size and gain.max() > 0:
-        item, option = np.unravel_index(int(gain.argmax()), gain.shape)
-        choice[item] = option
-    return choice
-
-
-def _cheapest(cost: Array, tie: Array) -> Array:
-    """Per row the index of the lowest cost, of equal ones the lowest `tie`, then the first."""
-    return np.where(cost == cost.min(1, keepdims=True), tie, np.inf).argmin(1)
-
-
 @dataclass(frozen=True)
 class _Table:
     """Of one transformer, [spans, layers, heads, candidates]: weighted errors (infinite where not allowed), ms, density."""
@@ -228,7 +103,9 @@ class _Table:
         error[..., DENSE] = 0.0
         ms, density = np.asarray(cost.ms[name]), np.asarray(scores.densities)
         if ms.shape != density.shape:
-            raise ValueError(f"the cost of {name} has {len(ms)} candidates, the scores have {len(density)}: measure the cost again")
+            raise ValueError(
+                f"the cost has {len(ms)} candidates, the scores have {len(density)}: measure the cost again"
+            )
         per_call = np.broadcast_to(calls[:, None, None, None], full)
         return cls(error, plain, per_call * ms, per_call * density, allowed, calls)
 
@@ -242,7 +119,7 @@ class _Table:
         loss = np.where(self.allowed, mse + budget.penalty * kept, np.inf)
         loss[..., DENSE] = np.inf
         flat, tie = loss.reshape(-1, loss.shape[-1]), kept.reshape(-1, loss.shape[-1])
-        best = _cheapest(flat, tie)
+        best = cheapest(flat, tie)
         lowest = flat[np.arange(len(flat)), best]
         return np.where(np.isfinite(lowest) & (lowest < budget.value), best, DENSE).reshape(loss.shape[:-1])
 
@@ -272,11 +149,13 @@ def _attention_ratio(scores: Scores, speedup: float) -> float:
 
 def _out_of_reach(scores: Scores, budget: Budget, least: float) -> str:
     if budget.kind == "density":
-        return f"a density of {budget.value:g} is out of reach: the sparsest plan has {least:.3f}; allow more, or fewer dense steps"
+        found = f"the sparsest plan has {least:.3f}"
+        return f"a density of {budget.value:g} is out of reach: {found}; allow more, or fewer dense steps"
     share = scores.attention_share
+    most = 1 / (1 - share + share * least)
     return (
-        f"a speed-up of {budget.value:g} is out of reach: self-attention takes {share:.0%} of a generation here and the fastest "
-        f"plan leaves {least:.0%} of that, so that {1 / (1 - share + share * least):.2f} is the most; ask for less, or for fewer dense steps"
+        f"a speed-up of {budget.value:g} is out of reach: self-attention takes {share:.0%} of a generation here and the "
+        f"fastest plan leaves {least:.0%} of that, so that {most:.2f} is the most; ask for less, or for fewer dense steps"
     )
 
 
@@ -304,5 +183,7 @@ def _span_weights(scores: Scores, weights: Sequence[float] | None) -> Array:
 def _open_spans(scores: Scores, dense_steps: float) -> Array:
     borders = [start for start, _ in scores.spans] + [1.0]
     if not any(math.isclose(dense_steps, border, abs_tol=1e-9) for border in borders):
-        raise ValueError(f"dense_steps must be a border of the probed spans {borders}, found {dense_steps}; probe with such spans")
+        raise ValueError(
+            f"dense_steps must be a border of the probed spans {borders}, found {dense_steps}; probe again"
+        )
     return np.array([start >= dense_steps - 1e-9 for start, _ in scores.spans])

@@ -58,8 +58,13 @@ class Cost:
         """Reads what `save` wrote; anything else is refused with a ValueError."""
         data: Any = read_json(Path(path))
         expected = {"format", "version", "ms", "device", "tokens", "batch", "rounds"}
-        if not isinstance(data, dict) or set(data) != expected or (data["format"], data["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"{path}: expected {FORMAT} version {VERSION} with the keys {sorted(expected)}; measure the cost again")
+        if (
+            not isinstance(data, dict)
+            or set(data) != expected
+            or (data["format"], data["version"]) != (FORMAT, VERSION)
+        ):
+            what = f"{FORMAT} version {VERSION} with the keys {sorted(expected)}"
+            raise ValueError(f"{path}: expected {what}; measure the cost again")
         times = {name: tuple(float(each) for each in row) for name, row in data["ms"].items()}
         if not all(np.isfinite(row).all() and min(row) >= 0 for row in times.values()):
             raise ValueError(f"{path}: expected times of 0 ms or more, found {times}; measure the cost again")
@@ -76,7 +81,9 @@ def launches(
 ) -> list[Launch]:
     """For each candidate the launch in which all heads of the first layer take it."""
     heads = tuple(range(model.heads))
-    return [deal((method,) * model.heads, Context(layout, transformer, 0, heads, tensors), device) for method in candidates]
+    return [
+        deal((method,) * model.heads, Context(layout, transformer, 0, heads, tensors), device) for method in candidates
+    ]
 
 
 def time_candidates(

@@ -5,33 +5,32 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import string
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 
 import diffusers_accel
 from diffusers_accel.families import Family, find
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import Method
-from diffusers_accel.plan import Plan, Span
-from diffusers_accel.search.assign import Assignment, Budget, assign
+from diffusers_accel.plan import Plan
+from diffusers_accel.search.assign import assign
+from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.candidates import candidates as default_candidates
 from diffusers_accel.search.candidates import check_candidates
-from diffusers_accel.search.cost import Cost, describe_device, launches, time_candidates
+from diffusers_accel.search.cost import Cost, describe_device
+from diffusers_accel.search.plan_making import make_plan
 from diffusers_accel.search.probe import PassProbe, Settings, chosen_steps, measuring_bytes, realised_density
-from diffusers_accel.search.running import Enough, Prompt, check_call, now, plain, prompt_label, run_pipeline
+from diffusers_accel.search.running import Prompt, check_call, now, plain, prompt_label, run_pipeline
 from diffusers_accel.search.scores import Scores
-from diffusers_accel.shape import ModelShape
-from diffusers_accel.site import DenseAttention, Site
+from diffusers_accel.search.screen import Screen, clock
+from diffusers_accel.search.trial import CostTimer, Stopwatch, Trial
 
 SPANS = (0.1, 0.3, 0.6)  # borders: short spans first, where the layout of the video is decided
 ROWS = 256
@@ -84,7 +83,7 @@ def search_plan(
     edges = _borders(spans, dense_steps)
     chosen = check_candidates(default_candidates() if candidates is None else candidates)
     settings = Settings(chosen, edges, rows, probe_steps, seed)
-    screen = _Screen(progress)
+    screen = Screen(progress)
     search = _Search(pipe, prompts, dict(call), settings, screen)
     scores = search.probe(None if scores_path is None else Path(scores_path))
     cost = search.cost(scores)
@@ -98,58 +97,11 @@ def search_plan(
     return make_plan(scores, cost, assignment, budget)
 
 
-def make_plan(scores: Scores, cost: Cost, assignment: Assignment, budget: Budget) -> Plan:
-    """The plan file's content for an assignment: symbols, spans, tensors, and where it comes from."""
-    symbols = _symbols(scores.candidates)
-    used = sorted({int(index) for table in assignment.choice.values() for index in table.ravel()})
-    spans = []
-    for number, (start, stop) in enumerate(scores.spans):
-        heads = {
-            name: tuple("".join(symbols[index] for index in layer) for layer in table[number])
-            for name, table in assignment.choice.items()
-        }
-        spans.append(Span(start, stop, heads))
-    tensors: dict[str, Tensor] = {}
-    if any(scores.candidates[index].calibrated for index in used):
-        tensors = {f"stripe_mass/{name}": torch.from_numpy(scores.stripe_mass(name)) for name in scores.models}
-    return Plan(
-        family=scores.family,
-        models=dict(scores.models),
-        methods={symbols[index]: scores.candidates[index] for index in used},
-        spans=tuple(_joined(spans)),
-        budget=_budget_json(budget),
-        provenance={
-            "search": scores.config,
-            **scores.provenance,
-            "prompts": [done.prompt for done in scores.passes],
-            "cost": {"device": cost.device, "tokens": cost.tokens, "batch": cost.batch, "rounds": cost.rounds},
-            "predicted": {
-                "error": assignment.error,
-                "density": assignment.density,
-                "attention_ratio": assignment.attention_ratio,
-                "attention_share": scores.attention_share,
-                "speedup": assignment.speedup,
-            },
-        },
-        tensors=tensors,
-    )
-
-
-@dataclass
-class _Trial:
-    """What the first step of a generation tells: how the tokens lie, how many steps there are, how long each thing takes."""
-
-    layout: TokenLayout
-    steps: int
-    measured_seconds: float
-    step_seconds: float = 0.0
-
-
 class _Search:
     """One search on one pipeline."""
 
     def __init__(
-        self, pipe: Any, prompts: tuple[Prompt, ...], call: dict[str, Any], settings: Settings, screen: _Screen
+        self, pipe: Any, prompts: tuple[Prompt, ...], call: dict[str, Any], settings: Settings, screen: Screen
     ) -> None:
         self.pipe = pipe
         self.prompts = prompts
@@ -183,20 +135,20 @@ class _Search:
         left = range(done, len(self.prompts))
         with self.screen.bar("probe", trial.steps * len(left)) as advance:
             for number in left:
-                scores = self._pass(scores, trial, number, lambda step: advance(trial.steps * (number - done) + step))
+                scores = self._pass(scores, trial, number, partial(_advance, advance, trial.steps * (number - done)))
                 if path is not None:
                     scores.save(path)
         return scores
 
     def cost(self, scores: Scores) -> Cost:
         """The time of every candidate on this pipeline's device, at its shape, with its attention backend."""
-        result: list[Cost] = []
         with self.screen.bar("cost", 100) as advance:
-            timing = _CostEngine(self, scores, result, lambda share: advance(int(100 * share)))
-            run_pipeline(self.pipe, timing.engine, self.prompts[0], self.call, self.settings.seed)
-        return result[0]
+            timer = CostTimer(scores, COST_SECONDS, lambda share: advance(int(100 * share)))
+            run_pipeline(self.pipe, timer.engine, self.prompts[0], self.call, self.settings.seed)
+        assert timer.cost is not None, "the probe has seen self-attention, so the same call has it too"
+        return timer.cost
 
-    def _pass(self, scores: Scores, trial: _Trial, number: int, on_step: Callable[[int], None]) -> Scores:
+    def _pass(self, scores: Scores, trial: Trial, number: int, on_step: Callable[[int], None]) -> Scores:
         probe = PassProbe(
             self.settings, self.models, trial.layout, scores.sums, number, lambda site: on_step(now(site)[0])
         )
@@ -206,8 +158,11 @@ class _Search:
         on_step(trial.steps)
         return scores.plus(probe.finished(prompt_label(self.prompts[number]), seconds), probe.sums)
 
-    def _trial(self) -> _Trial:
-        stopwatch = _Stopwatch(self)
+    def _trial(self) -> Trial:
+        def make_probe(layout: TokenLayout) -> PassProbe:
+            return PassProbe(self.settings, self.models, layout, self._empty(layout).sums, 0)
+
+        stopwatch = Stopwatch(make_probe)
         run_pipeline(self.pipe, stopwatch.engine, self.prompts[0], self.call, self.settings.seed)
         return stopwatch.result()
 
@@ -229,7 +184,12 @@ class _Search:
 
     def _resume(self, path: Path) -> Scores:
         scores = Scores.load(path)
-        mine = {**self.config, "models": self.models, "candidates": self.settings.candidates, "spans": self.settings.spans}
+        mine = {
+            **self.config,
+            "models": self.models,
+            "candidates": self.settings.candidates,
+            "spans": self.settings.spans,
+        }
         theirs = {**scores.config, "models": scores.models, "candidates": scores.candidates, "spans": scores.spans}
         for key in sorted({*mine, *theirs}):
             if mine.get(key) != theirs.get(key):
@@ -244,131 +204,26 @@ class _Search:
                     "added at the end only. Give the search another scores_path"
                 )
         if len(scores.passes) > len(self.prompts):
-            raise ValueError(f"{path} holds {len(scores.passes)} prompts, this search has {len(self.prompts)}: give it all of them")
+            found = f"{path} holds {len(scores.passes)} prompts, this search has {len(self.prompts)}"
+            raise ValueError(f"{found}: give it all of them")
         return scores
 
-    def _estimate(self, trial: _Trial, done: int) -> None:
+    def _estimate(self, trial: Trial, done: int) -> None:
         steps = len(chosen_steps(self.settings.spans, trial.steps, self.settings.probe_steps))
         layers = max(model.layers for model in self.models.values())
         passes = len(self.prompts) - done
-        calls_per_step = 1 + int(float(self.call.get("guidance_scale", 5.0)) > 1)
-        per_pass = trial.steps * trial.step_seconds + steps * calls_per_step * layers * trial.measured_seconds
+        per_pass = trial.steps * trial.step_seconds + steps * trial.calls * layers * trial.measure_seconds
         model = next(iter(self.models.values()))
         memory = measuring_bytes(trial.layout.tokens, model.head_dim, self.settings.rows)
         self.screen.say(
             f"search: {trial.layout.tokens:,} tokens, {len(self.settings.candidates)} candidates; {done} of {len(self.prompts)} "
-            f"prompts finished before; about {_clock(passes * per_pass + 1.5 * COST_SECONDS)} to go, "
+            f"prompts finished before; about {clock(passes * per_pass + 1.5 * COST_SECONDS)} to go, "
             f"and {memory / 2**20:,.0f} MiB beside the pipeline's own memory"
         )
 
 
-class _Stopwatch:
-    """Engine of the trial: measures one call, then times the rest of the first step and stops."""
-
-    def __init__(self, search: _Search) -> None:
-        self.search = search
-        self.trial: _Trial | None = None
-        self.begin = 0.0
-
-    def engine(self, site: Site) -> _Timed:
-        return _Timed(self, site)
-
-    def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
-        step, steps = now(site)
-        if self.trial is None:
-            self.trial = self._first(site, steps, q, k, v)
-            self.begin = time.perf_counter()
-        elif step > 0:
-            self._stop(q.device)
-            raise Enough
-        return dense(q, k, v)
-
-    def result(self) -> _Trial:
-        if self.trial is None:
-            raise RuntimeError(f"{type(self.search.pipe).__name__} never called its self-attention: nothing to search for")
-        if not self.trial.step_seconds:  # a schedule of one step
-            self.trial.step_seconds = time.perf_counter() - self.begin
-        return self.trial
-
-    def _first(self, site: Site, steps: int, q: Tensor, k: Tensor, v: Tensor) -> _Trial:
-        search, layout = self.search, site.layout()
-        empty = search._empty(layout)
-        for _ in range(2):  # the first one warms up
-            probe = PassProbe(search.settings, search.models, layout, empty.sums, 0)
-            probe.measure(site, 0, 0, q, k, v)
-        return _Trial(layout, steps, probe.measuring_seconds)
-
-    def _stop(self, device: torch.device) -> None:
-        assert self.trial is not None
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        self.trial.step_seconds = time.perf_counter() - self.begin
-
-
-@dataclass(frozen=True)
-class _Timed:
-    owner: Any
-    site: Site
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
-        return self.owner.attend(self.site, q, k, v, dense)
-
-
-class _CostEngine:
-    """Engine that times the candidates on the first call's own q, k and v, and stops."""
-
-    def __init__(
-        self, search: _Search, scores: Scores, result: list[Cost], on_round: Callable[[float], None]
-    ) -> None:
-        self.search = search
-        self.scores = scores
-        self.result = result
-        self.on_round = on_round
-
-    def engine(self, site: Site) -> _Timed:
-        return _Timed(self, site)
-
-    def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
-        models = self.search.models
-        name, shape = site.transformer, site.model.shape
-        if {(each.heads, each.head_dim) for each in models.values()} != {(shape.heads, shape.head_dim)}:
-            raise ValueError(f"expected transformers of equal heads, whose kernels cost the same, found {models}")
-        tensors = {f"stripe_mass/{name}": torch.from_numpy(self.scores.stripe_mass(name))}
-        planned = launches(self.search.settings.candidates, site.layout(), name, shape, tensors, q.device)
-        ms, rounds = time_candidates(planned, q, k, v, dense, COST_SECONDS, self.on_round)
-        times = {each: tuple(float(value) for value in ms) for each in models}
-        self.result.append(Cost(times, describe_device(q.device), q.shape[1], q.shape[0], rounds))
-        raise Enough
-
-
-class _Screen:
-    """What the user sees, on stderr; nothing when `shown` is False."""
-
-    def __init__(self, shown: bool) -> None:
-        self.console = Console(stderr=True, quiet=not shown)
-
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
-
-    def bar(self, title: str, total: int) -> _Bar:
-        return _Bar(self.console, title, total)
-
-
-class _Bar:
-    """A progress bar with the time left; inside the `with`, a function that sets how far it is."""
-
-    def __init__(self, console: Console, title: str, total: int) -> None:
-        columns = (TextColumn(title), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())
-        self.progress = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, disable=console.quiet)
-        self.total = total
-
-    def __enter__(self) -> Callable[[int], None]:
-        self.progress.start()
-        task = self.progress.add_task("", total=self.total)
-        return lambda done: self.progress.update(task, completed=done)
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+def _advance(advance: Callable[[int], None], before: int, step: int) -> None:
+    advance(before + step)
 
 
 def fingerprint(found: Mapping[str, tuple[nn.Module, Family]]) -> str:
@@ -393,29 +248,6 @@ def _borders(spans: Sequence[float] | None, dense_steps: float) -> tuple[tuple[f
     return tuple(zip(edges, edges[1:]))
 
 
-def _joined(spans: list[Span]) -> list[Span]:
-    """Neighbours that decide alike as one span."""
-    joined = spans[:1]
-    for span in spans[1:]:
-        if span.heads == joined[-1].heads:
-            joined[-1] = Span(joined[-1].start, span.stop, span.heads)
-        else:
-            joined.append(span)
-    return joined
-
-
-def _symbols(methods: tuple[Method, ...]) -> list[str]:
-    """"." for dense, "0" for skip, letters for the rest in the order of the candidates."""
-    letters = iter(string.ascii_letters + string.digits[1:])
-    return ["." if method.dense else "0" if method.skips else next(letters) for method in methods]
-
-
-def _budget_json(budget: Budget) -> dict[str, Any]:
-    if budget.kind == "paper":
-        return {"kind": "paper", "epsilon": budget.value, "lambda": budget.penalty, "mse": budget.mse, "cost": budget.cost}
-    return {"kind": budget.kind, "value": budget.value}
-
-
 def _versions(pipe: Any, layout: TokenLayout) -> dict[str, Any]:
     return {
         "diffusers_accel": diffusers_accel.__version__,
@@ -423,11 +255,10 @@ def _versions(pipe: Any, layout: TokenLayout) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": describe_device(torch.device(pipe._execution_device)),
-        "layout": {"frames": layout.frames, "height": layout.height, "width": layout.width, "text_tokens": layout.text_tokens},
+        "layout": {
+            "frames": layout.frames,
+            "height": layout.height,
+            "width": layout.width,
+            "text_tokens": layout.text_tokens,
+        },
     }
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

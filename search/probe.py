@@ -18,12 +18,14 @@ from torch import Tensor
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import Context, Method
 from diffusers_accel.search.measure import BlockParts, column_mass, head_errors, projection, sample_rows
-from diffusers_accel.search.running import now
+from diffusers_accel.search.running import SiteEngine, now
 from diffusers_accel.search.scores import Array, Pass, Scores
 from diffusers_accel.shape import ModelShape
-from diffusers_accel.site import DenseAttention, Site, Timer
+from diffusers_accel.site import DenseAttention, Engine, Site, Timer
 
-CHUNK_BYTES = 1 << 30  # heads are measured together as long as their intermediates stay below this; one head always fits
+CHUNK_BYTES = (
+    1 << 30
+)  # heads are measured together as long as their intermediates stay below this; one head always fits
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.rows < 2 or self.probe_steps < 1:
-            raise ValueError(f"expected at least 2 rows and 1 probe step per span, found {self.rows} and {self.probe_steps}")
+            raise ValueError(
+                f"expected at least 2 rows and 1 probe step per span, found {self.rows} and {self.probe_steps}"
+            )
 
     @property
     def calibrates(self) -> bool:
@@ -99,12 +103,14 @@ class PassProbe:
         self._on_call = on_call
         self._masks: dict[tuple[int, torch.device], Tensor] = {}
         self._mass = {
-            f"stripe_mass/{name}": torch.zeros(shape.layers, shape.heads, layout.frames, layout.height, dtype=torch.float64)
+            f"stripe_mass/{name}": torch.zeros(
+                shape.layers, shape.heads, layout.frames, layout.height, dtype=torch.float64
+            )
             for name, shape in models.items()
         }
 
-    def engine(self, site: Site) -> _Watch:
-        return _Watch(self, site)
+    def engine(self, site: Site) -> Engine:
+        return SiteEngine(self, site)
 
     def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
         """The dense result; measures when this is one of the chosen steps."""
@@ -135,7 +141,9 @@ class PassProbe:
     def _measure_row(self, site: Site, span: int, step: int, weight: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         """One batch row: q, k, v [S, H, D]."""
         tokens, heads, dim = q.shape
-        rows = sample_rows(tokens, self.settings.rows, (self.settings.seed, self._number, step, site.layer)).to(q.device)
+        rows = sample_rows(tokens, self.settings.rows, (self.settings.seed, self._number, step, site.layer)).to(
+            q.device
+        )
         error_rows = rows[::2] if self.settings.calibrates else rows
         outputs = q.new_empty((heads, len(self.settings.candidates), len(error_rows), dim), dtype=torch.float32)
         together = max(1, CHUNK_BYTES // measuring_bytes(tokens, dim, len(rows)))
@@ -194,15 +202,6 @@ class PassProbe:
         """The record of this pass, which took `seconds` of wall time, measuring included."""
         calls = {name: tuple(int(count) for count in counts) for name, counts in self.calls.items()}
         return Pass(prompt, seconds - self.measuring_seconds, self.dense_timer.attention_ms / 1e3, calls)
-
-
-@dataclass(frozen=True)
-class _Watch:
-    probe: PassProbe
-    site: Site
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
-        return self.probe.attend(self.site, q, k, v, dense)
 
 
 def realised_density(method: Method, layout: TokenLayout, models: dict[str, ModelShape]) -> float:

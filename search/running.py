@@ -6,17 +6,30 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from diffusers_accel.api import attach
-from diffusers_accel.site import Engine, Site
+from diffusers_accel.site import DenseAttention, Engine, Site
 
 Prompt = str | Mapping[str, Any]
 
 OURS = ("prompt", "generator", "latents", "callback_on_step_end")  # what a search gives to the call itself
+
+
+@dataclass(frozen=True)
+class SiteEngine:
+    """The engine of one site when one `watcher` serves them all: it attends with `watcher.attend(site, q, k, v, dense)`."""
+
+    watcher: Any
+    site: Site
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
+        return self.watcher.attend(self.site, q, k, v, dense)
 
 
 class Enough(Exception):

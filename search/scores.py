@@ -89,9 +89,7 @@ class Scores:
                 raise ValueError(f"scores: {name} must be finite, found NaN or infinity; probe again")
 
     @staticmethod
-    def zeros(
-        models: Mapping[str, ModelShape], spans: int, candidates: int, grid: tuple[int, int]
-    ) -> dict[str, Array]:
+    def zeros(models: Mapping[str, ModelShape], spans: int, candidates: int, grid: tuple[int, int]) -> dict[str, Array]:
         """`sums` of no sample at all."""
         shapes = _shapes(models, spans, candidates, grid)
         return {name: np.zeros(shape, "i8" if "samples/" in name else "f8") for name, shape in shapes.items()}

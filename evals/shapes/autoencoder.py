@@ -100,7 +100,7 @@ def train_autoencoder(folder: Path, minutes: float, seed: int, stages: tuple = S
         average.update(vae)
         run.step += 1
         losses.append(error.item())
-        if run.step % 100 == 0:
+        if run.step % 100 == 0 or run.progress == 1:
             run.log(mse=float(np.mean(losses)), psnr=-10 * float(np.log10(np.mean(losses) / 4)), side=side)
             losses.clear()
         if run.save_due:

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 import transformers
 
-from diffusers_accel.evals.shapes.latents import trained_autoencoder
+from diffusers_accel.evals.shapes.latents import RECORD_BYTES, trained_autoencoder
 from diffusers_accel.evals.shapes.models import build_scheduler
 from diffusers_accel.evals.shapes.transformer import Denoiser
-from diffusers_accel.evals.shapes.weights_folder import RECORD, WEIGHTS, folder_hashes
+from diffusers_accel.evals.shapes.weights_folder import RECORD, folder_hashes, weights_digest
 
 MAX_BYTES = 16_000_000
+_MODULE = "python -m diffusers_accel.evals.shapes"
 
 
 def build_pipeline(folder: Path) -> diffusers.WanPipeline:
@@ -43,46 +44,69 @@ def log_summary(path: Path, rows: int = 20) -> list[dict[str, float]]:
     return [log[i] for i in picks]
 
 
-def training_record(folder: Path, weights: Path, commands: list[str], quality: dict[str, Any]) -> dict[str, Any]:
+def training_record(folder: Path, weights: Path, measured: dict[str, Any] | None) -> dict[str, Any]:
     """What is needed to know these weights and to make their like again."""
-    held = {n: torch.load(folder / f"{n}.pt", map_location="cpu", weights_only=True) for n in ("autoencoder", "transformer")}
-    return {
+    runs = {}
+    for name in ("autoencoder", "transformer"):
+        held = torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)
+        runs[name] = {
+            "command": f"{_MODULE}.train {name} --minutes {held['seconds'] / 60:.0f} --seed {held['seed']}",
+            "steps": held["step"],
+            "log": log_summary(folder / f"{name}.jsonl"),
+        }
+    clips = (folder / "latents.bin").stat().st_size // RECORD_BYTES
+    seed = held["seed"]
+    record: dict[str, Any] = {
         "files": folder_hashes(weights),
-        "commands": commands,
-        "training": {
-            name: {
-                "steps": h["step"],
-                "minutes": round(h["seconds"] / 60, 1),
-                "seed": h["seed"],
-                "log": log_summary(folder / f"{name}.jsonl"),
-            }
-            for name, h in held.items()
-        },
+        "autoencoder": runs["autoencoder"],
+        "latents": {"command": f"{_MODULE}.train latents --clips {clips} --seed {seed}"},
+        "transformer": runs["transformer"],
+        "export": {"command": f"{_MODULE}.train export"},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
             "transformers": transformers.__version__,
         },
-        "quality": quality,
     }
+    if measured is not None:
+        found, expected = measured["what"]["weights"], weights_digest(record)
+        if found != expected:
+            raise ValueError(
+                f"expected a measurement of these weights ({expected}), found one of others ({found}); measure again"
+            )
+        what = measured["what"]
+        command = f"{_MODULE}.measure --prompts {what['prompts']} --seed {what['seed']}"
+        record["quality"] = {"command": command, "call": what["call"], **measured["summary"]}
+    return record
 
 
-def export(folder: Path, out: Path = WEIGHTS, commands: list[str] | None = None, quality: dict[str, Any] | None = None) -> Path:
-    """Write the pipeline in bf16 with its record to `out`; a reader sees the old folder or the new one, never half of one."""
+def export_weights(folder: Path, out: Path, measured: Path | None = None) -> Path:
+    """Write the pipeline in bf16 with its record to `out`; a reader sees the old folder or the new one, never half of one.
+
+    measured: result file of the measure command on these very weights, whose summary goes into the record.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    build_pipeline(folder).to(torch.bfloat16).save_pretrained(part, safe_serialization=True)
-    size = sum(p.stat().st_size for p in part.rglob("*") if p.is_file())
-    if size > MAX_BYTES:
-        raise ValueError(f"expected at most {MAX_BYTES} bytes of weights, found {size} in {part}; make the model smaller")
-    record = training_record(folder, part, commands or [], quality or {})
-    (part / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-    part.chmod(0o755)
-    old = out.with_name(f".{out.name}-old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    part.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        build_pipeline(folder).to(torch.bfloat16).save_pretrained(part, safe_serialization=True)
+        for file in (part / "model_index.json", part / "tokenizer" / "tokenizer_config.json"):
+            # The name of the class that every version of transformers knows.
+            file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+        size = sum(p.stat().st_size for p in part.rglob("*") if p.is_file())
+        if size > MAX_BYTES:
+            raise ValueError(f"expected at most {MAX_BYTES} bytes of weights, found {size}; make the model smaller")
+        record = training_record(folder, part, json.loads(measured.read_text()) if measured else None)
+        (part / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        part.chmod(0o755)
+        for file in part.rglob("*.safetensors"):
+            file.chmod(0o644)
+        old = out.with_name(f".{out.name}-old")
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            out.rename(old)
+        part.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return out

@@ -26,7 +26,9 @@ def trained_autoencoder(folder: Path) -> AutoencoderKLWan:
     path = folder / "autoencoder.pt"
     held = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
     if "latents_mean" not in held:
-        raise FileNotFoundError(f"expected a finished autoencoder in {path}, found none; run the autoencoder command first")
+        raise FileNotFoundError(
+            f"expected a finished autoencoder in {path}, found none; run the autoencoder command first"
+        )
     vae = build_autoencoder(held["latents_mean"], held["latents_std"])
     vae.load_state_dict(held["average"]["values"])
     return vae.eval()
@@ -53,7 +55,10 @@ def encode_latents(folder: Path, clips: int, seed: int) -> Path:
             file.write(((latent - mean) / std).to(torch.float16).numpy().tobytes())
             file.flush()
             if (index + 1) % 100 == 0:
-                print(f"{index + 1}/{clips} clips, {(time.monotonic() - started) / (index + 1 - done):.2f} s each", flush=True)
+                print(
+                    f"{index + 1}/{clips} clips, {(time.monotonic() - started) / (index + 1 - done):.2f} s each",
+                    flush=True,
+                )
     return path
 
 

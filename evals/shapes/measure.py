@@ -23,7 +23,7 @@ from diffusers_accel.evals.shapes import CALL, held_out_prompts, load_pipeline
 from diffusers_accel.evals.shapes.autoencoder import encode_mean, to_video
 from diffusers_accel.evals.shapes.pixels import judge
 from diffusers_accel.evals.shapes.render import held_out_scene, render
-from diffusers_accel.evals.shapes.weights_folder import RECORD, WEIGHTS, sha256
+from diffusers_accel.evals.shapes.weights_folder import WEIGHTS, verify_weights, weights_digest
 
 ATTRIBUTES = ("background", "color", "motion", "shape")
 
@@ -91,7 +91,13 @@ def main(
     pipe = load_pipeline(folder=weights)
     pipe.set_progress_bar_config(disable=True)
     first, step = (int(v) for v in part.split("/"))
-    what = {"weights": sha256(weights / RECORD), "prompts": prompts, "seed": seed, "part": part, "call": CALL}
+    what = {
+        "weights": weights_digest(verify_weights(weights)),
+        "prompts": prompts,
+        "seed": seed,
+        "part": part,
+        "call": CALL,
+    }
     held = json.loads(out.read_text()) if out.exists() else {}
     rows = held["rows"] if held.get("what") == what else reference_rows(pipe.vae, 16, seed)
     done = {r["caption"] for r in rows if r["source"] == "generated"}

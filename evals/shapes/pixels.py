@@ -15,7 +15,7 @@ from diffusers_accel.evals.shapes.render import BACKGROUNDS, COLORS, TEXTURE, pa
 
 # RGB distances (0..1 per channel): object pixel to background, object pixel to palette colour, background to palette.
 _FOREGROUND, _NEAR_COLOR, _NEAR_BACKGROUND = 0.30, 0.33, 0.20
-_MIN_AREA = 0.003  # share of the frame that counts as an object
+_MIN_AREA = 0.002  # share of the frame that counts as an object
 _SEEN, _FLICKER = 0.85, 0.25  # share of the frames in which an object is seen; in between it is one that comes and goes
 _TRAVELS, _STAYS = 0.20, 0.12  # shares of the side
 _GROWS = 2.0  # ratio of areas, last to first
@@ -59,7 +59,9 @@ def find(video: NDArray[np.float32]) -> tuple[str, tuple[Found, ...]]:
     for index, color in enumerate(COLORS):
         masks = np.stack([_largest_part(frame == index) for frame in label])
         area = masks.mean(axis=(1, 2))
-        seen = area > _MIN_AREA
+        # Thin lines are the blend of an object of another colour with its background.
+        solid = ndimage.binary_opening(masks, structure=np.ones((1, 3, 3)))
+        seen = solid.mean(axis=(1, 2)) > _MIN_AREA
         if seen.mean() >= _SEEN:
             found.append(Found(color, *_describe(masks[seen], np.flatnonzero(seen)), float(area[seen].mean())))
         elif seen.mean() >= _FLICKER:
@@ -134,7 +136,11 @@ def _motion(x: NDArray, y: NDArray, area: NDArray, turned: float, time: NDArray)
         along = np.diff(x if abs(dx) > abs(dy) else y) * np.sign(dx if abs(dx) > abs(dy) else dy)
         if along[along < 0].sum() < -0.25 * along.sum():  # goes back and forth
             return "unclear"
-        return ("moves right" if dx > 0 else "moves left") if abs(dx) > abs(dy) else ("moves down" if dy > 0 else "moves up")
+        return (
+            ("moves right" if dx > 0 else "moves left")
+            if abs(dx) > abs(dy)
+            else ("moves down" if dy > 0 else "moves up")
+        )
     if range_y > _TRAVELS and range_x < _STAYS and abs(dy) < _TRAVELS:
         arcs = np.corrcoef(-y, np.abs(np.sin(2 * np.pi * time)))[0, 1]
         return "bounces" if arcs > 0.7 else "unclear"

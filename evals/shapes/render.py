@@ -40,7 +40,12 @@ DIRECTIONS: dict[str, tuple[float, float]] = {
 }
 MOTIONS = (*DIRECTIONS, "bounces", "grows", "shrinks", "turns")
 # Corners and the distance of the notch between two of them, as a share of the corner's (a notch on the edge: a polygon).
-SHAPES: dict[str, tuple[int, float]] = {"circle": (0, 1.0), "square": (4, 0.7071), "triangle": (3, 0.5), "star": (5, 0.45)}
+SHAPES: dict[str, tuple[int, float]] = {
+    "circle": (0, 1.0),
+    "square": (4, 0.7071),
+    "triangle": (3, 0.5),
+    "star": (5, 0.45),
+}
 # Corner distance per unit of radius, so that all shapes cover about the same area.
 _REACH = {"circle": 1.0, "square": 1.2, "triangle": 1.4, "star": 1.45}
 
@@ -234,7 +239,9 @@ def render(
     t = time[:, None, None]
     texture = np.zeros((nt, ny, nx), np.float32)
     for fx, fy, speed, phase in scene.waves:
-        turns = np.float32(2 * np.pi) * (np.float32(fx) * x + np.float32(fy) * y + np.float32(speed) * t + np.float32(phase))
+        turns = np.float32(2 * np.pi) * (
+            np.float32(fx) * x + np.float32(fy) * y + np.float32(speed) * t + np.float32(phase)
+        )
         texture += np.sin(turns)
     texture = TEXTURE * (0.5 + texture / (2 * len(scene.waves)))
     video = np.array(BACKGROUNDS[scene.background], np.float32) + texture[..., None]

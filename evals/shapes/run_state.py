@@ -44,7 +44,9 @@ class RunState:
         held = torch.load(self.path, map_location="cpu", weights_only=True)
         self.step, self.seconds = held.pop("step"), held.pop("seconds")
         if (seed := held.pop("seed", self.seed)) != self.seed:
-            raise ValueError(f"expected the seed {seed} of {self.path}, found {self.seed}; give that seed or another folder")
+            raise ValueError(
+                f"expected the seed {seed} of {self.path}, found {self.seed}; give that seed or another folder"
+            )
         self._saved = self._started = time.monotonic()
         return held
 

@@ -25,7 +25,9 @@ def main() -> None:
 
 
 @app.command()
-def autoencoder(minutes: Minutes = 25, threads: Threads = 1, seed: Seed = 0, out: Out = Path("shapes-training")) -> None:
+def autoencoder(
+    minutes: Minutes = 25, threads: Threads = 1, seed: Seed = 0, out: Out = Path("shapes-training")
+) -> None:
     """Train the autoencoder on rendered clips."""
     from diffusers_accel.evals.shapes.autoencoder import train_autoencoder
 
@@ -36,7 +38,9 @@ def autoencoder(minutes: Minutes = 25, threads: Threads = 1, seed: Seed = 0, out
 @app.command()
 def latents(
     clips: Annotated[int, typer.Option(help="Clips to encode in all.")] = 4000,
-    threads: Threads = 1, seed: Seed = 0, out: Out = Path("shapes-training"),
+    threads: Threads = 1,
+    seed: Seed = 0,
+    out: Out = Path("shapes-training"),
 ) -> None:
     """Encode training clips ahead (may still run while the transformer trains)."""
     from diffusers_accel.evals.shapes.latents import encode_latents
@@ -46,12 +50,27 @@ def latents(
 
 
 @app.command()
-def transformer(minutes: Minutes = 90, threads: Threads = 1, seed: Seed = 0, out: Out = Path("shapes-training")) -> None:
+def transformer(
+    minutes: Minutes = 90, threads: Threads = 1, seed: Seed = 0, out: Out = Path("shapes-training")
+) -> None:
     """Train the transformer and the text encoder on the encoded clips."""
     from diffusers_accel.evals.shapes.transformer import train_transformer
 
     torch.set_num_threads(threads)
     print(train_transformer(out, minutes, seed))
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option(help="Working folder with checkpoints and logs.")] = Path("shapes-training"),
+    weights: Annotated[Path | None, typer.Option(help="Folder to write; the package's own by default.")] = None,
+    measured: Annotated[Path | None, typer.Option(help="Result of the measure command, put into the record.")] = None,
+) -> None:
+    """Write the averaged weights in the host's format, with their training record."""
+    from diffusers_accel.evals.shapes.export import export_weights
+    from diffusers_accel.evals.shapes.weights_folder import WEIGHTS
+
+    print(export_weights(out, weights or WEIGHTS, measured))
 
 
 if __name__ == "__main__":

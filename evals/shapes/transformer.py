@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # (share of the time budget at which the stage ends, clips of a batch, latent frames of a clip): all at 32 x 32.
-STAGES = ((0.25, 16, 2), (0.50, 8, 4), (0.72, 4, 8), (1.01, 2, 17))
+STAGES = ((0.25, 8, 2), (0.50, 6, 4), (0.72, 4, 8), (1.01, 2, 17))
 PEAK_LR = 1e-3
 DROP_CAPTION = 0.1
 
@@ -90,7 +90,7 @@ def train_transformer(
         average.update(model)
         run.step += 1
         losses.append(loss.item())
-        if run.step % 25 == 0:
+        if run.step % 25 == 0 or run.progress == 1:
             run.log(loss=float(np.mean(losses)), frames=frames, clips=len(latents))
             losses.clear()
         if run.save_due:

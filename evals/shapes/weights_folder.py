@@ -27,6 +27,11 @@ def folder_hashes(folder: Path) -> dict[str, str]:
     return {p.relative_to(folder).as_posix(): sha256(p) for p in files}
 
 
+def weights_digest(record: dict) -> str:
+    """One digest of all the files that a training record names: what a measurement was made of."""
+    return hashlib.sha256(json.dumps(record["files"], sort_keys=True).encode()).hexdigest()
+
+
 def verify_weights(folder: Path = WEIGHTS) -> dict:
     """The folder's training record, after every file that it names was found with its sha256.
 
@@ -56,4 +61,4 @@ def load_pipeline(dtype: torch.dtype = torch.float32, folder: Path = WEIGHTS) ->
     from diffusers import WanPipeline
 
     verify_weights(folder)
-    return WanPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    return WanPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
+import math
 import os
-from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from diffusers_accel.kernels.choice import Choice, Operator
 from diffusers_accel.kernels.pattern import BlockPattern
 
 __all__ = ["IMPLEMENTATIONS", "Choice", "attention", "choices"]
 
-# Fastest first: `auto` takes the first that can.
-IMPLEMENTATIONS = ("portable", "cpu", "reference")
+# Fastest first. No device has two of the first two, save for a cpu under Triton's interpreter, which is slow.
+IMPLEMENTATIONS = ("cpu", "portable", "reference")
 
-
-@dataclass(frozen=True)
-class Choice:
-    """An implementation and why it cannot be used; `reason` None means that it can."""
-
-    name: str
-    reason: str | None
+_operator = Operator(__name__, IMPLEMENTATIONS)
 
 
 def choices(
     device: torch.device | str, dtype: torch.dtype, head_dim: int, blocks: tuple[int, int] = (128, 128)
 ) -> list[Choice]:
-    """Every implementation with its verdict for such inputs, fastest first. `blocks`: (block_q, block_k) of the pattern."""
-    device = torch.device(device)
-    return [Choice(name, _module(name).refuses(device, dtype, head_dim, blocks)) for name in IMPLEMENTATIONS]
+    """Every implementation with its verdict for such q, k, v and (block_q, block_k), fastest first."""
+    return _operator.choices(torch.device(device), dtype, head_dim, blocks)
 
 
 def attention(
@@ -49,42 +41,27 @@ def attention(
         q: `[B, S_q, H, D]`, fp16, bf16 or fp32, any strides.
         k, v: `[B, S_k, H, D]`, dtype and device of q.
         pattern: which key blocks each query block reads, on the device of q; None reads all.
-        scale: factor of the scores; None means 1 / sqrt(D).
+        scale: positive factor of the scores; None means 1 / sqrt(D).
         impl: `auto` takes the fastest that can run; a name of `IMPLEMENTATIONS` is obeyed or refused.
 
     Returns:
         out `[B, S_q, H, D]` in the dtype of q, and the log-sum-exp of the scaled scores, fp32, natural log,
-        `[B, H, S_q]`. A query that reads no key has out 0 and lse -inf.
+        `[B, H, S_q]`, both contiguous. A query that reads no key has out 0 and lse -inf.
 
     Raises:
-        ValueError: shapes, dtypes, devices or the pattern do not fit, or the implementation asked for cannot run; with
-            `DIFFUSERS_ACCEL_CHECKS=1` in the environment also when a value of the pattern is out of range.
+        ValueError: shapes, dtypes, devices, scale or pattern do not fit, or the implementation asked for cannot run;
+            with `DIFFUSERS_ACCEL_CHECKS=1` in the environment also when a value of the pattern is out of range.
     """
     _check(q, k, v, pattern)
-    blocks = (pattern.block_q, pattern.block_k) if pattern is not None else (128, 128)
-    module = _module(_choose(impl, q.device, q.dtype, q.shape[3], blocks))
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be positive and finite, found {scale}")
     if pattern is not None and os.environ.get("DIFFUSERS_ACCEL_CHECKS") == "1":
         pattern.check()
+    blocks = (pattern.block_q, pattern.block_k) if pattern is not None else (128, 128)
+    module = _operator.choose(impl, q.device, q.dtype, q.shape[3], blocks)
     with torch.no_grad():
-        return module.attention(q, k, v, pattern, q.shape[3] ** -0.5 if scale is None else float(scale))
-
-
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"diffusers_accel.kernels.attention.{name}")
-
-
-def _choose(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int, blocks: tuple[int, int]) -> str:
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, found {impl!r}")
-    if impl != "auto" and _module(impl).refuses(device, dtype, head_dim, blocks) is None:
-        return impl
-    options = choices(device, dtype, head_dim, blocks)
-    usable = [option.name for option in options if option.reason is None]
-    if impl == "auto" and usable:
-        return usable[0]
-    table = "\n".join(f"  {option.name}: {option.reason or 'usable'}" for option in options)
-    inputs = f"{device.type} {dtype}, head dim {head_dim}, blocks of {blocks[0]} queries x {blocks[1]} keys"
-    raise ValueError(f"attention cannot run impl={impl!r} on {inputs}. Every implementation:\n{table}")
+        return module.attention(q, k, v, pattern, scale)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None) -> None:

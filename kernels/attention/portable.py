@@ -6,8 +6,6 @@ index lists only and no autotuning: tile sizes come from a table, which ahead-of
 
 from __future__ import annotations
 
-import contextlib
-import os
 from typing import NamedTuple
 
 import torch
@@ -15,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffusers_accel.kernels import launch
 from diffusers_accel.kernels.pattern import BlockPattern
 
 LOG2_E = 1.4426950408889634
@@ -29,26 +28,28 @@ class Config(NamedTuple):
     stages: int
 
 
-# (lowest compute capability, padded head dim, bytes per element). 128 queries a tile halve the key traffic of 64;
-# the rest is what fits into shared memory and registers without spilling.
+# (lowest compute capability, head dims up to, bytes per element). 128 queries a tile halve the key traffic of 64; the
+# rest is what fits into shared memory and registers without spilling. Head dims that are padded need registers for it.
 CONFIGS = {
     (80, 64, 2): Config(128, 64, 8, 3),
+    (80, 127, 2): Config(128, 32, 8, 3),
     (80, 128, 2): Config(128, 64, 8, 3),
-    (80, 64, 4): Config(64, 32, 4, 2),
-    (80, 128, 4): Config(64, 32, 8, 2),
-    (89, 64, 2): Config(128, 64, 8, 3),
+    (80, 64, 4): Config(32, 32, 8, 2),
+    (80, 127, 4): Config(16, 16, 8, 2),
+    (80, 128, 4): Config(32, 16, 8, 2),
     (89, 128, 2): Config(128, 64, 8, 2),
-    (90, 64, 2): Config(128, 64, 8, 3),
+    (90, 127, 2): Config(128, 64, 8, 3),
     (90, 128, 2): Config(128, 64, 8, 3),
+    (120, 127, 2): Config(128, 32, 8, 3),
     (120, 128, 2): Config(128, 64, 8, 2),
 }
 
 
 def config(capability: int, head_dim: int, dtype: torch.dtype, blocks: tuple[int, int]) -> Config:
     """The table's row for a compute capability (90 for Hopper), its tile cut to the (block_q, block_k) of the pattern."""
-    size, padded = dtype.itemsize, max(64, triton.next_power_of_2(head_dim))
-    arch = max(arch for arch, dim, width in CONFIGS if (dim, width) == (padded, size) and arch <= capability)
-    best = CONFIGS[arch, padded, size]
+    dim = min(top for _, top, size in CONFIGS if size == dtype.itemsize and top >= head_dim)
+    arch = max(arch for arch, top, size in CONFIGS if (top, size) == (dim, dtype.itemsize) and arch <= capability)
+    best = CONFIGS[arch, dim, dtype.itemsize]
     # A tile is a power of two and never crosses the border of a block.
     largest_m, largest_n = (block & -block for block in blocks)
     return best._replace(block_m=min(best.block_m, largest_m), block_n=min(best.block_n, largest_n))
@@ -56,24 +57,14 @@ def config(capability: int, head_dim: int, dtype: torch.dtype, blocks: tuple[int
 
 def refuses(device: torch.device, dtype: torch.dtype, head_dim: int, blocks: tuple[int, int]) -> str | None:
     """Why this implementation cannot run there, or None."""
-    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"runs on CUDA and ROCm devices (on a cpu only with TRITON_INTERPRET=1, for tests), found {device.type}"
-    if device.type == "cuda" and _capability(device) < 80:
-        return f"needs compute capability 8.0 or newer, found {_capability(device) / 10}"
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"takes float16, bfloat16 and float32, found {dtype}"
+    reason = launch.refuses(device, dtype)
+    if reason is not None:
+        return reason
     if head_dim > 128 or head_dim % 8:
         return f"takes head dims up to 128 in multiples of 8, found {head_dim}"
     if blocks[0] % 16 or blocks[1] % 16:
         return f"takes pattern blocks in multiples of 16, found {blocks[0]} queries x {blocks[1]} keys"
     return None
-
-
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 80  # the smallest tiles of the table are the safe choice off CUDA
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -87,9 +78,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, sca
     if pattern is not None:
         blocks, counts, valid = pattern.blocks.contiguous(), pattern.counts.contiguous(), pattern.valid
         block_q, block_k, capacity, list_rows = pattern.block_q, pattern.block_k, blocks.shape[3], blocks.shape[0]
-    tile = config(_capability(q.device), dim, q.dtype, (block_q, block_k))
+    tile = config(launch.capability(q.device), dim, q.dtype, (block_q, block_k))
     tiles = triton.cdiv(queries, tile.block_m)
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+    with launch.on(q.device):
         attention_kernel[(batch * heads * tiles,)](
             q,
             k,
@@ -202,7 +193,7 @@ def attention_kernel(
     if valid_ptr is not None:
         whole = 0
 
-    for step in range(0, whole * PARTS):
+    for step in range(whole * PARTS):
         block = step // PARTS
         if blocks_ptr is not None:
             block = tl.load(blocks_ptr + block)

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusers_accel.methods import DENSE, Band, Method, Skip
-from diffusers_accel.search.assign import Assignment, Budget, assign, knapsack
+from diffusers_accel.search.assign import Assignment, assign
+from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.cost import Cost
+from diffusers_accel.search.knapsack import knapsack
 from diffusers_accel.search.scores import Pass, Scores
 from diffusers_accel.shape import ModelShape
 
@@ -40,7 +42,9 @@ def random_scores(seed: int = 0, layers: int = 3, heads: int = 4, **options) -> 
     """Errors that fall with density, 0 for dense."""
     random = np.random.default_rng(seed)
     densities = np.array([1.0, 0.0, 0.2, 0.4, 0.6])
-    error = random.lognormal(-3, 2, (2, layers, heads, 1)) * (1 - densities) ** random.uniform(0.5, 4, (2, layers, heads, 1))
+    error = random.lognormal(-3, 2, (2, layers, heads, 1)) * (1 - densities) ** random.uniform(
+        0.5, 4, (2, layers, heads, 1)
+    )
     return make_scores(error, densities=densities, **options)
 
 
@@ -62,7 +66,10 @@ small = st.integers(0, 20).map(float)
 tables = st.integers(1, 4).flatmap(
     lambda items: st.integers(1, 4).flatmap(
         lambda options: st.tuples(
-            *(st.lists(st.lists(small, min_size=options, max_size=options), min_size=items, max_size=items) for _ in range(2))
+            *(
+                st.lists(st.lists(small, min_size=options, max_size=options), min_size=items, max_size=items)
+                for _ in range(2)
+            )
         )
     )
 )
@@ -206,7 +213,11 @@ def test_paper_follows_equation_2_by_hand():
     mse = np.array([[[[0.0, 0.9, 0.1], [0.0, 0.3, 0.1], [0.0, 0.9, 0.8]]]] * 2)
     choice = paper(make_scores(mse), 1.0).choice["transformer"]
     assert choice[0, 0].tolist() == [2, 1, 1]  # L: .9 against .35, .3 against .35, .9 against 1.05
-    assert paper(make_scores(mse), 0.35).choice["transformer"][0, 0].tolist() == [0, 1, 0]  # a loss of epsilon is not below it
+    assert paper(make_scores(mse), 0.35).choice["transformer"][0, 0].tolist() == [
+        0,
+        1,
+        0,
+    ]  # a loss of epsilon is not below it
 
 
 def test_paper_tie_goes_to_the_sparser():

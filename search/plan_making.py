@@ -1,0 +1,78 @@
+"""From an assignment to the plan file's content."""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_accel.methods import Method
+from diffusers_accel.plan import Plan, Span
+from diffusers_accel.search.assign import Assignment
+from diffusers_accel.search.budget import Budget
+from diffusers_accel.search.cost import Cost
+from diffusers_accel.search.scores import Scores
+
+
+def make_plan(scores: Scores, cost: Cost, assignment: Assignment, budget: Budget) -> Plan:
+    """The plan of an assignment, with what its methods read and where it comes from."""
+    symbols = _symbols(scores.candidates)
+    used = sorted({int(index) for table in assignment.choice.values() for index in table.ravel()})
+    tensors: dict[str, Tensor] = {}
+    if any(scores.candidates[index].calibrated for index in used):
+        tensors = {f"stripe_mass/{name}": torch.from_numpy(scores.stripe_mass(name)) for name in scores.models}
+    return Plan(
+        family=scores.family,
+        models=dict(scores.models),
+        methods={symbols[index]: scores.candidates[index] for index in used},
+        spans=tuple(_joined(_spans(scores, assignment, symbols))),
+        budget=budget.to_json(),
+        provenance=_provenance(scores, cost, assignment),
+        tensors=tensors,
+    )
+
+
+def _spans(scores: Scores, assignment: Assignment, symbols: list[str]) -> list[Span]:
+    spans = []
+    for number, (start, stop) in enumerate(scores.spans):
+        heads = {
+            name: tuple("".join(symbols[index] for index in layer) for layer in table[number])
+            for name, table in assignment.choice.items()
+        }
+        spans.append(Span(start, stop, heads))
+    return spans
+
+
+def _joined(spans: list[Span]) -> list[Span]:
+    """Neighbours that decide alike as one span."""
+    joined = spans[:1]
+    for span in spans[1:]:
+        if span.heads == joined[-1].heads:
+            joined[-1] = Span(joined[-1].start, span.stop, span.heads)
+        else:
+            joined.append(span)
+    return joined
+
+
+def _symbols(methods: tuple[Method, ...]) -> list[str]:
+    """ "." for dense, "0" for skip, letters for the rest in the order of the candidates."""
+    letters = iter(string.ascii_letters + string.digits[1:])
+    return ["." if method.dense else "0" if method.skips else next(letters) for method in methods]
+
+
+def _provenance(scores: Scores, cost: Cost, assignment: Assignment) -> dict[str, Any]:
+    return {
+        "search": scores.config,
+        **scores.provenance,
+        "prompts": [done.prompt for done in scores.passes],
+        "cost": {"device": cost.device, "tokens": cost.tokens, "batch": cost.batch, "rounds": cost.rounds},
+        "predicted": {
+            "error": assignment.error,
+            "density": assignment.density,
+            "attention_ratio": assignment.attention_ratio,
+            "attention_share": scores.attention_share,
+            "speedup": assignment.speedup,
+        },
+    }

@@ -1,0 +1,35 @@
+"""What the user of a search sees, on stderr: what it is about to do, how far it is, and how long it will still take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Screen:
+    """Prints nothing when `shown` is False."""
+
+    def __init__(self, shown: bool) -> None:
+        self._console = Console(stderr=True, quiet=not shown)
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A progress bar; inside the `with`, a function that sets how much of `total` is done."""
+        columns = (TextColumn(title), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())
+        left = (TextColumn("left"), TimeRemainingColumn())
+        with Progress(*columns, *left, console=self._console, disable=self._console.quiet) as progress:
+            task = progress.add_task("", total=total)
+            yield lambda done: progress.update(task, completed=done)
+
+
+def clock(seconds: float) -> str:
+    """ "1 h 05 min", "2 min 03 s" or "7 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

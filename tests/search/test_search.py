@@ -1,0 +1,274 @@
+"""The whole search on a tiny real pipeline: what it finds patches, it resumes exactly, and it never leaves a trace."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers_accel.api import patch
+from diffusers_accel.families import find
+from diffusers_accel.methods import DENSE, AxisOrder, Band, Method, Skip, Stripe
+from diffusers_accel.plan import Plan
+from diffusers_accel.processor import site_of
+from diffusers_accel.search import plan_search
+from diffusers_accel.search.assign import assign
+from diffusers_accel.search.budget import Budget
+from diffusers_accel.search.candidates import candidates
+from diffusers_accel.search.cost import Cost
+from diffusers_accel.search.plan_making import make_plan
+from diffusers_accel.search.plan_search import search_plan
+from diffusers_accel.search.probe import PassProbe, chosen_steps
+from diffusers_accel.search.scores import Scores
+from tests.tiny import HEADS, LAYERS, TEXT_DIM, tiny_wan, tiny_wan_call
+
+METHODS = (
+    DENSE,
+    Method(select=Skip()),
+    Method(select=Band(0.4)),
+    Method(AxisOrder("hwf"), Band(0.4)),
+    Method(select=Stripe(0.4, calibrated=True)),
+)
+
+
+def a_prompt(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "prompt_embeds": torch.randn(1, 8, TEXT_DIM, generator=generator),
+        "negative_prompt_embeds": torch.zeros(1, 8, TEXT_DIM),
+    }
+
+
+def a_call(**overrides) -> dict:
+    call = tiny_wan_call(**overrides)
+    for name in ("generator", "prompt_embeds", "negative_prompt_embeds"):
+        call.pop(name)
+    return call
+
+
+@pytest.fixture(autouse=True)
+def short_cost(monkeypatch):
+    monkeypatch.setattr(plan_search, "COST_SECONDS", 0.05)
+
+
+def search(pipe, path=None, prompts=2, budget=None, **overrides) -> Plan:
+    options = {
+        "call": a_call(),
+        "candidates": METHODS,
+        "rows": 64,
+        "progress": False,
+        "budget": budget or Budget.density(0.6),
+    }
+    return search_plan(pipe, [a_prompt(i) for i in range(prompts)], scores_path=path, **{**options, **overrides})
+
+
+def processors(pipe) -> list:
+    return [
+        module.processor for name, (model, family) in find(pipe).items() for _, module in family.self_attention(model)
+    ]
+
+
+def test_a_searched_plan_patches_and_keeps_its_word(tmp_path):
+    pipe = tiny_wan()
+    before = processors(pipe)
+    quiet = dict(pipe._progress_bar_config)
+    plan = search(pipe)
+    assert all(a is b for a, b in zip(processors(pipe), before)) and pipe._progress_bar_config == quiet
+    plan.save(tmp_path / "plan.json")
+    plan = Plan.load(tmp_path / "plan.json")
+    call = {**a_call(), **a_prompt(5)}
+    with patch(pipe, plan) as patched:
+        frames = pipe(**call, generator=torch.Generator().manual_seed(0)).frames
+        realised = patched.report().density
+    assert np.isfinite(frames).all()
+    assert realised == pytest.approx(plan.provenance["predicted"]["density"], abs=1e-6)
+    assert realised <= 0.6
+    assert plan.budget == {"kind": "density", "value": 0.6}
+    assert plan.provenance["search"]["call"]["num_inference_steps"] == 5
+    assert len(plan.provenance["prompts"]) == 2
+
+
+def test_the_probe_returns_the_dense_result():
+    """Frames of a pass are those of the unpatched pipeline, bit for bit: later layers see no approximation."""
+    pipe = tiny_wan()
+    seen = []
+    stock = pipe.vae.decode
+    pipe.vae.decode = lambda latents, **options: (seen.append(latents.clone()), stock(latents, **options))[1]
+    search(pipe, prompts=1)
+    pipe(**a_call(), **a_prompt(0), generator=torch.Generator().manual_seed(0))
+    assert len(seen) == 2 and torch.equal(*seen)
+
+
+def test_scores_of_a_search(tmp_path):
+    search(tiny_wan(), tmp_path / "s.safetensors", dense_steps=0.2)
+    scores = Scores.load(tmp_path / "s.safetensors")
+    assert scores.spans == ((0.0, 0.1), (0.1, 0.2), (0.2, 0.3), (0.3, 0.6), (0.6, 1.0))
+    error = scores.error("transformer")
+    assert error.shape == (5, LAYERS, HEADS, len(METHODS))
+    # Step middles are at .1, .3, .5, .7, .9, so two spans hold no step; a step has two branches, and there are two prompts.
+    assert scores.calls("transformer").tolist() == [0, 2, 0, 4, 4]
+    assert scores.samples("transformer")[:, 0].tolist() == [0, 4, 0, 4, 4]
+    measured = error[[1, 3, 4]]
+    assert (measured[..., 0] == 0).all() and (measured[..., 1:] > 0).all() and np.isnan(error[0]).all()
+    mass = scores.stripe_mass("transformer")
+    assert mass.shape == (LAYERS, HEADS, 3, 16)
+    assert (mass.sum((2, 3)) * 16) == pytest.approx(
+        1.0, abs=1e-5
+    )  # 16 columns; probabilities over all keys add up to 1
+    assert 0 < scores.attention_share < 1
+    assert scores.densities[:2] == (1.0, 0.0) and all(0.3 < density < 0.7 for density in scores.densities[2:])
+    cost = Cost.load(tmp_path / "s.cost.json")
+    assert len(cost.ms["transformer"]) == len(METHODS) and cost.tokens == 768 and cost.rounds >= 3
+
+
+def test_a_killed_search_goes_on_with_identical_scores(tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    search(tiny_wan(), whole, prompts=3)
+    calls = 0
+    stock = PassProbe.measure
+
+    def dies(self, *args):
+        nonlocal calls
+        calls += 1
+        if (
+            calls > 2 + 18 + 10
+        ):  # two of the trial, 3 steps x 2 branches x 3 layers of the first pass, some of the second
+            raise KeyboardInterrupt
+        return stock(self, *args)
+
+    pipe = tiny_wan()
+    before = processors(pipe)
+    with monkeypatch.context() as patched:
+        patched.setattr(PassProbe, "measure", dies)
+        with pytest.raises(KeyboardInterrupt):
+            search(pipe, parts, prompts=3)
+    assert all(a is b for a, b in zip(processors(pipe), before))
+    assert len(Scores.load(parts).passes) == 1
+    search(pipe, parts, prompts=3)
+    one, other = Scores.load(whole), Scores.load(parts)
+    assert [done.prompt for done in one.passes] == [done.prompt for done in other.passes]
+    for name, array in one.sums.items():
+        assert np.array_equal(array, other.sums[name]), name
+
+
+def test_another_budget_and_more_prompts_reuse_the_passes(tmp_path, monkeypatch):
+    path = tmp_path / "s.safetensors"
+    pipe = tiny_wan()
+    search(pipe, path)
+    ran = []
+    monkeypatch.setattr(
+        PassProbe, "finished", lambda self, *args, stock=PassProbe.finished: ran.append(1) or stock(self, *args)
+    )
+    tighter = search(pipe, path, budget=Budget.density(0.3))
+    assert not ran and tighter.budget["value"] == 0.3
+    search(pipe, path, prompts=3)
+    assert len(ran) == 1 and len(Scores.load(path).passes) == 3
+    scores, cost = Scores.load(path), Cost.load(tmp_path / "s.cost.json")
+    budget = Budget.density(0.5)
+    assert make_plan(scores, cost, assign(scores, cost, budget), budget) == make_plan(
+        scores, cost, assign(scores, cost, budget), budget
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "with seed = 0, this search has 1"),
+        ({"call": a_call(guidance_scale=4.0)}, "with call ="),
+        ({"rows": 32}, "with rows = 64"),
+        ({"candidates": METHODS[:3]}, "with candidates ="),
+        ({"spans": (0.5,)}, "with spans ="),
+        ({"prompts": 1}, "holds 2 prompts, this search has 1"),
+    ],
+)
+def test_a_changed_configuration_is_refused(tmp_path_factory, change, message, finished_search):
+    with pytest.raises(ValueError, match=message):
+        search(finished_search[0], finished_search[1], **change)
+
+
+def test_other_weights_are_refused(finished_search):
+    with pytest.raises(ValueError, match="with weights ="):
+        search(tiny_wan(seed=3), finished_search[1])
+
+
+@pytest.fixture(scope="module")
+def finished_search(tmp_path_factory):
+    pipe, path = tiny_wan(), tmp_path_factory.mktemp("scores") / "s.safetensors"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(plan_search, "COST_SECONDS", 0.05)
+        search(pipe, path)
+    return pipe, path
+
+
+@pytest.mark.parametrize("where", ["_measure_row", "finished", "_candidate_outputs"])
+def test_an_exception_leaves_the_pipeline_as_it_was(where, monkeypatch):
+    pipe = tiny_wan()
+    before, call = processors(pipe), {**a_call(), **a_prompt(0)}
+    expected = pipe(**call, generator=torch.Generator().manual_seed(0)).frames
+
+    def fails(*args):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PassProbe, where, fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            search(pipe)
+    assert all(a is b for a, b in zip(processors(pipe), before))
+    assert all(site_of(processor) is None for processor in processors(pipe))
+    assert np.array_equal(pipe(**call, generator=torch.Generator().manual_seed(0)).frames, expected)
+
+
+def test_two_experts_are_searched_under_one_clock(tmp_path):
+    pipe = tiny_wan(experts=2)
+    plan = search(pipe, tmp_path / "s.safetensors", prompts=1)
+    scores = Scores.load(tmp_path / "s.safetensors")
+    calls = {name: scores.calls(name) for name in scores.models}
+    assert set(calls) == {"transformer", "transformer_2"} and sum(map(sum, calls.values())) == 10
+    for name in calls:  # each expert is measured in the spans where it runs, and stays dense elsewhere
+        assert ((scores.samples(name)[:, 0] > 0) <= (calls[name] > 0)).all() and scores.samples(name).any()
+    with patch(pipe, plan) as patched:
+        pipe(**a_call(), **a_prompt(0))
+        assert patched.report().density == pytest.approx(plan.provenance["predicted"]["density"], abs=1e-6)
+
+
+def test_steps_are_chosen_inside_their_spans():
+    spans = ((0.0, 0.1), (0.1, 0.3), (0.3, 0.6), (0.6, 1.0))
+    assert sorted(chosen_steps(spans, 10, 1)) == [0, 2, 4, 8]
+    assert sorted(chosen_steps(spans, 50, 2)) == [1, 3, 7, 12, 18, 26, 35, 45]
+    assert sorted(chosen_steps(spans, 4, 3)) == [0, 1, 2, 3]
+
+
+def test_default_candidates():
+    methods = candidates((0.2, 0.4))
+    assert [method.label for method in methods] == [
+        "dense", "skip", "band 0.2", "band 0.4", "band hwf 0.2", "band hwf 0.4", "stripe calibrated 0.2", "stripe calibrated 0.4",
+    ]  # fmt: skip
+    assert not any(method.calibrated for method in candidates(stripes=False))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"call": {**a_call(), "generator": None}}, '"generator" is set by the search'),
+        ({"prompts": 0}, "at least one calibration prompt"),
+        ({"candidates": METHODS[1:]}, "must be dense"),
+        ({"candidates": (*METHODS, METHODS[2])}, "given twice"),
+        ({"spans": (0.5, 0.2)}, "ascending"),
+        ({"dense_steps": 1.5}, r"in \[0, 1\]"),
+        ({"probe_steps": 0}, "probe step"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_runs(options, message):
+    pipe = tiny_wan()
+    pipe.transformer.forward = None  # nothing may be generated
+    with pytest.raises(ValueError, match=message):
+        search(pipe, **options)
+
+
+def test_estimate_and_progress_are_shown(capsys):
+    search(tiny_wan(), progress=True, prompts=1)
+    shown = capsys.readouterr()
+    assert "768 tokens, 5 candidates; 0 of 1 prompts" in shown.err and "to go" in shown.err and "MiB" in shown.err
+    assert "plan: expected" in shown.err and shown.out == ""
+    search(tiny_wan(), prompts=1)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,222 @@
+"""The command line: what it says, what it refuses, and a search and a report of a tiny pipeline from end to end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_accel import Plan, cli
+from diffusers_accel.evals.shapes import CALL
+from diffusers_accel.loading import load_pipeline
+from diffusers_accel.search import plan_search
+from diffusers_accel.search.assign import Budget
+from diffusers_accel.shape import ModelShape
+
+SMALL = ["--height", "128", "--width", "128", "--frames", "5", "--steps", "4", "--guidance", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of 2 layers x 2 heads in diffusers' own format, with text encoder and random weights."""
+    from diffusers import WanPipeline
+
+    from diffusers_accel.evals.shapes import models
+
+    torch.manual_seed(0)
+    tokenizer = models.build_tokenizer()
+    transformer = models.build_transformer(layers=2, heads=2, head_dim=32, ffn_dim=64)
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    pipe = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=models.build_text_encoder(len(tokenizer)),
+        vae=models.build_autoencoder(),
+        scheduler=models.build_scheduler(),
+        transformer=transformer,
+    )
+    path = tmp_path_factory.mktemp("pipeline")
+    pipe.save_pretrained(path)
+    return path
+
+
+def run(*arguments: object) -> None:
+    """A command that succeeds."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    assert ended.value.code == 0
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What a refused command says, in one line without a traceback."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    assert ended.value.code == 2
+    found = capsys.readouterr()
+    assert found.out == "" and found.err.startswith("error: ") and found.err.count("\n") == 1, found.err
+    return found.err
+
+
+def test_help_needs_nothing_heavy() -> None:
+    code = """
+import sys
+from diffusers_accel import cli
+for command in ([], ["doctor"], ["search"], ["report"], ["plan"], ["plan", "show"]):
+    try:
+        cli.main([*command, "--help"])
+    except SystemExit as ended:
+        assert ended.code == 0, command
+print("imported:", sorted({"torch", "diffusers", "numpy", "transformers"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("imported: []\n")
+    for word in ("doctor", "search", "report", "bench", "plan", "--speedup", "--offload"):
+        assert word in done.stdout
+
+
+def test_plan_show_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from diffusers_accel.methods import NAMED
+
+    plan = Plan.uniform(NAMED["pattern"](), "wan", {"transformer": ModelShape(2, 4, 64)})
+    plan.save(tmp_path / "plan.json")
+    run("plan", "show", tmp_path / "plan.json")
+    assert capsys.readouterr().out == plan.show() + "\n"
+
+
+def test_a_refusal_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text("{")
+    assert f"error: {path}: expected JSON" in refused(capsys, "plan", "show", path)
+    with pytest.raises(ValueError, match="expected JSON"):
+        cli.main(["plan", "show", str(path), "--debug"])
+    assert "found nothing there" in refused(capsys, "plan", "show", tmp_path / "gone.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["search", "shapes", "--out", "plan.txt"], "--out: expected a file name that ends in"),
+        (
+            ["search", "shapes", "--out", "p.json", "--speedup", "1.5", "--density", "0.5"],
+            "expected one of --speedup, --density and --epsilon, found --speedup and --density",
+        ),
+        (["search", "shapes", "--out", "p.json", "--density", "2"], "a density is a share of block pairs"),
+        (["search", "shapes", "--out", "p.json", "--prompt", "a", "--prompts", "b.txt"], "found both"),
+        (["search", "/nowhere/at/all", "--out", "p.json", "--prompts", "/nowhere/prompts.txt"], "/nowhere/prompts.txt"),
+        (["report", "shapes", "--plan", "a/plan.json", "--plan", "b/plan.json"], "two plans are called 'plan'"),
+        (["doctor", "--density", "0"], "densities: expected shares of key blocks"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_loaded(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("loaded a pipeline"))
+    assert message in refused(capsys, *arguments)
+
+
+def test_budgets() -> None:
+    assert cli._budget(None, None, None, 0.5) == Budget.density(0.4)
+    assert cli._budget(1.5, None, None, 0.5) == Budget.speedup(1.5)
+    assert cli._budget(None, None, 0.1, 0.3) == Budget.paper(0.1, 0.3)
+
+
+def test_calls_hold_what_was_given() -> None:
+    assert cli._call("some/pipeline", None, None, None, None, None) == {}
+    assert cli._call("shapes", None, None, None, None, None) == CALL
+    assert cli._call("shapes", 64, None, 9, 4, 0.0) == {
+        **CALL,
+        "height": 64,
+        "num_frames": 9,
+        "num_inference_steps": 4,
+        "guidance_scale": 0.0,
+    }
+
+
+def test_prompts_of_search_and_report_differ(tmp_path: Path) -> None:
+    for pipe in ("shapes", "some/pipeline"):
+        search, report = (cli._texts(pipe, None, None, for_search=which) for which in (True, False))
+        assert len({*search, *report}) == 8
+    (tmp_path / "prompts.txt").write_text("a red circle\n\n  a blue square \n")
+    assert cli._texts("shapes", None, tmp_path / "prompts.txt", for_search=True) == ["a red circle", "a blue square"]
+    assert cli._texts("shapes", ["one"], None, for_search=False) == ["one"]
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"empty\.txt: expected a prompt on each line, found none"):
+        cli._texts("shapes", None, tmp_path / "empty.txt", for_search=True)
+
+
+def test_subjects_are_named() -> None:
+    assert cli._subjects(["runs/plan.json", "pattern", "fast=b/plan.json"]) == {
+        "plan": "runs/plan.json",
+        "pattern": "pattern",
+        "fast": "b/plan.json",
+    }
+
+
+def test_doctor_search_and_report_of_a_pipeline_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_search, "COST_SECONDS", 0.2)
+    run("doctor", folder, *SMALL, "--density", "0.5")
+    text = capsys.readouterr().out
+    assert "768 = 3 frames x 16 x 16" in text and "4 steps" in text and "0.50" in text
+
+    out = tmp_path / "plan.json"
+    search = [
+        "search",
+        folder,
+        "--out",
+        out,
+        "--density",
+        "0.7",
+        "--prompt",
+        "a red circle moves left",
+        *SMALL,
+        "--seed",
+        "3",
+    ]
+    run(*search)
+    plan = Plan.load(out)
+    assert plan.models == {"transformer": ModelShape(2, 2, 32)}
+    assert plan.budget == {"kind": "density", "value": 0.7}
+    assert plan.provenance["prompts"] == ["a red circle moves left"] and plan.provenance["search"]["seed"] == 3
+    assert plan.provenance["search"]["call"]["num_inference_steps"] == 4
+    assert str(out) in capsys.readouterr().out
+    assert (tmp_path / "plan.scores.safetensors").is_file()
+    run(*search, "--dense-steps", "0.3")
+    assert "finished before" in capsys.readouterr().err
+
+    pages = tmp_path / "pages"
+    quality = ["--metric", "psnr", "--metric", "ssim", "--prompt", "a red circle", "--seed", "1"]
+    run("report", folder, "--plan", out, "--plan", "half=pattern", "--out", pages, *quality, *SMALL)
+    printed = capsys.readouterr().out
+    assert "half" in printed
+    assert {"report.json", "report.md", "report.html"} <= {file.name for file in pages.iterdir()}
+    rows = json.loads((pages / "report.json").read_text())["measurements"]
+    assert {"plan", "half"} <= {row["subject"] for row in rows}
+    assert str(pages / "report.html") in printed and "plan" in printed
+
+
+def test_loading(folder: Path, tmp_path: Path) -> None:
+    pipe = load_pipeline(str(folder))
+    assert type(pipe).__name__ == "WanPipeline"
+    if not torch.cuda.is_available():
+        assert pipe.transformer.dtype == torch.float32 and pipe.transformer.device.type == "cpu"
+    assert load_pipeline(str(folder), dtype="bfloat16", device="cpu").transformer.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype: expected one of float32, bfloat16, float16, found 'int8'"):
+        load_pipeline(str(folder), dtype="int8")
+    with pytest.raises(ValueError, match="device: expected a name such as cpu, cuda or cuda:1, found 'gpu'"):
+        load_pipeline(str(folder), device="gpu")
+    with pytest.raises(ValueError, match=r"offload 'model' moves weights .* found device cpu"):
+        load_pipeline(str(folder), device="cpu", offload="model")
+    with pytest.raises(OSError, match=r"expected the folder of a diffusers pipeline, found no model_index\.json"):
+        load_pipeline(str(tmp_path))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
+def test_a_gpu_that_is_not_there_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"device: torch .* sees no GPU, found 'cuda'"):
+        load_pipeline(str(folder), device="cuda")

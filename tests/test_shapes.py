@@ -1,0 +1,284 @@
+"""The shapes world, its judge, its training and its shipped weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers_accel.evals import shapes
+from diffusers_accel.evals.shapes import autoencoder, latents, render
+from diffusers_accel.evals.shapes.denoiser import SHORT_TEXT_ROWS, attend, prepare_for_training, set_inputs
+from diffusers_accel.evals.shapes.models import TEXT_DIM, TEXT_ROWS, build_autoencoder, build_transformer
+from diffusers_accel.evals.shapes.pixels import judge
+from diffusers_accel.evals.shapes.run_state import RunState
+from diffusers_accel.evals.shapes.transformer import Denoiser, train_transformer
+from diffusers_accel.evals.shapes.weights_folder import RECORD
+
+
+def scenes(n: int, seed: int = 3) -> list[render.Scene]:
+    return [render.sample_scene(np.random.default_rng([seed, i])) for i in range(n)]
+
+
+# The world
+
+
+def test_rendering_is_deterministic_and_a_window_is_an_exact_crop() -> None:
+    for scene in scenes(4):
+        again = dataclasses.replace(scene)
+        whole = render.render(scene, frames=9, size=64)
+        assert whole.dtype == np.float32 and whole.shape == (9, 64, 64, 3)
+        assert np.array_equal(whole, render.render(again, frames=9, size=64))
+        part = render.render(scene, frames=9, size=64, window=(2, 5, 8, 32, 16, 40))
+        assert np.array_equal(part, whole[2:7, 8:40, 16:56])
+
+
+def test_captions_parse_back() -> None:
+    seen = set()
+    for scene in scenes(300):
+        asked = render.parse_caption(scene.caption)
+        assert asked.background == scene.background
+        assert asked.objects == tuple((a.color, a.shape, a.motion) for a in scene.actors)
+        seen.update(m for _, _, m in asked.objects)
+    assert seen == set(render.MOTIONS)
+
+
+@pytest.mark.parametrize("text", ["", "a red circle", "a red circle moves left on a plaid background"])
+def test_a_foreign_caption_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected a caption like"):
+        render.parse_caption(text)
+
+
+def test_held_out_captions_are_never_trained_on() -> None:
+    prompts = shapes.held_out_prompts(64, seed=0)
+    assert len(set(prompts)) == 64 and prompts == shapes.held_out_prompts(64, seed=0)
+    assert prompts != shapes.held_out_prompts(64, seed=1)
+    assert all(render.is_held_out(p) for p in prompts)
+    trained = {latents.clip_caption(seed=0, index=i) for i in range(500)}
+    assert not any(render.is_held_out(c) for c in trained) and not trained & set(prompts)
+    # One eighth, within four standard deviations of 800 draws.
+    share = np.mean([render.is_held_out(s.caption) for s in scenes(800)])
+    assert abs(share - 1 / 8) < 4 * np.sqrt(1 / 8 * 7 / 8 / 800)
+
+
+def test_the_order_of_two_objects_does_not_decide_the_split() -> None:
+    for scene in (s for s in scenes(300) if len(s.actors) == 2):
+        swapped = dataclasses.replace(scene, actors=scene.actors[::-1])
+        assert swapped.caption != scene.caption
+        assert render.is_held_out(swapped.caption) == render.is_held_out(scene.caption)
+
+
+# The judge
+
+
+def test_the_judge_finds_what_was_rendered_and_nothing_else() -> None:
+    for scene in scenes(24, seed=5):
+        video = render.render(scene)
+        verdict = judge(video, scene.caption)
+        assert verdict.passed and verdict.shape, scene.caption
+        actor = scene.actors[0]
+        wrong = {
+            "background": next(b for b in render.BACKGROUNDS if b != scene.background),
+            "color": next(c for c in render.COLORS if c not in {a.color for a in scene.actors}),
+            "motion": next(m for m in render.MOTIONS if m not in {a.motion for a in scene.actors}),
+        }
+        for attribute, value in wrong.items():
+            if attribute == "background":
+                other = dataclasses.replace(scene, background=value)
+            else:
+                changed = dataclasses.replace(actor, **{attribute: value})
+                other = dataclasses.replace(scene, actors=(changed, *scene.actors[1:]))
+            assert not getattr(judge(video, other.caption), attribute), (scene.caption, other.caption)
+
+
+def test_the_judge_rejects_noise_still_frames_and_reversed_motion() -> None:
+    scene = next(s for s in scenes(50) if len(s.actors) == 1 and s.actors[0].motion in render.DIRECTIONS)
+    video = render.render(scene)
+    assert not judge(video[::-1], scene.caption).motion
+    assert not judge(np.repeat(video[:1], 33, axis=0), scene.caption).motion
+    noise = np.random.default_rng(0).random(video.shape, dtype=np.float32)
+    assert not judge(noise, scene.caption).color
+
+
+# Training
+
+
+def test_training_computes_what_the_stock_model_computes() -> None:
+    torch.manual_seed(0)
+    stock = build_transformer(layers=2, heads=2, head_dim=64, ffn_dim=64)
+    torch.nn.init.normal_(stock.proj_out.weight, std=0.05)
+    trained = build_transformer(layers=2, heads=2, head_dim=64, ffn_dim=64)
+    trained.load_state_dict(stock.state_dict())
+    prepare_for_training(trained)
+    video, timestep, rows = torch.randn(2, 8, 3, 8, 8), torch.tensor([300.0, 800.0]), torch.tensor([5, 1])
+    text = torch.zeros(2, TEXT_ROWS, TEXT_DIM)
+    for i, n in enumerate(rows):
+        text[i, :n] = torch.randn(int(n), TEXT_DIM)
+    set_inputs(trained, rows, torch.arange(3).repeat(2, 1))
+    with torch.no_grad():
+        expected = stock(video, timestep, text, return_dict=False)[0]
+        found = trained(video, timestep, text[:, :SHORT_TEXT_ROWS], return_dict=False)[0]
+    # fp32 throughout; sums of up to 512 terms in another order.
+    torch.testing.assert_close(found, expected, atol=2e-5 * expected.std().item(), rtol=2e-5)
+
+
+def test_frames_keep_their_true_positions() -> None:
+    model = build_transformer(layers=1, heads=1, head_dim=64, ffn_dim=64)
+    whole = model.rope(torch.zeros(1, 8, 9, 4, 4))
+    prepare_for_training(model)
+    set_inputs(model, torch.tensor([1]), torch.tensor([[2, 5, 8]]))
+    for some, every in zip(model.rope(torch.zeros(1, 8, 3, 4, 4)), whole, strict=True):
+        assert torch.equal(some[0], every[0].unflatten(0, (9, 4))[[2, 5, 8]].flatten(0, 1))
+
+
+def test_sliced_attention_and_its_gradients_equal_sdpa() -> None:
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(3, 300, 64, dtype=torch.float32) for _ in range(4))
+    results = []
+    for function in (attend, torch.nn.functional.scaled_dot_product_attention):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = function(*inputs)
+        out.backward(grad)
+        results.append([out, *(x.grad for x in inputs)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+def test_text_rows_are_those_of_the_stock_call(pipe) -> None:
+    model = Denoiser()
+    model.text_encoder.load_state_dict(pipe.text_encoder.state_dict())
+    prompts = ["a red circle moves left on a navy background", ""]
+    expected, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT_ROWS)
+    found, rows = model.encode(prompts)
+    assert expected.shape == (2, TEXT_ROWS, TEXT_DIM) and not expected[:, SHORT_TEXT_ROWS:].any()
+    assert [int((e != 0).any(-1).sum()) for e in expected] == rows.tolist() == [10, 1]
+    torch.testing.assert_close(found, expected[:, :SHORT_TEXT_ROWS], atol=1e-5, rtol=1e-5)
+
+
+TINY = {"layers": 1, "heads": 1, "head_dim": 64, "ffn_dim": 64}
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path) -> Path:
+    """A training folder with an untrained autoencoder's record and two clips of noise for latents."""
+    state = build_autoencoder().state_dict()
+    run = RunState(tmp_path, "autoencoder", minutes=1, seed=0)
+    run.save(average={"values": state}, latents_mean=[0.0] * 8, latents_std=[1.0] * 8)
+    noise = np.random.default_rng(0).standard_normal((2, *latents.SHAPE)).astype(np.float16)
+    (tmp_path / "latents.bin").write_bytes(noise.tobytes())
+    return tmp_path
+
+
+def test_training_resumes_after_a_kill(tiny_folder: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from diffusers_accel.evals.shapes import run_state, transformer\n"
+        "run_state.SAVE_EVERY_S = 0.0\n"
+        f"transformer.train_transformer(Path(sys.argv[1]), 10, 0, stages=((1.01, 1, 1),), compile=False, **{TINY})"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(tiny_folder)], stdout=subprocess.DEVNULL)
+    checkpoint = tiny_folder / "transformer.pt"
+    try:
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists() and time.monotonic() < deadline and child.poll() is None:
+            time.sleep(0.05)
+        time.sleep(0.3)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    before = torch.load(checkpoint, weights_only=True)
+    assert before["step"] > 0 and before["seconds"] > 0
+    minutes = before["seconds"] / 60 + 0.02
+    train_transformer(tiny_folder, minutes, 0, stages=((1.01, 1, 1),), compile=False, **TINY)
+    after = torch.load(checkpoint, weights_only=True)
+    assert after["step"] > before["step"] and after["seconds"] >= 60 * minutes
+    assert after["average"]["count"] == after["step"]
+    rows = [json.loads(line) for line in (tiny_folder / "transformer.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == after["step"] and np.isfinite(rows[-1]["loss"])
+
+
+def test_another_seed_does_not_continue_a_run(tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match="expected the seed 0"):
+        RunState(tiny_folder, "autoencoder", minutes=1, seed=1).resume()
+
+
+def test_interrupted_latents_are_cut_to_whole_clips_and_continued(tiny_folder: Path) -> None:
+    path = tiny_folder / "latents.bin"
+    path.write_bytes(path.read_bytes()[: latents.RECORD_BYTES + 10])
+    assert latents.open_latents(path).shape == (1, *latents.SHAPE)
+    latents.encode_latents(tiny_folder, clips=2, seed=0)
+    assert path.stat().st_size == 2 * latents.RECORD_BYTES
+    vae = latents.trained_autoencoder(tiny_folder)
+    scene = render.training_scene(np.random.default_rng([0, 1, 1]))
+    assert scene.caption == latents.clip_caption(seed=0, index=1)
+    with torch.no_grad():
+        expected = autoencoder.encode_mean(vae, autoencoder.to_video(render.render(scene))[None])[0]
+    found = torch.from_numpy(np.array(latents.open_latents(path)[1])).float()
+    # Written in fp16 after an encoder in bf16, whose 8 bits of mantissa are lost some ten layers deep.
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+# The shipped weights
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    loaded = shapes.load_pipeline()
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def test_shipped_weights_are_the_recorded_ones_and_small() -> None:
+    record = shapes.verify_weights()
+    present = {p.relative_to(shapes.WEIGHTS).as_posix() for p in shapes.WEIGHTS.rglob("*") if p.is_file()}
+    assert present == {RECORD, *record["files"]}
+    assert sum((shapes.WEIGHTS / p).stat().st_size for p in present) <= 16_000_000
+    assert {p for p in present if not p.endswith(".json")} == {p for p in present if p.endswith(".safetensors")}
+
+
+def test_changed_or_missing_weights_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(shapes.WEIGHTS, folder)
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="vae.*sha256"):
+        shapes.load_pipeline(folder=folder)
+    os.unlink(file)
+    with pytest.raises(FileNotFoundError, match="vae"):
+        shapes.load_pipeline(folder=folder)
+
+
+def test_the_pipeline_is_the_stock_one(pipe) -> None:
+    import diffusers
+    from transformers import UMT5EncoderModel
+
+    assert type(pipe) is diffusers.WanPipeline
+    assert type(pipe.transformer) is diffusers.WanTransformer3DModel
+    assert type(pipe.vae) is diffusers.AutoencoderKLWan
+    assert type(pipe.text_encoder) is UMT5EncoderModel and not pipe.text_encoder.training
+    assert {p.dtype for p in pipe.transformer.parameters()} == {torch.float32}
+
+
+def test_shipped_weights_show_what_is_asked_for(pipe) -> None:
+    tokens = []
+    handle = pipe.transformer.blocks[0].attn1.register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
+    try:
+        for seed, prompt in enumerate(shapes.held_out_prompts(2, seed=0)):
+            frames = pipe(prompt, **shapes.CALL, generator=torch.Generator().manual_seed(seed)).frames[0]
+            assert frames.shape == (33, 128, 128, 3)
+            verdict = judge(frames, prompt)
+            assert verdict.passed, f"{prompt}: {verdict}"
+    finally:
+        handle.remove()
+    assert set(tokens) == {4352}
