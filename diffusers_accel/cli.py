@@ -124,6 +124,7 @@ def search(
     call = _call(pipe, height, width, frames, steps, guidance)
     from diffusers_accel import search_plan
 
+    out.parent.mkdir(parents=True, exist_ok=True)  # now, not after the search
     plan = search_plan(
         _load(pipe, dtype, device, offload),
         texts,
@@ -144,7 +145,7 @@ def search(
 def report(
     pipe: Pipe,
     plan: Annotated[
-        list[str], typer.Option("--plan", help="A plan file or method; [NAME=]PLAN. May be given several times.")
+        list[str], typer.Option("--plan", help="A plan file or a method, or NAME=PLAN. May be given several times.")
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("report"),
     rounds: Annotated[int, typer.Option("--rounds", help="Timed runs of each clip, each between two dense ones.")] = 1,

@@ -123,14 +123,12 @@ def diagnose(
         return Diagnosis(machine(), versions(_DISTRIBUTIONS), _kernels(kinds))
     found = find(pipe)
     shapes = {name: family.shape(module) for name, (module, family) in found.items()}
-    device = str(torch.device(pipe._execution_device))
-    kinds = [(device, next(module.parameters()).dtype, shapes[name].head_dim) for name, (module, _) in found.items()]
     defaults = {name: each.default for name, each in inspect.signature(type(pipe).__call__).parameters.items()}
     if "callback_on_step_end" not in defaults:
         raise TypeError(f"{type(pipe).__name__} takes no callback_on_step_end, without which its steps cannot be timed")
     steps = int({**defaults, **(call or {})}["num_inference_steps"])
-    kernels = _kernels(kinds)
     timing = time_step(pipe, {**(call or {}), "num_inference_steps": min(1 + len(found), steps)})
+    kernels = _kernels([(str(timing.device), timing.dtype, shape.head_dim) for shape in shapes.values()])
     share = min(timing.attention_ms / timing.step_ms, 1.0)
     dense_steps = NAMED["pattern"]().dense_steps
     runs = all(any(option.reason is None for option in options) for options in kernels.values())

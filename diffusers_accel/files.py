@@ -67,6 +67,10 @@ def write_json(path: Path, data: Any) -> None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes under a temporary name in the same folder, then renames: `path` holds either all of `data` or what it held."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{path.parent}: expected a folder to write {path.name} into, found none; make it first"
+        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

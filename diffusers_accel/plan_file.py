@@ -1,4 +1,4 @@
-"""The plan file: versioned, strict JSON, one symbol per head in one string per layer and span; docs/plan.md describes it.
+"""The plan file: versioned, strict JSON, one symbol per head in one string per layer and span; docs/plan-file.md describes it.
 
 What is said twice in a file (a key), left out or not known is refused: a plan that is half understood would give other
 frames than the ones that its search measured.

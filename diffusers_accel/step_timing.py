@@ -35,6 +35,16 @@ class StepTiming:
         self._dense: DenseAttention
         self._qkv: tuple[Tensor, Tensor, Tensor]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of q, k and v, which a model may keep in another type than some of its weights."""
+        return self._qkv[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where attention runs, also under offload."""
+        return self._qkv[0].device
+
     def efficiencies(self, densities: Sequence[float]) -> dict[float, float | None]:
         """Realised density -> dense time x density / sparse time of one layer's attention; None where it is too slow to try.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffusers_accel.api import Patch, patch
@@ -79,17 +81,18 @@ def compare(
     Raises:
         ValueError, TypeError: an argument is not as expected, or the pipeline is patched already; before any clip is made.
     """
+    _check_installed()
     prompts = list(prompts)
     check_call(pipe, call, prompts)
+    texts = [prompt_text(prompt, number) for number, prompt in enumerate(prompts)]
+    if len(set(texts)) != len(texts):
+        raise ValueError(f"prompts: expected each once (`seeds` gives several clips of one), found {texts}")
     _check(subjects, metrics, seeds, rounds, fps)
     for subject in subjects.values():
         with _patched(pipe, subject):
             pass  # a plan that does not fit is refused now, not after the first clip
     scores = {name: _load(METRICS[name]) for name in metrics}
     session = _Session(pipe, dict(subjects), dict(call), scores, fps)
-    texts = [prompt_text(prompt, number) for number, prompt in enumerate(prompts)]
-    if len(set(texts)) != len(texts):
-        raise ValueError(f"prompts: expected each once (`seeds` gives several clips of one), found {texts}")
     clips = [(prompt, seed, text) for prompt, text in zip(prompts, texts, strict=True) for seed in seeds]
     quiet = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
     steps = session.steps * session.runs(len(clips), rounds)
@@ -141,7 +144,8 @@ class _Session:
     def clip(self, prompt: Prompt, seed: int, rounds: int, text: str, media: bool) -> None:
         noise = SharedNoise(seed)
         first = self._run(BASELINE, prompt, noise, text)
-        dense, times = [first.milliseconds], {name: [] for name in self.subjects}
+        dense = [first.milliseconds]
+        times: dict[str, list[float]] = {name: [] for name in self.subjects}
         self.shape = first.frames.shape
         videos = {BASELINE: encode(first.frames, self.fps)} if media else {}
         differences: dict[str, bytes] = {}
@@ -245,6 +249,13 @@ def largest_difference(a: np.ndarray, b: np.ndarray) -> float:
     return difference if np.isfinite(difference) else 1.0
 
 
+def _check_installed() -> None:
+    """Refuses before the first clip what would otherwise fail after the last."""
+    needed = ("imageio_ffmpeg", "jinja2", "matplotlib", "psutil", "scipy", "skimage")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"a report needs {', '.join(missing)}, found none: pip install 'diffusers-accel[eval]'")
+
+
 def _check(
     subjects: Mapping[str, PlanLike], metrics: Sequence[str], seeds: Sequence[int], rounds: int, fps: int
 ) -> None:
@@ -307,7 +318,7 @@ def _bar(shown: bool, steps: int) -> Iterator[Callable[[str | None], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, disable=not shown) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
         task = bar.add_task("warm-up", total=steps)
 
         def say(what: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import threading
 import time
@@ -126,7 +125,6 @@ def generate(
     arguments = {**call, **({"prompt": prompt} if isinstance(prompt, str) else prompt), "output_type": "np"}
     if on_step and "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
         arguments["callback_on_step_end"] = lambda *_: on_step() or {}
-    gc.collect()
     with noise.watching(pipe) as generator, _PeakMemory(pipe) as memory:
         start = time.perf_counter()
         frames = pipe(**arguments, generator=generator).frames

@@ -214,7 +214,7 @@ class _Search:
         passes = len(self.prompts) - done
         per_pass = trial.steps * trial.step_seconds + steps * trial.calls * layers * trial.measure_seconds
         model = next(iter(self.models.values()))
-        memory = measuring_bytes(trial.layout.tokens, model.head_dim, self.settings.rows)
+        memory = measuring_bytes(trial.layout.tokens, model, self.settings)
         self.screen.say(
             f"search: {trial.layout.tokens:,} tokens, {len(self.settings.candidates)} candidates; {done} of {len(self.prompts)} "
             f"prompts finished before; about {clock(passes * per_pass + 1.5 * COST_SECONDS)} to go, "

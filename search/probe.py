@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import Context, Method
+from diffusers_accel.methods import BLOCK, Context, Method
 from diffusers_accel.search.measure import BlockParts, column_mass, head_errors, projection, sample_rows
 from diffusers_accel.search.running import SiteEngine, now
 from diffusers_accel.search.scores import Array, Pass, Scores
@@ -73,9 +73,17 @@ def chosen_steps(spans: Sequence[tuple[float, float]], steps: int, per_span: int
     return frozenset(chosen)
 
 
-def measuring_bytes(tokens: int, head_dim: int, rows: int) -> int:
-    """Bytes that measuring one head of one call takes: rows of logits in a few copies, k and v in fp32, outputs per block."""
-    return 4 * tokens * (4 * rows + 4 * head_dim) + 4 * rows * head_dim * (tokens // 128 + 1)
+def head_bytes(tokens: int, head_dim: int, rows: int) -> int:
+    """Bytes that measuring one head takes: rows of logits in a few copies, k and v in fp32, an output per block."""
+    return 4 * tokens * (4 * rows + 4 * head_dim) + 4 * rows * head_dim * (tokens // BLOCK + 1)
+
+
+def measuring_bytes(tokens: int, model: ModelShape, settings: Settings) -> int:
+    """Bytes that measuring one call takes beside the pipeline's own memory, at most."""
+    one = head_bytes(tokens, model.head_dim, settings.rows)
+    outputs = 4 * model.heads * len(settings.candidates) * settings.rows * model.head_dim
+    projections = 4 * (model.heads * model.head_dim) ** 2
+    return max(one, min(CHUNK_BYTES, model.heads * one)) + 3 * outputs + 3 * projections
 
 
 class PassProbe:
@@ -130,11 +138,12 @@ class PassProbe:
             raise RuntimeError(f"expected one layout per search, {self.layout}, found {site.layout()} at {site.name}")
         _wait(q.device)
         begin = time.perf_counter()
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        with torch.no_grad():
             linear = site.model.family.output_projection(site.module)
-            weight = projection(linear, q.shape[2] * q.shape[3], q)
-            for row in range(q.shape[0]):
-                self._measure_row(site, span, step, weight, q[row], k[row], v[row])
+            weight = projection(linear, q.shape[2] * q.shape[3], q)  # under the user's own autocast
+            with torch.autocast(q.device.type, enabled=False):
+                for row in range(q.shape[0]):
+                    self._measure_row(site, span, step, weight, q[row], k[row], v[row])
         _wait(q.device)
         self.measuring_seconds += time.perf_counter() - begin
 
@@ -146,7 +155,7 @@ class PassProbe:
         )
         error_rows = rows[::2] if self.settings.calibrates else rows
         outputs = q.new_empty((heads, len(self.settings.candidates), len(error_rows), dim), dtype=torch.float32)
-        together = max(1, CHUNK_BYTES // measuring_bytes(tokens, dim, len(rows)))
+        together = max(1, CHUNK_BYTES // head_bytes(tokens, dim, len(rows)))
         for start in range(0, heads, together):
             some = slice(start, min(start + together, heads))
             q_rows, keys, values = (x[:, some].transpose(0, 1).float() for x in (q[rows], k, v))

@@ -164,7 +164,7 @@ def test_doctor_search_and_report_of_a_pipeline_folder(
     text = capsys.readouterr().out
     assert "768 = 3 frames x 16 x 16" in text and "4 steps" in text and "0.50" in text
 
-    out = tmp_path / "plan.json"
+    out = tmp_path / "new" / "plan.json"
     search = [
         "search",
         folder,
@@ -185,7 +185,7 @@ def test_doctor_search_and_report_of_a_pipeline_folder(
     assert plan.provenance["prompts"] == ["a red circle moves left"] and plan.provenance["search"]["seed"] == 3
     assert plan.provenance["search"]["call"]["num_inference_steps"] == 4
     assert str(out) in capsys.readouterr().out
-    assert (tmp_path / "plan.scores.safetensors").is_file()
+    assert out.with_name("plan.scores.safetensors").is_file()
     run(*search, "--dense-steps", "0.3")
     assert "finished before" in capsys.readouterr().err
 

@@ -57,6 +57,15 @@ def test_the_expectations_follow_from_what_was_measured(diagnosis: doctor.Diagno
     assert found.dense_steps == 0.2
 
 
+def test_kernels_are_judged_for_the_dtype_of_attention() -> None:
+    """The first parameter of a bfloat16 Wan is kept in float32."""
+    pipe = tiny_wan()
+    pipe.transformer.to(torch.bfloat16)
+    pipe.transformer.scale_shift_table.data = pipe.transformer.scale_shift_table.data.float()
+    diagnosis = diagnose(pipe, call(), densities=(0.5,))
+    assert list(diagnosis.kernels) == [("cpu", "bfloat16", HEAD_DIM)]
+
+
 def test_only_the_last_of_a_few_steps_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Step and attention are differences between the ends of two steps, so that warming up is left out."""
     pipe = tiny_wan()

@@ -41,6 +41,10 @@ def plan(**changes: Any) -> Plan:
     return replace(base, **changes)
 
 
+def dense() -> Plan:
+    return Plan.uniform(DENSE, "wan", {"transformer": ModelShape(2, 3, 64)})
+
+
 def spans(*edges: float) -> tuple[Span, ...]:
     return tuple(Span(a, b, {"transformer": ("...", "...")}) for a, b in zip(edges[::2], edges[1::2], strict=True))
 
@@ -328,16 +332,24 @@ def test_a_failed_save_keeps_the_old_plan(
     assert Plan.load(path) == newer
 
 
+def test_the_example_of_the_docs_is_a_plan(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "plan-file.md").read_text()
+    path = tmp_path / "plan.json"
+    path.write_text(text.split("```json\n")[1].split("```")[0])
+    assert Plan.load(path).models == {"transformer": ModelShape(6, 4, 64)}
+
+
 def test_save_wants_a_json_name(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r'expected a file name that ends in "\.json", found \'plan\.safetensors\''):
         plan().save(tmp_path / "plan.safetensors")
-    with pytest.raises(OSError):
-        plan().save(tmp_path / "no" / "such" / "folder.json")
+    with pytest.raises(
+        FileNotFoundError, match=r"such: expected a folder to write plan\.json into, found none; make it first"
+    ):
+        dense().save(tmp_path / "no" / "such" / "plan.json")
 
 
 def test_a_plan_without_tensors_has_no_side_file(tmp_path: Path) -> None:
-    dense = Plan.uniform(DENSE, "wan", {"transformer": ModelShape(2, 3, 64)})
-    dense.save(tmp_path / "plan.json")
+    dense().save(tmp_path / "plan.json")
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
     assert json.loads((tmp_path / "plan.json").read_text())["tensors"] is None
 

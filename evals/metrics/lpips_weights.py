@@ -64,7 +64,10 @@ def load(say: Callable[[str], None] = print) -> dict[str, Tensor]:
     weights = convert(read_checkpoint(_fetch()))
     if fingerprint(weights) != TENSORS_SHA256:
         raise MetricUnavailable("the fetched weights did not convert to the expected tensors; please report it")
-    _keep(weights, path)
+    try:
+        _keep(weights, path)
+    except OSError as error:
+        say(f"LPIPS: the weights could not be kept for the next time ({error})")
     return weights
 
 
@@ -151,12 +154,16 @@ def convert(tree: Any) -> dict[str, Tensor]:
     try:
         for i in range(5):
             conv, head = tree["AlexNet_0"][f"Conv_{i}"], tree[f"NetLinLayer_{i}"]["Conv_0"]
-            weights[f"conv{i}.weight"] = torch.from_numpy(np.array(conv["kernel"].transpose(3, 2, 0, 1), np.float32))
-            weights[f"conv{i}.bias"] = torch.from_numpy(np.array(conv["bias"], np.float32))
-            weights[f"head{i}.weight"] = torch.from_numpy(np.array(head["kernel"].reshape(-1), np.float32))
+            weights[f"conv{i}.weight"] = _tensor(conv["kernel"].transpose(3, 2, 0, 1))
+            weights[f"conv{i}.bias"] = _tensor(conv["bias"])
+            weights[f"head{i}.weight"] = _tensor(head["kernel"].reshape(-1))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise MetricUnavailable(f"the LPIPS checkpoint has another structure than expected: {error!r}") from error
     return weights
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(array, np.float32, order="C"))
 
 
 def _keep(weights: dict[str, Tensor], path: Path) -> None:

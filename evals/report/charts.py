@@ -21,7 +21,7 @@ INK, LINE = "#000001", "#000002"
 SERIES = tuple(f"#00001{i}" for i in range(6))
 MARKERS = ("o", "s", "D", "^", "v", "P")
 _VARIABLES = {INK: "var(--ink)", LINE: "var(--line)"} | {c: f"var(--series-{i})" for i, c in enumerate(SERIES)}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "diffusers_accel",
     "text.parse_math": False,

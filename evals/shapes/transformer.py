@@ -44,6 +44,11 @@ def sample_sigmas(batch: int, generator: torch.Generator) -> torch.Tensor:
     return FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)
 
 
+def sample_frames(rng: np.random.Generator, total: int, frames: int) -> np.ndarray:
+    """Ascending frame indices `[frames]`, the first frame among them: positions are relative to it (and it is special)."""
+    return np.concatenate([[0], 1 + np.sort(rng.choice(total - 1, frames - 1, replace=False))])
+
+
 def train_transformer(
     folder: Path, minutes: float, seed: int, stages: tuple = STAGES, compile: bool = True, **sizes: int
 ) -> Path:
@@ -69,7 +74,7 @@ def train_transformer(
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         latents = open_latents(folder / "latents.bin")
         clips = rng.integers(len(latents), size=batch)
-        picks = np.stack([np.sort(rng.choice(latents.shape[2], frames, replace=False)) for _ in range(batch)])
+        picks = np.stack([sample_frames(rng, latents.shape[2], frames) for _ in range(batch)])
         clean = torch.from_numpy(np.stack([latents[c][:, p] for c, p in zip(clips, picks, strict=True)])).float()
         captions = ["" if rng.random() < DROP_CAPTION else clip_caption(seed, int(c)) for c in clips]
 

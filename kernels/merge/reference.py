@@ -14,10 +14,9 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Softmax over the parts' lse, weighing the parts' out; in fp32 (fp64 for fp64)."""
-    lse = torch.stack([part_lse for _, part_lse in parts])
-    total = lse.logsumexp(0)
-    weights = torch.where(lse == -torch.inf, 0.0, (lse - total).exp()).transpose(2, 3)[..., None]
-    wide = torch.promote_types(parts[0][0].dtype, torch.float32)
-    out = sum((weight * out.to(wide) for weight, (out, _) in zip(weights, parts)), torch.zeros((), dtype=wide))
-    return out.to(parts[0][0].dtype), total
+    """Weighs the parts' out by the softmax over their lse; in fp32 (fp64 for fp64)."""
+    outs, lses = torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts])
+    unread = (lses == -torch.inf).all(0)
+    weights = lses.softmax(0).masked_fill(unread, 0).transpose(2, 3)[..., None]
+    wide = torch.promote_types(outs.dtype, torch.float32)
+    return (weights * outs.to(wide)).sum(0).to(outs.dtype).contiguous(), lses.logsumexp(0)

@@ -11,7 +11,7 @@ from diffusers_accel.families import find
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Method, Skip, Stripe
 from diffusers_accel.plan import Plan
 from diffusers_accel.processor import site_of
-from diffusers_accel.search import plan_search
+from diffusers_accel.search import plan_search, probe
 from diffusers_accel.search.assign import assign
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.candidates import candidates
@@ -20,6 +20,7 @@ from diffusers_accel.search.plan_making import make_plan
 from diffusers_accel.search.plan_search import search_plan
 from diffusers_accel.search.probe import PassProbe, chosen_steps
 from diffusers_accel.search.scores import Scores
+from diffusers_accel.shape import ModelShape
 from tests.tiny import HEADS, LAYERS, TEXT_DIM, tiny_wan, tiny_wan_call
 
 METHODS = (
@@ -229,6 +230,35 @@ def test_two_experts_are_searched_under_one_clock(tmp_path):
     with patch(pipe, plan) as patched:
         pipe(**a_call(), **a_prompt(0))
         assert patched.report().density == pytest.approx(plan.provenance["predicted"]["density"], abs=1e-6)
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_low_precision_pipelines_give_nearly_the_same_scores(how, tmp_path):
+    search(tiny_wan(), tmp_path / "fp32.safetensors", prompts=1)
+    if how == "bfloat16":
+        search(tiny_wan().to(torch.bfloat16), tmp_path / "low.safetensors", prompts=1)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            search(tiny_wan(), tmp_path / "low.safetensors", prompts=1)
+    full, low = (
+        Scores.load(tmp_path / name).error("transformer")[1:] for name in ("fp32.safetensors", "low.safetensors")
+    )
+    assert (low[..., 0] == 0).all()
+    # q, k and v carry 8 bits: a few parts in a hundred of an error that is itself a difference of rounded numbers.
+    assert np.abs(low - full).max() < 0.1 * full.max()
+
+
+def test_memory_is_bounded_and_chunks_do_not_change_the_scores(tmp_path, monkeypatch):
+    search(tiny_wan(), tmp_path / "together.safetensors", prompts=1)
+    monkeypatch.setattr(probe, "CHUNK_BYTES", 1)
+    search(tiny_wan(), tmp_path / "one.safetensors", prompts=1)
+    together, one = (Scores.load(tmp_path / name) for name in ("together.safetensors", "one.safetensors"))
+    for name, array in together.sums.items():
+        assert one.sums[name] == pytest.approx(array, rel=1e-3, abs=1e-9), name
+    # Wan 14B at 720p: one head of 40 is half a GiB, two are measured together.
+    assert probe.head_bytes(75600, 128, 256) < 0.53 * 2**30
+    settings = probe.Settings(candidates(), ((0.0, 1.0),), 256, 1, 0)
+    assert probe.measuring_bytes(75600, ModelShape(40, 40, 128), settings) < 1.7 * 2**30
 
 
 def test_steps_are_chosen_inside_their_spans():

@@ -1,0 +1,74 @@
+"""Reports made of numbers and frames that were never measured, for tests of what is done with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from diffusers_accel.evals.measurement import Measurement, Spread, summarise
+from diffusers_accel.evals.report import Clip, Media, Report, Subject
+from diffusers_accel.evals.report.video import encode, encode_difference
+from diffusers_accel.methods import AxisOrder, Band, Method, Recipe, Skip, Stripe
+from diffusers_accel.plan import Plan
+from diffusers_accel.shape import ModelShape
+
+METHODS = (Method(), Method(select=Skip()), Method(select=Band(0.25)), Method(select=Band(0.5)))
+METHODS += (Method(order=AxisOrder("hwf"), select=Band(0.25)), Method(select=Stripe(0.25)))
+
+
+def frames(seed: int, count: int = 4, side: int = 32) -> np.ndarray:
+    """A square that moves over noise: [F, H, W, 3] float32 in 0..1."""
+    clip = np.random.default_rng(seed).random((count, side, side, 3), dtype=np.float32) * 0.2
+    for i in range(count):
+        clip[i, 4:12, 4 + 2 * i : 12 + 2 * i] = (0.9, 0.2, 0.1)
+    return clip
+
+
+def plan(layers: int = 3, heads: int = 6) -> Plan:
+    recipe = Recipe(heads=METHODS, dense_steps=0.25)
+    return Plan.uniform(recipe, family="wan", models={"transformer": ModelShape(layers, heads, 64)})
+
+
+def report(
+    ratios: dict[str, list[float]], *, drift: float = 0.01, layers: int = 3, heads: int = 6, lpips: str | None = None
+) -> Report:
+    """A report of these speed-ups per subject and clip; LPIPS is missing, with that note, where one is given."""
+    provenance: dict[str, Any] = {
+        "machine": {"cpu": "a processor", "cores": 2},
+        "versions": {"torch": "2.13.0"},
+        "prompts": ["a red <square> | moves"],
+        "protocol": ["first sentence", "second sentence"],
+    }
+    count = len(next(iter(ratios.values())))
+    clips = []
+    for seed in range(count):
+        films = {"dense": encode(frames(0), 8)} | {name: encode(frames(seed + 1), 8) for name in ratios}
+        differences = {name: encode_difference(frames(0), frames(seed + 1), 8) for name in ratios}
+        clips.append(Clip("a red <square> | moves", seed, Media(films, differences, 8, 4) if seed < 2 else None))
+
+    def row(metric: str, value: float | None, subject: str, **more: Any) -> Measurement:
+        unit = {"time": "ms", "attention_time": "ms", "peak_memory": "bytes", "speedup": "x", "psnr": "dB"}.get(
+            metric, ""
+        )
+        baseline = None if subject == "dense" else "dense"
+        return Measurement(metric, value, unit, more.pop("better", "higher"), subject, baseline, provenance, **more)
+
+    rows = [row("time", 1000.0, "dense"), row("attention_time", 600.0, "dense"), row("density", 1.0, "dense")]
+    rows += [row("peak_memory", 2.0**30, "dense"), row("dense_drift", drift, "dense")]
+    rows += [row("repeat_difference", 0.0, "dense", note="identical"), row("dense_patch_difference", 0.02, "dense")]
+    for name, values in ratios.items():
+        median, spread = summarise(values, "median")
+        rows += [row("speedup", median, name, spread=spread), row("time", 1000 / median, name)]
+        rows += [row("attention_time", 300.0, name), row("density", 0.4, name), row("peak_memory", 2.0**30, name)]
+        rows += [row("psnr", 27.5, name, spread=Spread(count, 1.25, 26.0, 29.0)), row("ssim", 0.93, name)]
+        rows += [row("lpips", None if lpips else 0.05, name, note=lpips)]
+        for clip, value in zip(clips, values, strict=True):
+            rows += [row("speedup", value, name, clip=clip.key), row("time", 1000 / value, name, clip=clip.key)]
+            rows += [row("psnr", 27.0 + clip.seed, name, clip=clip.key), row("ssim", 0.93, name, clip=clip.key)]
+            rows += [row("lpips", None if lpips else 0.05, name, clip=clip.key, note=lpips)]
+    layer_rows = [
+        {"transformer": "transformer", "layer": layer, "density": 0.3 + 0.01 * layer} for layer in range(layers)
+    ]
+    subjects = tuple(Subject(name, plan(layers, heads), layer_rows) for name in ratios)
+    return Report(tuple(rows), tuple(clips), subjects, provenance)

@@ -1,0 +1,219 @@
+"""compare on a tiny real pipeline: what it measures, what it refuses, and that it leaves the pipeline as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers_accel.api import patch
+from diffusers_accel.evals import generate as generating
+from diffusers_accel.evals.compare import compare
+from diffusers_accel.evals.generate import SharedNoise, generate
+from diffusers_accel.evals.metrics import METRICS
+from diffusers_accel.methods import Band, Method
+from diffusers_accel.plan import Plan
+from diffusers_accel.shape import ModelShape
+from tests.tiny import HEAD_DIM, HEADS, LAYERS, tiny_wan, tiny_wan_call
+
+EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
+CALL = {key: tiny_wan_call()[key] for key in ("height", "width", "num_frames", "guidance_scale")} | {
+    "num_inference_steps": 4
+}
+PROMPT = {key: tiny_wan_call()[key] for key in EMBEDS}
+FAST = ("psnr", "ssim")
+
+
+def state(pipe: Any) -> dict[str, Any]:
+    """Everything of a pipeline that a comparison touches."""
+    modules = {
+        name: (type(m).__name__, type(getattr(m, "processor", None))) for name, m in pipe.transformer.named_modules()
+    }
+    hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in pipe.transformer.modules())
+    own = {name for name in vars(pipe) if not name.startswith("_")}
+    return {"modules": modules, "hooks": hooks, "own": own, "bar": dict(pipe._progress_bar_config)}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    pipe = tiny_wan()
+    pipe.set_progress_bar_config(disable=False, desc="mine")
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return Plan.uniform(
+        Method(select=Band(0.34)), family="wan", models={"transformer": ModelShape(LAYERS, HEADS, HEAD_DIM)}
+    )
+
+
+@pytest.fixture(scope="module")
+def found(pipe: Any, plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One comparison that several tests look at."""
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    plan.save(path)
+    before = state(pipe)
+    subjects = {"file": path, "all dense": "dense", "named": ("pattern", {"density": 0.5})}
+    report = compare(pipe, subjects, [PROMPT], call=CALL, seeds=(0, 1, 2), metrics=FAST, show=1, progress=False)
+    return {"report": report, "before": before, "after": state(pipe)}
+
+
+def test_pipeline_is_left_as_found(found: dict[str, Any]) -> None:
+    assert found["before"] == found["after"]
+    assert found["after"]["bar"] == {"disable": False, "desc": "mine"}
+
+
+def test_all_dense_subject_is_identical(found: dict[str, Any]) -> None:
+    report = found["report"]
+    for clip in (None, *report.clips):
+        row = report.row("psnr", "all dense", clip)
+        assert row.value is None and row.note == "identical"
+        assert report.row("ssim", "all dense", clip).value == 1
+    for metric in ("repeat_difference", "dense_patch_difference"):
+        row = report.row(metric, "dense")
+        assert (row.value, row.note) == (0.0, "identical")
+    assert "frames identical to dense" in report.headline
+
+
+def test_density_is_that_of_the_whole_run(found: dict[str, Any]) -> None:
+    report = found["report"]
+    assert report.row("density", "all dense").value == 1
+    assert report.row("density", "file").value == pytest.approx(
+        1 / 3, abs=0.17
+    )  # 2 of 6 blocks, within one block a row
+    by_hand = np.mean([row["density"] for row in report.subjects[0].layers])
+    assert report.row("density", "file").value == pytest.approx(by_hand)
+    # One of four steps dense, the others at half the blocks; bands may read one block a row more.
+    assert 0.6 <= report.row("density", "named").value <= 0.76
+
+
+def test_quality_is_of_raw_frames_against_dense(found: dict[str, Any], pipe: Any, plan: Plan) -> None:
+    report = found["report"]
+    values = []
+    for seed in (0, 1, 2):
+        arguments = {**PROMPT, **CALL, "output_type": "np"}
+        dense = pipe(**arguments, generator=torch.Generator().manual_seed(seed)).frames[0]
+        with patch(pipe, plan):
+            patched = pipe(**arguments, generator=torch.Generator().manual_seed(seed)).frames[0]
+        psnr = METRICS["psnr"].load()(dense, patched)
+        values.append(psnr[np.isfinite(psnr)].mean())
+        assert report.row("psnr", "file", report.clips[seed]).value == pytest.approx(values[-1])
+    total = report.row("psnr", "file")
+    assert total.value == pytest.approx(np.mean(values))
+    assert total.spread.std == pytest.approx(np.std(values, ddof=1), rel=1e-4)
+    assert total.spread.low <= total.value <= total.spread.high
+
+
+def test_speed_rows_agree(found: dict[str, Any]) -> None:
+    report = found["report"]
+    ratios = [report.row("speedup", "file", clip).value for clip in report.clips]
+    assert report.row("speedup", "file").value == pytest.approx(np.median(ratios))
+    for subject in ("dense", "file", "all dense", "named"):
+        assert 0 < report.row("attention_time", subject).value < 10 * report.row("time", subject).value
+        assert report.row("peak_memory", subject).value > 2**20
+        assert "resident" in report.row("peak_memory", subject).note
+
+
+def test_provenance_is_whole(found: dict[str, Any]) -> None:
+    provenance = found["report"].provenance
+    assert provenance["call"] == CALL
+    assert provenance["clip"] == {"frames": 5, "height": 64, "width": 64}
+    assert provenance["tokens"] == {"frames": 3, "height": 16, "width": 16, "text": 0}
+    assert provenance["seeds"] == [0, 1, 2] and provenance["prompts"] == ["embedded prompt 1"]
+    assert provenance["pipeline"]["transformers"]["transformer"]["heads"] == HEADS
+    assert any("PSNR" in line for line in provenance["protocol"])
+
+
+def test_shown_clips_have_films(found: dict[str, Any], tmp_path: Path) -> None:
+    report = found["report"]
+    assert [bool(clip.media) for clip in report.clips] == [True, False, False]
+    assert list(report.clips[0].media.videos) == ["dense", "file", "all dense", "named"]
+    report.save(tmp_path)
+    assert (tmp_path / "report.html").read_text().count("data-mp4=") == 4 + 3
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"subjects": {}}, ValueError, "subjects: expected one or more"),
+        ({"subjects": {"dense": "pattern"}}, ValueError, "baseline's name"),
+        ({"subjects": {"Plan a": "pattern", " plan  A": "dense"}}, ValueError, "would look the same"),
+        ({"subjects": {"a": "nonsense"}}, ValueError, "neither a method"),
+        ({"subjects": {"a": ("pattern", {"sparsity": 0.5})}}, TypeError, "no parameter 'sparsity'"),
+        ({"prompts": []}, ValueError, "prompts: expected one or more"),
+        ({"prompts": [" "]}, ValueError, "empty string"),
+        ({"prompts": [{"nonsense": 1}]}, ValueError, r"prompts\[0\]: .*found \['nonsense'\]"),
+        ({"prompts": ["a", "a"]}, ValueError, "expected each once"),
+        ({"metrics": ("psnr", "vmaf")}, ValueError, "psnr, ssim, lpips, found 'vmaf'"),
+        ({"metrics": ("psnr", "psnr")}, ValueError, "metrics: expected each once"),
+        ({"seeds": (1, 1)}, ValueError, "seeds: expected one or more different"),
+        ({"rounds": 0}, ValueError, "rounds and fps"),
+        ({"call": {**CALL, "generator": None}}, ValueError, "'generator' is set by compare; give `seeds`"),
+        ({"call": {**CALL, "frames": 5}}, ValueError, "takes no 'frames'; it takes .*num_frames"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_clip(
+    pipe: Any, change: dict[str, Any], error: type[Exception], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: dict[str, Any] = {"subjects": {"a": "pattern"}, "prompts": [PROMPT], "call": CALL, **change}
+    subjects, prompts = arguments.pop("subjects"), arguments.pop("prompts")
+    monkeypatch.setattr(type(pipe), "prepare_latents", None)  # no clip can be made
+    with pytest.raises(error, match=says):
+        compare(pipe, subjects, prompts, progress=False, **arguments)
+
+
+def test_patched_pipeline_is_refused() -> None:
+    pipe = tiny_wan()
+    with patch(pipe, "pattern"), pytest.raises(ValueError, match="patched already"):
+        compare(pipe, {"a": "pattern"}, [PROMPT], call=CALL, progress=False)
+
+
+@pytest.mark.parametrize("fails_at", [2, 4, 12])
+def test_failure_in_mid_run_leaves_the_pipeline_as_found(
+    pipe: Any, fails_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the warm-up, in a dense and in a patched run."""
+    before, calls = state(pipe), 0
+    stock = type(pipe.scheduler).step
+
+    def step(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == fails_at:
+            raise RuntimeError("out of luck")
+        return stock(*arguments, **keywords)
+
+    monkeypatch.setattr(type(pipe.scheduler), "step", step)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        compare(pipe, {"a": "pattern"}, [PROMPT], call=CALL, metrics=(), progress=False)
+    assert state(pipe) == before
+
+
+def test_other_noise_is_noticed(pipe: Any) -> None:
+    noise = SharedNoise(0)
+    generate(pipe, PROMPT, noise, CALL)
+    stock = pipe.prepare_latents
+    with (
+        generating.attribute(pipe, "prepare_latents", lambda *a, **k: stock(*a, **k) + 1e-3),
+        pytest.raises(RuntimeError, match="found another"),
+    ):
+        generate(pipe, PROMPT, noise, CALL)
+    assert "prepare_latents" not in vars(pipe)
+
+
+def test_missing_metric_gives_rows_that_say_so(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("DIFFUSERS_ACCEL_OFFLINE", "1")
+    report = compare(pipe, {"a": "pattern"}, [PROMPT], call=CALL, metrics=("lpips",), show=0, progress=False)
+    row = report.row("lpips", "a")
+    assert row.value is None and "forbids" in row.note
+    assert "LPIPS not measured" in report.headline
+
+
+def test_progress_counts_every_step(pipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    compare(pipe, {"a": "pattern"}, [PROMPT], call=CALL, metrics=(), show=0, progress=True)
+    assert "16/16" in capsys.readouterr().err  # dense, patched, dense, and dense under a patch: 4 runs of 4 steps

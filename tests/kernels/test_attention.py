@@ -1,0 +1,192 @@
+"""Every implementation of attention, held to the same meaning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusers_accel.kernels.attention import attention, choices
+from diffusers_accel.kernels.merge import merge
+from diffusers_accel.kernels.pattern import BlockPattern
+from tests.kernels.oracle import ATTENTION, assert_attention, assert_close, eager, qkv, random_pattern
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+everywhere = pytest.mark.parametrize(("impl", "device"), ATTENTION)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+@pytest.mark.parametrize(("tokens", "dim"), [(63, 128), (100, 96), (300, 64)])
+def test_reading_everything_is_plain_attention(
+    impl: str, device: str, dtype: torch.dtype, tokens: int, dim: int
+) -> None:
+    q, k, v = qkv(1, tokens, tokens, 2, dim, dtype, device)
+    sdpa = torch.nn.functional.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v)))
+    rough, _ = eager(q, k, v, torch.ones(1, 1, 1, tokens, dtype=torch.bool, device=device), dim**-0.5)
+    for pattern in (None, BlockPattern.full(2, tokens, tokens, device=device)):
+        found = attention(q, k, v, pattern, impl=impl)
+        assert_close(found[0], sdpa.transpose(1, 2), rough)
+        assert_attention(found, q, k, v)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "keys", "dim", "blocks", "density"),
+    [
+        (300, 300, 128, (128, 128), 0.4),
+        (300, 300, 96, (128, 64), 0.3),
+        (100, 500, 64, (64, 128), 0.5),
+        (257, 63, 72, (128, 64), 0.7),
+        (200, 330, 64, (32, 32), 0.2),
+    ],
+)
+def test_random_patterns_are_masked_attention(
+    impl: str,
+    device: str,
+    dtype: torch.dtype,
+    queries: int,
+    keys: int,
+    dim: int,
+    blocks: tuple[int, int],
+    density: float,
+) -> None:
+    q, k, v = qkv(1, queries, keys, 3, dim, dtype, device, seed=queries)
+    pattern = random_pattern(1, 3, queries, keys, blocks, density, device, seed=dim)
+    assert_attention(attention(q, k, v, pattern, impl=impl), q, k, v, pattern.token_mask())
+
+
+@everywhere
+@pytest.mark.parametrize("rows", [1, 2], ids=["shared", "per-batch"])
+def test_batch_rows_share_a_pattern_or_have_their_own(impl: str, device: str, rows: int) -> None:
+    q, k, v = qkv(2, 200, 270, 3, 64, F32, device)
+    pattern = random_pattern(rows, 3, 200, 270, (64, 64), 0.5, device, seed=4)
+    assert_attention(attention(q, k, v, pattern, impl=impl), q, k, v, pattern.token_mask())
+
+
+@everywhere
+def test_queries_that_read_nothing_give_zero_and_minus_infinity(impl: str, device: str) -> None:
+    q, k, v = qkv(1, 300, 300, 2, 64, F32, device)
+    mask = torch.ones(1, 2, 3, 3, dtype=torch.bool)
+    mask[0, 0, 1] = mask[0, 1] = False
+    out, lse = attention(q, k, v, BlockPattern.from_mask(mask.to(device), 300, 300), impl=impl)
+    assert (out[0, 128:256, 0] == 0).all() and (out[0, :, 1] == 0).all()
+    assert (lse[0, 0, 128:256] == -torch.inf).all() and (lse[0, 1] == -torch.inf).all()
+    assert lse[0, 0, :128].isfinite().all() and (out[0, 256:, 0] != 0).any()
+
+
+@everywhere
+def test_padding_and_unread_blocks_are_never_weighed(impl: str, device: str) -> None:
+    """Keys past the sequence, past `valid` inside a block, and in blocks that nobody reads hold NaN."""
+    queries, keys, heads = 130, 300, 2
+    store = torch.full((2, 1, keys + 90, heads, 64), torch.nan, device=device)
+    q, *kv = qkv(1, queries, keys, heads, 64, F32, device)
+    valid = torch.tensor([64, 20, 64, 0, 17], dtype=torch.int32)
+    exists = torch.cat([torch.arange(64) < n for n in valid])[:keys].to(device)
+    mask = torch.ones(1, heads, 2, 5, dtype=torch.bool)
+    mask[..., 2] = False
+    unread = torch.arange(keys, device=device) // 64 == 2
+    for i in range(2):
+        store[i, :, :keys] = kv[i].masked_fill((~exists | unread)[:, None, None], torch.nan)
+    k, v = store[:, :, :keys]
+    pattern = BlockPattern.from_mask(mask.to(device), queries, keys, 128, 64, valid.to(device))
+    found = attention(q, k, v, pattern, impl=impl)
+    seen = (exists & ~unread).expand(1, heads, queries, keys)
+    assert torch.equal(pattern.token_mask(), seen)
+    assert_attention(found, q, *(x.masked_fill(~seen[0, 0, 0, :, None, None], 0) for x in kv), seen)
+
+
+@everywhere
+def test_a_listed_block_without_tokens_is_as_unread(impl: str, device: str) -> None:
+    """`from_mask` leaves such blocks out; a pattern that was built by hand may name them, also alone."""
+    q, k, v = qkv(1, 64, 128, 1, 64, F32, device)
+    blocks = torch.tensor([[[[0, 1], [1, 0]]]], dtype=torch.int32, device=device)
+    counts = torch.tensor([[[2, 1]]], dtype=torch.int32, device=device)
+    valid = torch.tensor([64, 0], dtype=torch.int32, device=device)
+    pattern = BlockPattern(blocks, counts, 64, 128, 32, 64, valid)
+    assert_attention(attention(q, k, v, pattern, impl=impl), q, k, v, pattern.token_mask())
+
+
+@everywhere
+def test_merged_parts_of_the_keys_are_the_whole(impl: str, device: str) -> None:
+    q, k, v = qkv(1, 200, 300, 2, 64, BF16, device)
+    whole = random_pattern(1, 2, 200, 300, (64, 64), 0.7, device, seed=2).mask()
+    first = torch.rand(whole.shape, generator=torch.Generator().manual_seed(3)).to(device) < 0.5
+    patterns = [BlockPattern.from_mask(mask, 200, 300, 64, 64) for mask in (whole & first, whole & ~first, whole)]
+    *parts, _ = (attention(q, k, v, pattern, impl=impl) for pattern in patterns)
+    assert_attention(merge(parts), q, k, v, patterns[-1].token_mask())
+
+
+@everywhere
+@pytest.mark.parametrize("layout", ["heads first", "fused projection", "last dimension not 1"])
+def test_any_strides(impl: str, device: str, layout: str) -> None:
+    pattern = random_pattern(1, 2, 200, 200, (64, 64), 0.5, device)
+    q, k, v = qkv(1, 200, 200, 2, 64, F32, device)
+    strided: tuple[Tensor, ...]
+    if layout == "heads first":
+        strided = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    elif layout == "fused projection":
+        strided = torch.stack([q, k, v], 2).unbind(2)
+    else:
+        strided = tuple(x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, v))
+    assert not strided[1].is_contiguous()
+    assert_attention(attention(*strided, pattern, impl=impl), q, k, v, pattern.token_mask())
+
+
+@everywhere
+def test_scale(impl: str, device: str) -> None:
+    q, k, v = qkv(1, 63, 100, 1, 64, F32, device)
+    assert_attention(attention(q, k, v, scale=0.3, impl=impl), q, k, v, scale=0.3)
+
+
+@pytest.mark.parametrize("dim", [1, 40, 80, 160, 256])
+def test_cpu_takes_any_head_dim(dim: int) -> None:
+    q, k, v = qkv(1, 100, 100, 2, dim, F32, "cpu")
+    pattern = random_pattern(1, 2, 100, 100, (32, 32), 0.5, "cpu")
+    assert_attention(attention(q, k, v, pattern, impl="cpu"), q, k, v, pattern.token_mask())
+
+
+def test_auto_takes_the_first_that_can() -> None:
+    q, k, v = qkv(1, 32, 32, 1, 8, torch.float64, "cpu")
+    usable = [c.name for c in choices("cpu", torch.float64, 8) if c.reason is None]
+    assert usable == ["reference"]
+    out, _ = attention(q, k, v)
+    torch.testing.assert_close(out, attention(q, k, v, impl="reference")[0], rtol=0, atol=0)
+    assert next(c for c in choices("cpu", torch.float32, 8) if c.reason is None).name == "cpu"
+
+
+def test_an_explicit_implementation_is_obeyed_or_refused() -> None:
+    q, k, v = qkv(1, 32, 32, 1, 8, torch.float64, "cpu")
+    with pytest.raises(ValueError, match=r"(?s)impl='cpu'.*cpu: takes float16.*portable: .*reference: usable"):
+        attention(q, k, v, impl="cpu")
+    with pytest.raises(ValueError, match="one of cpu, portable, reference, found 'fast'"):
+        attention(q, k, v, impl="fast")
+
+
+def test_arguments_that_do_not_fit_are_named() -> None:
+    q, k, v = qkv(2, 100, 130, 2, 16, F32, "cpu")
+    pattern = BlockPattern.full(2, 100, 130)
+    cases = [
+        ((q[0], k, v, None), r"q must be \[B, S, H, D\].*\[100, 2, 16\]"),
+        ((q, k[..., :8], v, None), r"k must be \[2, 130, 2, 16\].*found \[2, 130, 2, 8\]"),
+        ((q, k, v[:, :0], None), r"v must be .*found \[2, 0, 2, 16\]"),
+        ((q, k, v.half(), None), r"v must be torch.float32 on cpu.*float16"),
+        ((q, k, v, BlockPattern.full(3, 100, 130)), r"1 batch rows and 3 heads, q has 2 and 2"),
+        ((q, k, v, BlockPattern.full(2, 100, 131)), r"100 queries and 131 keys, found 100 and 130"),
+        ((q, k, v, pattern.to("meta")), r"the pattern is on meta, q on cpu"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            attention(*arguments)
+    for scale in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="scale must be positive"):
+            attention(q, k, v, scale=scale)
+
+
+def test_checks_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv(1, 128, 128, 1, 16, F32, "cpu")
+    wrong = BlockPattern(torch.full((1, 1, 1, 1), 7, dtype=torch.int32), torch.ones(1, 1, 1).int(), 128, 128)
+    monkeypatch.setenv("DIFFUSERS_ACCEL_CHECKS", "1")
+    with pytest.raises(ValueError, match=r"key blocks 0\.\.0, found 7\.\.7"):
+        attention(q, k, v, wrong)
