@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from diffusers_accel.api import Patch, patch
+from diffusers_accel.api import patch
 from diffusers_accel.evals.generate import (
     Prompt,
     Run,
@@ -88,11 +88,9 @@ def compare(
     if len(set(texts)) != len(texts):
         raise ValueError(f"prompts: expected each once (`seeds` gives several clips of one), found {texts}")
     _check(subjects, metrics, seeds, rounds, fps)
-    for subject in subjects.values():
-        with _patched(pipe, subject):
-            pass  # a plan that does not fit is refused now, not after the first clip
+    plans = {name: _plan(pipe, subject) for name, subject in subjects.items()}
     scores = {name: _load(METRICS[name]) for name in metrics}
-    session = _Session(pipe, dict(subjects), dict(call), scores, fps)
+    session = _Session(pipe, plans, dict(call), scores, fps)
     clips = [(prompt, seed, text) for prompt, text in zip(prompts, texts, strict=True) for seed in seeds]
     quiet = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
     steps = session.steps * session.runs(len(clips), rounds)
@@ -108,49 +106,46 @@ class _Session:
     """The state of one comparison."""
 
     def __init__(
-        self, pipe: Any, subjects: dict[str, PlanLike], call: dict[str, Any], scores: dict[str, Score | str], fps: int
+        self, pipe: Any, plans: dict[str, Plan], call: dict[str, Any], scores: dict[str, Score | str], fps: int
     ) -> None:
-        self.pipe, self.subjects, self.call, self.scores, self.fps = pipe, subjects, call, scores, fps
+        self.pipe, self.plans, self.call, self.scores, self.fps = pipe, plans, call, scores, fps
         self.bar: Callable[[str | None], None]
         stock = inspect.signature(type(pipe).__call__).parameters
         self.steps = int(call.get("num_inference_steps", stock["num_inference_steps"].default))
-        self.tallies = {name: Tally() for name in (BASELINE, *subjects)}
+        self.tallies = {name: Tally() for name in (BASELINE, *plans)}
         self.repeat: list[float] = []
         self.patch_difference = 0.0
         self.clips: list[Clip] = []
-        self.shape: tuple[int, ...] = ()
+        self.first_frames: np.ndarray
         self.tokens: dict[str, Any] = {}
 
     def runs(self, clips: int, rounds: int) -> int:
         """Full runs; the warm-up is not counted."""
-        return clips * (1 + rounds * (1 + len(self.subjects))) + 1
+        return clips * (1 + rounds * (1 + len(self.plans))) + 1
 
     def warm_up(self, prompt: Prompt, seed: int) -> None:
         """A few steps of everything, so that compilation and first allocations fall outside the timed runs."""
         call = {**self.call, "num_inference_steps": min(WARM_UP_STEPS, self.steps)}
         self.bar("warm-up")
         generate(self.pipe, prompt, SharedNoise(seed), call)
-        for subject in self.subjects.values():
-            with _patched(self.pipe, subject) as patched:
+        for plan in self.plans.values():
+            with patch(self.pipe, plan) as patched:
                 generate(self.pipe, prompt, SharedNoise(seed), call)
                 layout = patched.sites[0].layout()
-        self.tokens = {
-            "frames": layout.frames,
-            "height": layout.height,
-            "width": layout.width,
-            "text": layout.text_tokens,
-        }
+        video = {"frames": layout.frames, "height": layout.height, "width": layout.width}
+        self.tokens = {**video, "text": layout.text_tokens}
 
     def clip(self, prompt: Prompt, seed: int, rounds: int, text: str, media: bool) -> None:
         noise = SharedNoise(seed)
         first = self._run(BASELINE, prompt, noise, text)
         dense = [first.milliseconds]
-        times: dict[str, list[float]] = {name: [] for name in self.subjects}
-        self.shape = first.frames.shape
+        times: dict[str, list[float]] = {name: [] for name in self.plans}
+        if not self.clips:
+            self.first_frames = first.frames
         videos = {BASELINE: encode(first.frames, self.fps)} if media else {}
         differences: dict[str, bytes] = {}
         for number in range(rounds):
-            for name in self.subjects:
+            for name in self.plans:
                 run = self._run(name, prompt, noise, text)
                 times[name].append(run.milliseconds)
                 if number == 0:
@@ -167,10 +162,9 @@ class _Session:
 
     def dense_attention(self, prompt: Prompt, seed: int) -> None:
         """Attention's share of a dense run, seen through an all-dense patch; and what that patch changes in the frames."""
-        with _patched(self.pipe, "dense") as patched, patched.timed() as timer:
+        with patch(self.pipe, "dense") as patched, patched.timed() as timer:
             run = generate(self.pipe, prompt, SharedNoise(seed), self.call, lambda: self.bar(None))
         self.tallies[BASELINE].attention.append(timer.attention_ms)
-        self.tallies[BASELINE].plan = patched.plan
         self.patch_difference = largest_difference(self.first_frames, run.frames)
 
     def _run(self, name: str, prompt: Prompt, noise: SharedNoise, text: str) -> Run:
@@ -178,17 +172,15 @@ class _Session:
         tally = self.tallies[name]
         if name == BASELINE:
             run = generate(self.pipe, prompt, noise, self.call, lambda: self.bar(None))
-            if not self.clips and not tally.peaks:
-                self.first_frames = run.frames
         else:
-            with _patched(self.pipe, self.subjects[name]) as patched, patched.timed() as timer:
+            with patch(self.pipe, self.plans[name]) as patched, patched.timed() as timer:
                 run = generate(self.pipe, prompt, noise, self.call, lambda: self.bar(None))
             report = patched.report()
             if report.density is None:
                 raise RuntimeError(f"{name}: the pipeline ran, but no patched self-attention did; nothing to compare")
             tally.attention.append(timer.attention_ms)
             tally.densities.append(report.density)
-            tally.layers, tally.plan = report.rows, patched.plan
+            tally.layers = report.rows
         tally.peaks.append(run.peak_bytes)
         return run
 
@@ -202,27 +194,21 @@ class _Session:
         dense = self.tallies[BASELINE]
         rows = [*cost_rows(BASELINE, dense, None, provenance, memory_kind(self.pipe))]
         rows += noise_rows(dense, self.repeat, self.patch_difference, provenance)
-        for name in self.subjects:
+        for name in self.plans:
             tally = self.tallies[name]
             rows += cost_rows(name, tally, BASELINE, provenance, memory_kind(self.pipe))
             rows += speed_rows(name, tally, dense, self.clips, provenance)
             rows += quality_rows(name, tally, self.clips, provenance)
-        subjects = []
-        for name in self.subjects:
-            plan = self.tallies[name].plan
-            assert plan is not None  # every subject ran on every clip
-            subjects.append(Subject(name, plan, self.tallies[name].layers))
-        return Report(tuple(rows), tuple(self.clips), tuple(subjects), provenance)
+        subjects = tuple(Subject(name, plan, self.tallies[name].layers) for name, plan in self.plans.items())
+        return Report(tuple(rows), tuple(self.clips), subjects, provenance)
 
     def _provenance(self, prompts: list[str], seeds: list[int], rounds: int) -> dict[str, Any]:
-        plan = self.tallies[BASELINE].plan
-        assert plan is not None  # the all-dense run gave it
         transformers = {}
-        for name, shape in plan.models.items():
+        for name, shape in next(iter(self.plans.values())).models.items():
             model = getattr(self.pipe, name)
             kind = {"class": type(model).__name__, "dtype": str(model.dtype).removeprefix("torch.")}
             transformers[name] = {**kind, **asdict(shape)}
-        frames, height, width, _ = self.shape
+        frames, height, width, _ = self.first_frames.shape
         return {
             "machine": machine(),
             "versions": versions(("torch", "triton", "diffusers", "diffusers-accel", "numpy", "scikit-image", "lpips")),
@@ -284,11 +270,11 @@ def _check(
         raise ValueError(f"rounds and fps: expected 1 or more, found {rounds} and {fps}")
 
 
-def _patched(pipe: Any, subject: PlanLike) -> Patch:
-    if isinstance(subject, tuple):
-        name, parameters = subject
-        return patch(pipe, name, **parameters)
-    return patch(pipe, subject)
+def _plan(pipe: Any, subject: PlanLike) -> Plan:
+    """The plan of a subject, read once; one that does not fit is refused now, not after the first clip."""
+    plan, parameters = subject if isinstance(subject, tuple) else (subject, {})
+    with patch(pipe, plan, **parameters) as patched:
+        return patched.plan
 
 
 def _load(metric: Metric) -> Score | str:

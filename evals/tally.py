@@ -11,7 +11,6 @@ import numpy as np
 from diffusers_accel.evals.measurement import Measurement, Spread, summarise
 from diffusers_accel.evals.metrics import METRICS, Score
 from diffusers_accel.evals.report import Clip
-from diffusers_accel.plan import Plan
 
 BASELINE = "dense"
 WARM_UP_STEPS = 2
@@ -27,7 +26,6 @@ class Tally:
     densities: list[float] = field(default_factory=list)
     scores: dict[str, list[tuple[float | None, str | None]]] = field(default_factory=dict)  # metric -> per clip
     layers: list[dict[str, Any]] = field(default_factory=list)
-    plan: Plan | None = None
 
 
 def _over_clips(found: Sequence[tuple[float | None, str | None]]) -> tuple[float | None, Spread | None, str | None]:

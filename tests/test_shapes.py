@@ -20,7 +20,7 @@ from diffusers_accel.evals import shapes
 from diffusers_accel.evals.shapes import autoencoder, latents, render
 from diffusers_accel.evals.shapes.denoiser import SHORT_TEXT_ROWS, attend, prepare_for_training, set_inputs
 from diffusers_accel.evals.shapes.models import TEXT_DIM, TEXT_ROWS, build_autoencoder, build_transformer
-from diffusers_accel.evals.shapes.pixels import judge
+from diffusers_accel.evals.shapes.pixels import compare, find, judge
 from diffusers_accel.evals.shapes.run_state import RunState
 from diffusers_accel.evals.shapes.transformer import Denoiser, train_transformer
 from diffusers_accel.evals.shapes.weights_folder import RECORD
@@ -83,8 +83,8 @@ def test_the_order_of_two_objects_does_not_decide_the_split() -> None:
 
 def test_the_judge_finds_what_was_rendered_and_nothing_else() -> None:
     for scene in scenes(24, seed=5):
-        video = render.render(scene)
-        verdict = judge(video, scene.caption)
+        shown = find(render.render(scene))
+        verdict = compare(shown, scene.caption)
         assert verdict.passed and verdict.shape, scene.caption
         actor = scene.actors[0]
         wrong = {
@@ -98,7 +98,7 @@ def test_the_judge_finds_what_was_rendered_and_nothing_else() -> None:
             else:
                 changed = dataclasses.replace(actor, **{attribute: value})
                 other = dataclasses.replace(scene, actors=(changed, *scene.actors[1:]))
-            assert not getattr(judge(video, other.caption), attribute), (scene.caption, other.caption)
+            assert not getattr(compare(shown, other.caption), attribute), (scene.caption, other.caption)
 
 
 def test_the_judge_rejects_noise_still_frames_and_reversed_motion() -> None:

@@ -2,12 +2,12 @@
 
 Frames go through AlexNet; each of its five ReLU outputs is scaled to unit length along the channels, the squared
 differences are weighted per channel by the published linear heads, averaged over positions and added up. The `lpips` package
-is used where it imports; otherwise the same arithmetic runs here on the same published weights, without torchvision.
+is used where it works; otherwise the same arithmetic runs here on the same published weights, without torchvision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -52,9 +52,8 @@ def _unit(x: Tensor) -> Tensor:
     return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
 
-def scorer(pair_distance: object) -> Score:
+def scorer(pair_distance: Callable[[Tensor, Tensor], Tensor]) -> Score:
     """A score of clips from a distance of `[N, 3, H, W]` pairs in -1..1."""
-    assert callable(pair_distance)
 
     @torch.no_grad()
     def score(reference: np.ndarray, frames: np.ndarray) -> np.ndarray:
@@ -70,10 +69,13 @@ def scorer(pair_distance: object) -> Score:
 def _load() -> Score:
     try:
         import lpips as package
-    except Exception:  # it imports torchvision, which raises more than ImportError beside a CPU build of torch
+
+        return scorer(package.LPIPS(net="alex", verbose=False).eval())
+    except (
+        Exception
+    ):  # it needs torchvision, which raises more than ImportError beside a CPU build of torch, and a download
         weights = lpips_weights.load()
         return scorer(lambda a, b: distance(a, b, weights))
-    return scorer(package.LPIPS(net="alex", verbose=False).eval())
 
 
 LPIPS = Metric(

@@ -10,6 +10,7 @@
   const fps = Number(player.dataset.fps);
   const leader = videos[0];
   let playing = false;
+  let rewinding = false;
 
   for (const video of videos) {
     // Blobs rather than data addresses: not every browser can seek in those.
@@ -26,40 +27,49 @@
   };
   // The middle of a frame, so that rounding cannot show its neighbour.
   const seek = (n) => {
-    const time = (Math.min(Math.max(n, 0), last()) + 0.5) / fps;
-    for (const video of videos) video.currentTime = time;
-    slider.value = n;
-    output.textContent = `frame ${Math.min(Math.max(n, 0), last()) + 1} of ${last() + 1}`;
+    const wanted = Math.min(Math.max(n, 0), last());
+    for (const video of videos) video.currentTime = (wanted + 0.5) / fps;
+    slider.value = wanted;
+    output.textContent = `frame ${wanted + 1} of ${last() + 1}`;
   };
   const pause = () => {
     playing = false;
     play.textContent = "Play";
     for (const video of videos) video.pause();
   };
-  const run = () => {
-    if (leader.ended || frame() >= last()) for (const video of videos) video.currentTime = 0;
-    playing = true;
-    play.textContent = "Pause";
+  const startAll = () => {
     for (const video of videos) {
       video.playbackRate = Number(speed.value);
       video.play().catch(pause);
     }
+  };
+  // All wait for the slowest, so that they set off together.
+  const rewind = async () => {
+    rewinding = true;
+    for (const video of videos) video.pause();
+    const ready = videos.map((video) => new Promise((done) => video.addEventListener("seeked", done, { once: true })));
+    for (const video of videos) video.currentTime = 0;
+    await Promise.all(ready);
+    rewinding = false;
+    if (playing) startAll();
+  };
+  const run = () => {
+    playing = true;
+    play.textContent = "Pause";
+    if (leader.ended || frame() >= last()) rewind();
+    else startAll();
     requestAnimationFrame(tick);
   };
   const tick = () => {
     if (!playing) return;
-    if (leader.ended) {
+    if (!rewinding) {
+      if (leader.ended) rewind();
       for (const video of videos) {
-        video.currentTime = 0;
-        video.play().catch(pause);
+        const behind = Math.abs(video.currentTime - leader.currentTime) > 0.5 / fps;
+        if (behind && !video.seeking && !video.ended) video.currentTime = leader.currentTime;
       }
+      show();
     }
-    for (const video of videos) {
-      if (!video.seeking && !video.ended && Math.abs(video.currentTime - leader.currentTime) > 0.75 / fps) {
-        video.currentTime = leader.currentTime;
-      }
-    }
-    show();
     requestAnimationFrame(tick);
   };
 

@@ -69,14 +69,12 @@ def find(video: NDArray[np.float32]) -> tuple[str, tuple[Found, ...]]:
     return background, tuple(sorted(found, key=lambda f: -f.area))
 
 
-def judge(video: NDArray[np.float32], caption: str) -> Verdict:
-    """Compare what a clip `[F, H, W, 3]` in 0..1 shows with what its caption asks for."""
+def compare(shown: tuple[str, tuple[Found, ...]], caption: str) -> Verdict:
+    """Compare a finding with what a caption asks for."""
     asked = parse_caption(caption)
-    background, found = find(video)
+    background, found = shown
     wanted, got = sorted(asked.objects), sorted((f.color, f.shape, f.motion) for f in found)
     color = [w[0] for w in wanted] == [g[0] for g in got]
-    if not color:  # judge the other attributes on their own
-        wanted, got = sorted(wanted, key=lambda o: o[1:]), sorted(got, key=lambda o: o[1:])
     return Verdict(
         background=background == asked.background,
         color=color,
@@ -85,7 +83,13 @@ def judge(video: NDArray[np.float32], caption: str) -> Verdict:
     )
 
 
+def judge(video: NDArray[np.float32], caption: str) -> Verdict:
+    """Compare what a clip `[F, H, W, 3]` in 0..1 shows with what its caption asks for."""
+    return compare(find(video), caption)
+
+
 def _same(wanted: list[tuple[str, str, str]], got: list[tuple[str, str, str]], which: int, paired: bool) -> bool:
+    """Whether an attribute agrees object by object, or, where the colours do not tell which is which, as a whole."""
     a, b = [w[which] for w in wanted], [g[which] for g in got]
     return a == b if paired else sorted(a) == sorted(b)
 

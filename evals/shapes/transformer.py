@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # (share of the time budget at which the stage ends, clips of a batch, latent frames of a clip): all at 32 x 32.
-STAGES = ((0.25, 8, 2), (0.50, 6, 4), (0.72, 4, 8), (1.01, 2, 17))
+STAGES = ((0.30, 8, 2), (0.50, 6, 4), (0.72, 4, 8), (1.01, 2, 17))
 PEAK_LR = 1e-3
 DROP_CAPTION = 0.1
 
@@ -38,6 +38,17 @@ class Denoiser(torch.nn.Module):
         return rows * ids.attention_mask[..., None], ids.attention_mask.sum(1)
 
 
+def build_optimizers(model: Denoiser) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the transformer's blocks, AdamW for everything else, with one learning rate."""
+    matrices = [p for p in model.transformer.blocks.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=PEAK_LR, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+
+
 def sample_sigmas(batch: int, generator: torch.Generator) -> torch.Tensor:
     """Noise shares `[B]` with the density that the scheduler's shift gives its steps, stratified over the batch."""
     u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
@@ -55,17 +66,22 @@ def train_transformer(
     """Train until the time budget is used up, resuming from the folder's checkpoint; returns the checkpoint's path."""
     torch.manual_seed(seed)
     model = Denoiser(**sizes)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizers = build_optimizers(model)
     average, run = Average(model, 0.998), RunState(folder, "transformer", minutes, seed)
+    warm = 0
     if held := run.resume():
         model.load_state_dict(held["model"])
-        optimizer.load_state_dict(held["optimizer"])
+        if "optimizers" in held:
+            for optimizer, state in zip(optimizers, held["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        else:
+            warm = run.step
         average.load(held["average"])
     prepare_for_training(model.transformer)
     forward = torch.compile(model.transformer, dynamic=False) if compile else model.transformer
 
     def save() -> None:
-        run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), average=average.state())
+        run.save(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], average=average.state())
 
     losses: list[float] = []
     while run.progress < 1:
@@ -81,17 +97,18 @@ def train_transformer(
         noise = torch.randn(clean.shape, generator=generator)
         sigma = sample_sigmas(batch, generator)
         mix = sigma.view(-1, 1, 1, 1, 1)
-        for group in optimizer.param_groups:
-            group["lr"] = scheduled_lr(PEAK_LR, run.progress, run.step, warmup=200, hold=0.6)
+        for group in (g for o in optimizers for g in o.param_groups):
+            group["lr"] = scheduled_lr(PEAK_LR, run.progress, run.step - warm, warmup=100, hold=0.6)
         with torch.autocast("cpu", torch.bfloat16):
             text, rows = model.encode(captions)
             set_inputs(model.transformer, rows, torch.from_numpy(picks))
             velocity = forward((1 - mix) * clean + mix * noise, 1000 * sigma, text.float(), return_dict=False)[0]
         loss = (velocity.float() - (noise - clean)).square().mean()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         average.update(model)
         run.step += 1
         losses.append(loss.item())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,29 @@ def test_lpips_is_what_the_paper_says() -> None:
         assert found[i] == pytest.approx(naive_lpips(x, y, tree), rel=1e-4)
     assert (score(a, a) == 0).all()
     np.testing.assert_allclose(score(b, a), found, rtol=1e-5)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_lpips_package_is_used_where_it_works(works: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_cache(monkeypatch, tmp_path, lpips_weights.convert(checkpoint()))
+
+    class Package(torch.nn.Module):
+        def __init__(self, net: str, verbose: bool) -> None:
+            super().__init__()
+            if not works:
+                raise RuntimeError("operator torchvision::nms does not exist")
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return (a - b).abs().amax((1, 2, 3), keepdim=True)
+
+    package = types.ModuleType("lpips")
+    package.LPIPS = Package  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lpips", package)
+    a, b = clip(0), clip(1)
+    found = METRICS["lpips"].load()(a, b)
+    weights = lpips_weights.convert(checkpoint())
+    ours = lpips.scorer(lambda x, y: lpips.distance(x, y, weights))(a, b)
+    np.testing.assert_allclose(found, 2 * np.abs(a - b).max((1, 2, 3)) if works else ours, rtol=1e-5)
 
 
 def test_lpips_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

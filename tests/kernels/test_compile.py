@@ -1,0 +1,132 @@
+"""Every Triton kernel compiles for every architecture without a GPU, and the machine code is what was meant.
+
+What is checked is what cannot be seen under the interpreter: that a tile fits into shared memory, that nothing spills to
+the stack, and that the products run on the matrix units. That it is right or fast, only a GPU can tell.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="needs Triton, which has no wheel for this platform")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("an interpreted kernel cannot be compiled in the same process", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from diffusers_accel.kernels.attention import portable as attention  # noqa: E402
+from diffusers_accel.kernels.merge import portable as merge  # noqa: E402
+from diffusers_accel.kernels.pool import portable as pool  # noqa: E402
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+# Bytes of shared memory that one program may have, by compute capability.
+SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+# The instruction of the matrix units for 2-byte inputs; fp32 is computed as such, by fused multiply-add.
+MATRIX = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+every_arch = pytest.mark.parametrize("arch", SHARED)
+
+
+def compiled(kernel: Any, arch: int, types: dict[str, Any], constants: dict[str, Any], **options: int) -> tuple[Any, str]:
+    """The kernel compiled as the launcher would, and its disassembly; fails where a gate does."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    # Aligned pointers and strides, as tensors of head dims in multiples of 8 have them: else no 16-byte loads.
+    aligned = [n for n in names if n not in constants and (n.endswith("_ptr") or "stride_" in n)]
+    attributes: dict[tuple[int, ...], Any] = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    for name, kind in signature.items():
+        if isinstance(kind, tuple):
+            attributes |= {(names.index(name), i): [["tt.divisibility", 16]] for i in range(len(kind))}
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    assert binary.metadata.shared <= SHARED[arch]
+    return binary, disassembled(binary.asm["cubin"])
+
+
+def disassembled(cubin: bytes) -> str:
+    """The machine code; fails where the kernel has a stack or spills to it."""
+    if not (TOOLS / "nvdisasm").is_file():
+        pytest.skip(f"this Triton brings no nvdisasm in {TOOLS}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage, code = (
+            subprocess.run([TOOLS / tool, flag, path], capture_output=True, text=True, check=True).stdout
+            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    assert re.findall(r"STACK:(\d+)", usage) == ["0"], usage
+    assert not re.findall(r"\b(?:STL|LDL)\b", code), "registers are spilled"
+    return code
+
+
+def attention_variant(
+    arch: int, dim: int, dtype: torch.dtype, blocks: tuple[int, int] = (128, 128), absent: tuple[str, ...] = ("valid_ptr",)
+) -> str:
+    tile = attention.config(arch, dim, dtype, blocks)
+    tensor = "*" + NAMES[dtype]
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), tensor)
+    types |= {"lse_ptr": "*fp32", "blocks_ptr": "*i32", "counts_ptr": "*i32", "valid_ptr": "*i32", "qk_scale": "fp32"}
+    constants: dict[str, Any] = dict.fromkeys(absent)
+    constants |= {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "BLOCK_Q": blocks[0], "BLOCK_K": blocks[1]}
+    constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return compiled(attention.attention_kernel, arch, types, constants, **options)[1]
+
+
+@every_arch
+@pytest.mark.parametrize(("dim", "dtype"), [(64, BF16), (96, BF16), (128, BF16), (128, F16)])
+def test_attention_runs_on_the_matrix_units(arch: int, dim: int, dtype: torch.dtype) -> None:
+    code = attention_variant(arch, dim, dtype)
+    products = len(re.findall(rf"\b{MATRIX[arch]}\b", code))
+    assert products > 0
+    # A wait after every product would mean that they were serialised for want of registers.
+    assert len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code)) <= 8
+
+
+@every_arch
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_fp32_attention_stays_fp32(arch: int, dim: int) -> None:
+    code = attention_variant(arch, dim, F32)
+    assert not re.search(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", code)
+    assert len(re.findall(r"\bFFMA2?\b", code)) > dim
+
+
+@every_arch
+@pytest.mark.parametrize(
+    ("blocks", "absent"),
+    [
+        ((128, 128), ("blocks_ptr", "counts_ptr", "valid_ptr")),
+        ((128, 128), ()),
+        ((128, 64), ("valid_ptr",)),
+    ],
+    ids=["dense", "cut blocks", "64 keys a block"],
+)
+def test_attention_variants(arch: int, blocks: tuple[int, int], absent: tuple[str, ...]) -> None:
+    assert re.search(rf"\b{MATRIX[arch]}\b", attention_variant(arch, 128, BF16, blocks, absent))
+
+
+@every_arch
+def test_merge(arch: int) -> None:
+    types = {"part_outs": ("*bf16",) * 3, "part_lses": ("*fp32",) * 3, "out_ptr": "*bf16", "lse_ptr": "*fp32"}
+    constants = {"DIM": 128, "PADDED_DIM": 128, "BLOCK": 32}
+    code = compiled(merge.merge_kernel, arch, types, constants, num_warps=4)[1]
+    assert len(re.findall(r"\bLDG\.E\.128\b", code)) >= 3  # every part is read in 16-byte pieces
+
+
+@every_arch
+def test_pool(arch: int) -> None:
+    types = {"x_ptr": "*bf16", "means_ptr": "*fp32", "valid_ptr": "*i32"}
+    constants = {"DIM": 128, "PADDED_DIM": 128, "BLOCK": 32, "stride_d": 1}
+    code = compiled(pool.pool_kernel, arch, types, constants, num_warps=4)[1]
+    assert re.search(r"\b(?:LDG|LDGSTS)\.E\S*\.128\b", code)  # read in 16-byte pieces
