@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from diffusers_accel import __version__
 from diffusers_accel.evals import shapes
 from diffusers_accel.evals.compare import PlanLike, compare
 from diffusers_accel.evals.generate import SharedNoise, generate
@@ -66,7 +68,7 @@ def find_plan(pipe: Any, out: Path, console: Console) -> Plan:
     """Searches a plan and saves it as `out`/plan.json; what an interrupted search measured is used again."""
     digest = weights_digest(shapes.verify_weights())
     out.mkdir(parents=True, exist_ok=True)
-    scores = out / f"search-{digest[:12]}.safetensors"
+    scores = out / f"search-{__version__}-{digest[:12]}.safetensors"
     prompts = shapes.held_out_prompts(8, seed=0)[:SEARCH_PROMPTS]
 
     def search(budget: Budget) -> Plan:
@@ -75,6 +77,8 @@ def find_plan(pipe: Any, out: Path, console: Console) -> Plan:
     try:
         plan = search(Budget.speedup(SPEEDUP))
     except ValueError as reason:
+        if "out of reach" not in str(reason):
+            raise
         console.print(f"{reason}. Taking the best plan at density {DENSITY:g} instead.", soft_wrap=True, markup=False)
         plan = search(Budget.density(DENSITY))
     plan.save(out / "plan.json")
@@ -114,4 +118,9 @@ def _load_average() -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; run it again and the search goes on from where it was")
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -89,15 +89,13 @@ def summarise(values: Sequence[float], statistic: Literal["mean", "median"]) -> 
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, threads, GPU and one-minute load average of this machine; no host name."""
+    """Processor, cores, threads and GPU of this machine; no host name."""
     found: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
     }
-    if hasattr(os, "getloadavg"):
-        found["load_average"] = round(os.getloadavg()[0], 2)
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory}

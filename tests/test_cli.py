@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from diffusers_accel import Plan, cli
+from diffusers_accel.evals import kernel_bench
 from diffusers_accel.evals.shapes import CALL
 from diffusers_accel.loading import load_pipeline
 from diffusers_accel.search import plan_search
@@ -154,6 +156,17 @@ def test_subjects_are_named() -> None:
         "pattern": "pattern",
         "fast": "b/plan.json",
     }
+
+
+def test_bench_hands_its_options_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "shapes must be among" in refused(capsys, "bench", "--shapes", "nope")
+    run("bench", "--help")
+    assert "usage: diffusers-accel bench" in capsys.readouterr().out
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(kernel_bench, "run", lambda **options: given.update(options) or [])
+    run("bench", "--shapes", "S4,S8", "--densities", "0.5,0.25", "--dtype", "fp32", "--device", "cpu", "--seconds", "2")
+    assert (given["shapes"], given["densities"], given["dtype"]) == (["S4", "S8"], [0.5, 0.25], "fp32")
+    assert (given["device"], given["seconds"]) == ("cpu", 2.0)
 
 
 def test_doctor_search_and_report_of_a_pipeline_folder(

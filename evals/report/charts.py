@@ -94,11 +94,12 @@ def _quality_chart(name: str, points: Sequence[Any]) -> str:
                 **style,
             )
         axes.margins(0.18)
-        axes.text(1.0, 0.99, " dense", transform=axes.get_xaxis_transform(), va="top")
+        at: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "va": "top"}
+        axes.annotate("dense", (1.0, 1.0), xytext=(4, 0), **at)
         axes.set_xlabel("speed-up, end to end (x)   faster →")
         better = "↑ better" if metric.better == "higher" else "↓ better"
         axes.set_ylabel(f"{metric.title}{f' ({metric.unit})' if metric.unit else ''}   {better}")
-        axes.legend(frameon=False, loc="best")
+        _legend(axes)
 
     found = "; ".join(f"{p[0]}: {p[1].value:.2f}x at {p[2].value:.3f}" for p in points if p)
     return _svg(f"quality-{name}", f"{metric.title} against speed-up. {found}", draw, (4.4, 3.3))
@@ -122,10 +123,15 @@ def _density_chart(report: Report, transformer: str) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(f"layer of {transformer}")
         axes.set_ylabel("density of the whole run")
-        axes.legend(frameon=False, loc="best")
+        _legend(axes)
 
     means = "; ".join(f"{name}: {min(y):.2f} to {max(y):.2f}" for name, (_, y) in lines.items() if y)
     return _svg(f"density-{transformer}", f"Realised density per layer of {transformer}. {means}", draw, (6.4, 2.9))
+
+
+def _legend(axes: Axes) -> None:
+    """Above the axes, where it hides nothing."""
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
 
 
 def _std(row: Measurement) -> float | None:

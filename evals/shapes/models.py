@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 LATENT_CHANNELS = 8
 TEXT_DIM = 128
 TEXT_ROWS = 512  # rows of text embeddings that the stock pipeline feeds, real ones first, then zeros
-FLOW_SHIFT = 3.0
+FLOW_SHIFT = 5.0
 
 
 def build_autoencoder(mean: list[float] | None = None, std: list[float] | None = None) -> AutoencoderKLWan:

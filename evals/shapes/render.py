@@ -138,23 +138,24 @@ def _actor(rng: np.random.Generator, motions: tuple[str, ...], weights: NDArray[
     motion = str(rng.choice(motions, p=weights / weights.sum()))
     # A circle that turns cannot be seen to turn.
     shape = str(rng.choice([s for s in SHAPES if s != "circle" or motion != "turns"]))
-    radius = float(rng.uniform(0.10, 0.14))
-    low, high = 0.18, 0.82
-    x, y = (float(v) for v in rng.uniform(0.25, 0.75, size=2))
+    alone = not taken and len(motions) > len(DIRECTIONS)
+    radius = float(rng.uniform(0.15, 0.19) if alone else rng.uniform(0.11, 0.13))
+    low, high = 0.20, 0.80
+    x, y = (float(v) for v in rng.uniform(0.28, 0.72, size=2))
     travel = 0.0
     if motion in DIRECTIONS:
-        travel = float(rng.uniform(0.38, 0.52))
+        travel = float(rng.uniform(0.38, 0.50))
         start = float(rng.uniform(low, high - travel))
         dx, dy = DIRECTIONS[motion]
         x = x if dx == 0 else (start if dx > 0 else 1 - start)
         y = y if dy == 0 else (start if dy > 0 else 1 - start)
     elif motion == "bounces":
-        y, travel = float(rng.uniform(0.72, 0.82)), float(rng.uniform(0.38, 0.50))
+        y, travel = float(rng.uniform(0.72, 0.78)), float(rng.uniform(0.36, 0.46))
     elif motion in ("grows", "shrinks"):
-        x, y = (float(v) for v in rng.uniform(0.32, 0.68, size=2))
-        travel = float(rng.uniform(1.0, 1.3))
+        x, y = (float(v) for v in rng.uniform(0.36, 0.64, size=2))
+        radius, travel = float(rng.uniform(0.12, 0.15)), float(rng.uniform(1.0, 1.3))
     else:
-        travel, radius = float(rng.uniform(1.9, 2.6)), radius * 1.25
+        travel, radius = float(rng.uniform(1.9, 2.6)), radius * 1.15
     return Actor(color, shape, motion, x, y, radius, travel)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from diffusers_accel.evals.shapes.denoiser import SHORT_TEXT_ROWS, prepare_for_training, set_inputs
 from diffusers_accel.evals.shapes.latents import clip_caption, open_latents
@@ -16,8 +17,8 @@ from diffusers_accel.evals.shapes.run_state import Average, RunState, scheduled_
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# (share of the time budget at which the stage ends, clips of a batch, latent frames of a clip): all at 32 x 32.
-STAGES = ((0.30, 8, 2), (0.50, 6, 4), (0.72, 4, 8), (1.01, 2, 17))
+# (share of the time budget at which the stage ends, clips of a batch, latent frames, stride of the token grid).
+STAGES = ((0.32, 16, 5, 2), (0.48, 6, 17, 2), (0.68, 5, 5, 1), (1.01, 2, 17, 1))
 PEAK_LR = 1e-3
 DROP_CAPTION = 0.1
 
@@ -55,9 +56,25 @@ def sample_sigmas(batch: int, generator: torch.Generator) -> torch.Tensor:
     return FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)
 
 
-def sample_frames(rng: np.random.Generator, total: int, frames: int) -> np.ndarray:
-    """Ascending frame indices `[frames]`, the first frame among them: positions are relative to it (and it is special)."""
-    return np.concatenate([[0], 1 + np.sort(rng.choice(total - 1, frames - 1, replace=False))])
+class Places(NamedTuple):
+    """Token indices of the part of a clip that a step trains on."""
+
+    frames: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+
+
+def sample_places(rng: np.random.Generator, shape: tuple[int, int, int], frames: int, stride: int) -> Places:
+    """Ascending indices into a token grid; the first frame is always among them, as all positions are relative to it."""
+    picked = np.concatenate([[0], 1 + np.sort(rng.choice(shape[0] - 1, frames - 1, replace=False))])
+    rows, columns = (np.arange(int(rng.integers(stride)), n, stride) for n in shape[1:])
+    return Places(picked, rows, columns)
+
+
+def take(latent: NDArray[np.float16], places: Places) -> torch.Tensor:
+    """The latents `[C, T, 2 h, 2 w]` (fp32) of the 2 x 2 patches at the given places of `[C, F, 2 H, 2 W]`."""
+    rows, columns = ((2 * p[:, None] + np.arange(2)).ravel() for p in places[1:])
+    return torch.from_numpy(latent[:, places.frames][:, :, rows][..., columns].astype(np.float32))
 
 
 def train_transformer(
@@ -85,13 +102,14 @@ def train_transformer(
 
     losses: list[float] = []
     while run.progress < 1:
-        _, batch, frames = next(s for s in stages if run.progress < s[0])
+        _, batch, frames, stride = next(s for s in stages if run.progress < s[0])
         rng = np.random.default_rng([seed, 2, run.step])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         latents = open_latents(folder / "latents.bin")
         clips = rng.integers(len(latents), size=batch)
-        picks = np.stack([sample_frames(rng, latents.shape[2], frames) for _ in range(batch)])
-        clean = torch.from_numpy(np.stack([latents[c][:, p] for c, p in zip(clips, picks, strict=True)])).float()
+        grid = (latents.shape[2], latents.shape[3] // 2, latents.shape[4] // 2)
+        places = [sample_places(rng, grid, frames, stride) for _ in range(batch)]
+        clean = torch.stack([take(latents[c], p) for c, p in zip(clips, places, strict=True)])
         captions = ["" if rng.random() < DROP_CAPTION else clip_caption(seed, int(c)) for c in clips]
 
         noise = torch.randn(clean.shape, generator=generator)
@@ -101,7 +119,7 @@ def train_transformer(
             group["lr"] = scheduled_lr(PEAK_LR, run.progress, run.step - warm, warmup=100, hold=0.6)
         with torch.autocast("cpu", torch.bfloat16):
             text, rows = model.encode(captions)
-            set_inputs(model.transformer, rows, torch.from_numpy(picks))
+            set_inputs(model.transformer, rows, *(torch.from_numpy(np.stack(p)) for p in zip(*places, strict=True)))
             velocity = forward((1 - mix) * clean + mix * noise, 1000 * sigma, text.float(), return_dict=False)[0]
         loss = (velocity.float() - (noise - clean)).square().mean()
         model.zero_grad(set_to_none=True)
@@ -113,7 +131,7 @@ def train_transformer(
         run.step += 1
         losses.append(loss.item())
         if run.step % 25 == 0 or run.progress == 1:
-            run.log(loss=float(np.mean(losses)), frames=frames, clips=len(latents))
+            run.log(loss=float(np.mean(losses)), tokens=clean[0, 0].numel() // 4, clips=len(latents))
             losses.clear()
         if run.save_due:
             save()

@@ -160,7 +160,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, sca
     for repeat in range(0, batch, rows):
         for row, head, count, sweep in plan.sweeps:
             part = slice(head, head + count)
-            run_sweep(*(x[repeat + row, :, part] for x in (q, k, v, out, lse[..., None])), sweep, scale)
+            inputs = q[repeat + row, :, part], k[repeat + row, :, part], v[repeat + row, :, part]
+            run_sweep(*inputs, out[repeat + row, :, part], lse[repeat + row, :, part, None], sweep, scale)
         for rows_of_a_size in plan.gathers:
             assert pattern is not None
             run_gather(q, k, v, out, lse, rows_of_a_size, repeat, pattern.block_k, scale)

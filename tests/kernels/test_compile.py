@@ -38,8 +38,8 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 every_arch = pytest.mark.parametrize("arch", SHARED)
 
 
-def compiled(kernel: Any, arch: int, types: dict[str, Any], constants: dict[str, Any], **options: int) -> tuple[Any, str]:
-    """The kernel compiled as the launcher would, and its disassembly; fails where a gate does."""
+def compiled(kernel: Any, arch: int, types: dict[str, Any], constants: dict[str, Any], **options: int) -> str:
+    """The machine code of the kernel, compiled as the launcher would; fails where a gate does."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     # Aligned pointers and strides, as tensors of head dims in multiples of 8 have them: else no 16-byte loads.
@@ -48,10 +48,12 @@ def compiled(kernel: Any, arch: int, types: dict[str, Any], constants: dict[str,
     for name, kind in signature.items():
         if isinstance(kind, tuple):
             attributes |= {(names.index(name), i): [["tt.divisibility", 16]] for i in range(len(kind))}
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes)
+    source = ASTSource(
+        kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
+    )
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     assert binary.metadata.shared <= SHARED[arch]
-    return binary, disassembled(binary.asm["cubin"])
+    return disassembled(binary.asm["cubin"])
 
 
 def disassembled(cubin: bytes) -> str:
@@ -71,7 +73,11 @@ def disassembled(cubin: bytes) -> str:
 
 
 def attention_variant(
-    arch: int, dim: int, dtype: torch.dtype, blocks: tuple[int, int] = (128, 128), absent: tuple[str, ...] = ("valid_ptr",)
+    arch: int,
+    dim: int,
+    dtype: torch.dtype,
+    blocks: tuple[int, int] = (128, 128),
+    absent: tuple[str, ...] = ("valid_ptr",),
 ) -> str:
     tile = attention.config(arch, dim, dtype, blocks)
     tensor = "*" + NAMES[dtype]
@@ -81,7 +87,7 @@ def attention_variant(
     constants |= {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "BLOCK_Q": blocks[0], "BLOCK_K": blocks[1]}
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    return compiled(attention.attention_kernel, arch, types, constants, **options)[1]
+    return compiled(attention.attention_kernel, arch, types, constants, **options)
 
 
 @every_arch
@@ -120,7 +126,7 @@ def test_attention_variants(arch: int, blocks: tuple[int, int], absent: tuple[st
 def test_merge(arch: int) -> None:
     types = {"part_outs": ("*bf16",) * 3, "part_lses": ("*fp32",) * 3, "out_ptr": "*bf16", "lse_ptr": "*fp32"}
     constants = {"DIM": 128, "PADDED_DIM": 128, "BLOCK": 32}
-    code = compiled(merge.merge_kernel, arch, types, constants, num_warps=4)[1]
+    code = compiled(merge.merge_kernel, arch, types, constants, num_warps=4)
     assert len(re.findall(r"\bLDG\.E\.128\b", code)) >= 3  # every part is read in 16-byte pieces
 
 
@@ -128,5 +134,5 @@ def test_merge(arch: int) -> None:
 def test_pool(arch: int) -> None:
     types = {"x_ptr": "*bf16", "means_ptr": "*fp32", "valid_ptr": "*i32"}
     constants = {"DIM": 128, "PADDED_DIM": 128, "BLOCK": 32, "stride_d": 1}
-    code = compiled(pool.pool_kernel, arch, types, constants, num_warps=4)[1]
+    code = compiled(pool.pool_kernel, arch, types, constants, num_warps=4)
     assert re.search(r"\b(?:LDG|LDGSTS)\.E\S*\.128\b", code)  # read in 16-byte pieces

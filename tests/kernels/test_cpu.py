@@ -120,7 +120,15 @@ def test_the_lists_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seed=st.integers(0, 999),
 )
 def test_any_pattern_is_masked_attention(
-    batch: int, shared: bool, heads: int, queries: int, keys: int, blocks: tuple[int, int], kind: str, cut: bool, seed: int
+    batch: int,
+    shared: bool,
+    heads: int,
+    queries: int,
+    keys: int,
+    blocks: tuple[int, int],
+    kind: str,
+    cut: bool,
+    seed: int,
 ) -> None:
     q, k, v = qkv(batch, queries, keys, heads, 8, torch.float32, "cpu", seed)
     rows, columns = -(-queries // blocks[0]), -(-keys // blocks[1])

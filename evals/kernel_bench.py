@@ -1,0 +1,323 @@
+"""Times the attention kernels on this device against its best dense attention: `diffusers-accel bench`.
+
+Every point is checked against the reference before it is timed; a wrong kernel gets no time. Dense attention is timed
+before and after each point, and a point whose two dense times differ too much gets no efficiency. Sparse efficiency is
+dense time x density / sparse time, against the fastest dense kernel of the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffusers_accel.evals.kernel_inputs import BLOCK, INPUTS, PATTERNS, SHAPES, pattern, qkv
+from diffusers_accel.kernels.attention import IMPLEMENTATIONS, attention, choices
+
+Row: TypeAlias = dict[str, Any]
+Call: TypeAlias = Callable[[], object]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Relative error against fp32 attention on the same inputs; rounding the output alone costs up to half of the first two.
+LIMITS = {"bf16": 5e-3, "fp16": 7e-4, "fp32": 1e-5}
+LSE_LIMIT = 1e-3
+# How far the dense times before and after a point may lie apart. A CPU is rarely alone.
+DRIFT = {"cuda": 0.03, "cpu": 0.10}
+DEFAULTS = {
+    "cuda": (("W13", "W14", "HY", "C2", "C15"), (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)),
+    "cpu": (("shapes", "S8"), (1.0, 0.25, 0.1)),
+}
+
+
+def run(
+    device: torch.device | str,
+    shapes: Sequence[str] | None = None,
+    densities: Sequence[float] | None = None,
+    patterns: Sequence[str] = ("random", "window"),
+    dtype: str = "bf16",
+    inputs: Sequence[str] = ("gaussian",),
+    impls: Sequence[str] | None = None,
+    seed: int = 0,
+    seconds: float | None = None,
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """Measures every combination; one row of plain JSON values each, times in ms.
+
+    Args:
+        device: where to run.
+        shapes: names from `SHAPES`; None takes the device's defaults, as for `densities` (0..1, of block pairs).
+        patterns: from `PATTERNS`. At density 1 all are the same and only the first is run.
+        dtype: bf16, fp16 or fp32.
+        inputs: from `INPUTS`.
+        impls: names of implementations; None takes all that can run but the reference.
+        seed: fixes inputs and patterns.
+        seconds: begin no new point after so long.
+        on_row: called with each row as it is done.
+
+    Raises:
+        ValueError: an unknown name, or a density outside 0..1.
+    """
+    device = torch.device(device)
+    if device.type not in DEFAULTS:
+        raise ValueError(f"the benchmark runs on {' and '.join(DEFAULTS)}, found {device.type}")
+    shapes, densities = shapes or DEFAULTS[device.type][0], densities or DEFAULTS[device.type][1]
+    known = (("shapes", shapes, SHAPES), ("patterns", patterns, PATTERNS), ("inputs", inputs, INPUTS))
+    for name, given, allowed in (*known, ("dtype", [dtype], DTYPES), ("impls", impls or (), IMPLEMENTATIONS)):
+        if unknown := [x for x in given if x not in allowed]:
+            raise ValueError(f"{name} must be among {', '.join(allowed)}, found {', '.join(unknown)}")
+    if wrong := [x for x in densities if not 0 < x <= 1]:
+        raise ValueError(f"densities must lie in 0..1, above 0, found {wrong}")
+    common = {"run_id": uuid.uuid4().hex[:12], "seed": seed, "dtype": dtype, **_machine(device)}
+    end = time.monotonic() + (seconds if seconds is not None else float("inf"))
+    rows = []
+    for shape, kind in product(shapes, inputs):
+        for row in _shape_rows(device, shape, kind, densities, patterns, dtype, impls, seed, end):
+            rows.append(common | {"time_utc": datetime.now(UTC).isoformat(timespec="seconds")} | row)
+            on_row(rows[-1])
+    return rows
+
+
+def _shape_rows(
+    device: torch.device,
+    name: str,
+    kind: str,
+    densities: Sequence[float],
+    patterns: Sequence[str],
+    dtype: str,
+    impls: Sequence[str] | None,
+    seed: int,
+    end: float,
+) -> Iterator[Row]:
+    """The rows of one shape with one kind of input; each dense time serves the point before it and the one after."""
+    if time.monotonic() > end:
+        return
+    shape = SHAPES[name]
+    usable = [c.name for c in choices(device, DTYPES[dtype], shape.dim) if c.reason is None and c.name != "reference"]
+    q, k, v = qkv(kind, shape, DTYPES[dtype], device, seed)
+    dense = {backend: _timed(call, device)[0] for backend, call in _dense_calls(q, k, v).items()}
+    best = min(dense, key=dense.__getitem__)
+    before = dense[best]
+    for density, which, impl in product(densities, patterns, impls or usable):
+        if time.monotonic() > end:
+            return
+        if density == 1 and which != patterns[0]:
+            continue
+        blocks = pattern(which, shape, density, seed)
+        row: Row = {
+            "shape": name, "B": 1, "H": shape.heads, "N": shape.tokens, "D": shape.dim, "input_kind": kind,
+            "pattern": which, "block_m": BLOCK, "block_n": BLOCK, "density_requested": density,
+            "density_computed": blocks.density, "rows_min_blocks": int(blocks.counts.min()),
+            "rows_max_blocks": int(blocks.counts.max()), "impl": impl,
+        }  # fmt: skip
+        blocks = blocks.to(device)
+        exact = attention(q.float(), k.float(), v.float(), blocks, impl="reference")
+        row |= _errors(attention(q, k, v, blocks, impl=impl), exact)
+        del exact
+        if not (row["rel_err"] <= LIMITS[dtype] and row["lse_err"] <= LSE_LIMIT):
+            yield row | {"status": f"wrong: rel_err above {LIMITS[dtype]} or lse_err above {LSE_LIMIT}"}
+            continue
+        median, p20, p80, count = _timed(lambda: attention(q, k, v, blocks, impl=impl), device)  # noqa: B023
+        after = _timed(_dense_calls(q, k, v)[best], device)[0]
+        dense_ms, drift = (before + after) / 2, abs(after / before - 1)
+        row |= {
+            "t_med_ms": median,
+            "t_p20_ms": p20,
+            "t_p80_ms": p80,
+            "n_rep": count,
+            "t_dense_ms": dense | {best: dense_ms},
+        }
+        row |= {"dense": best, "dense_drift": drift}
+        row["tflops_computed"] = 4e-9 * shape.tokens**2 * shape.dim * shape.heads * blocks.density / median
+        before = after
+        if drift > DRIFT[device.type]:
+            yield row | {"status": f"drift: dense times differ by {drift:.0%}, more than {DRIFT[device.type]:.0%}"}
+            continue
+        yield row | {"eta": dense_ms * blocks.density / median, "speedup_kernel": dense_ms / median, "status": "ok"}
+
+
+def _dense_calls(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
+    """The dense kernels that run on these inputs, by name."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+
+    def with_backend(backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    if q.device.type == "cpu":
+        return {"sdpa": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)}
+    calls: dict[str, Call] = {}
+    backends = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+    for backend in backends:
+        try:
+            with_backend(backend)
+        except RuntimeError:  # how PyTorch says that this backend does not take such inputs here
+            continue
+        calls[backend.name.removesuffix("_ATTENTION").lower()] = lambda backend=backend: with_backend(backend)
+    return calls
+
+
+def _errors(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> Row:
+    out, reference = found[0].float(), exact[0]
+    read = exact[1].isfinite()
+    lse_error = (found[1] - exact[1])[read].abs().max() if bool(read.any()) else torch.zeros(())
+    return {
+        "rel_err": float((out - reference).norm() / reference.norm()),
+        "max_err": float((out - reference).abs().max()),
+        "lse_err": float(lse_error) if torch.equal(read, found[1].isfinite()) else float("nan"),
+        "cos": float(torch.nn.functional.cosine_similarity(out.flatten(), reference.flatten(), 0)),
+    }
+
+
+def _timed(call: Call, device: torch.device) -> tuple[float, float, float, int]:
+    """Median, 20th and 80th percentile in ms, and the number of repetitions (of which a GPU runs about 300 ms' worth)."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        times = do_bench(call, warmup=50, rep=300, return_mode="all")
+    else:
+        times, begin = [], time.perf_counter()
+        call()
+        while len(times) < 5 or (time.perf_counter() - begin < 1.5 and len(times) < 200):
+            start = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - start))
+    times = sorted(times)
+    return statistics.median(times), times[len(times) // 5], times[-1 - len(times) // 5], len(times)
+
+
+def _machine(device: torch.device) -> Row:
+    """What the numbers depend on besides the inputs."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ModuleNotFoundError:
+        triton_version = None
+    root = Path(__file__).resolve().parent.parent
+    git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "git_sha": git.stdout.strip() if git.returncode == 0 and (root / "kernels").is_dir() else None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "triton": triton_version,
+        **(_gpu_state(device) if device.type == "cuda" else {}),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _gpu_state(device: torch.device) -> Row:
+    """Driver, clock, power and temperature as nvidia-smi has them at the start of the run; empty without it."""
+    fields = {
+        "driver": "driver_version",
+        "sm_clock_mhz": "clocks.sm",
+        "power_w": "power.draw",
+        "temp_c": "temperature.gpu",
+    }
+    uid = torch.cuda.get_device_properties(device).uuid
+    query = [
+        "nvidia-smi",
+        f"--id=GPU-{uid}",
+        f"--query-gpu={','.join(fields.values())}",
+        "--format=csv,noheader,nounits",
+    ]
+    try:
+        line = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return dict(zip(fields, (value.strip() for value in line.split(","))))
+
+
+def table(rows: Sequence[Row]) -> Any:
+    """The rows as a rich table."""
+    from rich.table import Table
+
+    out = Table("shape", "inputs", "pattern", "density", "impl", title="Attention kernels")
+    for heading in ("ms", "dense ms", "speed-up", "efficiency", "TFLOP/s", "error"):
+        out.add_column(heading, justify="right")
+    out.add_column("status")
+    for row in rows:
+
+        def cell(value: float | None, form: str) -> str:
+            return "-" if value is None else format(value, form)
+
+        dense_ms = row["t_dense_ms"][row["dense"]] if "dense" in row else None
+        out.add_row(
+            row["shape"], row["input_kind"], row["pattern"], f"{row['density_computed']:.3f}", row["impl"],
+            cell(row.get("t_med_ms"), ".2f"), cell(dense_ms, ".2f"), cell(row.get("speedup_kernel"), ".2f"),
+            cell(row.get("eta"), ".2f"), cell(row.get("tflops_computed"), ".2f"), cell(row["rel_err"], ".1e"), row["status"],
+        )  # fmt: skip
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line of `diffusers-accel bench` and `python -m diffusers_accel.evals.kernel_bench`."""
+    from rich.console import Console
+
+    def words(text: str) -> list[str]:
+        return text.split(",")
+
+    def numbers(text: str) -> list[float]:
+        return [float(word) for word in text.split(",")]
+
+    parser = argparse.ArgumentParser(
+        prog="diffusers-accel bench",
+        description="Times the attention kernels on this device against its best dense attention.",
+        epilog="Lists are separated by commas. Without a GPU the defaults are small enough for a laptop.",
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shapes", type=words, help=f"from {', '.join(SHAPES)}")
+    parser.add_argument("--densities", type=numbers, help="share of block pairs, 0..1")
+    parser.add_argument("--patterns", type=words, default=["random", "window"], help=f"from {', '.join(PATTERNS)}")
+    parser.add_argument("--dtype", default="bf16", help=f"one of {', '.join(DTYPES)}")
+    parser.add_argument("--inputs", type=words, default=["gaussian"], help=f"from {', '.join(INPUTS)}")
+    parser.add_argument("--impls", type=words, help="implementations; all that can run, if not given")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, help="begin no new point after so many seconds")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.jsonl", help="append each row as a line of JSON when it is done"
+    )
+    options = vars(parser.parse_args(sys.argv[1:] if arguments is None else arguments))
+    out, threads = options.pop("out"), options.pop("threads")
+    if threads:
+        torch.set_num_threads(threads)
+    console = Console(stderr=True)
+
+    def on_row(row: Row) -> None:
+        time_ms = f"{row['t_med_ms']:.2f} ms" if "t_med_ms" in row else "no time"
+        console.print(
+            f"{row['shape']} {row['pattern']} {row['density_computed']:.3f} {row['impl']}: {time_ms}, {row['status']}"
+        )
+        if out:
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    Console().print(table(run(**options, on_row=on_row)))
+
+
+if __name__ == "__main__":
+    main()
