@@ -27,7 +27,7 @@ from diffusers_accel.evals.generate import (
     memory_kind,
     prompt_text,
 )
-from diffusers_accel.evals.measurement import machine, versions
+from diffusers_accel.evals.machine import git_sha, machine, versions
 from diffusers_accel.evals.metrics import METRICS, Metric, MetricUnavailable, Score, score_clip
 from diffusers_accel.evals.report import Clip, Media, Report, Subject
 from diffusers_accel.evals.report.video import GAIN, encode, encode_difference
@@ -44,6 +44,7 @@ from diffusers_accel.evals.tally import (
 from diffusers_accel.methods import Method, Recipe
 from diffusers_accel.plan import Plan
 
+DISTRIBUTIONS = ("torch", "triton", "diffusers", "diffusers-accel", "numpy", "scikit-image", "lpips")
 # What a subject may be; a pair gives the parameters of a named method.
 PlanLike = Plan | Recipe | Method | str | os.PathLike[str] | tuple[str, Mapping[str, Any]]
 
@@ -82,6 +83,8 @@ def compare(
         ValueError, TypeError: an argument is not as expected, or the pipeline is patched already; before any clip is made.
     """
     _check_installed()
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts: expected a list of texts, found one text: give [{prompts!r}]")
     prompts = list(prompts)
     check_call(pipe, call, prompts)
     texts = [prompt_text(prompt, number) for number, prompt in enumerate(prompts)]
@@ -165,6 +168,7 @@ class _Session:
         with patch(self.pipe, "dense") as patched, patched.timed() as timer:
             run = generate(self.pipe, prompt, SharedNoise(seed), self.call, lambda: self.bar(None))
         self.tallies[BASELINE].attention.append(timer.attention_ms)
+        self.tallies[BASELINE].shares.append(timer.attention_ms / run.milliseconds)
         self.patch_difference = largest_difference(self.first_frames, run.frames)
 
     def _run(self, name: str, prompt: Prompt, noise: SharedNoise, text: str) -> Run:
@@ -179,6 +183,7 @@ class _Session:
             if report.density is None:
                 raise RuntimeError(f"{name}: the pipeline ran, but no patched self-attention did; nothing to compare")
             tally.attention.append(timer.attention_ms)
+            tally.shares.append(timer.attention_ms / run.milliseconds)
             tally.densities.append(report.density)
             tally.layers = report.rows
         tally.peaks.append(run.peak_bytes)
@@ -211,7 +216,7 @@ class _Session:
         frames, height, width, _ = self.first_frames.shape
         return {
             "machine": machine(),
-            "versions": versions(("torch", "triton", "diffusers", "diffusers-accel", "numpy", "scikit-image", "lpips")),
+            "versions": {**versions(DISTRIBUTIONS), **({"revision": sha} if (sha := git_sha()) else {})},
             "pipeline": {
                 "class": type(self.pipe).__name__,
                 "device": str(device_of(self.pipe)),

@@ -53,11 +53,12 @@ def check_call(pipe: Any, call: Mapping[str, Any], prompts: list[Prompt]) -> Non
             raise ValueError(f"call: {type(pipe).__name__} takes no {key!r}; it takes {known}")
     if not prompts:
         raise ValueError("prompts: expected one or more, found none")
+    free = accepted - set(call) - set(RESERVED) | {"prompt", "prompt_embeds"}
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise ValueError(f"prompts[{number}]: expected text, found an empty string")
-        elif not isinstance(prompt, Mapping) or not prompt or not set(prompt) <= accepted - set(call):
+        elif not isinstance(prompt, Mapping) or not prompt or not set(prompt) <= free:
             found = sorted(prompt) if isinstance(prompt, Mapping) else type(prompt).__name__
             raise ValueError(
                 f"prompts[{number}]: expected a string, or a mapping of arguments of {type(pipe).__name__} that are not in "

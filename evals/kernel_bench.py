@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_accel.evals.kernel_inputs import BLOCK, INPUTS, PATTERNS, SHAPES, pattern, qkv
+from diffusers_accel.evals.machine import git_sha, machine, versions
 from diffusers_accel.kernels.attention import IMPLEMENTATIONS, attention, choices
 
 Row: TypeAlias = dict[str, Any]
@@ -82,7 +81,8 @@ def run(
             raise ValueError(f"{name} must be among {', '.join(allowed)}, found {', '.join(unknown)}")
     if wrong := [x for x in densities if not 0 < x <= 1]:
         raise ValueError(f"densities must lie in 0..1, above 0, found {wrong}")
-    common = {"run_id": uuid.uuid4().hex[:12], "seed": seed, "dtype": dtype, **_machine(device)}
+    common = {"run_id": uuid.uuid4().hex[:12], "seed": seed, "dtype": dtype, "git_sha": git_sha()}
+    common |= {"machine": machine(), "versions": versions(("torch", "triton", "diffusers-accel"))}
     end = time.monotonic() + (seconds if seconds is not None else float("inf"))
     rows = []
     for shape, kind in product(shapes, inputs):
@@ -167,7 +167,7 @@ def _dense_calls(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
             with_backend(backend)
         except RuntimeError:  # how PyTorch says that this backend does not take such inputs here
             continue
-        calls[backend.name.removesuffix("_ATTENTION").lower()] = lambda backend=backend: with_backend(backend)
+        calls[backend.name.removesuffix("_ATTENTION").lower()] = partial(with_backend, backend)
     return calls
 
 
@@ -200,76 +200,26 @@ def _timed(call: Call, device: torch.device) -> tuple[float, float, float, int]:
     return statistics.median(times), times[len(times) // 5], times[-1 - len(times) // 5], len(times)
 
 
-def _machine(device: torch.device) -> Row:
-    """What the numbers depend on besides the inputs."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ModuleNotFoundError:
-        triton_version = None
-    root = Path(__file__).resolve().parent.parent
-    git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "git_sha": git.stdout.strip() if git.returncode == 0 and (root / "kernels").is_dir() else None,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or torch.version.hip,
-        "triton": triton_version,
-        **(_gpu_state(device) if device.type == "cuda" else {}),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def _gpu_state(device: torch.device) -> Row:
-    """Driver, clock, power and temperature as nvidia-smi has them at the start of the run; empty without it."""
-    fields = {
-        "driver": "driver_version",
-        "sm_clock_mhz": "clocks.sm",
-        "power_w": "power.draw",
-        "temp_c": "temperature.gpu",
-    }
-    uid = torch.cuda.get_device_properties(device).uuid
-    query = [
-        "nvidia-smi",
-        f"--id=GPU-{uid}",
-        f"--query-gpu={','.join(fields.values())}",
-        "--format=csv,noheader,nounits",
-    ]
-    try:
-        line = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    return dict(zip(fields, (value.strip() for value in line.split(","))))
-
-
 def table(rows: Sequence[Row]) -> Any:
-    """The rows as a rich table."""
+    """The rows as a rich table, 80 columns wide; `status` in full is in the rows."""
+    from rich import box
     from rich.table import Table
 
-    out = Table("shape", "inputs", "pattern", "density", "impl", title="Attention kernels")
-    for heading in ("ms", "dense ms", "speed-up", "efficiency", "TFLOP/s", "error"):
+    out = Table(
+        "shape", "pattern", "density", "impl", title="Attention kernels", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for heading in ("ms", "dense", "speed", "eff."):
         out.add_column(heading, justify="right")
     out.add_column("status")
     for row in rows:
-
-        def cell(value: float | None, form: str) -> str:
-            return "-" if value is None else format(value, form)
-
-        dense_ms = row["t_dense_ms"][row["dense"]] if "dense" in row else None
-        out.add_row(
-            row["shape"], row["input_kind"], row["pattern"], f"{row['density_computed']:.3f}", row["impl"],
-            cell(row.get("t_med_ms"), ".2f"), cell(dense_ms, ".2f"), cell(row.get("speedup_kernel"), ".2f"),
-            cell(row.get("eta"), ".2f"), cell(row.get("tflops_computed"), ".2f"), cell(row["rel_err"], ".1e"), row["status"],
-        )  # fmt: skip
+        times = ["-"] * 4
+        if "t_med_ms" in row:
+            times[:2] = f"{row['t_med_ms']:.1f}", f"{row['t_dense_ms'][row['dense']]:.1f}"
+        if "eta" in row:
+            times[2:] = f"{row['speedup_kernel']:.2f}x", f"{row['eta']:.2f}"
+        shape = row["shape"] if row["input_kind"] == "gaussian" else f"{row['shape']} {row['input_kind']}"
+        status = row["status"].partition(":")[0]
+        out.add_row(shape, row["pattern"], f"{row['density_computed']:.3f}", row["impl"], *times, status)
     return out
 
 

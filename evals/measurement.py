@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from diffusers_accel.files import FileError, read_json, write_json
 
@@ -86,42 +83,6 @@ def summarise(values: Sequence[float], statistic: Literal["mean", "median"]) -> 
         (data,), function, confidence_level=CONFIDENCE, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
     return centre, Spread(data.size, std, float(interval.low), float(interval.high))
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores, threads and GPU of this machine; no host name."""
-    found: dict[str, Any] = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-    }
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory}
-    return found
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"
-
-
-def versions(
-    distributions: Iterable[str] = ("torch", "triton", "diffusers", "diffusers-accel", "numpy"),
-) -> dict[str, str]:
-    """Versions of Python and of those distributions that are installed."""
-    found = {"python": platform.python_version()}
-    for name in distributions:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def write_rows(path: str | os.PathLike[str], rows: Sequence[Measurement], **extra: Any) -> None:

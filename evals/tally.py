@@ -22,6 +22,7 @@ class Tally:
 
     times: list[list[float]] = field(default_factory=list)  # [clip][run], ms
     attention: list[float] = field(default_factory=list)  # ms per run
+    shares: list[float] = field(default_factory=list)  # of attention in the time of that very run
     peaks: list[int] = field(default_factory=list)
     densities: list[float] = field(default_factory=list)
     scores: dict[str, list[tuple[float | None, str | None]]] = field(default_factory=dict)  # metric -> per clip
@@ -54,12 +55,14 @@ def quality_rows(name: str, tally: Tally, clips: Sequence[Clip], provenance: dic
 def cost_rows(
     name: str, tally: Tally, baseline: str | None, provenance: dict[str, Any], memory: str
 ) -> Iterator[Measurement]:
-    """Time, attention time, density and memory over all clips."""
+    """Time, attention's time and share, density and memory over all clips."""
     median, spread = summarise([value for clip in tally.times for value in clip], "median")
     yield Measurement("time", median, "ms", "lower", name, baseline, provenance, spread)
     attention, spread = summarise(tally.attention, "median")
     note = "one clip, through an all-dense patch" if baseline is None else None
     yield Measurement("attention_time", attention, "ms", "lower", name, baseline, provenance, spread, note=note)
+    share, spread = summarise(tally.shares, "median")
+    yield Measurement("attention_share", share, "", "neither", name, baseline, provenance, spread, note=note)
     density, spread = summarise(tally.densities or [1.0], "mean")
     yield Measurement("density", density, "", "neither", name, baseline, provenance, spread)
     yield Measurement("peak_memory", float(max(tally.peaks)), "bytes", "lower", name, baseline, provenance, note=memory)

@@ -61,7 +61,7 @@ def assign(
         cost: time of each candidate per head, on the device of use.
         budget: see `Budget`.
         dense_steps: share of the schedule, from its start, that stays dense; must be a border of a span.
-        span_weights: how much an error in each span matters; None: by its number of calls only.
+        span_weights: how much an error in each span matters, beside its number of calls; None: as the scores measured it.
 
     Raises:
         ValueError: the budget is out of reach (the message says what can be reached), or an argument does not fit.
@@ -174,7 +174,7 @@ def _summary(scores: Scores, tables: Mapping[str, _Table], choice: dict[str, Arr
 
 
 def _span_weights(scores: Scores, weights: Sequence[float] | None) -> Array:
-    given = np.ones(len(scores.spans)) if weights is None else np.asarray(weights, "f8")
+    given = scores.span_weights() if weights is None else np.asarray(weights, "f8")
     if given.shape != (len(scores.spans),) or not (np.isfinite(given).all() and (given > 0).all()):
         raise ValueError(f"span_weights: expected {len(scores.spans)} positive numbers, one per span, found {weights}")
     return given

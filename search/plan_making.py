@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,39 +14,37 @@ from diffusers_accel.plan import Plan, Span
 from diffusers_accel.search.assign import Assignment
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.cost import Cost
-from diffusers_accel.search.scores import Scores
+from diffusers_accel.search.scores import Array, Scores
 
 
 def make_plan(scores: Scores, cost: Cost, assignment: Assignment, budget: Budget) -> Plan:
     """The plan of an assignment, with what its methods read and where it comes from."""
-    symbols = _symbols(scores.candidates)
-    used = sorted({int(index) for table in assignment.choice.values() for index in table.ravel()})
-    tensors: dict[str, Tensor] = {}
-    if any(scores.candidates[index].calibrated for index in used):
-        tensors = {f"stripe_mass/{name}": torch.from_numpy(scores.stripe_mass(name)) for name in scores.models}
+    methods, spans = head_strings(scores, assignment.choice)
     return Plan(
         family=scores.family,
         models=dict(scores.models),
-        methods={symbols[index]: scores.candidates[index] for index in used},
-        spans=tuple(_joined(_spans(scores, assignment, symbols))),
+        methods=methods,
+        spans=joined_spans(spans),
         budget=budget.to_json(),
         provenance=_provenance(scores, cost, assignment),
-        tensors=tensors,
+        tensors=plan_tensors(scores, assignment.choice),
     )
 
 
-def _spans(scores: Scores, assignment: Assignment, symbols: list[str]) -> list[Span]:
+def head_strings(scores: Scores, choice: Mapping[str, Array]) -> tuple[dict[str, Method], list[Span]]:
+    """The methods that a choice uses, by symbol, and its spans in those symbols."""
+    symbols = _symbols(scores.candidates)
     spans = []
     for number, (start, stop) in enumerate(scores.spans):
         heads = {
             name: tuple("".join(symbols[index] for index in layer) for layer in table[number])
-            for name, table in assignment.choice.items()
+            for name, table in choice.items()
         }
         spans.append(Span(start, stop, heads))
-    return spans
+    return {symbols[index]: scores.candidates[index] for index in _used(choice)}, spans
 
 
-def _joined(spans: list[Span]) -> list[Span]:
+def joined_spans(spans: list[Span]) -> tuple[Span, ...]:
     """Neighbours that decide alike as one span."""
     joined = spans[:1]
     for span in spans[1:]:
@@ -53,7 +52,18 @@ def _joined(spans: list[Span]) -> list[Span]:
             joined[-1] = Span(joined[-1].start, span.stop, span.heads)
         else:
             joined.append(span)
-    return joined
+    return tuple(joined)
+
+
+def plan_tensors(scores: Scores, choice: Mapping[str, Array]) -> dict[str, Tensor]:
+    """The stripes' masses, where a head uses them."""
+    if not any(scores.candidates[index].calibrated for index in _used(choice)):
+        return {}
+    return {f"stripe_mass/{name}": torch.from_numpy(scores.stripe_mass(name)) for name in scores.models}
+
+
+def _used(choice: Mapping[str, Array]) -> list[int]:
+    return sorted({int(index) for table in choice.values() for index in table.ravel()})
 
 
 def _symbols(methods: tuple[Method, ...]) -> list[str]:
@@ -68,6 +78,7 @@ def _provenance(scores: Scores, cost: Cost, assignment: Assignment) -> dict[str,
         **scores.provenance,
         "prompts": [done.prompt for done in scores.passes],
         "cost": {"device": cost.device, "tokens": cost.tokens, "batch": cost.batch, "rounds": cost.rounds},
+        "span_impacts": list(scores.impacts),
         "predicted": {
             "error": assignment.error,
             "density": assignment.density,

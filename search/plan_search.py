@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
-from torch import nn
+from torch import Tensor
 
-import diffusers_accel
-from diffusers_accel.families import Family, find
+from diffusers_accel.families import find
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import Method
 from diffusers_accel.plan import Plan
@@ -24,13 +20,16 @@ from diffusers_accel.search.assign import assign
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.candidates import candidates as default_candidates
 from diffusers_accel.search.candidates import check_candidates
-from diffusers_accel.search.cost import Cost, describe_device
+from diffusers_accel.search.cost import Cost
+from diffusers_accel.search.identity import check_same_search, configuration, versions
 from diffusers_accel.search.plan_making import make_plan
 from diffusers_accel.search.probe import PassProbe, Settings, chosen_steps, measuring_bytes, realised_density
-from diffusers_accel.search.running import Prompt, check_call, now, plain, prompt_label, run_pipeline
+from diffusers_accel.search.running import Prompt, check_call, check_callback, now, prompt_label, run_pipeline
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.search.screen import Screen, clock
+from diffusers_accel.search.sensitivity import Dense, LastLatents, impact, plan_engine, span_choice, summed_error
 from diffusers_accel.search.trial import CostTimer, Stopwatch, Trial
+from diffusers_accel.site import Engine, Site
 
 SPANS = (0.1, 0.3, 0.6)  # borders: short spans first, where the layout of the video is decided
 ROWS = 256
@@ -66,7 +65,7 @@ def search_plan(
         spans: inner borders of the stretches of the schedule that are decided separately, ascending in (0, 1); None:
             0.1, 0.3 and 0.6, and `dense_steps`.
         dense_steps: share of the schedule, from its start, that stays dense.
-        span_weights: how much an error in each span matters; None: equally per call.
+        span_weights: how much an error in each span matters; None: measured, by one more generation per span.
         seed: of the noise of prompt i (seed + i) and of the sampled rows.
         rows: sampled query rows per measured call.
         probe_steps: measured steps per span and prompt.
@@ -84,11 +83,17 @@ def search_plan(
     chosen = check_candidates(default_candidates() if candidates is None else candidates)
     settings = Settings(chosen, edges, rows, probe_steps, seed)
     screen = Screen(progress)
-    search = _Search(pipe, prompts, dict(call), settings, screen)
-    scores = search.probe(None if scores_path is None else Path(scores_path))
+    measures_spans = span_weights is None and budget.kind != "paper" and len(edges) > 1
+    if measures_spans:
+        check_callback(pipe)
+    search = _Search(pipe, prompts, dict(call), settings, screen, measures_spans)
+    path = None if scores_path is None else Path(scores_path)
+    scores = search.probe(path)
     cost = search.cost(scores)
-    if scores_path is not None:
-        cost.save(Path(scores_path).with_suffix(".cost.json"))
+    if path is not None:
+        cost.save(path.with_suffix(".cost.json"))
+    if measures_spans:
+        scores = search.spans(scores, path)
     assignment = assign(scores, cost, budget, dense_steps=dense_steps, span_weights=span_weights)
     screen.say(
         f"plan: expected {assignment.speedup:.2f}x, density {assignment.density:.2f}, "
@@ -101,29 +106,32 @@ class _Search:
     """One search on one pipeline."""
 
     def __init__(
-        self, pipe: Any, prompts: tuple[Prompt, ...], call: dict[str, Any], settings: Settings, screen: Screen
+        self,
+        pipe: Any,
+        prompts: tuple[Prompt, ...],
+        call: dict[str, Any],
+        settings: Settings,
+        screen: Screen,
+        measures_spans: bool,
     ) -> None:
         self.pipe = pipe
         self.prompts = prompts
         self.call = call
         self.settings = settings
         self.screen = screen
+        self.measures_spans = measures_spans
+        self.reference: Tensor | None = None  # final latents of the first prompt, dense
         self.found = find(pipe)
         self.models = {name: family.shape(module) for name, (module, family) in self.found.items()}
         self.family = next(iter(self.found.values()))[1].name
-        self.config = {
-            "pipeline": type(pipe).__name__,
-            "model": str(getattr(pipe.config, "_name_or_path", None) or ""),
-            "weights": fingerprint(self.found),
-            "call": plain(call),
-            "seed": settings.seed,
-            "rows": settings.rows,
-            "probe_steps": settings.probe_steps,
-        }
+        self.config = configuration(pipe, self.found, call, settings)
 
     def probe(self, path: Path | None) -> Scores:
         """The scores of all prompts; passes that `path` holds are not run again."""
-        scores = self._resume(path) if path is not None and path.exists() else None
+        scores = Scores.load(path) if path is not None and path.exists() else None
+        if scores is not None:
+            labels = [prompt_label(prompt) for prompt in self.prompts]
+            check_same_search(scores, str(path), self.config, self.models, self.settings, labels)
         done = len(scores.passes) if scores else 0
         if scores and done >= len(self.prompts):
             self.screen.say(f"probe: all {done} prompts were finished before, in {path}")
@@ -148,13 +156,42 @@ class _Search:
         assert timer.cost is not None, "the probe has seen self-attention, so the same call has it too"
         return timer.cost
 
+    def spans(self, scores: Scores, path: Path | None) -> Scores:
+        """The scores with the impact of every span; those that `path` holds are not measured again."""
+        first = len(scores.impacts)
+        with self.screen.bar("spans", 100 * (len(scores.spans) - first)) as advance:
+            for span in range(first, len(scores.spans)):
+                value = self._impact(scores, span, partial(_advance, advance, 100 * (span - first)))
+                scores = replace(scores, impacts=(*scores.impacts, value))
+                if path is not None:
+                    scores.save(path)
+        return scores
+
+    def _impact(self, scores: Scores, span: int, on_percent: Callable[[int], None]) -> float:
+        choice = span_choice(scores, span)
+        if not summed_error(scores, choice):
+            return 1.0  # no call falls into this span
+        if self.reference is None:
+            self.reference = self._latents(lambda site: Dense(), lambda percent: None)
+        return impact(scores, choice, self._latents(plan_engine(scores, choice), on_percent), self.reference)
+
+    def _latents(self, make_engine: Callable[[Site], Engine], on_percent: Callable[[int], None]) -> Tensor:
+        """Final latents of the first prompt."""
+        last = LastLatents(stop=True, on_share=lambda share: on_percent(int(100 * share)))
+        run_pipeline(self.pipe, make_engine, self.prompts[0], self.call, self.settings.seed, last)
+        assert last.latents is not None
+        return last.latents
+
     def _pass(self, scores: Scores, trial: Trial, number: int, on_step: Callable[[int], None]) -> Scores:
         probe = PassProbe(
             self.settings, self.models, trial.layout, scores.sums, number, lambda site: on_step(now(site)[0])
         )
         begin = time.perf_counter()
-        run_pipeline(self.pipe, probe.engine, self.prompts[number], self.call, self.settings.seed + number)
+        last = LastLatents(stop=False) if self.measures_spans and number == 0 else None
+        run_pipeline(self.pipe, probe.engine, self.prompts[number], self.call, self.settings.seed + number, last)
         seconds = time.perf_counter() - begin
+        if last is not None:
+            self.reference = last.latents
         on_step(trial.steps)
         return scores.plus(probe.finished(prompt_label(self.prompts[number]), seconds), probe.sums)
 
@@ -177,65 +214,29 @@ class _Search:
             densities=tuple(realised_density(method, layout, self.models) for method in methods),
             spans=spans,
             config=self.config,
-            provenance=_versions(self.pipe, layout),
+            provenance=versions(self.pipe, layout),
             passes=(),
             sums=Scores.zeros(self.models, len(spans), len(methods), grid),
         )
-
-    def _resume(self, path: Path) -> Scores:
-        scores = Scores.load(path)
-        mine = {
-            **self.config,
-            "models": self.models,
-            "candidates": self.settings.candidates,
-            "spans": self.settings.spans,
-        }
-        theirs = {**scores.config, "models": scores.models, "candidates": scores.candidates, "spans": scores.spans}
-        for key in sorted({*mine, *theirs}):
-            if mine.get(key) != theirs.get(key):
-                raise ValueError(
-                    f"{path} was measured with {key} = {theirs.get(key)}, this search has {mine.get(key)}: their scores cannot "
-                    f"be mixed. Give the search another scores_path, or the same {key}"
-                )
-        for number, (done, prompt) in enumerate(zip(scores.passes, self.prompts)):
-            if done.prompt != prompt_label(prompt):
-                raise ValueError(
-                    f"{path}: prompt {number} was {done.prompt!r}, this search has {prompt_label(prompt)!r}; prompts can be "
-                    "added at the end only. Give the search another scores_path"
-                )
-        if len(scores.passes) > len(self.prompts):
-            found = f"{path} holds {len(scores.passes)} prompts, this search has {len(self.prompts)}"
-            raise ValueError(f"{found}: give it all of them")
-        return scores
 
     def _estimate(self, trial: Trial, done: int) -> None:
         steps = len(chosen_steps(self.settings.spans, trial.steps, self.settings.probe_steps))
         layers = max(model.layers for model in self.models.values())
         passes = len(self.prompts) - done
-        per_pass = trial.steps * trial.step_seconds + steps * trial.calls * layers * trial.measure_seconds
+        generation = trial.steps * trial.step_seconds
+        per_pass = generation + steps * trial.calls * layers * trial.measure_seconds
+        spans = len(self.settings.spans) * generation if self.measures_spans else 0.0
         model = next(iter(self.models.values()))
         memory = measuring_bytes(trial.layout.tokens, model, self.settings)
         self.screen.say(
             f"search: {trial.layout.tokens:,} tokens, {len(self.settings.candidates)} candidates; {done} of {len(self.prompts)} "
-            f"prompts finished before; about {clock(passes * per_pass + 1.5 * COST_SECONDS)} to go, "
+            f"prompts finished before; about {clock(passes * per_pass + spans + 1.5 * COST_SECONDS)} to go, "
             f"and {memory / 2**20:,.0f} MiB beside the pipeline's own memory"
         )
 
 
 def _advance(advance: Callable[[int], None], before: int, step: int) -> None:
     advance(before + step)
-
-
-def fingerprint(found: Mapping[str, tuple[nn.Module, Family]]) -> str:
-    """Tells one set of weights from another: a hash of the vectors (norms, biases) and of LoRA's matrices."""
-    digest = hashlib.sha256()
-    for name, (module, _) in found.items():
-        for path, parameter in module.named_parameters():
-            if parameter.is_meta or (parameter.dim() > 1 and "lora_" not in path):
-                continue
-            digest.update(f"{name}.{path}".encode())
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _borders(spans: Sequence[float] | None, dense_steps: float) -> tuple[tuple[float, float], ...]:
@@ -246,19 +247,3 @@ def _borders(spans: Sequence[float] | None, dense_steps: float) -> tuple[tuple[f
         raise ValueError(f"spans are inner borders of the schedule, ascending in (0, 1), found {spans}")
     edges = [0.0, *inner, 1.0]
     return tuple(zip(edges, edges[1:]))
-
-
-def _versions(pipe: Any, layout: TokenLayout) -> dict[str, Any]:
-    return {
-        "diffusers_accel": diffusers_accel.__version__,
-        "diffusers": diffusers.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": describe_device(torch.device(pipe._execution_device)),
-        "layout": {
-            "frames": layout.frames,
-            "height": layout.height,
-            "width": layout.width,
-            "text_tokens": layout.text_tokens,
-        },
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from diffusers_accel.site import DenseAttention, Engine, Site
 
 Prompt = str | Mapping[str, Any]
 
-OURS = ("prompt", "generator", "latents", "callback_on_step_end")  # what a search gives to the call itself
+# What a search gives to the call itself.
+OURS = ("prompt", "generator", "latents", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
 
 
 @dataclass(frozen=True)
@@ -33,18 +35,28 @@ class SiteEngine:
 
 
 class Enough(Exception):
-    """Raised by an engine that has seen what it came for: the rest of the generation is not needed."""
+    """Raised in mid-run by what has seen what it came for: the rest of the generation is not needed."""
 
 
 def run_pipeline(
-    pipe: Any, make_engine: Callable[[Site], Engine], prompt: Prompt, call: Mapping[str, Any], seed: int
+    pipe: Any,
+    make_engine: Callable[[Site], Engine],
+    prompt: Prompt,
+    call: Mapping[str, Any],
+    seed: int,
+    at_step_end: Callable[..., dict[str, Tensor]] | None = None,
 ) -> bool:
     """One generation with `make_engine(site)` at every self-attention; detached again whatever happens.
 
+    Args:
+        at_step_end: the pipeline's `callback_on_step_end`.
+
     Returns:
-        True when the generation ran to its end, False when an engine said `Enough`.
+        True when the generation ran to its end, False when an engine or `at_step_end` said `Enough`.
     """
     arguments = {**call, **as_arguments(prompt), "generator": torch.Generator("cpu").manual_seed(seed)}
+    if at_step_end is not None:
+        arguments["callback_on_step_end"] = at_step_end
     with _quiet(pipe), attach(pipe, make_engine):
         try:
             pipe(**arguments)
@@ -77,6 +89,15 @@ def check_call(call: Mapping[str, Any], prompts: tuple[Prompt, ...]) -> None:
             raise ValueError(f'call: "{name}" is set by the search (from prompts and seed), take it out')
     if not prompts:
         raise ValueError("prompts: expected at least one calibration prompt, found none")
+
+
+def check_callback(pipe: Any) -> None:
+    """Refuses a pipeline that does not show its latents, by which the spans are weighed."""
+    if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
+        raise ValueError(
+            f"{type(pipe).__name__} has no callback_on_step_end, by which a search measures how much each span matters: "
+            "say it yourself with span_weights, one number per span"
+        )
 
 
 def plain(value: Any) -> Any:

@@ -21,7 +21,7 @@ from diffusers_accel.methods import Method
 from diffusers_accel.shape import ModelShape
 
 FORMAT, VERSION = "diffusers_accel.scores", 1
-HEADER = {"family", "models", "grid", "candidates", "densities", "spans", "config", "provenance", "passes"}
+HEADER = {"family", "models", "grid", "candidates", "densities", "spans", "config", "provenance", "passes", "impacts"}
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -62,6 +62,8 @@ class Scores:
         sums: arrays per transformer `t`, fp64 but for the counts (int64), with S spans, L layers, H heads, C candidates:
             `samples/t` [S, L]; `error/t`, `error_square/t`, `mse/t` [S, L, H, C]; `energy/t` [S, L, H];
             `mass/t` [L, H, frames, rows]; `mass_samples/t` [L].
+        impacts: per span, as far as measured, the relative squared error of the final latents per unit of summed error
+            (`search.sensitivity`); 1 for a span without a call.
     """
 
     family: str
@@ -74,8 +76,11 @@ class Scores:
     provenance: dict[str, Any]
     passes: tuple[Pass, ...]
     sums: dict[str, Array]
+    impacts: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if len(self.impacts) > len(self.spans) or not all(np.isfinite(each) and each >= 0 for each in self.impacts):
+            raise ValueError(f"scores: expected at most {len(self.spans)} impacts of 0 or more, found {self.impacts}")
         if len(self.densities) != len(self.candidates):
             raise ValueError(f"scores: {len(self.candidates)} candidates, but {len(self.densities)} densities")
         expected = _shapes(self.models, len(self.spans), len(self.candidates), self.grid)
@@ -132,6 +137,15 @@ class Scores:
         """[spans]: self-attention calls of each layer in one generation, mean over passes."""
         return np.mean([done.calls[transformer] for done in self.passes], axis=0)
 
+    def span_weights(self) -> Array:
+        """[spans]: how much an error in each span matters: the measured impacts; all 1 until every span has one.
+
+        They come from one prompt, so a span counts at least a twentieth of the one that matters most.
+        """
+        if len(self.impacts) < len(self.spans) or max(self.impacts) == 0:
+            return np.ones(len(self.spans))
+        return np.maximum(self.impacts, max(self.impacts) / 20)
+
     @property
     def attention_share(self) -> float:
         """Share of a dense generation's wall time that goes to self-attention: median over passes, 0..1."""
@@ -150,6 +164,7 @@ class Scores:
             "config": self.config,
             "provenance": self.provenance,
             "passes": [asdict(done) for done in self.passes],
+            "impacts": self.impacts,
         }
         metadata = {"format": FORMAT, "version": str(VERSION), "header": json.dumps(header, allow_nan=False)}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,6 +206,7 @@ class Scores:
                 provenance=header["provenance"],
                 passes=tuple(_read_pass(done) for done in header["passes"]),
                 sums=sums,
+                impacts=tuple(float(impact) for impact in header["impacts"]),
             )
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}: damaged scores: {error}; delete the file and probe again") from error

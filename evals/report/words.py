@@ -10,7 +10,7 @@ from diffusers_accel.evals.metrics import METRICS
 if TYPE_CHECKING:
     from diffusers_accel.evals.report.report import Report
 
-COSTS = ("time", "attention_time", "density")
+UNSTEADY = 0.05  # drift between dense runs above which times are called rough
 HEADINGS = (
     "",
     "speed-up",
@@ -50,9 +50,18 @@ def number(row: Measurement | None) -> str:
 def cells(report: Report, subject: str) -> tuple[str, ...]:
     """One line of the table, in the order of HEADINGS."""
     reference = "reference" if subject == "dense" else ""
-    first = (number(report.row("speedup", subject)) or "1 (baseline)", *(number(report.row(m, subject)) for m in COSTS))
+    attention = number(report.row("attention_time", subject))
+    if share := report.row("attention_share", subject):
+        attention += f" ({share.value:.0%})"
+    costs = (number(report.row("time", subject)), attention, number(report.row("density", subject)))
     quality = tuple(number(report.row(metric, subject)) or reference for metric in METRICS)
-    return (subject, *first, *quality, number(report.row("peak_memory", subject)))
+    return (
+        subject,
+        number(report.row("speedup", subject)) or "1 (baseline)",
+        *costs,
+        *quality,
+        number(report.row("peak_memory", subject)),
+    )
 
 
 def sentence(report: Report, subject: str) -> str:
@@ -61,8 +70,13 @@ def sentence(report: Report, subject: str) -> str:
     assert speedup and dense and patched and dense.value and patched.value  # every report has these rows
     clips = len(report.clips)
     spread = speedup.spread
-    interval = f", 95 % interval {spread.low:.2f} to {spread.high:.2f}" if spread and spread.low is not None else ""
+    if spread and spread.low is not None:
+        interval = f", 95 % interval {spread.low:.2f} to {spread.high:.2f}"
+    else:
+        interval = f" ± {spread.std:.2f}" if spread and spread.std is not None else ""
     basis = f"median of {clips} clips{interval}" if clips > 1 else "one clip, so no spread is known"
+    drift = _drift(report)
+    basis += f", while dense itself drifted by {drift:.0%}, so times are rough" if drift > UNSTEADY else ""
     times = f"{basis}; {seconds(dense.value)} → {seconds(patched.value)} a clip"
     return f"{subject} {_verdict(report, speedup)} ({times}), at {_quality(report, subject)}."
 
@@ -70,13 +84,20 @@ def sentence(report: Report, subject: str) -> str:
 def faster(report: Report, subject: str) -> bool | None:
     """True or False where the runs can tell, None where the difference lies within their own noise."""
     speedup = report.row("speedup", subject)
-    drift = report.row("dense_drift", "dense")
-    assert speedup and speedup.value and drift and drift.value is not None
-    low, high = (speedup.spread.low, speedup.spread.high) if speedup.spread else (None, None)
-    straddles = low is not None and high is not None and low <= 1 <= high
-    if straddles or abs(speedup.value - 1) <= abs(drift.value):
+    assert speedup and speedup.value
+    interval = [speedup.spread.low, speedup.spread.high] if speedup.spread else []
+    clips = [row.value for clip in report.clips if (row := report.row("speedup", subject, clip))]
+    bounds = [value for value in interval if value is not None] or [value for value in clips if value is not None]
+    if min(bounds) <= 1 <= max(bounds) or abs(speedup.value - 1) <= _drift(report):
         return None
     return speedup.value > 1
+
+
+def _drift(report: Report) -> float:
+    """How far the first and last dense runs of a clip are apart, as a share of time."""
+    row = report.row("dense_drift", "dense")
+    assert row and row.value is not None  # every report has it
+    return abs(row.value)
 
 
 def _verdict(report: Report, speedup: Measurement) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # (share of the time budget at which the stage ends, clips of a batch, latent frames, stride of the token grid).
 STAGES = ((0.32, 16, 5, 2), (0.48, 6, 17, 2), (0.68, 5, 5, 1), (1.01, 2, 17, 1))
 PEAK_LR = 1e-3
+MUON_SCALE = 3.0  # Muon's learning rate over AdamW's, with steps matched to AdamW's size
 DROP_CAPTION = 0.1
 
 
@@ -40,7 +41,7 @@ class Denoiser(torch.nn.Module):
 
 
 def build_optimizers(model: Denoiser) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the transformer's blocks, AdamW for everything else, with one learning rate."""
+    """Muon for the matrices of the transformer's blocks, AdamW for everything else."""
     matrices = [p for p in model.transformer.blocks.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
@@ -85,14 +86,10 @@ def train_transformer(
     model = Denoiser(**sizes)
     optimizers = build_optimizers(model)
     average, run = Average(model, 0.998), RunState(folder, "transformer", minutes, seed)
-    warm = 0
     if held := run.resume():
         model.load_state_dict(held["model"])
-        if "optimizers" in held:
-            for optimizer, state in zip(optimizers, held["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-        else:
-            warm = run.step
+        for optimizer, state in zip(optimizers, held["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         average.load(held["average"])
     prepare_for_training(model.transformer)
     forward = torch.compile(model.transformer, dynamic=False) if compile else model.transformer
@@ -115,8 +112,9 @@ def train_transformer(
         noise = torch.randn(clean.shape, generator=generator)
         sigma = sample_sigmas(batch, generator)
         mix = sigma.view(-1, 1, 1, 1, 1)
-        for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = scheduled_lr(PEAK_LR, run.progress, run.step - warm, warmup=100, hold=0.6)
+        for optimizer, scale in zip(optimizers, (MUON_SCALE, 1.0), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = scale * scheduled_lr(PEAK_LR, run.progress, run.step, warmup=100, hold=0.6)
         with torch.autocast("cpu", torch.bfloat16):
             text, rows = model.encode(captions)
             set_inputs(model.transformer, rows, *(torch.from_numpy(np.stack(p)) for p in zip(*places, strict=True)))

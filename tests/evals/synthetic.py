@@ -54,13 +54,23 @@ def report(
         baseline = None if subject == "dense" else "dense"
         return Measurement(metric, value, unit, more.pop("better", "higher"), subject, baseline, provenance, **more)
 
-    rows = [row("time", 1000.0, "dense"), row("attention_time", 600.0, "dense"), row("density", 1.0, "dense")]
+    rows = [
+        row("time", 1000.0, "dense"),
+        row("attention_time", 600.0, "dense"),
+        row("attention_share", 0.6, "dense"),
+        row("density", 1.0, "dense"),
+    ]
     rows += [row("peak_memory", 2.0**30, "dense"), row("dense_drift", drift, "dense")]
     rows += [row("repeat_difference", 0.0, "dense", note="identical"), row("dense_patch_difference", 0.02, "dense")]
     for name, values in ratios.items():
         median, spread = summarise(values, "median")
         rows += [row("speedup", median, name, spread=spread), row("time", 1000 / median, name)]
-        rows += [row("attention_time", 300.0, name), row("density", 0.4, name), row("peak_memory", 2.0**30, name)]
+        rows += [
+            row("attention_time", 300.0, name),
+            row("attention_share", 0.4, name),
+            row("density", 0.4, name),
+            row("peak_memory", 2.0**30, name),
+        ]
         rows += [row("psnr", 27.5, name, spread=Spread(count, 1.25, 26.0, 29.0)), row("ssim", 0.93, name)]
         rows += [row("lpips", None if lpips else 0.05, name, note=lpips)]
         for clip, value in zip(clips, values, strict=True):

@@ -114,6 +114,7 @@ def test_speed_rows_agree(found: dict[str, Any]) -> None:
     assert report.row("speedup", "file").value == pytest.approx(np.median(ratios))
     for subject in ("dense", "file", "all dense", "named"):
         assert 0 < report.row("attention_time", subject).value < 10 * report.row("time", subject).value
+        assert 0 < report.row("attention_share", subject).value < 1
         assert report.row("peak_memory", subject).value > 2**20
         assert "resident" in report.row("peak_memory", subject).note
 
@@ -145,8 +146,10 @@ def test_shown_clips_have_films(found: dict[str, Any], tmp_path: Path) -> None:
         ({"subjects": {"a": "nonsense"}}, ValueError, "neither a method"),
         ({"subjects": {"a": ("pattern", {"sparsity": 0.5})}}, TypeError, "no parameter 'sparsity'"),
         ({"prompts": []}, ValueError, "prompts: expected one or more"),
+        ({"prompts": "a red circle"}, TypeError, "expected a list of texts"),
         ({"prompts": [" "]}, ValueError, "empty string"),
         ({"prompts": [{"nonsense": 1}]}, ValueError, r"prompts\[0\]: .*found \['nonsense'\]"),
+        ({"prompts": [{**PROMPT, "generator": None}]}, ValueError, r"prompts\[0\]: .*'generator'"),
         ({"prompts": ["a", "a"]}, ValueError, "expected each once"),
         ({"metrics": ("psnr", "vmaf")}, ValueError, "psnr, ssim, lpips, found 'vmaf'"),
         ({"metrics": ("psnr", "psnr")}, ValueError, "metrics: expected each once"),

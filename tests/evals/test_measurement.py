@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffusers_accel.evals.measurement import Measurement, Spread, machine, read_rows, summarise, versions, write_rows
+from diffusers_accel.evals.machine import machine, versions
+from diffusers_accel.evals.measurement import Measurement, Spread, read_rows, summarise, write_rows
 from diffusers_accel.files import FileError
 
 

@@ -126,8 +126,18 @@ def test_missing_metric_says_why(folder: Path) -> None:
         ([0.9, 1.2, 1.1], 0.01, None, "not measurably faster or slower"),
         ([1.03, 1.04, 1.05], 0.06, None, "not measurably faster or slower"),
         ([1.4], 0.01, True, "one clip, so no spread is known"),
+        ([1.4, 1.6], 0.2, True, "median of 2 clips ± 0.14, while dense itself drifted by 20%, so times are rough"),
+        ([0.9, 1.4], 0.01, None, "not measurably faster or slower"),
     ],
-    ids=["faster", "slower", "interval includes 1", "within the drift of dense", "one clip"],
+    ids=[
+        "faster",
+        "slower",
+        "interval includes 1",
+        "within the drift of dense",
+        "one clip",
+        "unsteady",
+        "two clips disagree",
+    ],
 )
 def test_headline_is_honest(ratios: list[float], drift: float, expected: bool | None, says: str) -> None:
     report = synthetic.report({"plan": ratios}, drift=drift)
@@ -157,6 +167,7 @@ def test_save_replaces_an_older_report(report: Any, tmp_path: Path) -> None:
 def test_terminal_table_has_a_line_per_subject(report: Any) -> None:
     assert report.table().row_count == 3
     assert "1.45x ± 0.05" in str(report)
+    assert "300 ms (40%)" in str(report)
 
 
 def decode(film: bytes, path: Path) -> tuple[np.ndarray, dict[str, Any]]:

@@ -150,6 +150,7 @@ def test_a_killed_search_goes_on_with_identical_scores(tmp_path, monkeypatch):
     assert [done.prompt for done in one.passes] == [done.prompt for done in other.passes]
     for name, array in one.sums.items():
         assert np.array_equal(array, other.sums[name]), name
+    assert one.impacts == other.impacts and len(one.impacts) == 4
 
 
 def test_another_budget_and_more_prompts_reuse_the_passes(tmp_path, monkeypatch):

@@ -1,0 +1,96 @@
+"""How much an error in each span of the schedule matters for the video: measured, because it cannot be seen in one call.
+
+Lore says that the first steps decide everything, but what an error does to the result depends on the length of the step in
+noise, on the scheduler, and on what the model does with it afterwards. So for each span the first prompt is generated once
+more, with that span alone made sparse, and the final latents are compared with the dense ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from diffusers_accel.engine import Launch, PlanEngine
+from diffusers_accel.plan import Plan
+from diffusers_accel.search.knapsack import knapsack
+from diffusers_accel.search.plan_making import head_strings, joined_spans, plan_tensors
+from diffusers_accel.search.running import Enough
+from diffusers_accel.search.scores import Array, Scores
+from diffusers_accel.site import DenseAttention, Engine, Site
+
+DENSITY = (
+    0.3  # of the span that is made sparse: far enough from dense to be measured, not so far that the video is another
+)
+
+
+class Dense:
+    """The engine that changes nothing."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
+        return dense(q, k, v)
+
+
+def span_choice(scores: Scores, span: int) -> dict[str, Array]:
+    """The least wrong choice with which one span has about `DENSITY` and all others are dense; int [spans, layers, heads]."""
+    density = np.asarray(scores.densities)
+    target = density.min() + DENSITY * (1 - density.min())
+    choice = {}
+    for name, model in scores.models.items():
+        choice[name] = np.zeros((len(scores.spans), model.layers, model.heads), int)
+        if scores.samples(name)[span].all():
+            error = scores.error(name)[span].reshape(-1, len(density))
+            found = knapsack(error, np.broadcast_to(density, error.shape), target * len(error))
+            choice[name][span] = found.reshape(model.layers, model.heads)
+    return choice
+
+
+def summed_error(scores: Scores, choice: Mapping[str, Array]) -> float:
+    """What the probe predicts for a choice: its errors, summed over calls, layers and heads."""
+    total = 0.0
+    for name, chosen in choice.items():
+        error = np.nan_to_num(np.take_along_axis(scores.error(name), chosen[..., None], -1)[..., 0])
+        total += float((error.sum((1, 2)) * scores.calls(name)).sum())
+    return total
+
+
+def plan_engine(scores: Scores, choice: Mapping[str, Array]) -> Callable[[Site], Engine]:
+    """`make_engine` for the plan of a choice."""
+    methods, spans = head_strings(scores, choice)
+    plan = Plan(scores.family, dict(scores.models), methods, joined_spans(spans), tensors=plan_tensors(scores, choice))
+    launches: dict[Any, Launch] = {}  # shared by the layers, as in a patch
+    return lambda site: PlanEngine(site, plan, launches, 0)
+
+
+class LastLatents:
+    """A `callback_on_step_end` that keeps the latents of the last step and, if told to, leaves the decoder out.
+
+    Args:
+        stop: end the generation there.
+        on_share: called after each step with the share of the steps that is done.
+    """
+
+    def __init__(self, stop: bool, on_share: Callable[[float], None] = lambda share: None) -> None:
+        self.latents: Tensor | None = None
+        self._stop = stop
+        self._on_share = on_share
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        steps = len(pipe.scheduler.timesteps)
+        self._on_share((step + 1) / steps)
+        if step + 1 == steps:
+            self.latents = tensors["latents"].detach().double().cpu()
+            if self._stop:
+                raise Enough
+        return {}
+
+
+def impact(scores: Scores, choice: Mapping[str, Array], latents: Tensor, reference: Tensor) -> float:
+    """Relative squared error of the final latents per unit of summed error, 0 or more."""
+    drift = float((latents - reference).square().sum() / reference.square().sum())
+    if not math.isfinite(drift):
+        raise ValueError("the final latents are not finite: does the pipeline give a video without the search?")
+    return drift / summed_error(scores, choice)
