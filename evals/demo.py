@@ -45,11 +45,13 @@ def main(arguments: list[str] | None = None) -> None:
     start = time.monotonic()
     console.print(
         f"[bold]diffusers_accel demo[/bold]: search a plan (2 to 3 minutes), then dense against patched; at most about "
-        f"{options.minutes:g} minutes on 2 idle cores."
+        f"{options.minutes:g} minutes on 2 idle cores.",
+        soft_wrap=True,
     )
     if (busy := _load_average()) and busy > 1:
         console.print(
-            f"This machine is not idle (load average {busy:.1f}): it will take longer, and times will be less exact."
+            f"This machine is not idle (load average {busy:.1f}): it will take longer, and times will be less exact.",
+            soft_wrap=True,
         )
     pipe = shapes.load_pipeline()
     plan = find_plan(pipe, options.out, console)

@@ -30,7 +30,7 @@ class Operator:
 
     def choices(self, *inputs: Any) -> list[Choice]:
         """Every implementation with its verdict, fastest first."""
-        return [Choice(name, self._reason(name, inputs)) for name in self.names]
+        return [Choice(name, _reason(self, name, inputs)) for name in self.names]
 
     def choose(self, impl: str, *inputs: Any) -> ModuleType:
         """The module that runs: the one asked for, or for `auto` the fastest that can.
@@ -43,14 +43,17 @@ class Operator:
     def _module(self, name: str) -> ModuleType:
         return importlib.import_module(f"{self.package}.{name}")
 
-    def _reason(self, name: str, inputs: tuple[Any, ...]) -> str | None:
-        try:
-            module = self._module(name)
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.partition(".")[0] != "triton":
-                raise
-            return "needs Triton: pip install 'diffusers-accel[triton]'"
-        return module.refuses(*inputs)
+
+# What can run on given inputs does not change in the life of a process, and is asked for at every call.
+@cache
+def _reason(operator: Operator, name: str, inputs: tuple[Any, ...]) -> str | None:
+    try:
+        module = operator._module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        return "needs Triton: pip install 'diffusers-accel[triton]'"
+    return module.refuses(*inputs)
 
 
 @cache
@@ -58,7 +61,7 @@ def _chosen(operator: Operator, impl: str, inputs: tuple[Any, ...]) -> ModuleTyp
     if impl != "auto" and impl not in operator.names:
         raise ValueError(f"impl must be 'auto' or one of {', '.join(operator.names)}, found {impl!r}")
     for name in operator.names if impl == "auto" else (impl,):
-        if operator._reason(name, inputs) is None:
+        if _reason(operator, name, inputs) is None:
             return operator._module(name)
     table = "\n".join(f"  {option.name}: {option.reason or 'usable'}" for option in operator.choices(*inputs))
     found = ", ".join(str(x) for x in inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -27,13 +28,19 @@ def configuration(pipe: Any, found: Found, call: Mapping[str, Any], settings: Se
     """JSON data that is equal exactly where two searches measure the same."""
     return {
         "pipeline": type(pipe).__name__,
-        "model": str(getattr(pipe.config, "_name_or_path", None) or ""),
+        "model": model_name(pipe),
         "weights": fingerprint(found),
         "call": plain(call),
         "seed": settings.seed,
         "rows": settings.rows,
         "probe_steps": settings.probe_steps,
     }
+
+
+def model_name(pipe: Any) -> str:
+    """The hub id that the pipeline was loaded from, or the name of its folder: a plan is shared, a path is private."""
+    name = str(getattr(pipe.config, "_name_or_path", None) or "")
+    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
 
 
 def fingerprint(found: Found) -> str:

@@ -31,7 +31,7 @@ from diffusers_accel.search.sensitivity import Dense, LastLatents, impact, plan_
 from diffusers_accel.search.trial import CostTimer, Stopwatch, Trial
 from diffusers_accel.site import Engine, Site
 
-SPANS = (0.1, 0.3, 0.6)  # borders: short spans first, where the layout of the video is decided
+SPANS = (0.1, 0.3, 0.6)  # borders: short spans first, where one step differs most from the next
 ROWS = 256
 COST_SECONDS = 10.0
 

@@ -56,7 +56,39 @@ def build_transformer(layers: int = 6, heads: int = 4, head_dim: int = 64, ffn_d
     )
     torch.nn.init.zeros_(model.proj_out.weight)
     torch.nn.init.zeros_(model.proj_out.bias)
+    aim_heads(model)
     return model
+
+
+# Axes (t, h, w) along which a head first looks at near tokens, and the peak of its logits; every other head looks at
+# all tokens alike.
+_AIMS: tuple[tuple[tuple[int, ...], float], ...] = (((0, 1, 2), 7.0), ((1, 2), 6.0), ((0,), 5.0))
+_NEAR_PAIRS = 4  # the fastest rotary pairs of an axis, whose cosines fall off within a few tokens
+
+
+@torch.no_grad()
+def aim_heads(model: WanTransformer3DModel) -> None:
+    """Start self-attention heads near their own token, at their own place in all frames, or in their own frame.
+
+    Equal biases of queries and keys leave, after the rotary embedding, a sum of cosines of the distance. Without them all
+    heads start as averages over the whole clip, and a short training is over before they become anything else.
+    """
+    head_dim = model.config.attention_head_dim
+    spans = (0, model.rope.t_dim, model.rope.t_dim + model.rope.h_dim)
+    for block in model.blocks:
+        attn = block.attn1
+        aims = _AIMS[: attn.heads]
+        # RMS normalisation goes over all heads: solve for the squared biases relative to the squared norm.
+        squares = [peak * head_dim**0.5 / (_NEAR_PAIRS * len(axes)) for axes, peak in aims]
+        taken = sum(s * _NEAR_PAIRS * len(axes) for s, (axes, _) in zip(squares, aims, strict=True))
+        norm = 1 / (1 - taken / (attn.heads * head_dim))
+        for linear in (attn.to_q, attn.to_k):
+            content = float(linear.weight.std()) * linear.in_features**0.5
+            linear.bias.zero_()
+            for head, (square, (axes, _)) in enumerate(zip(squares, aims, strict=True)):
+                for axis in axes:
+                    start = head * head_dim + spans[axis]
+                    linear.bias[start : start + 2 * _NEAR_PAIRS : 2] = content * (square * norm) ** 0.5
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
