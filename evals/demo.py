@@ -17,7 +17,7 @@ from rich.console import Console
 from diffusers_accel import __version__
 from diffusers_accel.evals import shapes
 from diffusers_accel.evals.compare import PlanLike, compare
-from diffusers_accel.evals.generate import SharedNoise, generate
+from diffusers_accel.evals.generate import SharedNoise, attribute, generate
 from diffusers_accel.evals.report import Report
 from diffusers_accel.evals.shapes.weights_folder import weights_digest
 from diffusers_accel.plan import Plan
@@ -101,7 +101,8 @@ def measure(pipe: Any, plan: Plan, seconds: float, console: Console) -> Report:
 
 def clip_seconds(pipe: Any, prompt: str) -> float:
     """About how long a dense clip takes here: a trial of a few steps, as if all its time were in steps."""
-    trial = generate(pipe, prompt, SharedNoise(0), {**shapes.CALL, "num_inference_steps": TRIAL_STEPS})
+    with attribute(pipe, "_progress_bar_config", {"disable": True}):
+        trial = generate(pipe, prompt, SharedNoise(0), {**shapes.CALL, "num_inference_steps": TRIAL_STEPS})
     return trial.milliseconds / 1e3 * shapes.CALL["num_inference_steps"] / TRIAL_STEPS
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from diffusers_accel.evals.measurement import Measurement, write_rows
 from diffusers_accel.evals.report import words
@@ -70,14 +71,15 @@ class Report:
         return " ".join(words.sentence(self, subject.name) for subject in self.subjects)
 
     def table(self) -> Table:
-        """For the terminal, one line per subject."""
-        table = Table(*words.HEADINGS)
-        for name in ("dense", *(subject.name for subject in self.subjects)):
-            table.add_row(*words.cells(self, name))
+        """For the terminal: a column per subject, so that it fits into 80 characters."""
+        columns = [words.cells(self, name) for name in ("dense", *(subject.name for subject in self.subjects))]
+        table = Table("", *(Text(column[0]) for column in columns))
+        for heading, *cells in list(zip(words.HEADINGS, *columns, strict=True))[1:]:
+            table.add_row(heading, *cells)
         return table
 
     def __str__(self) -> str:
-        console = Console(width=140)
+        console = Console(width=100)
         with console.capture() as capture:
             console.print(self.table())
         return f"{capture.get()}{self.headline}"

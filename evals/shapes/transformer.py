@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # (share of the time budget at which the stage ends, clips of a batch, latent frames, stride of the token grid).
-STAGES = ((0.20, 16, 5, 2), (0.45, 5, 5, 1), (0.57, 6, 17, 2), (1.01, 3, 17, 1))
+STAGES = ((0.10, 16, 5, 2), (0.45, 6, 17, 2), (1.01, 3, 17, 1))
 PEAK_LR = 1e-3
 MUON_SCALE = 3.0  # Muon's learning rate over AdamW's, with steps matched to AdamW's size
 DROP_CAPTION = 0.1

@@ -164,8 +164,9 @@ def test_save_replaces_an_older_report(report: Any, tmp_path: Path) -> None:
     assert (tmp_path / "mine.txt").read_text() == "kept"
 
 
-def test_terminal_table_has_a_line_per_subject(report: Any) -> None:
-    assert report.table().row_count == 3
+def test_terminal_table_has_a_column_per_subject(report: Any) -> None:
+    table = report.table()
+    assert (len(table.columns), table.row_count) == (1 + 3, len(words.HEADINGS) - 1)
     assert "1.45x ± 0.05" in str(report)
     assert "300 ms (40%)" in str(report)
 
