@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from diffusers_accel.families import list_families
     from diffusers_accel.methods import Method
     from diffusers_accel.plan import Plan
+    from diffusers_accel.search.budget import Budget
     from diffusers_accel.search.plan_search import search_plan
 
 __version__ = "0.1.0"
 
-__all__ = ["Method", "Plan", "compare", "list_families", "patch", "search_plan", "unpatch"]
+__all__ = ["Budget", "Method", "Plan", "compare", "list_families", "patch", "search_plan", "unpatch"]
 
 # In a source checkout kernels/, search/ and evals/ stand beside this folder; an installed wheel holds them inside it.
 _checkout = Path(__file__).resolve().parent.parent
@@ -29,6 +30,7 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels").is_dir()
     __path__.append(str(_checkout))
 
 _HOMES = {
+    "Budget": "diffusers_accel.search.budget",
     "Method": "diffusers_accel.methods",
     "Plan": "diffusers_accel.plan",
     "compare": "diffusers_accel.evals.compare",

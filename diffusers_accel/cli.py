@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from diffusers_accel.search.assign import Budget
+    from diffusers_accel.search.budget import Budget
 
 app = typer.Typer(
     help="Sparse attention for diffusers' video pipelines: search a plan, report what it wins and costs. "
@@ -263,7 +263,7 @@ def _budget(speedup: float | None, density: float | None, epsilon: float | None,
     ]
     if len(given) > 1:
         raise ValueError(f"budget: expected one of --speedup, --density and --epsilon, found {' and '.join(given)}")
-    from diffusers_accel.search.assign import Budget
+    from diffusers_accel.search.budget import Budget
 
     if speedup is not None:
         return Budget.speedup(speedup)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -76,13 +76,10 @@ def deal(methods: tuple[Method, ...], ctx: Context, device: torch.device) -> Lau
     dense = tuple(head for head, method in enumerate(methods) if method.dense)
     sparse = tuple(head for head, method in enumerate(methods) if not method.dense and not method.skips)
     used: list[AxisOrder] = list(dict.fromkeys(methods[head].order for head in sparse)) or [AxisOrder()]
-    masks = []
-    for head in sparse:
-        masks.append(methods[head].mask(Context(ctx.layout, ctx.transformer, ctx.layer, (head,), ctx.tensors)))
     pattern = None
     if sparse:
-        tokens = ctx.layout.tokens
-        pattern = BlockPattern.from_mask(torch.stack(masks, dim=1), tokens, tokens, BLOCK, BLOCK).to(device)
+        masks = torch.stack([_mask(methods[head], replace(ctx, heads=(head,))) for head in sparse], dim=1)
+        pattern = BlockPattern.from_mask(masks, ctx.layout.tokens, ctx.layout.tokens, BLOCK, BLOCK).to(device)
     return Launch(
         methods=methods,
         dense=dense,
@@ -95,6 +92,16 @@ def deal(methods: tuple[Method, ...], ctx: Context, device: torch.device) -> Lau
 
 Launches = dict[tuple[tuple[Method, ...], TokenLayout, torch.device, object], Launch]
 MAX_LAYOUTS = 4  # block lists of more layouts than these are dropped and built again
+
+
+def _mask(method: Method, ctx: Context) -> Tensor:
+    return method.mask(ctx) if method.calibrated else _layout_mask(method, ctx.layout)
+
+
+@lru_cache(maxsize=256)
+def _layout_mask(method: Method, layout: TokenLayout) -> Tensor:
+    """The mask of a method that knows no layers: one for all heads and layers that take it."""
+    return method.mask(Context(layout, transformer="", layer=0, heads=(0,)))
 
 
 class PlanEngine:

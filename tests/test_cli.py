@@ -16,7 +16,7 @@ from diffusers_accel.evals import kernel_bench
 from diffusers_accel.evals.shapes import CALL
 from diffusers_accel.loading import load_pipeline
 from diffusers_accel.search import plan_search
-from diffusers_accel.search.assign import Budget
+from diffusers_accel.search.budget import Budget
 from diffusers_accel.shape import ModelShape
 
 SMALL = ["--height", "128", "--width", "128", "--frames", "5", "--steps", "4", "--guidance", "2"]

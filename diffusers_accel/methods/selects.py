@@ -64,10 +64,15 @@ class Band:
 
     def mask(self, ctx: Context, frame_major: bool) -> Tensor:
         blocks = ctx.layout.blocks(BLOCK)
+        always, text = _always_read(ctx.layout, self.first_frame and frame_major)
         index = torch.arange(blocks)
         distance = (index[:, None] - index[None, :]).abs().double()
         distance += (index[None, :] > index[:, None]) * 0.5  # ties go to the earlier block
-        return _nearest(-distance, self.density, ctx.layout, self.first_frame and frame_major)[None]
+        keep = always[None, :] | torch.eye(blocks, dtype=torch.bool)
+        rank = distance.masked_fill(keep, -1).argsort(dim=1, stable=True).argsort(dim=1)
+        mask = keep | (rank < max(1, round(self.density * blocks)))
+        mask[text] = True
+        return mask[None]
 
 
 @dataclass(frozen=True)
@@ -92,11 +97,16 @@ class Stripe:
 
     def mask(self, ctx: Context, frame_major: bool) -> Tensor:
         blocks = ctx.layout.blocks(BLOCK)
+        always, text = _always_read(ctx.layout, self.first_frame)
         score = self._column_score(ctx) if self.calibrated else _spread(blocks)[None]
-        score = score[:, None, :].expand(-1, blocks, -1).clone()
-        score[:, torch.arange(blocks), torch.arange(blocks)] = math.inf
-        rows = [_nearest(head, self.density, ctx.layout, self.first_frame) for head in score]
-        return torch.stack(rows)
+        ranked = score.masked_fill(always, math.inf).argsort(dim=1, descending=True, stable=True)
+        rank = ranked.argsort(dim=1)
+        wanted = max(1, round(self.density * blocks))
+        # A row whose own block is not among the best columns reads it instead of the last of them.
+        best, all_but_one = (rank < wanted) | always, (rank < wanted - 1) | always
+        mask = torch.where(best[:, :, None], best[:, None], all_but_one[:, None]) | torch.eye(blocks, dtype=torch.bool)
+        mask[:, text] = True
+        return mask
 
     def _column_score(self, ctx: Context) -> Tensor:
         """[heads, key blocks], fp64: the attention mass that each key block received in the search."""
@@ -131,29 +141,13 @@ def _spread(blocks: int) -> Tensor:
     return torch.tensor([-int(f"{index:0{bits}b}"[::-1], 2) for index in range(blocks)], dtype=torch.float64)
 
 
-def _nearest(score: Tensor, density: float, layout: TokenLayout, first_frame: bool) -> Tensor:
-    """Keeps the best-scored key blocks of each row up to `density`; text is always read and reads everything.
-
-    Args:
-        score: [blocks, blocks], fp64: higher is read first.
-
-    Returns:
-        bool [blocks, blocks].
-    """
-    blocks = score.shape[0]
-    always = torch.zeros(blocks, dtype=torch.bool)
-    text = torch.zeros(blocks, dtype=torch.bool)
+def _always_read(layout: TokenLayout, first_frame: bool) -> tuple[Tensor, Tensor]:
+    """Blocks that every query reads, and those that hold text (which also read everything): bool [blocks] each."""
+    text = torch.zeros(layout.blocks(BLOCK), dtype=torch.bool)
     if layout.text_tokens:
         text[layout.text_start // BLOCK : math.ceil((layout.text_start + layout.text_tokens) / BLOCK)] = True
-        always |= text
+    always = text.clone()
     if first_frame:
         first_stop = layout.video_start + layout.height * layout.width
         always[layout.video_start // BLOCK : math.ceil(first_stop / BLOCK)] = True
-    keep = always[None, :] | torch.eye(blocks, dtype=torch.bool)
-    wanted = max(1, round(density * blocks))
-    ranked = score.masked_fill(keep, math.inf).argsort(dim=1, descending=True, stable=True)
-    counts = keep.sum(1).clamp(min=wanted)
-    rank = torch.empty_like(ranked).scatter_(1, ranked, torch.arange(blocks).expand(blocks, -1).contiguous())
-    mask = rank < counts[:, None]
-    mask[text] = True
-    return mask
+    return always, text

@@ -118,7 +118,7 @@ def _plan(subject: Subject) -> dict[str, Any]:
         for name, rows in span.heads.items():
             asked = [asked_density(plan.methods[symbol]) for row in rows for symbol in row]
             title = f"{span.start:.0%} to {span.stop:.0%} of the steps" + (f", {name}" if len(span.heads) > 1 else "")
-            cell = 24 if len(rows[0]) <= LETTERS_UP_TO else 11
+            cell = (34 if len(rows[0]) <= 8 else 24) if len(rows[0]) <= LETTERS_UP_TO else 11
             panels.append({"title": title, "rows": rows, "density": sum(asked) / len(asked), "cell": cell})
     legend = [
         {

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from diffusers_accel.evals.measurement import Measurement, write_rows
 from diffusers_accel.evals.report import words
@@ -73,7 +73,7 @@ class Report:
     def table(self) -> Table:
         """For the terminal: a column per subject, so that it fits into 80 characters."""
         columns = [words.cells(self, name) for name in ("dense", *(subject.name for subject in self.subjects))]
-        table = Table("", *(Text(column[0]) for column in columns))
+        table = Table("", *(escape(column[0]) for column in columns))
         for heading, *cells in list(zip(words.HEADINGS, *columns, strict=True))[1:]:
             table.add_row(heading, *cells)
         return table
