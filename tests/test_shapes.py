@@ -18,11 +18,11 @@ import torch
 
 from diffusers_accel.evals import shapes
 from diffusers_accel.evals.shapes import autoencoder, latents, render
-from diffusers_accel.evals.shapes.denoiser import SHORT_TEXT_ROWS, attend, prepare_for_training, set_inputs
+from diffusers_accel.evals.shapes.denoiser import SHORT_TEXT_ROWS, attend, prepare_for_training, rotate, set_inputs
 from diffusers_accel.evals.shapes.models import TEXT_DIM, TEXT_ROWS, build_autoencoder, build_transformer
 from diffusers_accel.evals.shapes.pixels import compare, find, judge
 from diffusers_accel.evals.shapes.run_state import RunState
-from diffusers_accel.evals.shapes.transformer import Denoiser, train_transformer
+from diffusers_accel.evals.shapes.transformer import Denoiser, Places, sample_places, take, train_transformer
 from diffusers_accel.evals.shapes.weights_folder import RECORD
 
 
@@ -124,7 +124,7 @@ def test_training_computes_what_the_stock_model_computes() -> None:
     text = torch.zeros(2, TEXT_ROWS, TEXT_DIM)
     for i, n in enumerate(rows):
         text[i, :n] = torch.randn(int(n), TEXT_DIM)
-    set_inputs(trained, rows, torch.arange(3).repeat(2, 1))
+    set_inputs(trained, rows, *(torch.arange(n).repeat(2, 1) for n in (3, 4, 4)))
     with torch.no_grad():
         expected = stock(video, timestep, text, return_dict=False)[0]
         found = trained(video, timestep, text[:, :SHORT_TEXT_ROWS], return_dict=False)[0]
@@ -132,13 +132,40 @@ def test_training_computes_what_the_stock_model_computes() -> None:
     torch.testing.assert_close(found, expected, atol=2e-5 * expected.std().item(), rtol=2e-5)
 
 
-def test_frames_keep_their_true_positions() -> None:
+def test_a_part_of_a_clip_keeps_its_true_positions() -> None:
     model = build_transformer(layers=1, heads=1, head_dim=64, ffn_dim=64)
-    whole = model.rope(torch.zeros(1, 8, 9, 4, 4))
+    whole = [f[0].unflatten(0, (9, 6, 8)) for f in model.rope(torch.zeros(1, 8, 9, 12, 16))]
     prepare_for_training(model)
-    set_inputs(model, torch.tensor([1]), torch.tensor([[2, 5, 8]]))
-    for some, every in zip(model.rope(torch.zeros(1, 8, 3, 4, 4)), whole, strict=True):
-        assert torch.equal(some[0], every[0].unflatten(0, (9, 4))[[2, 5, 8]].flatten(0, 1))
+    rng = np.random.default_rng(0)
+    places = [sample_places(rng, (9, 6, 8), frames=4, stride=2) for _ in range(2)]
+    set_inputs(model, torch.tensor([1, 1]), *(torch.from_numpy(np.stack(p)) for p in zip(*places, strict=True)))
+    latent = rng.standard_normal((8, 9, 12, 16)).astype(np.float16)
+    patches = torch.from_numpy(latent).float().unflatten(3, (8, 2)).unflatten(2, (6, 2))
+    found = model.rope(torch.zeros(2, 8, 4, 6, 8))
+    for b, (frames, rows, columns) in enumerate(places):
+        assert frames[0] == 0 and len(set(frames)) == 4
+        grid = np.ix_(frames, rows, columns)
+        for some, every in zip(found, whole, strict=True):
+            assert torch.equal(some[b], every[grid].flatten(0, 2))
+        part = take(latent, Places(frames, rows, columns)).unflatten(3, (4, 2)).unflatten(2, (3, 2))
+        assert torch.equal(part, patches[:, frames][:, :, rows][..., columns, :])
+
+
+def test_aimed_heads_start_near_their_own_token() -> None:
+    model = build_transformer(layers=1, heads=4, head_dim=64)
+    attn, (frames, height, width) = model.blocks[0].attn1, (5, 6, 7)
+    cos, sin = model.rope(torch.zeros(1, 8, frames, 2 * height, 2 * width))
+    tokens = torch.randn(1, frames * height * width, 256, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        q, k = attn.norm_q(attn.to_q(tokens)), attn.norm_k(attn.to_k(tokens))
+        q, k = (rotate(x.unflatten(2, (4, 64)), cos, sin)[0].transpose(0, 1) for x in (q, k))
+        weights = (q @ k.transpose(1, 2) / 8).softmax(-1).unflatten(2, (frames, height, width))
+    middle = weights[:, (2 * height + 3) * width + 3]
+    near = middle[:, 2, 2:5, 2:5].sum((1, 2)), middle[:, :, 2:5, 2:5].sum((1, 2, 3)), middle[:, 2].sum((1, 2))
+    share = 9 / (frames * height * width), 9 / (height * width), 1 / frames
+    for head in range(3):
+        assert near[head][head] > 2 * share[head]
+        assert near[head][3] < 1.5 * share[head]  # the last head is not aimed
 
 
 def test_sliced_attention_and_its_gradients_equal_sdpa() -> None:
@@ -183,7 +210,7 @@ def test_training_resumes_after_a_kill(tiny_folder: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from diffusers_accel.evals.shapes import run_state, transformer\n"
         "run_state.SAVE_EVERY_S = 0.0\n"
-        f"transformer.train_transformer(Path(sys.argv[1]), 10, 0, stages=((1.01, 1, 1),), compile=False, **{TINY})"
+        f"transformer.train_transformer(Path(sys.argv[1]), 10, 0, stages=((1.01, 1, 1, 2),), compile=False, **{TINY})"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(tiny_folder)], stdout=subprocess.DEVNULL)
     checkpoint = tiny_folder / "transformer.pt"
@@ -198,7 +225,7 @@ def test_training_resumes_after_a_kill(tiny_folder: Path) -> None:
     before = torch.load(checkpoint, weights_only=True)
     assert before["step"] > 0 and before["seconds"] > 0
     minutes = before["seconds"] / 60 + 0.02
-    train_transformer(tiny_folder, minutes, 0, stages=((1.01, 1, 1),), compile=False, **TINY)
+    train_transformer(tiny_folder, minutes, 0, stages=((1.01, 1, 1, 2),), compile=False, **TINY)
     after = torch.load(checkpoint, weights_only=True)
     assert after["step"] > before["step"] and after["seconds"] >= 60 * minutes
     assert after["average"]["count"] == after["step"]
