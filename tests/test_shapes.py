@@ -164,8 +164,8 @@ def test_aimed_heads_start_near_their_own_token() -> None:
     near = middle[:, 2, 2:5, 2:5].sum((1, 2)), middle[:, :, 2:5, 2:5].sum((1, 2, 3)), middle[:, 2].sum((1, 2))
     share = 9 / (frames * height * width), 9 / (height * width), 1 / frames
     for head in range(3):
-        assert near[head][head] > 2 * share[head]
-        assert near[head][3] < 1.5 * share[head]  # the last head is not aimed
+        assert near[head][head] > 1.5 * share[head]
+        assert near[head][3] < 1.25 * share[head]  # the last head is not aimed
 
 
 def test_sliced_attention_and_its_gradients_equal_sdpa() -> None:

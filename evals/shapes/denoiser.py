@@ -14,6 +14,7 @@ import math
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from diffusers_accel.evals.shapes.models import TEXT_ROWS
 
@@ -25,7 +26,7 @@ def text_bias(rows: torch.Tensor) -> torch.Tensor:
     """Logit bias `[B, 1, 1, SHORT_TEXT_ROWS]` that makes the zero rows weigh as `TEXT_ROWS` rows; rows: real rows `[B]`."""
     if int(rows.max()) >= SHORT_TEXT_ROWS:
         raise ValueError(f"expected fewer than {SHORT_TEXT_ROWS} text rows, found {int(rows.max())}")
-    real = torch.arange(SHORT_TEXT_ROWS)[None] < rows[:, None]
+    real = torch.arange(SHORT_TEXT_ROWS, device=rows.device)[None] < rows[:, None]
     weight = (TEXT_ROWS - rows).float() / (SHORT_TEXT_ROWS - rows).float()
     return torch.where(real, 0.0, weight.log()[:, None])[:, None, None]
 
@@ -33,7 +34,7 @@ def text_bias(rows: torch.Tensor) -> torch.Tensor:
 class GridRope(torch.nn.Module):
     """The host's rotary embedding at chosen places: `frames`, `rows`, `columns` are true token indices, int64 `[B, n]`."""
 
-    def __init__(self, rope: torch.nn.Module) -> None:
+    def __init__(self, rope: Any) -> None:
         super().__init__()
         self.rope = rope
         self.frames = self.rows = self.columns = torch.zeros(1, 1, dtype=torch.long)
@@ -50,7 +51,9 @@ class GridRope(torch.nn.Module):
                 parts.append(part[place].view(shape).expand(*grid, -1))
             return torch.cat(parts, dim=-1).flatten(1, 3)[:, :, None]
 
-        return at_places(self.rope.freqs_cos), at_places(self.rope.freqs_sin)
+        cos, sin = self.rope.freqs_cos, self.rope.freqs_sin
+        assert isinstance(cos, torch.Tensor) and isinstance(sin, torch.Tensor)
+        return at_places(cos), at_places(sin)
 
 
 class TrainingProcessor:
@@ -75,7 +78,8 @@ class TrainingProcessor:
             q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
         q, k = (x.transpose(1, 2).to(v.dtype) for x in (q, k))
         if encoder_hidden_states is None:
-            out = attend(*(x.flatten(0, 1).contiguous() for x in (q, k, v))).unflatten(0, (-1, attn.heads))
+            function = attend if q.device.type == "cpu" else scaled_dot_product_attention
+            out = function(*(x.flatten(0, 1).contiguous() for x in (q, k, v))).unflatten(0, (-1, attn.heads))
         else:
             scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1]) + self.bias
             out = scores.softmax(-1).to(v.dtype) @ v

@@ -56,6 +56,9 @@ def training_record(folder: Path, weights: Path, measured: dict[str, Any] | None
         }
     clips = (folder / "latents.bin").stat().st_size // RECORD_BYTES
     seed = held["seed"]
+    history = folder / "history.json"  # written by hand where a run was steered: stages and settings that changed
+    if history.exists():
+        runs["transformer"]["history"] = json.loads(history.read_text())
     record: dict[str, Any] = {
         "files": folder_hashes(weights),
         "autoencoder": runs["autoencoder"],

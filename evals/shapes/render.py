@@ -238,14 +238,14 @@ def render(
     y = ((np.arange(y0, y0 + ny, dtype=np.float32) + 0.5) / size)[None, :, None]
     x = ((np.arange(x0, x0 + nx, dtype=np.float32) + 0.5) / size)[None, None, :]
     t = time[:, None, None]
-    texture = np.zeros((nt, ny, nx), np.float32)
+    texture: NDArray[np.float32] = np.zeros((nt, ny, nx), np.float32)
     for fx, fy, speed, phase in scene.waves:
         turns = np.float32(2 * np.pi) * (
             np.float32(fx) * x + np.float32(fy) * y + np.float32(speed) * t + np.float32(phase)
         )
         texture += np.sin(turns)
-    texture = TEXTURE * (0.5 + texture / (2 * len(scene.waves)))
-    video = np.array(BACKGROUNDS[scene.background], np.float32) + texture[..., None]
+    brightness = np.float32(TEXTURE) * (np.float32(0.5) + texture / np.float32(2 * len(scene.waves)))
+    video: NDArray[np.float32] = np.array(BACKGROUNDS[scene.background], np.float32) + brightness[..., None]
     for actor in scene.actors:
         ax, ay, radius, angle = (v[:, None, None] for v in actor.state(time))
         distance = _distance(actor.shape, x - ax, y - ay, radius, angle)

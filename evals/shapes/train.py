@@ -51,13 +51,17 @@ def latents(
 
 @app.command()
 def transformer(
-    minutes: Minutes = 90, threads: Threads = 1, seed: Seed = 0, out: Out = Path("shapes-training")
+    minutes: Minutes = 240,
+    threads: Threads = 2,
+    seed: Seed = 0,
+    device: Annotated[str, typer.Option(help="cpu, or a GPU's torch name (cuda): not tried by the authors.")] = "cpu",
+    out: Out = Path("shapes-training"),
 ) -> None:
     """Train the transformer and the text encoder on the encoded clips."""
     from diffusers_accel.evals.shapes.transformer import train_transformer
 
     torch.set_num_threads(threads)
-    print(train_transformer(out, minutes, seed))
+    print(train_transformer(out, minutes, seed, device))
 
 
 @app.command()

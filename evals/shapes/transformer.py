@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # (share of the time budget at which the stage ends, clips of a batch, latent frames, stride of the token grid).
-STAGES = ((0.10, 16, 5, 2), (0.45, 6, 17, 2), (1.01, 3, 17, 1))
+STAGES = ((0.15, 16, 5, 2), (0.55, 8, 17, 2), (1.01, 3, 17, 1))
 PEAK_LR = 1e-3
 MUON_SCALE = 3.0  # Muon's learning rate over AdamW's, with steps matched to AdamW's size
 DROP_CAPTION = 0.1
@@ -36,6 +36,7 @@ class Denoiser(torch.nn.Module):
     def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Text embeddings `[B, SHORT_TEXT_ROWS, C]`, zero after the real rows as in the stock call, and the real rows."""
         ids = self.tokenizer(captions, padding="max_length", max_length=SHORT_TEXT_ROWS, return_tensors="pt")
+        ids = ids.to(self.text_encoder.device)
         rows = self.text_encoder(ids.input_ids, ids.attention_mask).last_hidden_state
         return rows * ids.attention_mask[..., None], ids.attention_mask.sum(1)
 
@@ -79,11 +80,17 @@ def take(latent: NDArray[np.float16], places: Places) -> torch.Tensor:
 
 
 def train_transformer(
-    folder: Path, minutes: float, seed: int, stages: tuple = STAGES, compile: bool = True, **sizes: int
+    folder: Path,
+    minutes: float,
+    seed: int,
+    device: str = "cpu",
+    stages: tuple = STAGES,
+    compile: bool = True,
+    **sizes: int,
 ) -> Path:
     """Train until the time budget is used up, resuming from the folder's checkpoint; returns the checkpoint's path."""
     torch.manual_seed(seed)
-    model = Denoiser(**sizes)
+    model = Denoiser(**sizes).to(device)
     optimizers = build_optimizers(model)
     average, run = Average(model, 0.998), RunState(folder, "transformer", minutes, seed)
     if held := run.resume():
@@ -106,18 +113,20 @@ def train_transformer(
         clips = rng.integers(len(latents), size=batch)
         grid = (latents.shape[2], latents.shape[3] // 2, latents.shape[4] // 2)
         places = [sample_places(rng, grid, frames, stride) for _ in range(batch)]
-        clean = torch.stack([take(latents[c], p) for c, p in zip(clips, places, strict=True)])
+        clean = torch.stack([take(latents[c], p) for c, p in zip(clips, places, strict=True)]).to(device)
         captions = ["" if rng.random() < DROP_CAPTION else clip_caption(seed, int(c)) for c in clips]
 
-        noise = torch.randn(clean.shape, generator=generator)
-        sigma = sample_sigmas(batch, generator)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        sigma = sample_sigmas(batch, generator).to(device)
         mix = sigma.view(-1, 1, 1, 1, 1)
         for optimizer, scale in zip(optimizers, (MUON_SCALE, 1.0), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = scale * scheduled_lr(PEAK_LR, run.progress, run.step, warmup=100, hold=0.6)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
             text, rows = model.encode(captions)
-            set_inputs(model.transformer, rows, *(torch.from_numpy(np.stack(p)) for p in zip(*places, strict=True)))
+            set_inputs(
+                model.transformer, rows, *(torch.from_numpy(np.stack(p)).to(device) for p in zip(*places, strict=True))
+            )
             velocity = forward((1 - mix) * clean + mix * noise, 1000 * sigma, text.float(), return_dict=False)[0]
         loss = (velocity.float() - (noise - clean)).square().mean()
         model.zero_grad(set_to_none=True)
