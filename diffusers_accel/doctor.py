@@ -11,7 +11,7 @@ import torch
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
-from diffusers_accel.evals.measurement import machine, versions
+from diffusers_accel.evals.machine import machine, versions
 from diffusers_accel.families import find, list_families
 from diffusers_accel.kernels.attention import Choice, choices
 from diffusers_accel.layout import TokenLayout
