@@ -77,7 +77,7 @@ def aim_heads(model: WanTransformer3DModel) -> None:
     spans = (0, model.rope.t_dim, model.rope.t_dim + model.rope.h_dim)
     for block in model.blocks:
         attn = block.attn1
-        aims = _AIMS[: attn.heads]
+        aims = _AIMS[: attn.heads - 1]  # one head at least stays free
         # RMS normalisation goes over all heads: solve for the squared biases relative to the squared norm.
         squares = [peak * head_dim**0.5 / (_NEAR_PAIRS * len(axes)) for axes, peak in aims]
         taken = sum(s * _NEAR_PAIRS * len(axes) for s, (axes, _) in zip(squares, aims, strict=True))
