@@ -158,7 +158,8 @@ class PlanEngine:
         by_layer = any(method.calibrated for method in methods)
         key = (methods, layout, device, (self.site.transformer, self.site.layer) if by_layer else None)
         if key not in self._launches:
-            if len({key[1] for key in self._launches}) > MAX_LAYOUTS:
+            layouts = {other for _, other, *_ in self._launches}
+            if layout not in layouts and len(layouts) == MAX_LAYOUTS:
                 self._launches.clear()
             ctx = Context(layout, self.site.transformer, self.site.layer, (), self.plan.tensors)
             self._launches[key] = deal(methods, ctx, device)

@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounter
 
 from diffusers_accel import Plan, patch, unpatch
 from diffusers_accel.api import attach
+from diffusers_accel.engine import MAX_LAYOUTS
 from diffusers_accel.families import WAN, find, list_families
 from diffusers_accel.kernels.attention import attention
 from diffusers_accel.kernels.pattern import BlockPattern
@@ -320,6 +321,17 @@ def test_the_preset_stays_dense_on_short_sequences_and_says_why() -> None:
     with patch(pipe) as done:
         assert np.array_equal(frames(pipe), stock)
         assert any("768 tokens" in reason for reason in done.report().rows[0]["notes"])
+
+
+def test_block_lists_are_kept_for_a_few_layouts_only() -> None:
+    transformer = tiny_wan_transformer()
+    with patch(transformer, BAND) as done, torch.no_grad():
+        launches = done.sites[0].engine._launches
+        sizes = []
+        for size in range(16, 16 + 2 * (MAX_LAYOUTS + 1), 2):
+            transformer(**model_inputs(size))
+            sizes.append(len(launches))
+    assert sizes == [*range(1, MAX_LAYOUTS + 1), 1]
 
 
 def test_timed_measures_attention() -> None:
