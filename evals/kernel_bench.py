@@ -26,7 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_accel.evals.kernel_inputs import BLOCK, INPUTS, PATTERNS, SHAPES, pattern, qkv
 from diffusers_accel.evals.machine import git_sha, machine, versions
-from diffusers_accel.kernels.attention import IMPLEMENTATIONS, attention, choices
+from diffusers_accel.kernels.attention import IMPLEMENTATIONS, PRECISIONS, attention, choices
+from diffusers_accel.kernels.quantize import quantize
 
 Row: TypeAlias = dict[str, Any]
 Call: TypeAlias = Callable[[], object]
@@ -35,6 +36,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Relative error against fp32 attention on the same inputs; rounding the output alone costs up to half of the first two.
 LIMITS = {"bf16": 5e-3, "fp16": 7e-4, "fp32": 1e-5}
 LSE_LIMIT = 1e-3
+# Of quantized attention, in any dtype. On Gaussian inputs, which average nothing out, it errs by 1.1e-2 and 3.8e-2; the
+# largest error of an LSE is on video-like inputs, whose keys are larger.
+QUANTIZED_LIMITS = {"int8": 2e-2, "int8_fp8": 6e-2}
+QUANTIZED_LSE_LIMIT = 0.2
 # How far the dense times before and after a point may lie apart. A CPU is rarely alone.
 DRIFT = {"cuda": 0.03, "cpu": 0.10}
 CPU_SECONDS = 1.5  # of repetitions for one time; a GPU gets 0.3
@@ -51,6 +56,7 @@ def run(
     patterns: Sequence[str] = ("random", "window"),
     dtype: str = "bf16",
     inputs: Sequence[str] = ("gaussian",),
+    precisions: Sequence[str] = ("input",),
     impls: Sequence[str] | None = None,
     seed: int = 0,
     seconds: float | None = None,
@@ -64,6 +70,8 @@ def run(
         patterns: from `PATTERNS`. At density 1 all are the same and only the first is run.
         dtype: bf16, fp16 or fp32.
         inputs: from `INPUTS`.
+        precisions: from `PRECISIONS`; the time of a quantized one includes its quantization, which `t_prep_ms` has alone.
+            On a CPU, where it is a simulation, its rows have errors and no times.
         impls: names of implementations; None takes all that can run but the reference.
         seed: fixes inputs and patterns.
         seconds: begin no new point after so long.
@@ -76,8 +84,13 @@ def run(
     if device.type not in DEFAULTS:
         raise ValueError(f"the benchmark runs on {' and '.join(DEFAULTS)}, found {device.type}")
     shapes, densities = shapes or DEFAULTS[device.type][0], densities or DEFAULTS[device.type][1]
-    known = (("shapes", shapes, SHAPES), ("patterns", patterns, PATTERNS), ("inputs", inputs, INPUTS))
-    for name, given, allowed in (*known, ("dtype", [dtype], DTYPES), ("impls", impls or (), IMPLEMENTATIONS)):
+    known: tuple[Any, ...] = (("shapes", shapes, SHAPES), ("patterns", patterns, PATTERNS), ("inputs", inputs, INPUTS))
+    known += (
+        ("precisions", precisions, PRECISIONS),
+        ("dtype", [dtype], DTYPES),
+        ("impls", impls or (), IMPLEMENTATIONS),
+    )
+    for name, given, allowed in known:
         if unknown := [x for x in given if x not in allowed]:
             raise ValueError(f"{name} must be among {', '.join(allowed)}, found {', '.join(unknown)}")
     if wrong := [x for x in densities if not 0 < x <= 1]:
@@ -87,7 +100,7 @@ def run(
     end = time.monotonic() + (seconds if seconds is not None else float("inf"))
     rows = []
     for shape, kind in product(shapes, inputs):
-        for row in _shape_rows(device, shape, kind, densities, patterns, dtype, impls, seed, end):
+        for row in _shape_rows(device, shape, kind, densities, patterns, dtype, precisions, impls, seed, end):
             rows.append(common | {"time_utc": datetime.now(UTC).isoformat(timespec="seconds")} | row)
             on_row(rows[-1])
     return rows
@@ -100,6 +113,7 @@ def _shape_rows(
     densities: Sequence[float],
     patterns: Sequence[str],
     dtype: str,
+    precisions: Sequence[str],
     impls: Sequence[str] | None,
     seed: int,
     end: float,
@@ -108,12 +122,16 @@ def _shape_rows(
     if time.monotonic() > end:
         return
     shape = SHAPES[name]
-    usable = [c.name for c in choices(device, DTYPES[dtype], shape.dim) if c.reason is None and c.name != "reference"]
+    kernels = [
+        (precision, impl)
+        for precision in precisions
+        for impl in impls or _usable(device, DTYPES[dtype], shape.dim, precision)
+    ]
     q, k, v = qkv(kind, shape, DTYPES[dtype], device, seed)
     dense = {backend: _timed(call, device)[0] for backend, call in _dense_calls(q, k, v).items()}
     best = min(dense, key=dense.__getitem__)
     before = dense[best]
-    for density, which, impl in product(densities, patterns, impls or usable):
+    for density, which, (precision, impl) in product(densities, patterns, kernels):
         if time.monotonic() > end:
             return
         if density == 1 and which != patterns[0]:
@@ -123,16 +141,23 @@ def _shape_rows(
             "shape": name, "B": 1, "H": shape.heads, "N": shape.tokens, "D": shape.dim, "input_kind": kind,
             "pattern": which, "block_m": BLOCK, "block_n": BLOCK, "density_requested": density,
             "density_computed": blocks.density, "rows_min_blocks": int(blocks.counts.min()),
-            "rows_max_blocks": int(blocks.counts.max()), "impl": impl,
+            "rows_max_blocks": int(blocks.counts.max()), "precision": precision, "impl": impl,
         }  # fmt: skip
         blocks = blocks.to(device)
         exact = attention(q.float(), k.float(), v.float(), blocks, impl="reference")
-        row |= _errors(attention(q, k, v, blocks, impl=impl), exact)
+        call = partial(attention, q, k, v, blocks, precision=precision, impl=impl)
+        row |= _errors(call(), exact)
         del exact
-        if not (row["rel_err"] <= LIMITS[dtype] and row["lse_err"] <= LSE_LIMIT):
-            yield row | {"status": f"wrong: rel_err above {LIMITS[dtype]} or lse_err above {LSE_LIMIT}"}
+        limit, lse_limit = _limits(dtype, precision)
+        if not (row["rel_err"] <= limit and row["lse_err"] <= lse_limit):
+            yield row | {"status": f"wrong: rel_err above {limit} or lse_err above {lse_limit}"}
             continue
-        median, p20, p80, count = _timed(lambda: attention(q, k, v, blocks, impl=impl), device)  # noqa: B023
+        if device.type == "cpu" and precision != "input":
+            yield row | {"status": "simulated: on a CPU quantization shows what it does to the numbers, it has no time"}
+            continue
+        if precision != "input":
+            row["t_prep_ms"] = _timed(partial(quantize, q, k, v, precision), device)[0]
+        median, p20, p80, count = _timed(call, device)
         after = _timed(_dense_calls(q, k, v)[best], device)[0]
         dense_ms, drift = (before + after) / 2, abs(after / before - 1)
         row |= {
@@ -149,6 +174,17 @@ def _shape_rows(
             yield row | {"status": f"drift: dense times differ by {drift:.0%}, more than {DRIFT[device.type]:.0%}"}
             continue
         yield row | {"eta": dense_ms * blocks.density / median, "speedup_kernel": dense_ms / median, "status": "ok"}
+
+
+def _usable(device: torch.device, dtype: torch.dtype, head_dim: int, precision: str) -> list[str]:
+    """The implementations that can run, but for the reference."""
+    options = choices(device, dtype, head_dim, (BLOCK, BLOCK), precision)
+    return [option.name for option in options if option.reason is None and option.name != "reference"]
+
+
+def _limits(dtype: str, precision: str) -> tuple[float, float]:
+    """How far out (relative) and lse (absolute) may be from fp32 attention."""
+    return (LIMITS[dtype], LSE_LIMIT) if precision == "input" else (QUANTIZED_LIMITS[precision], QUANTIZED_LSE_LIMIT)
 
 
 def _dense_calls(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
@@ -220,7 +256,8 @@ def table(rows: Sequence[Row]) -> Any:
             times[2:] = f"{row['speedup_kernel']:.2f}x", f"{row['eta']:.2f}"
         shape = row["shape"] if row["input_kind"] == "gaussian" else f"{row['shape']} {row['input_kind']}"
         status = row["status"].partition(":")[0]
-        out.add_row(shape, row["pattern"], f"{row['density_computed']:.3f}", row["impl"], *times, status)
+        impl = row["impl"] if row["precision"] == "input" else f"{row['impl']} {row['precision']}"
+        out.add_row(shape, row["pattern"], f"{row['density_computed']:.3f}", impl, *times, status)
     return out
 
 
@@ -245,6 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--patterns", type=words, default=["random", "window"], help=f"from {', '.join(PATTERNS)}")
     parser.add_argument("--dtype", default="bf16", help=f"one of {', '.join(DTYPES)}")
     parser.add_argument("--inputs", type=words, default=["gaussian"], help=f"from {', '.join(INPUTS)}")
+    parser.add_argument("--precisions", type=words, default=["input"], help=f"from {', '.join(PRECISIONS)}")
     parser.add_argument("--impls", type=words, help="implementations; all that can run, if not given")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
@@ -261,7 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def on_row(row: Row) -> None:
         time_ms = f"{row['t_med_ms']:.2f} ms" if "t_med_ms" in row else "no time"
         console.print(
-            f"{row['shape']} {row['pattern']} {row['density_computed']:.3f} {row['impl']}: {time_ms}, {row['status']}"
+            f"{row['shape']} {row['pattern']} {row['density_computed']:.3f} {row['precision']} {row['impl']}: "
+            f"{time_ms}, {row['status']}"
         )
         if out:
             with out.open("a", encoding="utf-8") as file:

@@ -20,6 +20,14 @@ def block_lengths(tokens: int, block: int, valid: Tensor | None, device: torch.d
     return lengths if valid is None else torch.minimum(lengths, valid)
 
 
+def _lists(mask: Tensor, capacity: int) -> Tensor:
+    """int32 `[..., capacity]`: the ascending places of the True entries of each row, then zeros."""
+    # Unread entries are all scattered into one slot past the end, which is cut off.
+    slot = torch.where(mask, mask.cumsum(-1) - 1, capacity)
+    ids = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand(mask.shape)
+    return ids.new_zeros(*mask.shape[:-1], capacity + 1).scatter_(-1, slot, ids)[..., :capacity].contiguous()
+
+
 @dataclass(frozen=True, eq=False)
 class BlockPattern:
     """Per (batch row, head, query block), an ascending list of the key blocks that are computed.
@@ -99,11 +107,7 @@ class BlockPattern:
             mask = mask & (valid > 0)
         counts = mask.sum(-1, dtype=torch.int32)
         largest, total = torch.stack([counts.max(), counts.sum()]).tolist() if counts.numel() else (0, 0)
-        capacity = max(largest, 1)
-        # Unread entries are all scattered into one slot past the end, which is cut off.
-        slot = torch.where(mask, mask.cumsum(-1) - 1, capacity)
-        ids = torch.arange(mask.shape[3], dtype=torch.int32, device=mask.device).expand(mask.shape)
-        blocks = ids.new_zeros(*mask.shape[:3], capacity + 1).scatter_(-1, slot, ids)[..., :capacity].contiguous()
+        blocks = _lists(mask, max(largest, 1))
         pattern = cls(blocks, counts, queries, keys, block_q, block_k, valid)
         pattern.__dict__["computed_blocks"] = int(total)
         return pattern
@@ -147,6 +151,18 @@ class BlockPattern:
             blocks.append(padded.expand(rows, -1, -1, -1))
             counts.append(p.counts.expand(rows, -1, -1))
         return replace(first, blocks=torch.cat(blocks, 1), counts=torch.cat(counts, 1))
+
+    def take(self, heads: Sequence[int]) -> BlockPattern:
+        """The pattern of some of the heads, in the order given."""
+        index = torch.tensor(list(heads), device=self.device)
+        return replace(self, blocks=self.blocks.index_select(1, index), counts=self.counts.index_select(1, index))
+
+    def complement(self) -> BlockPattern:
+        """The pattern that computes exactly the pairs which this one does not. Does not synchronise the device."""
+        mask = ~self.mask()
+        if self.valid is not None:
+            mask &= self.valid > 0
+        return replace(self, blocks=_lists(mask, self.key_blocks), counts=mask.sum(-1, dtype=torch.int32))
 
     @property
     def query_blocks(self) -> int:

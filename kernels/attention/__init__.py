@@ -1,4 +1,4 @@
-"""Block-sparse attention: one meaning, several implementations behind one signature."""
+"""Block-sparse attention: one meaning, several implementations and precisions behind one signature."""
 
 from __future__ import annotations
 
@@ -10,20 +10,29 @@ from torch import Tensor
 
 from diffusers_accel.kernels.choice import Choice, Operator
 from diffusers_accel.kernels.pattern import BlockPattern
+from diffusers_accel.kernels.quantize import PRECISIONS as QUANTIZED
+from diffusers_accel.kernels.quantize import Quantized, quantize
 
-__all__ = ["IMPLEMENTATIONS", "Choice", "attention", "choices"]
+__all__ = ["IMPLEMENTATIONS", "PRECISIONS", "Choice", "attention", "choices", "quantized_attention"]
 
 # Fastest first. No device has two of the first two, save for a cpu under Triton's interpreter, which is slow.
 IMPLEMENTATIONS = ("cpu", "portable", "reference")
+# In what the products are computed: the type of q, k, v; scores in INT8; scores in INT8 and weighted values in FP8.
+PRECISIONS = ("input", *QUANTIZED)
 
 _operator = Operator(__name__, IMPLEMENTATIONS)
 
 
 def choices(
-    device: torch.device | str, dtype: torch.dtype, head_dim: int, blocks: tuple[int, int] = (128, 128)
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    blocks: tuple[int, int] = (128, 128),
+    precision: str = "input",
 ) -> list[Choice]:
-    """Every implementation with its verdict for such q, k, v and (block_q, block_k), fastest first."""
-    return _operator.choices(torch.device(device), dtype, head_dim, blocks)
+    """Every implementation with its verdict for such q, k, v, (block_q, block_k) and precision, fastest first."""
+    _check_precision(precision)
+    return _operator.choices(torch.device(device), dtype, head_dim, blocks, precision)
 
 
 def attention(
@@ -33,6 +42,7 @@ def attention(
     pattern: BlockPattern | None = None,
     *,
     scale: float | None = None,
+    precision: str = "input",
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention that computes only the block pairs of `pattern`. Inference only: the outputs carry no gradient.
@@ -42,6 +52,8 @@ def attention(
         k, v: `[B, S_k, H, D]`, dtype and device of q.
         pattern: which key blocks each query block reads, on the device of q; None reads all.
         scale: positive factor of the scores; None means 1 / sqrt(D).
+        precision: one of `PRECISIONS`. All but `input` first `quantize`, which reads every key that exists, also in
+            blocks that no query reads.
         impl: `auto` takes the fastest that can run; a name of `IMPLEMENTATIONS` is obeyed or refused.
 
     Returns:
@@ -49,22 +61,51 @@ def attention(
         `[B, H, S_q]`, both contiguous. A query that reads no key has out 0 and lse -inf.
 
     Raises:
-        ValueError: shapes, dtypes, devices, scale or pattern do not fit, or the implementation asked for cannot run;
-            with `DIFFUSERS_ACCEL_CHECKS=1` in the environment also when a value of the pattern is out of range.
+        ValueError: shapes, dtypes, devices, scale, precision or pattern do not fit, or the implementation asked for
+            cannot run; with `DIFFUSERS_ACCEL_CHECKS=1` in the environment also when a value of the pattern is out of
+            range.
     """
-    _check(q, k, v, pattern)
+    _check_precision(precision)
+    _check(q, k, v)
+    _check_pattern(q, k, pattern)
+    module = _operator.choose(impl, q.device, q.dtype, q.shape[3], _blocks(pattern), precision)
+    with torch.no_grad():
+        if precision == "input":
+            return module.attention(q, k, v, pattern, _scale(scale, q))
+        block, valid = (pattern.block_k, pattern.valid) if pattern is not None else (128, None)
+        by = "reference" if impl == "reference" else "auto"
+        operands = quantize(q, k, v, precision, block=block, valid=valid, impl=by)
+        return module.quantized_attention(operands, pattern, _scale(scale, q))
+
+
+def quantized_attention(
+    operands: Quantized, pattern: BlockPattern | None = None, *, scale: float | None = None, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """As `attention`, of q, k, v that have been quantized; the output is in the dtype that they had."""
+    x = operands
+    _check_pattern(x.q, x.k, pattern)
+    module = _operator.choose(impl, x.q.device, x.dtype, x.q.shape[3], _blocks(pattern), x.precision)
+    with torch.no_grad():
+        return module.quantized_attention(x, pattern, _scale(scale, x.q))
+
+
+def _blocks(pattern: BlockPattern | None) -> tuple[int, int]:
+    return (pattern.block_q, pattern.block_k) if pattern is not None else (128, 128)
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale must be positive and finite, found {scale}")
-    if pattern is not None and os.environ.get("DIFFUSERS_ACCEL_CHECKS") == "1":
-        pattern.check()
-    blocks = (pattern.block_q, pattern.block_k) if pattern is not None else (128, 128)
-    module = _operator.choose(impl, q.device, q.dtype, q.shape[3], blocks)
-    with torch.no_grad():
-        return module.attention(q, k, v, pattern, scale)
+    return scale
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None) -> None:
+def _check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, found {precision!r}")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() != 4 or 0 in q.shape:
         raise ValueError(f"q must be [B, S, H, D] without an empty dimension, found {list(q.shape)}")
     expected = (q.shape[0], k.shape[1] if k.dim() == 4 else "S_k", *q.shape[2:])
@@ -73,6 +114,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None) -> Non
             raise ValueError(f"{name} must be {list(expected)} to fit q {list(q.shape)}, found {list(x.shape)}")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} must be {q.dtype} on {q.device} as q is, found {x.dtype} on {x.device}")
+
+
+def _check_pattern(q: Tensor, k: Tensor, pattern: BlockPattern | None) -> None:
     if pattern is None:
         return
     if pattern.blocks.shape[0] not in (1, q.shape[0]) or pattern.heads != q.shape[2]:
@@ -87,3 +131,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None) -> Non
         )
     if pattern.device != q.device:
         raise ValueError(f"the pattern is on {pattern.device}, q on {q.device}: move it once with pattern.to(q.device)")
+    if os.environ.get("DIFFUSERS_ACCEL_CHECKS") == "1":
+        pattern.check()

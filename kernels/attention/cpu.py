@@ -2,28 +2,42 @@
 
 Query rows whose keys are one run of tokens (bands, dense heads) are handed over as strided views: many rows and heads in
 one call, nothing copied. All others gather their key tokens, a few rows at a time so that the copies stay in cache.
+
+Quantized operands are simulated: dequantized to fp32, which shows what their rounding does to the result and is slower
+than not to quantize at all.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from diffusers_accel.kernels.cpu_workers import run_all
 from diffusers_accel.kernels.pattern import BlockPattern
+from diffusers_accel.kernels.quantize.quantized import P_MAX, Quantized
+
+# q, k, v [N, H, S, D] and a keyword `scale` -> (out, lse): attention of every query to every key.
+Attend: TypeAlias = Callable[..., Any]
 
 # Kills the process on zero keys and returns 0 for a fully masked row: it is only ever given keys that exist, unmasked.
 fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
-# Keys and values gathered for one call: more falls out of cache, less pays for more calls.
-GATHER_BYTES = 2 << 20
+# Keys and values gathered for one call of one thread: more falls out of its cache, less pays for more calls.
+GATHER_BYTES = 1 << 20
+# Scores that the simulation of FP8 holds at once.
+SCORE_BYTES = 32 << 20
 
 
-def refuses(device: torch.device, dtype: torch.dtype, head_dim: int, blocks: tuple[int, int]) -> str | None:
+def refuses(
+    device: torch.device, dtype: torch.dtype, head_dim: int, blocks: tuple[int, int], precision: str
+) -> str | None:
     """Why this implementation cannot run there, or None."""
     if device.type != "cpu":
         return f"runs on cpu tensors, found {device.type}"
@@ -146,6 +160,20 @@ def gather(
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention over the blocks of the pattern; the arguments have been checked by the caller."""
+    return attend_pattern(q, k, v, pattern, scale, fused_attention)
+
+
+def quantized_attention(x: Quantized, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
+    """A simulation in fp32 that skips as `attention` does: for its numbers, not for its speed."""
+    attend = fused_attention if x.precision == "int8" else fp8_attention
+    out, lse = attend_pattern(*x.dequantize(), pattern, scale, attend)
+    return out.to(x.dtype), lse + scale * x.offset
+
+
+def attend_pattern(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float, attend: Attend
+) -> tuple[Tensor, Tensor]:
+    """Calls `attend` for the rows of the pattern, with the keys that they read."""
     batch, queries, heads, dim = q.shape
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     if pattern is None:
@@ -161,14 +189,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, sca
         for row, head, count, sweep in plan.sweeps:
             part = slice(head, head + count)
             inputs = q[repeat + row, :, part], k[repeat + row, :, part], v[repeat + row, :, part]
-            run_sweep(*inputs, out[repeat + row, :, part], lse[repeat + row, :, part, None], sweep, scale)
-        for rows_of_a_size in plan.gathers:
-            assert pattern is not None
-            run_gather(q, k, v, out, lse, rows_of_a_size, repeat, pattern.block_k, scale)
+            run_sweep(*inputs, out[repeat + row, :, part], lse[repeat + row, :, part, None], sweep, scale, attend)
+        if pattern is not None and plan.gathers:
+            flat = Flat(q.reshape(-1, dim), k.reshape(-1, dim), v.reshape(-1, dim), out.view(-1, dim), lse.view(-1))
+            sizes = queries, k.shape[1], heads
+            run_all(
+                [c for g in plan.gathers for c in gather_calls(flat, sizes, g, repeat, pattern.block_k, scale, attend)]
+            )
     return out, lse.transpose(1, 2).contiguous()
 
 
-def run_sweep(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sweep: Sweep, scale: float) -> None:
+def run_sweep(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sweep: Sweep, scale: float, attend: Attend
+) -> None:
     """One call for all groups and heads of a sweep; the views of the keys overlap. All tensors are `[S, H, D|1]`."""
 
     def groups(x: Tensor, token: int, tokens: int, step: int) -> Tensor:
@@ -177,41 +210,74 @@ def run_sweep(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sweep: 
 
     queries = (sweep.query, sweep.query_tokens, sweep.query_step)
     keys = (sweep.key, sweep.key_tokens, sweep.key_step)
-    part, part_lse = fused_attention(groups(q, *queries), groups(k, *keys), groups(v, *keys), scale=scale)
+    part, part_lse = attend(groups(q, *queries), groups(k, *keys), groups(v, *keys), scale=scale)
     groups(out, *queries).copy_(part)
     groups(lse, *queries).copy_(part_lse[..., None])
 
 
+class Flat(NamedTuple):
+    """Rows `[B * S * H, D]` of q, k, v and of the results out `[.., D]` and lse `[..]`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+def gather_calls(
+    flat: Flat, sizes: tuple[int, int, int], rows: Gather, first_batch: int, block_k: int, scale: float, attend: Attend
+) -> Iterator[Callable[[], None]]:
+    """Calls that compute a few rows each; sizes: queries, keys and heads of a batch row."""
+    at_once = max(1, GATHER_BYTES // (2 * rows.key_tokens * flat.k.shape[1] * flat.k.element_size()))
+    for start in range(0, len(rows.query), at_once):
+        part = slice(start, start + at_once)
+        yield functools.partial(run_gather, flat, sizes, rows, part, first_batch, block_k, scale, attend)
+
+
 def run_gather(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    flat: Flat,
+    sizes: tuple[int, int, int],
     rows: Gather,
+    part: slice,
     first_batch: int,
     block_k: int,
     scale: float,
+    attend: Attend,
 ) -> None:
-    """Copies the key tokens of a few rows beside each other, attends, and goes on with the next few."""
-    heads, dim = q.shape[2:]
-    flat_q, flat_k, flat_v, flat_out = (x.reshape(-1, dim) for x in (q, k, v, out))
-    flat_lse = lse.view(-1)
-    at_once = max(1, GATHER_BYTES // (2 * rows.key_tokens * dim * k.element_size()))
+    """Copies the key tokens of a few rows beside each other and attends."""
+    query_tokens, key_tokens, heads = sizes
+    batch, head = first_batch + rows.batch[part, None], rows.head[part, None]
     in_query, in_block = torch.arange(rows.query_tokens), torch.arange(block_k)
-    for start in range(0, len(rows.query), at_once):
-        part = slice(start, start + at_once)
-        batch, head = first_batch + rows.batch[part, None], rows.head[part, None]
-        queries = ((batch * q.shape[1] + rows.query[part, None] + in_query) * heads + head).flatten()
-        tokens = rows.blocks[part, :, None] * block_k + in_block
-        keys = (batch[..., None] * k.shape[1] + tokens) * heads + head[..., None]
-        keys = keys.flatten() if rows.lengths is None else keys[in_block < rows.lengths[part, :, None]]
-        shape = (len(batch), 1, rows.key_tokens, dim)
-        part_out, part_lse = fused_attention(
-            flat_q.index_select(0, queries).view(len(batch), 1, rows.query_tokens, dim),
-            flat_k.index_select(0, keys).view(shape),
-            flat_v.index_select(0, keys).view(shape),
-            scale=scale,
-        )
-        flat_out.index_copy_(0, queries, part_out.reshape(-1, dim))
-        flat_lse.index_copy_(0, queries, part_lse.reshape(-1))
+    queries = ((batch * query_tokens + rows.query[part, None] + in_query) * heads + head).flatten()
+    tokens = rows.blocks[part, :, None] * block_k + in_block
+    keys = (batch[..., None] * key_tokens + tokens) * heads + head[..., None]
+    keys = keys.flatten() if rows.lengths is None else keys[in_block < rows.lengths[part, :, None]]
+    shape = (len(batch), 1, rows.key_tokens, flat.k.shape[1])
+    out, lse = attend(
+        flat.q.index_select(0, queries).view(len(batch), 1, rows.query_tokens, -1),
+        flat.k.index_select(0, keys).view(shape),
+        flat.v.index_select(0, keys).view(shape),
+        scale=scale,
+    )
+    flat.out.index_copy_(0, queries, out.reshape(-1, shape[3]))
+    flat.lse.index_copy_(0, queries, lse.reshape(-1))
+
+
+def fp8_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Stands in for `fused_attention` where the weights of v are in FP8: e4m3 of p / max(p) x P_MAX, per row.
+
+    As in the kernels the denominators are summed before the rounding. A kernel knows only the largest p so far, so its
+    weights are rounded a little finer than these.
+    """
+    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:3], dtype=q.dtype)
+    rows = max(1, SCORE_BYTES // (4 * q.shape[1] * k.shape[2]))
+    for group, first in product(range(q.shape[0]), range(0, q.shape[2], rows)):
+        part = group, slice(None), slice(first, first + rows)
+        scores = scale * (q[part] @ k[group].transpose(1, 2))
+        top = scores.amax(-1, keepdim=True)
+        p = (scores - top).exp_().mul_(P_MAX)
+        total = p.sum(-1, keepdim=True)
+        out[part] = p.to(torch.float8_e4m3fn).float() @ v[group] / total
+        lse[part] = (top + (total / P_MAX).log()).squeeze(-1)
+    return out, lse

@@ -2,10 +2,17 @@
 
 FlashAttention-2's online softmax (Dao 2023, arXiv 2307.08691) over the key blocks that a list names. Pointer loads and
 index lists only and no autotuning: tile sizes come from a table, which ahead-of-time compilation checks in the tests.
+
+Quantized operands take the same path. The scores of INT8 q and k are whole numbers in INT32; the scales of a query, of
+the tile's keys and of the softmax are one factor per row of the tile, where there is a multiplication in any case. For
+FP8 values p is scaled to 0..256: weights down to 4e-6 of the largest still count, the factor cancels in the division by
+the sum. The products of a tile are summed by the matrix unit, whose sums of FP8 products are reported to keep 13 bits of
+mantissa on Hopper, and added to fp32 accumulators outside it (the two levels of SageAttention2, arXiv 2411.10958).
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,8 +22,12 @@ from torch import Tensor
 
 from diffusers_accel.kernels import launch
 from diffusers_accel.kernels.pattern import BlockPattern
+from diffusers_accel.kernels.quantize import portable as quantize
+from diffusers_accel.kernels.quantize.quantized import KEY_GROUP, P_MAX, Quantized
 
 LOG2_E = 1.4426950408889634
+# Binary logarithm of the largest weight, which is 1 where the weights are not in FP8.
+P_LOG2 = {"input": 0.0, "int8": 0.0, "int8_fp8": math.log2(P_MAX)}
 
 
 class Config(NamedTuple):
@@ -28,9 +39,10 @@ class Config(NamedTuple):
     stages: int
 
 
-# (lowest compute capability, head dims up to, bytes per element). 128 queries a tile halve the key traffic of 64; the
-# rest is what fits into shared memory and registers without spilling. Head dims that are padded need registers for it.
-CONFIGS = {
+# (lowest compute capability, head dims up to, bytes per element or precision). 128 queries a tile halve the key traffic
+# of 64; the rest is what fits into shared memory and registers without spilling. Head dims that are padded need registers
+# for it.
+CONFIGS: dict[tuple[int, int, int | str], Config] = {
     (80, 64, 2): Config(128, 64, 8, 3),
     (80, 127, 2): Config(128, 32, 8, 3),
     (80, 128, 2): Config(128, 64, 8, 3),
@@ -42,43 +54,70 @@ CONFIGS = {
     (90, 128, 2): Config(128, 64, 8, 3),
     (120, 127, 2): Config(128, 32, 8, 3),
     (120, 128, 2): Config(128, 64, 8, 2),
+    (80, 128, "int8"): Config(128, 64, 8, 3),
+    (89, 64, "int8_fp8"): Config(128, 64, 8, 3),
+    (89, 127, "int8_fp8"): Config(128, 64, 8, 3),
+    (89, 128, "int8_fp8"): Config(128, 64, 8, 3),
+    (120, 127, "int8_fp8"): Config(128, 32, 8, 3),
 }
 
 
-def config(capability: int, head_dim: int, dtype: torch.dtype, blocks: tuple[int, int]) -> Config:
+def config(
+    capability: int, head_dim: int, dtype: torch.dtype, blocks: tuple[int, int], precision: str = "input"
+) -> Config:
     """The table's row for a compute capability (90 for Hopper), its tile cut to the (block_q, block_k) of the pattern."""
-    dim = min(top for _, top, size in CONFIGS if size == dtype.itemsize and top >= head_dim)
-    arch = max(arch for arch, top, size in CONFIGS if (top, size) == (dim, dtype.itemsize) and arch <= capability)
-    best = CONFIGS[arch, dim, dtype.itemsize]
+    kind = dtype.itemsize if precision == "input" else precision
+    dim = min(top for _, top, of in CONFIGS if of == kind and top >= head_dim)
+    archs = [arch for arch, top, of in CONFIGS if (top, of) == (dim, kind)]
+    best = CONFIGS[max((arch for arch in archs if arch <= capability), default=min(archs)), dim, kind]
     # A tile is a power of two and never crosses the border of a block.
     largest_m, largest_n = (block & -block for block in blocks)
     return best._replace(block_m=min(best.block_m, largest_m), block_n=min(best.block_n, largest_n))
 
 
-def refuses(device: torch.device, dtype: torch.dtype, head_dim: int, blocks: tuple[int, int]) -> str | None:
+def refuses(
+    device: torch.device, dtype: torch.dtype, head_dim: int, blocks: tuple[int, int], precision: str
+) -> str | None:
     """Why this implementation cannot run there, or None."""
-    reason = launch.refuses(device, dtype)
+    reason = launch.refuses(device, dtype) if precision == "input" else quantize.refuses(device, dtype, precision)
     if reason is not None:
         return reason
     if head_dim > 128 or head_dim % 8:
         return f"takes head dims up to 128 in multiples of 8, found {head_dim}"
     if blocks[0] % 16 or blocks[1] % 16:
         return f"takes pattern blocks in multiples of 16, found {blocks[0]} queries x {blocks[1]} keys"
+    if precision != "input" and dtype == torch.float32:
+        return f"{precision} takes float16 and bfloat16, found {dtype}"
+    if precision == "int8_fp8" and blocks[1] % 32:
+        return f"{precision} takes pattern blocks of keys in multiples of 32, found {blocks[1]}"
     return None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention over the blocks of the pattern; the arguments have been checked by the caller."""
-    batch, queries, heads, dim = q.shape
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return attend_pattern(q, k, v, pattern, scale, None)
+
+
+def quantized_attention(x: Quantized, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of codes; the arguments have been checked by the caller."""
+    return attend_pattern(x.q, x.k, x.v, pattern, scale, x)
+
+
+def attend_pattern(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float, scales: Quantized | None
+) -> tuple[Tensor, Tensor]:
+    """One launch for all rows of the pattern; `scales` None says that q, k, v are values."""
+    batch, queries, heads, dim = q.shape
+    dtype, precision = (q.dtype, "input") if scales is None else (scales.dtype, scales.precision)
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     blocks = counts = valid = None
     block_q, block_k, capacity, list_rows = 128, 128, 0, 1
     if pattern is not None:
         blocks, counts, valid = pattern.blocks.contiguous(), pattern.counts.contiguous(), pattern.valid
         block_q, block_k, capacity, list_rows = pattern.block_q, pattern.block_k, blocks.shape[3], blocks.shape[0]
-    tile = config(launch.capability(q.device), dim, q.dtype, (block_q, block_k))
+    tile = config(launch.capability(q.device), dim, dtype, (block_q, block_k), precision)
     tiles = triton.cdiv(queries, tile.block_m)
     with launch.on(q.device):
         attention_kernel[(batch * heads * tiles,)](
@@ -87,12 +126,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, sca
             v,
             out,
             lse,
+            None if scales is None else scales.q_scale,
+            None if scales is None else scales.k_scale,
+            None if scales is None else scales.v_scale,
+            None if scales is None else scales.offset,
             blocks,
             counts,
             valid,
             *q.stride()[:3],
             *k.stride()[:3],
-            *v.stride()[:3],
+            *v.stride(),
             heads,
             queries,
             k.shape[1],
@@ -100,27 +143,38 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, sca
             capacity,
             scale * LOG2_E,
             DIM=dim,
-            PADDED_DIM=max(16, triton.next_power_of_2(dim)),
+            PADDED_DIM=padded_dim(dim, precision),
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
+            KEY_GROUP=KEY_GROUP,
+            P_LOG2=P_LOG2[precision],
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
     return out, lse
 
 
+def padded_dim(head_dim: int, precision: str = "input") -> int:
+    """Channels of a tile: the least power of two that the matrix units take, 16 values or 32 codes."""
+    return max(16 if precision == "input" else 32, triton.next_power_of_2(head_dim))
+
+
 @triton.jit
 def attend_tile(
-    acc, total, top, q, k_ptr, v_ptr, k_stride, v_stride, tokens, qk_scale,
-    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    acc, total, top, q, factor, k_ptr, v_ptr, k_scale_ptr, k_stride, v_stride_s, v_stride_d, start, tokens,
+    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_N: tl.constexpr, KEY_GROUP: tl.constexpr, P_LOG2: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over BLOCK_N keys, of which the first `tokens` exist (all, unless MASKED)."""
+    """One step of the online softmax over BLOCK_N keys from `start`, of which the first `tokens` exist (all, unless MASKED).
+
+    `factor` turns the products of each query into scores in powers of two, but for the scale of the keys, if they have one.
+    """
     token = tl.arange(0, BLOCK_N)
     column = tl.arange(0, PADDED_DIM)
-    k_at = k_ptr + token[None, :] * k_stride + column[:, None]
-    v_at = v_ptr + token[:, None] * v_stride + column[None, :]
+    k_at = k_ptr + start * k_stride + token[None, :] * k_stride + column[:, None]
+    v_at = v_ptr + start * v_stride_s + token[:, None] * v_stride_s + column[None, :] * v_stride_d
     exists = token < tokens
     if MASKED:
         k = tl.load(k_at, mask=exists[None, :] & (column[:, None] < DIM), other=0.0)
@@ -128,36 +182,56 @@ def attend_tile(
         k = tl.load(k_at, mask=column[:, None] < DIM, other=0.0)
     else:
         k = tl.load(k_at)
-    scores = tl.dot(q, k, input_precision="ieee")
-    if MASKED:
-        scores = tl.where(exists[None, :], scores, float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, 1) * qk_scale)
-    if MASKED:  # nothing seen yet: any finite maximum will do
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
+    if k_scale_ptr is None:
+        scores = tl.dot(q, k, input_precision="ieee")
     else:
+        scores = tl.dot(q, k, out_dtype=tl.int32).to(tl.float32)
+        if MASKED:  # a tile may lie behind the last group
+            factor *= tl.load(k_scale_ptr + start // KEY_GROUP, mask=tokens > 0, other=0.0)
+        else:
+            factor *= tl.load(k_scale_ptr + start // KEY_GROUP)
+    if MASKED:
+        scores = tl.where(exists[None, :], scores * factor[:, None], float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet: any finite maximum will do
+        p = tl.math.exp2(scores - (shift - P_LOG2)[:, None])
+    else:
+        higher = tl.maximum(top, tl.max(scores, 1) * factor)
         shift = higher
-    p = tl.math.exp2(scores * qk_scale - shift[:, None])
+        p = tl.math.exp2(scores * factor[:, None] - (shift - P_LOG2)[:, None])
     shrink = tl.math.exp2(top - shift)
     total = total * shrink + tl.sum(p, 1)
     if MASKED:
+        if P_LOG2 != 0.0:  # in whole pieces of FP8_TOKENS: the codes of what does not exist are 0
+            exists = token < tl.cdiv(tokens, 16) * 16
         v = tl.load(v_at, mask=exists[:, None] & (column[None, :] < DIM), other=0.0)
     elif DIM < PADDED_DIM:
         v = tl.load(v_at, mask=column[None, :] < DIM, other=0.0)
     else:
         v = tl.load(v_at)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    if P_LOG2 == 0.0:
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    else:
+        # Not a sum of its own, which the compiler would move into the matrix unit.
+        acc = tl.fma(acc, shrink[:, None], tl.dot(p.to(v.dtype), v))
     return acc, total, higher
 
 
 @triton.jit
 def attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, blocks_ptr, counts_ptr, valid_ptr,
-    q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, offset_ptr,
+    blocks_ptr, counts_ptr, valid_ptr,
+    q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h,
+    v_stride_b, v_stride_s, v_stride_h, v_stride_d,
     heads, queries, keys, list_rows, capacity, qk_scale,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEY_GROUP: tl.constexpr, P_LOG2: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one head. `blocks_ptr` None reads every key; `valid_ptr` None has whole key blocks."""
+    """BLOCK_M queries of one head. `blocks_ptr` None reads every key; `valid_ptr` None has whole key blocks.
+
+    Scales and `offset_ptr` None have values and no codes; `v_scale_ptr` is None too where only q and k are codes.
+    """
     # Consecutive programs share a head, so that they sweep the same keys through L2.
     tiles = tl.cdiv(queries, BLOCK_M)
     tile = tl.program_id(0) % tiles
@@ -171,6 +245,11 @@ def attention_kernel(
     inside = (row[:, None] < queries) & (column[None, :] < DIM)
     q_at = q_ptr + batch * q_stride_b + head * q_stride_h + row[:, None].to(tl.int64) * q_stride_s + column[None, :]
     q = tl.load(q_at, mask=inside, other=0.0)
+    line = (batch * heads + head) * queries + row
+    factor = tl.full((BLOCK_M,), qk_scale, tl.float32)
+    if q_scale_ptr is not None:
+        factor *= tl.load(q_scale_ptr + line, mask=row < queries, other=0.0)
+        k_scale_ptr += (batch * heads + head) * tl.cdiv(keys, KEY_GROUP)
 
     acc = tl.zeros((BLOCK_M, PADDED_DIM), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -183,9 +262,9 @@ def attention_kernel(
         whole = whole_blocks
     else:
         query_blocks = tl.cdiv(queries, BLOCK_Q)
-        line = (tl.where(list_rows > 1, batch, 0) * heads + head) * query_blocks + tile * BLOCK_M // BLOCK_Q
-        count = tl.load(counts_ptr + line)
-        blocks_ptr += line * capacity
+        list_line = (tl.where(list_rows > 1, batch, 0) * heads + head) * query_blocks + tile * BLOCK_M // BLOCK_Q
+        count = tl.load(counts_ptr + list_line)
+        blocks_ptr += list_line * capacity
         whole = count
         # Ids ascend, so only the last can be the ragged one.
         if count > 0:
@@ -199,8 +278,8 @@ def attention_kernel(
             block = tl.load(blocks_ptr + block)
         start = (block * BLOCK_K + step % PARTS * BLOCK_N).to(tl.int64)
         acc, total, top = attend_tile(
-            acc, total, top, q, k_ptr + start * k_stride_s, v_ptr + start * v_stride_s, k_stride_s, v_stride_s, BLOCK_N,
-            qk_scale, DIM, PADDED_DIM, BLOCK_N, False,
+            acc, total, top, q, factor, k_ptr, v_ptr, k_scale_ptr, k_stride_s, v_stride_s, v_stride_d, start, BLOCK_N,
+            DIM, PADDED_DIM, BLOCK_N, KEY_GROUP, P_LOG2, False,
         )  # fmt: skip
     for step in range(whole * PARTS, count * PARTS):
         block = step // PARTS
@@ -211,13 +290,20 @@ def attention_kernel(
             tokens = tl.minimum(tokens, tl.load(valid_ptr + block))
         start = (block * BLOCK_K + step % PARTS * BLOCK_N).to(tl.int64)
         acc, total, top = attend_tile(
-            acc, total, top, q, k_ptr + start * k_stride_s, v_ptr + start * v_stride_s, k_stride_s, v_stride_s,
-            tokens - step % PARTS * BLOCK_N, qk_scale, DIM, PADDED_DIM, BLOCK_N, True,
+            acc, total, top, q, factor, k_ptr, v_ptr, k_scale_ptr, k_stride_s, v_stride_s, v_stride_d, start,
+            tokens - step % PARTS * BLOCK_N, DIM, PADDED_DIM, BLOCK_N, KEY_GROUP, P_LOG2, True,
         )  # fmt: skip
 
-    seen = total > 0
+    seen = total != 0  # NaN included
     acc = acc / tl.where(seen, total, 1.0)[:, None]
-    lse = tl.where(seen, (top + tl.math.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453, float("-inf"))
+    lse = (top + tl.math.log2(tl.where(seen, total, 1.0)) - P_LOG2) * 0.6931471805599453
+    if v_scale_ptr is not None:
+        v_scale_at = v_scale_ptr + (batch * heads + head) * DIM + column
+        acc *= tl.load(v_scale_at, mask=column < DIM, other=0.0)[None, :]
+    if offset_ptr is not None:
+        offset = tl.load(offset_ptr + line, mask=row < queries, other=0.0)
+        lse += qk_scale * 0.6931471805599453 * offset
+    lse = tl.where(seen, lse, float("-inf"))
     out_at = out_ptr + ((batch * queries + row[:, None]) * heads + head) * DIM + column[None, :]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(lse_ptr + (batch * heads + head) * queries + row, lse, mask=row < queries)
+    tl.store(lse_ptr + line, lse, mask=row < queries)

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.kernels.pattern import BlockPattern
+from diffusers_accel.kernels.quantize import Quantized
 
 
-def refuses(device: torch.device, dtype: torch.dtype, head_dim: int, blocks: tuple[int, int]) -> str | None:
+def refuses(
+    device: torch.device, dtype: torch.dtype, head_dim: int, blocks: tuple[int, int], precision: str
+) -> str | None:
     """Why this implementation cannot run there, or None."""
     return None if dtype.is_floating_point else f"needs a floating-point dtype, found {dtype}"
 
@@ -35,3 +38,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, sca
         out[b, rows, h] = (scores.softmax(-1) @ v[b, seen, h].to(wide)).to(q.dtype)
         lse[b, h, rows] = scores.logsumexp(-1).float()
     return out, lse
+
+
+def quantized_attention(x: Quantized, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Exact attention of the dequantized q, k, v. Its log-sum-exp is that of the true keys: their mean is added back."""
+    out, lse = attention(*x.dequantize(), pattern, scale)
+    return out.to(x.dtype), lse + scale * x.offset

@@ -1,4 +1,4 @@
-"""Kernel tests: where each implementation can run, poisoned allocations, and a bfloat16 that Triton's interpreter has right."""
+"""Kernel tests: where each implementation can run, poisoned allocations, and formats that Triton's interpreter has wrong."""
 
 from __future__ import annotations
 
@@ -34,8 +34,11 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def bfloat16_in_the_interpreter() -> None:
-    """Triton 3.6's interpreter multiplies the bit patterns of bfloat16 and truncates where GPUs round to nearest even."""
+def formats_in_the_interpreter() -> None:
+    """Triton 3.6's interpreter multiplies the bit patterns of bfloat16 and truncates where GPUs round to nearest even.
+
+    It also loses the carry of a rounding into the exponent of float8.
+    """
     if not INTERPRETED:
         return
     import numpy as np
@@ -49,6 +52,8 @@ def bfloat16_in_the_interpreter() -> None:
         if (source, target) == (tl.float32, tl.bfloat16):
             narrow = torch.from_numpy(np.ascontiguousarray(data)).bfloat16()
             return narrow.view(torch.int16).numpy().view(np.uint16)
+        if (source, target) == (tl.float32, tl.float8e4nv):
+            return torch.from_numpy(np.ascontiguousarray(data)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         return convert(data, source, target, mode)
 
     def widening_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:

@@ -70,6 +70,25 @@ def test_rows_are_written_when_they_are_done(tmp_path: Path, capsys: pytest.Capt
     assert "tiny" in capsys.readouterr().out
 
 
+def test_a_simulation_has_errors_and_no_time() -> None:
+    rows = run(densities=[0.5], precisions=["input", "int8", "int8_fp8"], inputs=["video"])
+    assert [(row["precision"], row["impl"]) for row in rows] == [(p, "cpu") for p in ("input", "int8", "int8_fp8")]
+    exact, *simulated = rows
+    assert exact["status"] == "ok"
+    for row in simulated:
+        assert row["status"].startswith("simulated") and row["cos"] > 0.999 and "t_med_ms" not in row
+    assert exact["rel_err"] < simulated[0]["rel_err"] < simulated[1]["rel_err"]
+    cells = "".join(str(cell) for column in kernel_bench.table(rows).columns for cell in column.cells)
+    assert "cpu int8_fp8" in cells and "simulated" in cells
+
+
+def test_a_quantized_kernel_may_not_err_more_than_its_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cpu.quantized_attention
+    monkeypatch.setattr(cpu, "quantized_attention", lambda *inputs: (1.03 * right(*inputs)[0], right(*inputs)[1]))
+    (row,) = run(densities=[0.5], precisions=["int8"])
+    assert row["status"].startswith("wrong: rel_err above 0.02") and 0.02 < row["rel_err"] < 0.05
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="patterns must be among .*window.*found spiral"):
         run(patterns=["spiral"])
@@ -77,6 +96,8 @@ def test_unknown_names_are_refused() -> None:
         run(densities=[0.0])
     with pytest.raises(ValueError, match="runs on cuda and cpu, found meta"):
         kernel_bench.run("meta")
+    with pytest.raises(ValueError, match="precisions must be among input, int8, int8_fp8, found int4"):
+        run(precisions=["int4"])
 
 
 def test_the_shapes_are_those_of_the_models() -> None:

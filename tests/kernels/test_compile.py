@@ -26,14 +26,22 @@ from triton.compiler import ASTSource  # noqa: E402
 from diffusers_accel.kernels.attention import portable as attention  # noqa: E402
 from diffusers_accel.kernels.merge import portable as merge  # noqa: E402
 from diffusers_accel.kernels.pool import portable as pool  # noqa: E402
+from diffusers_accel.kernels.prep import portable as prep  # noqa: E402
+from diffusers_accel.kernels.quantize import KEY_GROUP  # noqa: E402
+from diffusers_accel.kernels.quantize import portable as quantize  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Bytes of shared memory that one program may have, by compute capability.
 SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 # The instruction of the matrix units for 2-byte inputs; fp32 is computed as such, by fused multiply-add.
 MATRIX = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+# Those for INT8, of which Triton has none on the newest, and for FP8.
+INT8 = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "IMMA", 120: "IMMA"}
+FP8 = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+READ_16 = re.compile(r"\b(?:LDG|LDGSTS)\.E\S*\.128\b")  # reads of 16 bytes
 
 every_arch = pytest.mark.parametrize("arch", SHARED)
 
@@ -78,14 +86,25 @@ def attention_variant(
     dtype: torch.dtype,
     blocks: tuple[int, int] = (128, 128),
     absent: tuple[str, ...] = ("valid_ptr",),
+    precision: str = "input",
 ) -> str:
-    tile = attention.config(arch, dim, dtype, blocks)
-    tensor = "*" + NAMES[dtype]
-    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), tensor)
-    types |= {"lse_ptr": "*fp32", "blocks_ptr": "*i32", "counts_ptr": "*i32", "valid_ptr": "*i32", "qk_scale": "fp32"}
-    constants: dict[str, Any] = dict.fromkeys(absent)
-    constants |= {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "BLOCK_Q": blocks[0], "BLOCK_K": blocks[1]}
-    constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    tile = attention.config(arch, dim, dtype, blocks, precision)
+    names, scales = ("q_ptr", "k_ptr", "v_ptr", "out_ptr"), ("q_scale_ptr", "k_scale_ptr", "v_scale_ptr", "offset_ptr")
+    types = dict.fromkeys(names, "*" + NAMES[dtype]) | {"lse_ptr": "*fp32", "qk_scale": "fp32"}
+    types |= dict.fromkeys(("blocks_ptr", "counts_ptr", "valid_ptr"), "*i32")
+    constants: dict[str, Any] = dict.fromkeys(absent) | {"v_stride_d": 1}
+    if precision == "input":
+        constants |= dict.fromkeys(scales)
+    else:
+        types |= dict.fromkeys(names[:2], "*i8") | dict.fromkeys(scales, "*fp32")
+        constants |= {"v_scale_ptr": None}
+    if precision == "int8_fp8":
+        types["v_ptr"] = "*fp8e4nv"
+        del constants["v_scale_ptr"], constants["v_stride_d"]
+        constants["v_stride_s"] = 1
+    constants |= {"DIM": dim, "PADDED_DIM": attention.padded_dim(dim, precision)}
+    constants |= {"BLOCK_Q": blocks[0], "BLOCK_K": blocks[1], "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    constants |= {"KEY_GROUP": KEY_GROUP, "P_LOG2": attention.P_LOG2[precision]}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return compiled(attention.attention_kernel, arch, types, constants, **options)
 
@@ -123,6 +142,101 @@ def test_attention_variants(arch: int, blocks: tuple[int, int], absent: tuple[st
 
 
 @every_arch
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_int8_scores_run_on_the_matrix_units(arch: int, dim: int) -> None:
+    code = attention_variant(arch, dim, BF16, precision="int8")
+    assert re.search(rf"\b{INT8[arch]}\b", code) and re.search(rf"\b{MATRIX[arch]}\b", code)
+    assert len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code)) <= 8
+
+
+@pytest.mark.parametrize("arch", FP8)
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_fp8_values_run_on_the_matrix_units_and_are_summed_outside(arch: int, dim: int) -> None:
+    code = attention_variant(arch, dim, BF16, precision="int8_fp8")
+    assert re.search(rf"\b{INT8[arch]}\b", code) and re.search(rf"\b{FP8[arch]}\b", code)
+    assert not re.search(rf"\b{MATRIX[arch]}\b", code)
+    assert len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code)) <= 8
+    # In both loops one for each accumulator, in the first also one for each score; FFMA2 does two.
+    tile = attention.config(arch, dim, BF16, (128, 128), "int8_fp8")
+    sums, scores = (
+        tile.block_m * n // (32 * tile.warps) for n in (attention.padded_dim(dim, "int8_fp8"), tile.block_n)
+    )
+    added = len(re.findall(r"\bFFMA\b", code)) + 2 * len(re.findall(r"\bFFMA2\b", code))
+    assert added >= 2 * sums + scores
+
+
+@every_arch
+@pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
+@pytest.mark.parametrize(
+    ("blocks", "absent"),
+    [
+        ((128, 128), ("blocks_ptr", "counts_ptr", "valid_ptr")),
+        ((128, 128), ()),
+        ((64, 32), ("valid_ptr",)),
+    ],
+    ids=["dense", "cut blocks", "small blocks"],
+)
+def test_quantized_attention_variants(
+    arch: int, precision: str, blocks: tuple[int, int], absent: tuple[str, ...]
+) -> None:
+    if precision == "int8_fp8" and arch not in FP8:
+        with pytest.raises(Exception, match="fp8e4nv not supported"):
+            attention_variant(arch, 128, BF16, blocks, absent, precision)
+        return
+    assert re.search(rf"\b{INT8[arch]}\b", attention_variant(arch, 128, BF16, blocks, absent, precision))
+
+
+def quantize_variant(kernel: Any, arch: int, types: dict[str, str], dim: int) -> str:
+    constants: dict[str, Any] = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "TOKENS": KEY_GROUP}
+    constants |= {"INT8_MAX": 127.0, "SMALLEST": 1e-30, "stride_d": 1}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types = {"mean_ptr": "*fp32", "scale_ptr": "*fp32", "offset_ptr": "*fp32", "valid_ptr": "*i32"} | types
+    return compiled(kernel, arch, types, constants, num_warps=4)
+
+
+@every_arch
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_quantize(arch: int, dim: int) -> None:
+    kernels = [
+        (quantize.quantize_queries_kernel, {"q_ptr": "*bf16", "codes_ptr": "*i8"}),
+        (quantize.quantize_keys_kernel, {"k_ptr": "*bf16", "codes_ptr": "*i8"}),
+        (quantize.largest_values_kernel, {"v_ptr": "*bf16", "largest_ptr": "*fp32"}),
+        (quantize.quantize_values_kernel, {"v_ptr": "*bf16", "codes_ptr": "*fp8e4nv"}),
+    ]
+    for kernel, types in kernels if arch in FP8 else kernels[:2]:
+        code = quantize_variant(kernel, arch, types, dim)
+        assert READ_16.search(code)
+        if "codes_ptr" in types and "v_ptr" in types:
+            assert re.search(r"\bSTG\.E\S*\.128\b", code)
+
+
+@every_arch
+@pytest.mark.parametrize("precision", ["input", "int8", "int8_fp8"])
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_prep(arch: int, precision: str, dim: int) -> None:
+    if precision == "int8_fp8" and arch not in FP8:
+        pytest.skip(f"compute capability {arch / 10} has no FP8")
+    outs = {"q_out_ptr": "*i8", "k_out_ptr": "*i8", "v_out_ptr": "*fp8e4nv" if precision == "int8_fp8" else "*bf16"}
+    types = outs if precision != "input" else dict.fromkeys(outs, "*bf16")
+    types = types | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16") | {"rows_ptr": "*i64"}
+    scales = ("mean_ptr", "q_scale_ptr", "k_scale_ptr", "offset_ptr", "v_scale_ptr")
+    types |= dict.fromkeys((*scales, "q_means_ptr", "k_means_ptr", "largest_ptr"), "*fp32")
+    constants: dict[str, Any] = {
+        "DIM": dim,
+        "PADDED_DIM": triton.next_power_of_2(dim),
+        "BLOCK": 128,
+        "TOKENS": KEY_GROUP,
+    }
+    constants |= dict.fromkeys(("q_stride_d", "k_stride_d", "v_stride_d"), 1)
+    measured = {name: value for name, value in constants.items() if name in prep.measure_kernel.arg_names}
+    assert READ_16.search(compiled(prep.measure_kernel, arch, types, measured, num_warps=8))
+    absent = {"input": scales, "int8": ("v_scale_ptr", "k_means_ptr"), "int8_fp8": ("k_means_ptr",)}[precision]
+    constants |= dict.fromkeys(absent) | {"INT8_MAX": 127.0, "SMALLEST": 1e-30}
+    code = compiled(prep.prep_kernel, arch, types, constants, num_warps=8)
+    assert len(READ_16.findall(code)) >= 3 and re.search(r"\bSTG\.E\S*\.128\b", code)
+
+
+@every_arch
 def test_merge(arch: int) -> None:
     types = {"part_outs": ("*bf16",) * 3, "part_lses": ("*fp32",) * 3, "out_ptr": "*bf16", "lse_ptr": "*fp32"}
     constants = {"DIM": 128, "PADDED_DIM": 128, "BLOCK": 32}
@@ -135,4 +249,4 @@ def test_pool(arch: int) -> None:
     types = {"x_ptr": "*bf16", "means_ptr": "*fp32", "valid_ptr": "*i32"}
     constants = {"DIM": 128, "PADDED_DIM": 128, "BLOCK": 32, "stride_d": 1}
     code = compiled(pool.pool_kernel, arch, types, constants, num_warps=4)
-    assert re.search(r"\b(?:LDG|LDGSTS)\.E\S*\.128\b", code)  # read in 16-byte pieces
+    assert READ_16.search(code)

@@ -1,0 +1,72 @@
+"""Dense attention with its log-sum-exp, from whoever computes it fastest on the device: PyTorch, xformers or this project."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from diffusers_accel.kernels import launch
+from diffusers_accel.kernels.choice import Choice, Operator
+
+__all__ = ["IMPLEMENTATIONS", "Choice", "choices", "dense"]
+
+# Fastest first on server GPUs from Hopper on. Elsewhere flash comes before cuDNN, which is PyTorch's own order.
+IMPLEMENTATIONS = ("cudnn", "flash", "xformers", "cpu", "portable", "reference")
+
+_server = Operator(__name__, IMPLEMENTATIONS)
+_elsewhere = Operator(__name__, ("flash", "cudnn", *IMPLEMENTATIONS[2:]))
+
+
+def choices(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> list[Choice]:
+    """Every implementation with its verdict for such q, k, v, fastest first: the first without a reason is the one that
+    `auto` takes. On a GPU the first call tries those of others on a few tokens, and waits for the result."""
+    device = torch.device(device)
+    return _operator(device).choices(device, dtype, head_dim)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """Softmax attention of every query over every key. Inference only: the outputs carry no gradient.
+
+    Means the same as `kernels.attention.attention` without a pattern, and returns the same up to rounding.
+
+    Args:
+        q: `[B, S_q, H, D]`, fp16, bf16 or fp32, any strides.
+        k, v: `[B, S_k, H, D]`, dtype and device of q.
+        scale: positive factor of the scores; None means 1 / sqrt(D).
+        impl: `auto` takes the fastest that can run, the same at every call for a device, dtype and head dim; a name of
+            `IMPLEMENTATIONS` is obeyed or refused.
+
+    Returns:
+        out `[B, S_q, H, D]` in the dtype of q, and the log-sum-exp of the scaled scores, fp32, natural log,
+        `[B, H, S_q]`, both contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or scale do not fit, or the implementation asked for cannot run.
+    """
+    _check(q, k, v)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be positive and finite, found {scale}")
+    module = _operator(q.device).choose(impl, q.device, q.dtype, q.shape[3])
+    with torch.no_grad():
+        return module.dense(q, k, v, scale)
+
+
+@cache
+def _operator(device: torch.device) -> Operator:
+    nvidia = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()
+    return _server if nvidia and launch.capability(device) // 10 in (9, 10) else _elsewhere
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dim() != 4 or 0 in q.shape:
+        raise ValueError(f"q must be [B, S, H, D] without an empty dimension, found {list(q.shape)}")
+    expected = (q.shape[0], k.shape[1] if k.dim() == 4 else "S_k", *q.shape[2:])
+    for name, x in (("k", k), ("v", v)):
+        if tuple(x.shape) != expected or 0 in x.shape:
+            raise ValueError(f"{name} must be {list(expected)} to fit q {list(q.shape)}, found {list(x.shape)}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} must be {q.dtype} on {q.device} as q is, found {x.dtype} on {x.device}")

@@ -1,0 +1,18 @@
+"""Dense attention by this project's own Triton kernel, which reads every block when it is given no list."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffusers_accel.kernels.attention import attention, choices
+
+
+def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why this implementation cannot run there, or None."""
+    return next(option.reason for option in choices(device, dtype, head_dim) if option.name == "portable")
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Dense attention; the arguments have been checked by the caller."""
+    return attention(q, k, v, scale=scale, impl="portable")

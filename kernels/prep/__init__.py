@@ -1,0 +1,109 @@
+"""What attention needs of q, k, v, from one pass over them: the launch's heads in their orders, block means, and codes.
+
+Each head of a launch may lie in an order of its own, a selection wants the means of blocks in that order, and quantized
+products want codes in it. Done apart, each of these reads and writes q, k and v again.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusers_accel.kernels.attention import PRECISIONS
+from diffusers_accel.kernels.choice import Operator
+from diffusers_accel.kernels.quantize import KEY_GROUP, Quantized
+
+__all__ = ["Prepared", "prep"]
+
+_operator = Operator(__name__, ("portable", "reference"))
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Some heads in their orders.
+
+    Args:
+        operands: q `[B, S_q, h, D]`, k and v `[B, S_k, h, D]` for `attention`, or their codes for `quantized_attention`.
+        q_means: fp32 `[B, ceil(S_q / block), h, D]`, the mean of each block of queries, as `pool` has it.
+        k_means: fp32 `[B, ceil(S_k / block), h, D]`, of the keys, with their mean.
+    """
+
+    operands: tuple[Tensor, Tensor, Tensor] | Quantized
+    q_means: Tensor
+    k_means: Tensor
+
+
+def prep(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    heads: int,
+    *,
+    precision: str = "input",
+    block: int = 128,
+    k_mean: Tensor | None = None,
+    impl: str = "auto",
+) -> Prepared:
+    """Gathers the heads of a launch and, in the same pass, pools and quantizes them.
+
+    Args:
+        q: `[B, S_q, H, D]`, fp16, bf16 or fp32, any strides, in the model's order.
+        k, v: `[B, S_k, H, D]`, S_k <= S_q, dtype and device of q.
+        rows: int64 or int32 `[S_q * heads]`: place s of launch head j takes row `rows[s * heads + j]` of q seen as
+            `[S_q * H]` rows. The first S_k places of keys and values take theirs by the same numbers, which therefore
+            must name their S_k tokens.
+        heads: h, of the launch; any of the H.
+        precision: one of `attention.PRECISIONS`; all but `input` make codes.
+        block: tokens per block, a multiple of `KEY_GROUP`.
+        k_mean: fp32 `[B, h, D]`, what is subtracted from the keys before they become codes; None means their mean,
+            which costs a pass over k of its own.
+        impl: `auto`, `portable` or `reference`; an explicit one is obeyed or refused.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or names do not fit, or the implementation asked for cannot run; with
+            `DIFFUSERS_ACCEL_CHECKS=1` in the environment also when a row lies outside of q or k.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, found {precision!r}")
+    if q.dim() != 4 or 0 in q.shape:
+        raise ValueError(f"q must be [B, S, H, D] without an empty dimension, found {list(q.shape)}")
+    batch, queries, model_heads, dim = q.shape
+    for name, x in (("k", k), ("v", v)):
+        if x.dim() != 4 or x.shape != (batch, k.shape[1], model_heads, dim) or not 0 < x.shape[1] <= queries:
+            raise ValueError(
+                f"{name} must be {[batch, 'S_k', model_heads, dim]} with S_k as k has, 1..{queries}, "
+                f"found {list(x.shape)}"
+            )
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} must be {q.dtype} on {q.device} as q is, found {x.dtype} on {x.device}")
+    if block < 1 or block % KEY_GROUP:
+        raise ValueError(f"block must be a multiple of {KEY_GROUP} tokens, found {block}")
+    if rows.shape != (queries * heads,) or rows.dtype not in (torch.int64, torch.int32) or rows.device != q.device:
+        raise ValueError(
+            f"rows must be int64 or int32 [{queries * heads}] on {q.device} ({queries} places of {heads} heads), "
+            f"found {rows.dtype} {list(rows.shape)} on {rows.device}"
+        )
+    means = (batch, heads, dim), torch.float32, q.device
+    if k_mean is not None and (k_mean.shape, k_mean.dtype, k_mean.device) != means:
+        raise ValueError(
+            f"k_mean must be float32 {[batch, heads, dim]} on {q.device}, "
+            f"found {k_mean.dtype} {list(k_mean.shape)} on {k_mean.device}"
+        )
+    if os.environ.get("DIFFUSERS_ACCEL_CHECKS") == "1":
+        _check_rows(rows, q, k, heads)
+    with torch.no_grad():
+        module = _operator.choose(impl, q.device, q.dtype, precision)
+        return module.prep(q, k, v, rows, heads, precision, block, k_mean)
+
+
+def _check_rows(rows: Tensor, q: Tensor, k: Tensor, heads: int) -> None:
+    """Reads the values. Synchronises the device."""
+    for name, x in (("q", q), ("k", k)):
+        size = x.shape[1] * x.shape[2]
+        lowest, highest = (int(end) for end in torch.aminmax(rows[: x.shape[1] * heads]))
+        if lowest < 0 or highest >= size:
+            raise ValueError(f"rows of {name} must lie in 0..{size - 1}, found {lowest}..{highest}")

@@ -1,0 +1,26 @@
+"""What preparing means: gather, pool, quantize, one after the other in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffusers_accel.kernels.pool import pool
+from diffusers_accel.kernels.prep import Prepared
+from diffusers_accel.kernels.quantize import quantize
+
+
+def refuses(device: torch.device, dtype: torch.dtype, precision: str) -> str | None:
+    """Why this implementation cannot run there, or None."""
+    return None if dtype.is_floating_point else f"needs a floating-point dtype, found {dtype}"
+
+
+def prep(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, heads: int, precision: str, block: int, k_mean: Tensor | None
+) -> Prepared:
+    """The launch's heads; the arguments have been checked by the caller."""
+    q, k, v = (x.flatten(1, 2).index_select(1, rows[: x.shape[1] * heads]).unflatten(1, (-1, heads)) for x in (q, k, v))
+    q_means, k_means = (pool(x, block, impl="reference") for x in (q, k))
+    if precision == "input":
+        return Prepared((q, k, v), q_means, k_means)
+    return Prepared(quantize(q, k, v, precision, block=block, k_mean=k_mean, impl="reference"), q_means, k_means)

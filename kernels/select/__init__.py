@@ -1,0 +1,177 @@
+"""The block pairs worth computing, by the softmax of pooled scores: DraftAttention's map and three rules to cut it.
+
+DraftAttention (Shen et al. 2025, arXiv 2505.14708) keeps the largest entries of the whole map of a head, so that rows may
+end up empty; `rule="quantile", floor=0` does exactly that. Ours are the floor, the forced pairs, the two rules by row,
+and any range of competing blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from diffusers_accel.kernels.choice import Operator
+from diffusers_accel.kernels.pattern import BlockPattern
+
+__all__ = ["RULES", "select", "starved_rows"]
+
+RULES = ("quantile", "row")
+
+_operator = Operator(__name__, ("portable", "reference"))
+
+
+def select(
+    q_means: Tensor,
+    k_means: Tensor,
+    *,
+    queries: int,
+    keys: int,
+    density: float | None = None,
+    mass: float | None = None,
+    rule: str = "quantile",
+    always: Tensor | None = None,
+    competing: tuple[int, int] | None = None,
+    floor: int = 1,
+    block_q: int = 128,
+    block_k: int = 128,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> BlockPattern:
+    """The pattern of the block pairs with the largest weights: the row softmax, in fp32, of scale * q_means . k_means.
+
+    Every batch row and head selects for itself, by one of three rules, given by one of `density` and `mass`:
+
+    * `density`, rule "quantile": of the n weights of a head, all that reach the kappa-th smallest, kappa = (1 - density)
+      n rounded down; ties at that value are kept too. A row may get many blocks or none.
+    * `density`, rule "row": in each row the round(density * columns), at least 1, largest weights.
+    * `mass`: in each row as few of the largest weights as sum up to `mass`.
+
+    In a row, equal weights rank by ascending block id. Nothing is read from the device, so that nothing waits for it: the
+    lists have room for every block (rule "row" without forced pairs and whole rows: for those that it keeps).
+
+    Args:
+        q_means: fp32 `[B, Q, H, D]`, one mean per query block, as `pool` returns them.
+        k_means: fp32 `[B, K, H, D]`, one mean per key block.
+        queries: tokens in the query sequence, of which Q blocks of `block_q`.
+        keys: tokens in the key sequence, of which K blocks of `block_k`.
+        density: share of the competing pairs that is kept, in (0, 1]; 1 keeps all.
+        mass: share of each row's weight that is kept, in (0, 1]; 1 keeps all.
+        rule: "quantile" or "row", how `density` is meant. With `mass` it stays at its default.
+        always: bool `[Q, K]` or `[H, Q, K]`, pairs that are kept whatever they weigh. Among the competing they rank
+            first, and so count towards density, mass and floor.
+        competing: (first, stop), the range of blocks, of queries and of keys alike, that compete (the video). Rows and
+            columns outside it (the text) are read whole. None means all blocks.
+        floor: how many competing blocks each row keeps at least, the largest ones, 0..columns; 0 allows empty rows.
+        block_q: tokens per query block.
+        block_k: tokens per key block.
+        scale: positive factor of the scores; None means 1 / sqrt(D).
+        impl: `auto`, `portable` or `reference`; an explicit one is obeyed or refused.
+
+    Returns:
+        A pattern of B batch rows and H heads on the device of the means.
+
+    Raises:
+        ValueError: an argument does not fit; the message names expected and found. Or `impl` cannot run.
+    """
+    _check_means(q_means, k_means, queries, keys, block_q, block_k)
+    batch, rows, heads, dim = q_means.shape
+    columns = k_means.shape[1]
+    _check_always(always, heads, rows, columns, q_means.device)
+    scale = dim**-0.5 if scale is None else float(scale)
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be positive and finite, found {scale}")
+    row_range, column_range = _competing(competing, rows, columns)
+    height, width = len(row_range), len(column_range)
+    if not isinstance(floor, int) or not 0 <= floor <= width:
+        raise ValueError(f"floor must be an int in 0..{width}, the competing key blocks, found {floor!r}")
+    rule, amount = _budget(density, mass, rule, height, width)
+    capacity = columns
+    if rule == "row":
+        amount = max(amount, floor)
+        if always is None and height == rows:
+            capacity = columns - width + int(amount)
+    module = _operator.choose(impl, q_means.device, columns)
+    with torch.no_grad():
+        blocks, counts = module.select(
+            q_means, k_means, always, row_range, column_range, rule, amount, floor, scale, capacity
+        )
+    return BlockPattern(blocks, counts, queries, keys, block_q, block_k)
+
+
+def starved_rows(pattern: BlockPattern, floor: int = 1, competing: tuple[int, int] | None = None) -> Tensor:
+    """How many rows of each head read fewer than `floor` competing blocks: int32 `[B, H]`, on the pattern's device.
+
+    Of a pattern selected with floor 0 these are the rows that a floor would fill up; with a floor there are none.
+    """
+    rows, columns = _competing(competing, pattern.query_blocks, pattern.key_blocks)
+    whole = pattern.key_blocks - len(columns)
+    return (pattern.counts[..., rows.start : rows.stop] < whole + floor).sum(-1, dtype=torch.int32)
+
+
+def _check_means(q_means: Tensor, k_means: Tensor, queries: int, keys: int, block_q: int, block_k: int) -> None:
+    if q_means.dim() != 4 or 0 in q_means.shape:
+        raise ValueError(f"q_means must be [B, Q, H, D] without an empty dimension, found {list(q_means.shape)}")
+    batch, _, heads, dim = q_means.shape
+    sides = (("q_means", q_means, "queries", queries, block_q), ("k_means", k_means, "keys", keys, block_k))
+    for name, means, tokens_name, tokens, block in sides:
+        if min(tokens, block) < 1:
+            raise ValueError(f"{tokens_name} and its block must be positive, found {tokens} in blocks of {block}")
+        expected = [batch, -(-tokens // block), heads, dim]
+        if list(means.shape) != expected:
+            raise ValueError(
+                f"{name} must be {expected} ({tokens} {tokens_name} in blocks of {block}), found {list(means.shape)}"
+            )
+        if means.dtype != torch.float32 or means.device != q_means.device:
+            raise ValueError(
+                f"{name} must be torch.float32 on {q_means.device}, found {means.dtype} on {means.device}; "
+                "pool returns means in fp32"
+            )
+
+
+def _check_always(always: Tensor | None, heads: int, rows: int, columns: int, device: torch.device) -> None:
+    if always is None:
+        return
+    shapes = ([rows, columns], [heads, rows, columns])
+    if list(always.shape) not in shapes or always.dtype != torch.bool or always.device != device:
+        raise ValueError(
+            f"always must be bool {shapes[0]} or {shapes[1]} on {device}, "
+            f"found {always.dtype} {list(always.shape)} on {always.device}"
+        )
+
+
+def _competing(competing: tuple[int, int] | None, rows: int, columns: int) -> tuple[range, range]:
+    """The rows and the columns that compete."""
+    if competing is None:
+        return range(rows), range(columns)
+    first, stop = competing
+    if not 0 <= first < stop <= min(rows, columns):
+        raise ValueError(
+            f"competing must be (first, stop) with 0 <= first < stop <= {min(rows, columns)}, the blocks that queries "
+            f"and keys both have, found {competing}"
+        )
+    return range(first, stop), range(first, stop)
+
+
+def _budget(density: float | None, mass: float | None, rule: str, height: int, width: int) -> tuple[str, float]:
+    """The rule that runs and its number: "quantile" and kappa, "row" and blocks a row, or "mass" and the mass."""
+    if (density is None) == (mass is None):
+        raise ValueError(f"give either density or mass, found density {density} and mass {mass}")
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, found {rule!r}")
+    if mass is not None and rule != RULES[0]:
+        raise ValueError(f"rule says how density is meant: leave it at its default with mass, found {rule!r}")
+    for name, share in (("density", density), ("mass", mass)):
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(f"{name} must lie in (0, 1], found {share}")
+    if mass is not None:
+        # Weights that round to 0 have no mass but are asked for: all is not a matter of sums.
+        return ("row", width) if mass == 1 else ("mass", float(mass))
+    assert density is not None
+    if rule == "row":
+        return "row", max(1, round(density * width))
+    # Of the density as it is written: 1 - 0.9 is less than 0.1 in binary, and a pair too many would be kept.
+    kappa = int((1 - Fraction(str(density))) * height * width)
+    return ("row", width) if kappa == 0 else ("quantile", kappa)
