@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 from torch import nn
 
 from diffusers_accel.clock import Clock
-from diffusers_accel.engine import Launches, PlanEngine
+from diffusers_accel.engine import Deals, PlanEngine
 from diffusers_accel.families import find
 from diffusers_accel.log import LOG
-from diffusers_accel.methods import NAMED, Method, Recipe
+from diffusers_accel.memory import MAX_CACHE, Memories
+from diffusers_accel.methods import AUTO, NAMED, Method, Recipe
 from diffusers_accel.plan import Plan
-from diffusers_accel.processor import redirect, restore, site_of
+from diffusers_accel.processor import attend_densely, redirect, restore, site_of
 from diffusers_accel.report import PatchReport
 from diffusers_accel.site import Engine, Model, Site, Timer
 
@@ -81,6 +83,11 @@ class Patch(Attachment):
         for engine in self._engines:
             engine.clear()
 
+    def unpatch(self) -> None:
+        super().unpatch()
+        for engine in self._engines:
+            engine.forget()
+
     def __repr__(self) -> str:
         mix = ", ".join(
             f"{self.plan.methods[symbol].label} {share:.0%}" for symbol, share in self.plan.shares().items()
@@ -96,16 +103,24 @@ class Patch(Attachment):
 
 
 def patch(
-    pipe: Any, plan: Plan | Recipe | Method | str | os.PathLike[str] | None = None, /, **parameters: Any
+    pipe: Any,
+    plan: Plan | Recipe | Method | str | os.PathLike[str] | None = None,
+    /,
+    *,
+    max_cache: float = MAX_CACHE,
+    **parameters: Any,
 ) -> Patch:
     """Makes the self-attention of a diffusers video pipeline sparse, in place.
 
     Args:
         pipe: a loaded pipeline with all that you did to it (LoRA, offload, quantization), or its transformer. Pass the
             pipeline where you can: it knows which step runs.
-        plan: a Plan, a path to a plan file, the name of a method ("dense", "pattern"), a Method for all heads, or a Recipe.
+        plan: a Plan, a path to a plan file, the name of a method ("dense", "pattern", "draft", "cached", "reordered"), a
+            Method for all heads, or a Recipe.
             None takes "pattern" with its conservative defaults, and stays dense where sparse attention cannot win.
-        **parameters: of the named method, such as density=0.3.
+        max_cache: share of the memory that is free at the first call which methods with a cache may fill, in [0, 1]. Layers
+            whose cache does not fit stay dense, and the report says so.
+        **parameters: of the named method, such as density=0.3 or precision="int8".
 
     Returns:
         The Patch. As a context manager it unpatches at the end of the block; otherwise `unpatch(pipe)` does.
@@ -118,15 +133,17 @@ def patch(
     shapes = {name: family.shape(module) for name, (module, family) in found.items()}
     family = next(iter(found.values()))[1].name
     chosen, min_tokens = _choose(pipe, plan, parameters, found)
+    chosen = _with_precision(chosen, pipe, found)
     resolved = chosen if isinstance(chosen, Plan) else Plan.uniform(chosen, family=family, models=shapes)
     resolved.check(shapes, family=family)
     if plan is not None:
         _check_kernels(pipe, resolved, found)
-    launches: Launches = {}
+    deals: Deals = {}
+    memories = Memories(max_cache)
     engines: list[PlanEngine] = []
 
     def make_engine(site: Site) -> PlanEngine:
-        engines.append(PlanEngine(site, resolved, launches, min_tokens))
+        engines.append(PlanEngine(site, resolved, deals, min_tokens, memories))
         return engines[-1]
 
     done = Patch(attach(pipe, make_engine), resolved, engines)
@@ -179,9 +196,11 @@ class _Observer:
     def __init__(self, model: Model | None = None) -> None:
         self.model = model
 
+    # Inside a larger compiled function its effects would come after the graph, a call too late.
+    @torch.compiler.disable(reason="notes how the tokens of this call lie")
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.model is not None:
-            self.model.observe(module, args, kwargs)
+            self.model.observe(args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Observer, ()
@@ -190,12 +209,10 @@ class _Observer:
 def _attach_site(
     model: Model, layer: int, path: str, attention: Any, make_engine: Callable[[Site], Engine], attachment: Attachment
 ) -> Site:
-    from diffusers.models.attention_dispatch import dispatch_attention_fn
-
     stock = attention.processor
 
     def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return dispatch_attention_fn(q, k, v, backend=processor._attention_backend)
+        return attend_densely(processor, q, k, v)
 
     site = Site(model, layer, path, attention, dense)
     site.engine = make_engine(site)
@@ -242,6 +259,25 @@ def _choose(
     raise TypeError(f"expected a Plan, a path, a method's name, a Method or a Recipe, found {type(plan).__name__}")
 
 
+def _with_precision(chosen: Plan | Recipe | Method, pipe: Any, found: dict[str, Any]) -> Plan | Recipe | Method:
+    """Settles the precision of a recipe that leaves it to the device: int8 on a GPU where a kernel has it."""
+    if not isinstance(chosen, Recipe) or all(method.precision != AUTO for method in chosen.heads):
+        return chosen
+    quantized = replace(
+        chosen, heads=tuple(replace(m, precision="int8") if m.precision == AUTO else m for m in chosen.heads)
+    )
+    reason = next((reason for _, reason in _refusals(pipe, quantized.heads, found)), None)
+    if reason is None and all(_device(pipe, module).type != "cpu" for module, _ in found.values()):
+        return quantized
+    LOG.info("products stay in the model's own precision: %s", reason or "int8 would only be simulated on a CPU")
+    heads = tuple(replace(method, precision="input") for method in quantized.heads)
+    return replace(chosen, heads=heads)
+
+
+def _device(pipe: Any, module: nn.Module) -> torch.device:
+    return torch.device(getattr(pipe, "_execution_device", None) or next(module.parameters()).device)
+
+
 def _check_kernels(pipe: Any, plan: Plan, found: dict[str, Any]) -> None:
     for method, reason in _refusals(pipe, tuple(plan.methods.values()), found):
         raise ValueError(f'"{method.label}" cannot run here: {reason}. Use "dense", or patch(pipe) to let it choose.')
@@ -249,9 +285,8 @@ def _check_kernels(pipe: Any, plan: Plan, found: dict[str, Any]) -> None:
 
 def _refusals(pipe: Any, methods: tuple[Method, ...], found: dict[str, Any]) -> Iterator[tuple[Method, str]]:
     for module, family in found.values():
-        device = getattr(pipe, "_execution_device", None) or next(module.parameters()).device
         for method in methods:
-            if reason := method.refuses(family.shape(module).head_dim, torch.device(device), module.dtype):
+            if reason := method.refuses(family.shape(module).head_dim, _device(pipe, module), module.dtype):
                 yield method, reason
 
 

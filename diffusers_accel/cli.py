@@ -98,6 +98,12 @@ def search(
     ] = None,
     lam: Annotated[float, typer.Option("--lambda", help="Sparse-vDiT's weight of the remaining cost.")] = 0.5,
     dense_steps: Annotated[float, typer.Option("--dense-steps", help="Share of the steps that stays dense.")] = 0.0,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods", help="To choose from, such as draft,cached. (default: pattern,draft,cached,reordered)"
+        ),
+    ] = None,
     scores: Annotated[
         Path | None, typer.Option("--scores", help="Keeps what was measured. (default: OUT with .scores.safetensors)")
     ] = None,
@@ -123,13 +129,17 @@ def search(
     texts = _texts(pipe, prompt, prompts, for_search=True)
     call = _call(pipe, height, width, frames, steps, guidance)
     from diffusers_accel import search_plan
+    from diffusers_accel.search.candidates import candidates_for, check_sets
 
+    sets = check_sets([name.strip() for name in methods.split(",")]) if methods else None
     out.parent.mkdir(parents=True, exist_ok=True)  # now, not after the search
+    pipeline = _load(pipe, dtype, device, offload)
     plan = search_plan(
-        _load(pipe, dtype, device, offload),
+        pipeline,
         texts,
         call=call,
         budget=budget,
+        candidates=candidates_for(pipeline, sets),
         dense_steps=dense_steps,
         seed=seed,
         scores_path=scores or out.with_suffix(".scores.safetensors"),

@@ -17,6 +17,8 @@ from diffusers_accel.methods import DENSE, Method, Recipe
 from diffusers_accel.plan_check import check_plan, names
 from diffusers_accel.shape import ModelShape
 
+SHOWN = 1000  # characters of an entry of budget or provenance that `show` prints
+
 
 class PlanError(FileError):
     """A plan or its file is wrong or does not fit: the message says what was expected, what was found and what to do."""
@@ -48,7 +50,7 @@ class Plan:
         spans: stretches of the schedule in order, from 0 to 1 without gap or overlap.
         budget: what the search was asked for; plain JSON data.
         provenance: how the plan was made: model, prompts, seeds, versions, device; plain JSON data.
-        tensors: what its methods read, by name; "stripe_mass/<transformer>" is [layers, heads, frames, height].
+        tensors: what its methods read, by name, see docs/plan-file.md.
 
     Raises:
         PlanError: a part is wrong; the message gives its path.
@@ -194,6 +196,11 @@ def _same_tensors(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> b
     )
 
 
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text):,} characters, all of them in the file)"
+
+
 def _lines(plan: Plan) -> list[str]:
     shapes = [f"{name}: {s.layers} layers x {s.heads} heads x {s.head_dim}" for name, s in plan.models.items()]
     lines = [
@@ -209,5 +216,5 @@ def _lines(plan: Plan) -> list[str]:
             lines += [f"  layer {layer:>2}  {row}" for layer, row in enumerate(rows)]
     for title, data in (("budget", plan.budget), ("provenance", plan.provenance)):
         if data:
-            lines += ["", title, *(f"  {key}: {value}" for key, value in data.items())]
+            lines += ["", title, *(f"  {key}: {_short(value)}" for key, value in data.items())]
     return lines

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from diffusers_accel.files import FileError, check_json
+from diffusers_accel.methods import Stored, Stripe
+from diffusers_accel.shape import ModelShape
 
 if TYPE_CHECKING:
     from diffusers_accel.plan import Plan, Span
@@ -88,28 +91,78 @@ def _check_heads(plan: Plan, span: Span, path: str) -> None:
 
 
 def _check_tensors(plan: Plan) -> None:
-    calibrated = {symbol for symbol, method in plan.methods.items() if method.calibrated}
+    """What the methods of each transformer read must be there and fit its layers and heads."""
     for name, shape in plan.models.items():
-        used = calibrated & {symbol for span in plan.spans for row in span.heads[name] for symbol in row}
-        if not used:
-            continue
-        key = f"stripe_mass/{name}"
-        if key not in plan.tensors:
-            found = ", ".join(sorted(plan.tensors)) or "none"
-            raise FileError(
-                f"tensors: expected {key!r}, which the method {min(used)!r} reads, found {found}; "
-                f"search the plan again, or leave out its calibrated stripes"
-            )
-        mass = plan.tensors[key]
-        if (
-            mass.dim() != 4
-            or mass.shape[:2] != (shape.layers, shape.heads)
-            or 0 in mass.shape
-            or not mass.is_floating_point()
-        ):
-            raise FileError(
-                f"tensors.{key}: expected a floating [{shape.layers} layers, {shape.heads} heads, frames, height], "
-                f"found {mass.dtype} {list(mass.shape)}"
-            )
-        if not bool(torch.isfinite(mass).all()):
-            raise FileError(f"tensors.{key}: expected finite numbers, found NaN or infinity")
+        rows = [row for span in plan.spans for row in span.heads[name]]
+        for symbol in sorted({symbol for row in rows for symbol in row}):
+            method = plan.methods[symbol]
+            if isinstance(method.select, Stripe) and method.select.calibrated:
+                _check_mass(_tensor(plan, f"stripe_mass/{name}", symbol), f"stripe_mass/{name}", shape)
+            if isinstance(method.select, Stored):
+                _check_stored(plan, name, symbol, method.select.names(method.order, name))
+            if method.reuse and method.reuse.gated:
+                _check_gate(_tensor(plan, f"refresh/{name}", symbol), f"refresh/{name}", shape)
+
+
+def _tensor(plan: Plan, key: str, symbol: str) -> Tensor:
+    if key not in plan.tensors:
+        found = ", ".join(sorted(plan.tensors)) or "none"
+        raise FileError(
+            f"tensors: expected {key!r}, which the method {symbol!r} reads, found {found}; "
+            f"search the plan again, or leave out {plan.methods[symbol].label!r}"
+        )
+    return plan.tensors[key]
+
+
+def _check_mass(mass: Tensor, key: str, shape: ModelShape) -> None:
+    if (
+        mass.dim() != 4
+        or mass.shape[:2] != (shape.layers, shape.heads)
+        or 0 in mass.shape
+        or not mass.is_floating_point()
+    ):
+        raise FileError(
+            f"tensors.{key}: expected a floating [{shape.layers} layers, {shape.heads} heads, frames, height], "
+            f"found {mass.dtype} {list(mass.shape)}"
+        )
+    if not bool(torch.isfinite(mass).all()):
+        raise FileError(f"tensors.{key}: expected finite numbers, found NaN or infinity")
+
+
+def _check_stored(plan: Plan, transformer: str, symbol: str, keys: tuple[str, str]) -> None:
+    """The masks, which of them each head takes, and that every head of the method has one."""
+    bits, heads = (_tensor(plan, key, symbol) for key in keys)
+    if bits.dtype != torch.uint8 or bits.dim() != 4 or 0 in bits.shape or bits.shape[3] != -(-bits.shape[2] // 8):
+        raise FileError(
+            f"tensors.{keys[0]}: expected uint8 [masks, parts, blocks, blocks / 8, rounded up], "
+            f"found {bits.dtype} {list(bits.shape)}"
+        )
+    shape = plan.models[transformer]
+    if heads.dtype != torch.int32 or heads.shape != (shape.layers, shape.heads):
+        raise FileError(
+            f"tensors.{keys[1]}: expected int32 [{shape.layers} layers, {shape.heads} heads], "
+            f"found {heads.dtype} {list(heads.shape)}"
+        )
+    lowest, highest = int(heads.min()), int(heads.max())
+    if lowest < -1 or highest >= len(bits):
+        raise FileError(
+            f"tensors.{keys[1]}: expected -1 or the number of one of {len(bits)} masks, found {lowest} to {highest}"
+        )
+    for span in plan.spans:
+        for layer, row in enumerate(span.heads[transformer]):
+            for head, used in enumerate(row):
+                if used == symbol and heads[layer, head] < 0:
+                    raise FileError(
+                        f"tensors.{keys[1]}: expected a mask for head {head} of layer {layer}, which takes the method "
+                        f"{symbol!r}, found none; search the plan again"
+                    )
+
+
+def _check_gate(gate: Tensor, key: str, shape: ModelShape) -> None:
+    if gate.dtype != torch.uint8 or gate.dim() != 3 or gate.shape[1:] != (shape.layers, shape.heads) or not len(gate):
+        raise FileError(
+            f"tensors.{key}: expected uint8 [parts, {shape.layers} layers, {shape.heads} heads], "
+            f"found {gate.dtype} {list(gate.shape)}"
+        )
+    if int(gate.max()) > 1:
+        raise FileError(f"tensors.{key}: expected 1 where a head refreshes and 0 elsewhere, found {int(gate.max())}")

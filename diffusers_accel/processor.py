@@ -1,23 +1,28 @@
 """The drop-in attention processor: the model's own maths, with its attention call led to our op.
 
 A redirected processor is a subclass of the module's own processor class whose `__call__` is the same code object with one
-global name re-bound. So projections, norms and RoPE are the installed diffusers' own, whatever its release, and the
-signature stays what the host inspects. The op itself is opaque to torch.compile, and every layer hands it a 0-d tensor
-instead of a Python number, so that one graph serves all layers and steps.
+global name re-bound: `dispatch_attention_fn`, or `F` where attention is called as `F.scaled_dot_product_attention`. So
+projections, norms and RoPE are the installed diffusers' own, whatever its release, and the signature stays what the host
+inspects. The op itself is opaque to torch.compile, and every layer hands it a 0-d tensor instead of a Python number, so that
+one graph serves all layers and steps.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import os
 import threading
 import types
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from diffusers_accel.families.family import AttentionCall
 from diffusers_accel.site import Site
 
 SITES: WeakValueDictionary[int, Site] = WeakValueDictionary()
@@ -28,8 +33,23 @@ _OURS = ("_accel_site", "_accel_handle", "_accel_stock")
 
 @torch.library.custom_op("diffusers_accel::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def attend(query: Tensor, key: Tensor, value: Tensor, site: Tensor) -> Tensor:
-    """Self-attention at the site whose handle is `site`, a 0-d int64 CPU tensor; q, k, v and result [B, S, H, D]."""
-    return SITES[int(site)].attend(query, key, value).contiguous()
+    """Self-attention at the site whose handle is `site`, a 0-d int64 CPU tensor; q, k, v and result [B, S, H, D].
+
+    With `DIFFUSERS_ACCEL_CHECKS=1` in the environment, NaN in q, k or v is refused (which waits for the device).
+    """
+    where = SITES[int(site)]
+    if os.environ.get("DIFFUSERS_ACCEL_CHECKS") == "1":
+        _check_numbers(where, query=query, key=key, value=value)
+    return where.attend(query, key, value).contiguous()
+
+
+def _check_numbers(site: Site, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if count := int(tensor.isnan().sum()):
+            raise ValueError(
+                f"{site.name} of {site.transformer}: expected numbers, found {count:,} NaN among the {tensor.numel():,} values "
+                f"of {name}. They come from before this layer: compare with the unpatched pipeline, or with a wider dtype"
+            )
 
 
 @attend.register_fake
@@ -53,7 +73,8 @@ def redirect(site: Site, stock: Any) -> Any:
         TypeError: when the processor's class does not call attention by the name that the family knows.
     """
     stock_class: Any = type(stock)
-    cls: Any = _redirected(stock_class, site.model.family.attention_call)
+    family = site.model.family
+    cls: Any = _redirected(stock_class, family.attention_call, family.text_mask is not None)
     processor: Any = object.__new__(cls)
     vars(processor).update(vars(stock))
     handle = next(_HANDLES)
@@ -71,21 +92,34 @@ def restore(processor: Any) -> Any:
     return stock
 
 
+def attend_densely(processor: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What the stock processor would have called, for q [B, S, H, D] and k, v [B, keys, H, D], with the user's own backend."""
+    if processor._accel_site.model.family.attention_call == "dispatch_attention_fn":
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        out: Tensor = dispatch_attention_fn(q, k, v, backend=processor._attention_backend)
+        return out
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
 def site_of(processor: Any) -> Site | None:
     """The site of a redirected processor, None for any other."""
     return getattr(processor, "_accel_site", None)
 
 
 @functools.cache
-def _redirected(stock: Any, attention_call: str) -> type:
+def _redirected(stock: Any, attention_call: AttentionCall, masks_text: bool) -> type:
     """One class for each stock class, so that torch.compile sees the same code at every layer."""
     call: Any = stock.__call__
-    if not isinstance(call, types.FunctionType) or attention_call not in call.__code__.co_names:
+    names = attention_call.split(".")
+    if not isinstance(call, types.FunctionType) or not {*names} <= {*call.__code__.co_names}:
         raise TypeError(
             f"expected a processor whose __call__ calls {attention_call}, as diffusers' own does; found "
             f"{stock.__module__}.{stock.__qualname__}. Set the model's stock processor (set_attn_processor) before patching."
         )
-    namespace = {**call.__globals__, attention_call: _attend_here}
+    here = functools.partial(_attend_here, masks_text=masks_text)
+    namespace = {**call.__globals__, names[0]: here if len(names) == 1 else _Functional(here)}
     namespace.pop("__name__")  # else torch.compile resolves globals from the real module
     rebound = types.FunctionType(call.__code__, namespace, call.__name__, call.__defaults__, call.__closure__)
     rebound.__kwdefaults__ = call.__kwdefaults__
@@ -111,6 +145,22 @@ def _settings(processor: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(processor).items() if name not in _OURS}
 
 
+class _Functional:
+    """Stands in for `torch.nn.functional` in a redirected processor: all of it, but for attention, in [B, H, S, D]."""
+
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
+        self._attend = attend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(F, name)
+
+    def scaled_dot_product_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return self._attend(query, key, value, *args, **kwargs).transpose(1, 2)
+
+
 def _attend_here(
     query: Tensor,
     key: Tensor,
@@ -124,12 +174,23 @@ def _attend_here(
     *,
     backend: Any = None,
     parallel_config: Any = None,
+    masks_text: bool,
 ) -> Tensor:
-    """Takes the place of `dispatch_attention_fn` in a redirected processor; `backend` is read by the site's dense call."""
+    """Takes the place of `dispatch_attention_fn` in a redirected processor; `backend` is read by the site's dense call.
+
+    With `masks_text` the model's mask [B, 1, 1, S] is left out: it says what the site knows from the model's own arguments.
+    """
+    if masks_text and attn_mask is not None and attn_mask.shape == (query.shape[0], 1, 1, query.shape[1]):
+        attn_mask = None
     if attn_mask is not None or is_causal or dropout_p or scale is not None or enable_gqa or attention_kwargs:
         raise ValueError(
             "expected plain self-attention, found a mask, causality, dropout, a scale, grouped queries or backend arguments; "
             "call diffusers_accel.unpatch(pipe) for such calls"
+        )
+    if not query.shape == key.shape == value.shape:
+        raise ValueError(
+            "expected self-attention with q, k and v of one shape [B, S, H, D], found "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}; call diffusers_accel.unpatch(pipe) for such calls"
         )
     if parallel_config is not None:
         raise ValueError(

@@ -16,8 +16,9 @@ from diffusers_accel.engine import PlanEngine
 @dataclass(frozen=True)
 class PatchReport:
     """Rows per (transformer, layer), each with: transformer, layer, calls, methods {label: heads x calls}, kernels {name:
-    calls}, density (computed share of block pairs, mean over calls and heads, or None before the first call), notes {reason:
-    calls}. `str()` gives a table in which layers that did the same share a line.
+    calls}, density (computed share of block pairs, mean over calls and heads, or None before the first call), reused (heads x
+    calls that merged a kept part), cache_bytes (most that was kept at once, on all branches), notes {reason: calls}. `str()`
+    gives a table in which layers that did the same share a line.
     """
 
     rows: list[dict[str, Any]]
@@ -34,7 +35,9 @@ class PatchReport:
                     "calls": tally.calls,
                     "methods": dict(tally.heads),
                     "kernels": dict(tally.kernels),
-                    "density": tally.density / tally.calls if tally.calls else None,
+                    "density": float(tally.density) / tally.calls if tally.calls else None,
+                    "reused": tally.reused,
+                    "cache_bytes": tally.cache_bytes,
                     "notes": dict(tally.notes),
                 }
             )
@@ -45,6 +48,14 @@ class PatchReport:
         """Of the whole run, dense steps and layers included; None before the first call."""
         calls = sum(row["calls"] for row in self.rows)
         return sum(row["density"] * row["calls"] for row in self.rows if row["calls"]) / calls if calls else None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Most that was kept at once, over all layers: of several transformers, which run one after another, the largest."""
+        kept: Counter[str] = Counter()
+        for row in self.rows:
+            kept[row["transformer"]] += row["cache_bytes"]
+        return max(kept.values(), default=0)
 
     def __str__(self) -> str:
         table = Table("layers", "calls", "density", "heads", "kernels", "notes")
@@ -57,11 +68,18 @@ class PatchReport:
             density = "-" if row["density"] is None else f"{row['density']:.3f}"
             notes = "; ".join(f"{reason} (x{calls})" for reason, calls in row["notes"].items())
             layers = f"{row['transformer']} {_ranges([one['layer'] for one in rows])}"
+            if row["reused"]:
+                kept = f"{row['cache_bytes'] / 2**20:,.0f} MiB"
+                notes = "; ".join(
+                    part for part in (f"reused {row['reused']:,} heads x calls, cache {kept}", notes) if part
+                )
             table.add_row(layers, str(row["calls"]), density, _shares(row["methods"]), _shares(row["kernels"]), notes)
         console = Console(width=120)
         with console.capture() as capture:
             console.print(table)
         whole = "nothing has run yet" if self.density is None else f"density of the whole run {self.density:.3f}"
+        if self.cache_bytes:
+            whole += f", cache {self.cache_bytes / 2**20:,.0f} MiB"
         return f"{capture.get()}{whole}"
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import count, groupby
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffusers_accel.clock import Clock
 from diffusers_accel.families import Family
@@ -22,15 +26,35 @@ class Engine(Protocol):
     """What attends at a site: a plan at work, or a search that watches."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
-        """q, k, v: [B, S, H, D] after norm and RoPE -> the attention output, same shape and dtype.
+        """q [B, S, H, D], k and v [B, keys, H, D] after norm and RoPE -> the attention output, q's shape and dtype.
 
-        `dense(q, k, v)` is the attention that the user has chosen for the model, for any number of heads.
+        These are the batch rows `site.rows`, whose tokens lie as `site.layout()` says: k and v are the first `layout.keys`
+        tokens, without the padding. `dense(q, k, v)` is the attention that the user has chosen for the model, for any
+        number of heads.
         """
         ...
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Neighbouring batch rows `start <= row < stop` whose tokens lie alike."""
+
+    start: int
+    stop: int
+    layout: TokenLayout
+
+
+class _Call(threading.local):
+    """What the forward that runs in this thread has shown: sizes, which pass, existing text of each row, the rows at work."""
+
+    sizes: tuple[int, ...] | None = None
+    branch: str = ""
+    text: tuple[int, ...] | None = None
+    rows: Rows | None = None
+
+
 class Model:
-    """A transformer of a pipeline, as its sites see it; a forward pre-hook that notes how its tokens lie."""
+    """A transformer of a pipeline, as its sites see it; told by a forward pre-hook how the tokens of each call lie."""
 
     def __init__(self, name: str, module: nn.Module, family: Family, clock: Clock) -> None:
         self.name = name
@@ -38,23 +62,84 @@ class Model:
         self.family = family
         self.clock = clock
         self.shape: ModelShape = family.shape(module)
-        self._observation: tuple[int, ...] | None = None
-        self._layouts: dict[tuple[int, ...], TokenLayout] = {}
+        self._call = _Call()
+        self._layouts: dict[tuple[tuple[int, ...], int | None], TokenLayout] = {}
+        self._passes = WeakTensorKeyDictionary()  # text embeddings -> a name for the pass that they belong to
+        self._numbers = count()
+        self._counts = WeakTensorKeyDictionary()  # mask -> (its version, existing text tokens of each row)
 
-    def observe(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        # Traced by torch.compile: it stores sizes and leaves the rest to run time.
-        self._observation = self.family.observe(args, kwargs)
+    def observe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Takes note of a forward that begins."""
+        self._call.sizes = self.family.observe(args, kwargs)
+        self._call.branch = self.clock.branch or self._pass(self.family.text(args, kwargs))
+        self._call.text = None
+        self._call.rows = None
+        if self.family.text_mask is not None:
+            self._call.text = self._count(self.family.text_mask(args, kwargs))
 
-    def layout(self) -> TokenLayout:
-        """How the tokens of the running call lie."""
-        observation = self._observation
-        if observation is None:
+    @property
+    def branch(self) -> str:
+        """The running pass: the pipeline's name for it, such as "cond", else one by its text embeddings; "" before any."""
+        return self._call.branch
+
+    def rows(self, batch: int) -> list[Rows]:
+        """The `batch` rows of the running call, in as few parts as have equal layouts."""
+        counts = self._call.text
+        if counts is None:
+            return [Rows(0, batch, self._layout(None))]
+        if len(counts) != batch:
+            raise RuntimeError(
+                f"{self.name}: expected a text mask of {batch} rows, as q has, found one of {len(counts)}"
+            )
+        parts = [list(part) for _, part in groupby(range(batch), key=counts.__getitem__)]
+        return [Rows(part[0], part[-1] + 1, self._layout(counts[part[0]])) for part in parts]
+
+    @contextmanager
+    def running(self, rows: Rows) -> Iterator[None]:
+        self._call.rows = rows
+        try:
+            yield
+        finally:
+            self._call.rows = None
+
+    @property
+    def now(self) -> Rows:
+        """The rows that run in this thread; between calls of attention, the first rows of the last forward."""
+        counts = self._call.text
+        return self._call.rows or Rows(0, 1, self._layout(counts[0] if counts else None))
+
+    def _layout(self, text_valid: int | None) -> TokenLayout:
+        sizes = self._call.sizes
+        if sizes is None:
             raise RuntimeError(
                 f"self-attention of {self.name} was called outside the model's own forward: its layout is unknown"
             )
-        if observation not in self._layouts:
-            self._layouts[observation] = self.family.layout(self.module.config, observation)
-        return self._layouts[observation]
+        if (sizes, text_valid) not in self._layouts:
+            layout = self.family.layout(self.module.config, sizes)
+            all_exist = text_valid is None or text_valid == layout.text_tokens
+            self._layouts[sizes, text_valid] = layout if all_exist else replace(layout, text_valid=text_valid)
+        return self._layouts[sizes, text_valid]
+
+    def _pass(self, text: Tensor) -> str:
+        """A name by the identity of the embeddings; none is used twice, so that one pass is never taken for another."""
+        if text not in self._passes:
+            self._passes[text] = f"pass {next(self._numbers)}"
+        name: str = self._passes[text]
+        return name
+
+    def _count(self, mask: Tensor) -> tuple[int, ...]:
+        """Existing text tokens of each row. Reading a mask waits for the device; a pipeline gives the same one at each step."""
+        if mask.is_inference():  # has no version by which a change in place would show
+            return _row_sums(mask)
+        version, counts = self._counts.get(mask, (None, ()))
+        if version != mask._version:
+            version, counts = mask._version, _row_sums(mask)
+            self._counts[mask] = version, counts
+        return counts
+
+
+def _row_sums(mask: Tensor) -> tuple[int, ...]:
+    return tuple(mask.sum(dim=1, dtype=torch.int32).tolist())
 
 
 @dataclass
@@ -107,11 +192,36 @@ class Site:
     def clock(self) -> Clock:
         return self.model.clock
 
+    @property
+    def branch(self) -> str:
+        """Which pass of a step is running: what is kept of an earlier step is that pass's alone."""
+        return self.model.branch
+
     def layout(self) -> TokenLayout:
-        return self.model.layout()
+        """How the tokens of the running call lie."""
+        return self.model.now.layout
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Which batch rows of the model the running call attends for: (start, stop)."""
+        return self.model.now.start, self.model.now.stop
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, S, H, D] -> [B, S, H, D]."""
+        """[B, S, H, D] -> [B, S, H, D]; what the engine is given is cut to tokens that exist as keys."""
         if self.timer is None:
-            return self.engine.attend(q, k, v, self.dense)
-        return self.timer.run(lambda: self.engine.attend(q, k, v, self.dense), q.device)
+            return self._attend(q, k, v)
+        return self.timer.run(lambda: self._attend(q, k, v), q.device)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = [self._attend_rows(rows, q, k, v) for rows in self.model.rows(len(q))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend_rows(self, rows: Rows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        layout, some = rows.layout, slice(rows.start, rows.stop)
+        if q.shape[1] != layout.tokens:
+            raise RuntimeError(
+                f"{self.name} of {self.transformer}: expected the {layout.tokens:,} tokens of {layout}, found {q.shape[1]:,}: "
+                "something else changes the sequence of this model. Take that off, or call diffusers_accel.unpatch(pipe)"
+            )
+        with self.model.running(rows):
+            return self.engine.attend(q[some], k[some, : layout.keys], v[some, : layout.keys], self.dense)

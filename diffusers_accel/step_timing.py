@@ -67,11 +67,10 @@ class StepTiming:
         return dense_ms / sparse_ms
 
     def _band(self, density: float) -> BlockPattern:
-        q, tokens = self._qkv[0], self.layout.tokens
-        mask = Method(select=Band(density)).mask(Context(self.layout, "transformer", 0, (0,)))
-        return BlockPattern.from_mask(mask[None].expand(1, q.shape[2], -1, -1), tokens, tokens, BLOCK, BLOCK).to(
-            q.device
-        )
+        q, layout = self._qkv[0], self.layout
+        mask = Method(select=Band(density)).mask(Context(layout, "transformer", 0, (0,)))
+        mask = mask[None, :, :, : layout.key_blocks(BLOCK)].expand(1, q.shape[2], -1, -1)
+        return BlockPattern.from_mask(mask, layout.tokens, layout.keys, BLOCK, BLOCK).to(q.device)
 
 
 class _Engine:

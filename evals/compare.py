@@ -45,8 +45,9 @@ from diffusers_accel.methods import Method, Recipe
 from diffusers_accel.plan import Plan
 
 DISTRIBUTIONS = ("torch", "triton", "diffusers", "diffusers-accel", "numpy", "scikit-image", "lpips")
-# What a subject may be; a pair gives the parameters of a named method.
-PlanLike = Plan | Recipe | Method | str | os.PathLike[str] | tuple[str, Mapping[str, Any]]
+# What a subject may be; a pair gives the parameters of `patch`: of a named method, and max_cache.
+Patchable = Plan | Recipe | Method | str | os.PathLike[str]
+PlanLike = Patchable | tuple[Patchable, Mapping[str, Any]]
 
 
 def compare(
@@ -69,7 +70,8 @@ def compare(
 
     Args:
         pipe: a loaded, unpatched pipeline of a supported family.
-        subjects: name -> a Plan, a method's name, a path to a plan file, a Method or Recipe, or (method's name, parameters).
+        subjects: name -> a Plan, a method's name, a path to a plan file, a Method or Recipe, or (one of these, parameters
+            of `patch`), such as ("cached", {"every": 2, "max_cache": 0.5}).
         prompts: texts; or mappings of pipeline arguments, such as prompt_embeds, for a pipeline without a text encoder.
         call: what else the pipeline is called with, such as height, width, num_frames, num_inference_steps, guidance_scale.
         seeds: of the CPU generator that makes the initial noise.
@@ -92,8 +94,9 @@ def compare(
         raise ValueError(f"prompts: expected each once (`seeds` gives several clips of one), found {texts}")
     _check(subjects, metrics, seeds, rounds, fps)
     plans = {name: _plan(pipe, subject) for name, subject in subjects.items()}
+    options = {name: _options(subject) for name, subject in subjects.items()}
     scores = {name: _load(METRICS[name]) for name in metrics}
-    session = _Session(pipe, plans, dict(call), scores, fps)
+    session = _Session(pipe, plans, options, dict(call), scores, fps)
     clips = [(prompt, seed, text) for prompt, text in zip(prompts, texts, strict=True) for seed in seeds]
     quiet = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
     steps = session.steps * session.runs(len(clips), rounds)
@@ -109,9 +112,16 @@ class _Session:
     """The state of one comparison."""
 
     def __init__(
-        self, pipe: Any, plans: dict[str, Plan], call: dict[str, Any], scores: dict[str, Score | str], fps: int
+        self,
+        pipe: Any,
+        plans: dict[str, Plan],
+        options: dict[str, dict[str, Any]],
+        call: dict[str, Any],
+        scores: dict[str, Score | str],
+        fps: int,
     ) -> None:
-        self.pipe, self.plans, self.call, self.scores, self.fps = pipe, plans, call, scores, fps
+        self.pipe, self.plans, self.options = pipe, plans, options
+        self.call, self.scores, self.fps = call, scores, fps
         self.bar: Callable[[str | None], None]
         stock = inspect.signature(type(pipe).__call__).parameters
         self.steps = int(call.get("num_inference_steps", stock["num_inference_steps"].default))
@@ -131,8 +141,8 @@ class _Session:
         call = {**self.call, "num_inference_steps": min(WARM_UP_STEPS, self.steps)}
         self.bar("warm-up")
         generate(self.pipe, prompt, SharedNoise(seed), call)
-        for plan in self.plans.values():
-            with patch(self.pipe, plan) as patched:
+        for name, plan in self.plans.items():
+            with patch(self.pipe, plan, **self.options[name]) as patched:
                 generate(self.pipe, prompt, SharedNoise(seed), call)
                 layout = patched.sites[0].layout()
         video = {"frames": layout.frames, "height": layout.height, "width": layout.width}
@@ -177,7 +187,7 @@ class _Session:
         if name == BASELINE:
             run = generate(self.pipe, prompt, noise, self.call, lambda: self.bar(None))
         else:
-            with patch(self.pipe, self.plans[name]) as patched, patched.timed() as timer:
+            with patch(self.pipe, self.plans[name], **self.options[name]) as patched, patched.timed() as timer:
                 run = generate(self.pipe, prompt, noise, self.call, lambda: self.bar(None))
             report = patched.report()
             if report.density is None:
@@ -280,6 +290,12 @@ def _plan(pipe: Any, subject: PlanLike) -> Plan:
     plan, parameters = subject if isinstance(subject, tuple) else (subject, {})
     with patch(pipe, plan, **parameters) as patched:
         return patched.plan
+
+
+def _options(subject: PlanLike) -> dict[str, Any]:
+    """What is not in the plan itself, and so is said again at each patch."""
+    parameters = subject[1] if isinstance(subject, tuple) else {}
+    return {name: value for name, value in parameters.items() if name == "max_cache"}
 
 
 def _load(metric: Metric) -> Score | str:

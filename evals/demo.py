@@ -1,4 +1,4 @@
-"""The demonstration: search a plan for the shapes model on this machine, generate with and without it, and report.
+"""The demonstration: search a plan for the shapes model on this machine, compare it and every named method with dense.
 
 python -m diffusers_accel.evals.demo --out demo
 """
@@ -20,6 +20,7 @@ from diffusers_accel.evals.compare import PlanLike, compare
 from diffusers_accel.evals.generate import SharedNoise, attribute, generate
 from diffusers_accel.evals.report import Report
 from diffusers_accel.evals.shapes.weights_folder import weights_digest
+from diffusers_accel.evals.tally import WARM_UP_STEPS
 from diffusers_accel.plan import Plan
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.plan_search import search_plan
@@ -29,9 +30,12 @@ SPEEDUP = 1.4  # asked of the search
 DENSITY = 0.35  # asked instead, where that is out of reach
 SEARCH_PROMPTS = 2
 RESERVE_S = 30.0  # for the page, and for a machine that slows down
-TRIAL_STEPS = 2
-# (prompts, with the unsearched method too): the first that fits into the time left is run.
-CHOICES = ((4, True), (4, False), (3, False), (2, False), (1, False))
+TRIAL_STEPS = 2  # at least 2: from the end of the first to that of the last
+NAMES = ("pattern", "draft", "cached", "reordered")  # with their defaults, beside the searched plan
+# (prompts, names): the first that fits into the time left is run. All subjects get the same prompts, so that their numbers
+# can be compared; so prompts go first and names last.
+CHOICES = ((4, 4), (3, 4), (2, 4), (1, 4), (1, 2), (1, 0))
+PATCHED = 0.8  # of a dense clip's time, its metrics and films included
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,8 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(highlight=False)
     start = time.monotonic()
     console.print(
-        f"[bold]diffusers_accel demo[/bold]: search a plan (2 to 3 minutes), then dense against patched; at most about "
-        f"{options.minutes:g} minutes on 2 idle cores.",
+        f"[bold]diffusers_accel demo[/bold]: search a plan (2 to 3 minutes), then dense against that plan and the methods "
+        f"{', '.join(NAMES)}; at most about {options.minutes:g} minutes on 2 idle cores.",
         soft_wrap=True,
     )
     if (busy := _load_average()) and busy > 1:
@@ -88,32 +92,51 @@ def find_plan(pipe: Any, out: Path, console: Console) -> Plan:
 
 
 def measure(pipe: Any, plan: Plan, seconds: float, console: Console) -> Report:
-    """Compares as many held-out prompts as the time allows, none of which the search has seen."""
+    """Compares with the plan, and with as many names on as many held-out prompts as the time allows.
+
+    The search has seen none of these prompts.
+    """
     held_out = shapes.held_out_prompts(8, seed=0)[4:]
-    prompts, both = fit(seconds, clip_seconds(pipe, held_out[0]))
-    subjects: dict[str, PlanLike] = {"searched plan": plan}
-    if both:
-        subjects["pattern (no search)"] = "pattern"
-    names = " and ".join(subjects)
-    console.print(f"Comparing on {prompts} prompt{'s' * (prompts > 1)}: dense, {names}, dense again.", markup=False)
+    clip = clip_seconds(pipe, held_out[0])
+    prompts, names = fit(seconds, clip)
+    subjects: dict[str, PlanLike] = {"searched plan": plan, **{name: name for name in NAMES[:names]}}
+    console.print(
+        f"Comparing on {prompts} prompt{'s' * (prompts > 1)}: dense, {', '.join(subjects)}, dense again.",
+        soft_wrap=True,
+        markup=False,
+    )
+    if left_out := NAMES[names:]:
+        console.print(
+            f"No time left for {', '.join(left_out)}: run it again, what the search measured is kept.", soft_wrap=True
+        )
     return compare(pipe, subjects, held_out[:prompts], call=shapes.CALL)
 
 
 def clip_seconds(pipe: Any, prompt: str) -> float:
-    """About how long a dense clip takes here: a trial of a few steps, as if all its time were in steps."""
+    """About how long a dense clip takes here: a trial of a few steps, and the time of a step for each of the others."""
+    ends: list[float] = []
     with attribute(pipe, "_progress_bar_config", {"disable": True}):
-        trial = generate(pipe, prompt, SharedNoise(0), {**shapes.CALL, "num_inference_steps": TRIAL_STEPS})
-    return trial.milliseconds / 1e3 * shapes.CALL["num_inference_steps"] / TRIAL_STEPS
+        trial = generate(
+            pipe,
+            prompt,
+            SharedNoise(0),
+            {**shapes.CALL, "num_inference_steps": TRIAL_STEPS},
+            lambda: ends.append(time.perf_counter()),
+        )
+    step = (ends[-1] - ends[0]) / (TRIAL_STEPS - 1)
+    return trial.milliseconds / 1e3 + step * (shapes.CALL["num_inference_steps"] - TRIAL_STEPS)
 
 
-def fit(seconds: float, clip: float) -> tuple[int, bool]:
-    """(prompts, with the unsearched method too) for the time left, given the seconds of a dense clip; at least one prompt."""
-    for prompts, both in CHOICES:
-        patched = 0.8 * (1 + both)  # a patched clip costs less than a dense one
-        warm_up_and_attention = 1.5 + 0.2 * both
-        if clip * (prompts * (2 + patched) + warm_up_and_attention) <= seconds:
-            return prompts, both
-    return CHOICES[-1]
+def fit(seconds: float, clip: float) -> tuple[int, int]:
+    """(prompts, names) for the time left, given the seconds of a dense clip; at least the searched plan on one prompt."""
+    return next((choice for choice in CHOICES if clip * cost(*choice) <= seconds), CHOICES[-1])
+
+
+def cost(prompts: int, names: int) -> float:
+    """What a comparison takes, in dense clips: warm-up, dense-patched-dense for each prompt, a dense run under a patch."""
+    subjects = 1 + names
+    warm_up = WARM_UP_STEPS / shapes.CALL["num_inference_steps"] * (1 + subjects)
+    return warm_up + prompts * (2 + PATCHED * subjects) + 1
 
 
 def _load_average() -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,14 @@ class Tally:
     peaks: list[int] = field(default_factory=list)
     densities: list[float] = field(default_factory=list)
     scores: dict[str, list[tuple[float | None, str | None]]] = field(default_factory=dict)  # metric -> per clip
-    layers: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)  # rows of `Patch.report()`, of the last run
+
+    @property
+    def notes(self) -> str | None:
+        """What the patch noted in that run, such as why layers stayed dense or that products were simulated."""
+        calls = sum(row["calls"] for row in self.layers)
+        noted: Counter[str] = sum((Counter(row["notes"]) for row in self.layers), Counter())
+        return "; ".join(why if n == calls else f"{why} ({n} of {calls} calls)" for why, n in noted.items()) or None
 
 
 def _over_clips(found: Sequence[tuple[float | None, str | None]]) -> tuple[float | None, Spread | None, str | None]:
@@ -57,7 +65,7 @@ def cost_rows(
 ) -> Iterator[Measurement]:
     """Time, attention's time and share, density and memory over all clips."""
     median, spread = summarise([value for clip in tally.times for value in clip], "median")
-    yield Measurement("time", median, "ms", "lower", name, baseline, provenance, spread)
+    yield Measurement("time", median, "ms", "lower", name, baseline, provenance, spread, note=tally.notes)
     attention, spread = summarise(tally.attention, "median")
     note = "one clip, through an all-dense patch" if baseline is None else None
     yield Measurement("attention_time", attention, "ms", "lower", name, baseline, provenance, spread, note=note)

@@ -10,21 +10,19 @@ penalty with the opposite sign; Eq. 2 is taken, the only reading that rewards sp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.knapsack import cheapest, knapsack
+from diffusers_accel.search.scores import DENSE, Array, Scores
 
 if TYPE_CHECKING:
+    from diffusers_accel.methods import Method
     from diffusers_accel.search.cost import Cost
-    from diffusers_accel.search.scores import Scores
-
-Array = np.ndarray[Any, np.dtype[Any]]
-DENSE = 0  # index of the dense candidate
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,7 @@ def assign(
     *,
     dense_steps: float = 0.0,
     span_weights: Sequence[float] | None = None,
+    among: Collection[Method] | None = None,
 ) -> Assignment:
     """The assignment with the least error inside the budget.
 
@@ -62,6 +61,7 @@ def assign(
         budget: see `Budget`.
         dense_steps: share of the schedule, from its start, that stays dense; must be a border of a span.
         span_weights: how much an error in each span matters, beside its number of calls; None: as the scores measured it.
+        among: the candidates that may be taken beside dense; None: all.
 
     Raises:
         ValueError: the budget is out of reach (the message says what can be reached), or an argument does not fit.
@@ -70,7 +70,10 @@ def assign(
         raise ValueError("the scores hold no finished pass: probe at least one prompt first")
     weights = _span_weights(scores, span_weights)
     open_spans = _open_spans(scores, dense_steps)
-    tables = {name: _Table.build(scores, cost, name, weights, open_spans) for name in scores.models}
+    taken = np.array(
+        [among is None or index == DENSE or method in among for index, method in enumerate(scores.candidates)]
+    )
+    tables = {name: _Table.build(scores, cost, name, weights, open_spans, taken) for name in scores.models}
     if budget.kind == "paper":
         choice = {name: table.paper(scores, name, budget) for name, table in tables.items()}
     else:
@@ -90,24 +93,24 @@ class _Table:
     calls: Array
 
     @classmethod
-    def build(cls, scores: Scores, cost: Cost, name: str, weights: Array, open_spans: Array) -> _Table:
-        shape = scores.models[name]
-        full = (len(scores.spans), shape.layers, shape.heads, len(scores.candidates))
-        measured = np.broadcast_to((scores.samples(name) > 0)[..., None, None], full)
-        allowed = measured & open_spans[:, None, None, None]
+    def build(cls, scores: Scores, cost: Cost, name: str, weights: Array, open_spans: Array, taken: Array) -> _Table:
+        measured = scores.samples(name) > 0
+        allowed = measured & open_spans[:, None, None, None] & taken
         calls = scores.calls(name)
         allowed = allowed & (calls > 0)[:, None, None, None]
         allowed[..., DENSE] = True
         plain = np.where(measured, scores.error(name), 0.0) * calls[:, None, None, None]
         error = np.where(allowed, plain * weights[:, None, None, None], np.inf)
         error[..., DENSE] = 0.0
-        ms, density = np.asarray(cost.ms[name]), np.asarray(scores.densities)
-        if ms.shape != density.shape:
+        ms, refresh_ms = np.asarray(cost.ms[name]), np.asarray(cost.refresh_ms[name])
+        if len(ms) != len(scores.candidates):
             raise ValueError(
-                f"the cost has {len(ms)} candidates, the scores have {len(density)}: measure the cost again"
+                f"the cost has {len(ms)} candidates, the scores have {len(scores.candidates)}: measure the cost again"
             )
-        per_call = np.broadcast_to(calls[:, None, None, None], full)
-        return cls(error, plain, per_call * ms, per_call * density, allowed, calls)
+        mean_ms = ms + scores.refreshed(name) * (refresh_ms - ms)  # [spans, candidates]
+        time = np.broadcast_to((calls[:, None] * mean_ms)[:, None, None], measured.shape)
+        density = calls[:, None, None, None] * np.where(measured, scores.density(name), 1.0)
+        return cls(error, plain, time, density, allowed, calls)
 
     def paper(self, scores: Scores, name: str, budget: Budget) -> Array:
         mse = np.nan_to_num(scores.mse(name))

@@ -2,35 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
-from diffusers_accel.methods import DENSE, AxisOrder, Band, Method, Skip, Stripe
+import torch
+
+from diffusers_accel.families import find
+from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Method, Patches, Reuse, Skip, Stored, Stripe
 
 DENSITIES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+EVERY = 3  # steps from refresh to refresh
+AXES = ("fhw", "fwh", "hwf", "hfw", "whf", "wfh")
 
 
-def candidates(densities: Sequence[float] = DENSITIES, *, stripes: bool = True) -> tuple[Method, ...]:
-    """Sparse-vDiT's five modes (arXiv 2506.03065), the sparse ones at each of several densities.
+def candidates(
+    densities: Sequence[float] = DENSITIES,
+    *,
+    methods: Sequence[str] | None = None,
+    stripes: bool = True,
+    quantized: bool = False,
+) -> tuple[Method, ...]:
+    """Dense, and what of each of the four methods is worth a look at each of several densities.
 
-    The paper fixes one density per mode for a whole model and names over- and under-sparsified heads as its limitation; here
-    a head may take the narrow band where that is enough and the wide one where it is not. Order: dense, skip, then band,
-    multi-diagonal (band in "hwf" order) and calibrated stripe from sparse to dense.
+    Papers fix one density per method for a whole model; heads that this suits badly are the limitation that they name. Here
+    a head may take the sparse pattern where that is enough and the dense one where it is not. Where a method is offered at
+    "every other density", that is because its time lies close enough to its neighbour's for the others to be of little use.
+
+    - "pattern" (Sparse-vDiT): skip; band, multi-diagonal (band in "hwf" order) and calibrated stripe at all densities.
+    - "draft" (DraftAttention): in patches at all densities, in "hwf" order at every other one.
+    - "cached" (FlashBlock): refreshed at every third step, on a draft in patches at every other density.
+    - "reordered" (PAROAttention): stored masks at every other density, in each of the six orders. A head may only take its
+      own best order, so they count as one.
 
     Args:
         densities: shares of key blocks, each in (0, 1].
+        methods: some of `SETS`; None: all. Dense is always there.
         stripes: offer calibrated stripes; without them the probe spends all its rows on errors.
+        quantized: for a device whose kernels multiply INT8 faster: dense, draft in patches (at every other density) and cached
+            also in "int8", stored masks in "int8" only, as in PAROAttention.
 
     Returns:
-        2 + 2 * len(densities) methods, or 2 + 3 * len(densities) with stripes; the first is dense.
+        The candidates, the first of them dense, each set from sparse to dense.
     """
     ordered = sorted(set(densities))
     if not ordered:
         raise ValueError("candidates need at least one density, found none")
-    sparse = [Method(select=Band(density)) for density in ordered]
-    sparse += [Method(order=AxisOrder("hwf"), select=Band(density)) for density in ordered]
-    if stripes:
-        sparse += [Method(select=Stripe(density, calibrated=True)) for density in ordered]
-    return (DENSE, Method(select=Skip()), *sparse)
+    found = [method for name in check_sets(methods or tuple(SETS)) for method in SETS[name](ordered, quantized)]
+    if quantized:
+        found.append(replace(DENSE, precision="int8"))
+    kept = [method for method in found if stripes or not isinstance(method.select, Stripe)]
+    return (DENSE, *dict.fromkeys(kept))
+
+
+def candidates_for(pipe: Any, methods: Sequence[str] | None = None) -> tuple[Method, ...]:
+    """`candidates()` for a loaded pipeline: quantized ones where its GPU has a kernel for them."""
+    quantized = replace(DENSE, precision="int8")
+    device = torch.device(pipe._execution_device)
+    found: dict[str, Any] = find(pipe)
+    reasons = [
+        quantized.refuses(family.shape(module).head_dim, device, module.dtype) for module, family in found.values()
+    ]
+    return candidates(methods=methods, quantized=device.type != "cpu" and not any(reasons))
+
+
+def _pattern(densities: list[float], quantized: bool) -> list[Method]:
+    bands = [Method(order, Band(density)) for order in (AxisOrder(), AxisOrder("hwf")) for density in densities]
+    return [Method(select=Skip()), *bands, *(Method(select=Stripe(density, calibrated=True)) for density in densities)]
+
+
+def _draft(densities: list[float], quantized: bool) -> list[Method]:
+    patches = [Method(Patches(), Draft(density)) for density in densities]
+    found = patches + [Method(AxisOrder("hwf"), Draft(density)) for density in _every_other(densities)]
+    if quantized:
+        found += [Method(Patches(), Draft(density), "int8") for density in _every_other(densities)]
+    return found
+
+
+def _cached(densities: list[float], quantized: bool) -> list[Method]:
+    precisions = ("input", "int8") if quantized else ("input",)
+    return [
+        Method(Patches(), Draft(density), precision, Reuse(EVERY))
+        for precision in precisions
+        for density in _every_other(densities)
+    ]
+
+
+def _reordered(densities: list[float], quantized: bool) -> list[Method]:
+    precision = "int8" if quantized else "input"
+    return [Method(AxisOrder(axes), Stored(density), precision) for axes in AXES for density in _every_other(densities)]
+
+
+def _every_other(densities: list[float]) -> list[float]:
+    return densities[1::2] or densities
+
+
+SETS: dict[str, Callable[[list[float], bool], list[Method]]] = {
+    "pattern": _pattern,
+    "draft": _draft,
+    "cached": _cached,
+    "reordered": _reordered,
+}
 
 
 def check_candidates(methods: Sequence[Method]) -> tuple[Method, ...]:
@@ -42,6 +114,26 @@ def check_candidates(methods: Sequence[Method]) -> tuple[Method, ...]:
         )
     if len(methods) < 2:
         raise ValueError("a search needs something to choose from, found only the dense candidate")
+    for method in methods:
+        if reason := _unmeasured(method):
+            raise ValueError(f"{method.label!r} cannot be searched: {reason}; leave it out")
     if len(set(methods)) < len(methods):
         raise ValueError(f"a candidate is given twice in {[method.label for method in methods]}")
     return tuple(methods)
+
+
+def check_sets(names: Sequence[str]) -> tuple[str, ...]:
+    """`names` as a tuple, once it is clear that each is one of `SETS`."""
+    for name in names:
+        if name not in SETS:
+            raise ValueError(f"methods: expected some of {', '.join(SETS)}, found {name!r}")
+    return tuple(names)
+
+
+def _unmeasured(method: Method) -> str | None:
+    """Why a probe cannot tell the error of a method, or None."""
+    if isinstance(method.select, Draft) and method.select.hold > 1:
+        return "the error of a selection that is held for several steps is not measured"
+    if method.reuse and method.reuse.gated:
+        return "a gate is not searched"
+    return None

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusers_accel.engine import Launch, deal, run
 from diffusers_accel.files import read_json, write_json
-from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import Context, Method
-from diffusers_accel.shape import ModelShape
+from diffusers_accel.launch import Deal, deal, run
+from diffusers_accel.memory import Memory
+from diffusers_accel.methods import AxisOrder, Context, Method, Reuse
 from diffusers_accel.site import DenseAttention
 
-FORMAT, VERSION = "diffusers_accel.cost", 1
+FORMAT, VERSION = "diffusers_accel.cost", 2
 MIN_ROUNDS = 3
 MIN_SECONDS = 0.002  # calls shorter than this are repeated within one timing
+FOREVER = 1 << 30  # steps
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class Cost:
     """Time per head and call of each candidate.
 
     Args:
-        ms: per transformer, one time in ms per candidate, in the order of the candidates; the first is dense.
+        ms: per transformer, one time in ms per candidate, in the order of the candidates; the first is dense. Of a candidate
+            that reuses, a call that does so.
+        refresh_ms: of such a candidate a call that refreshes; for all others as `ms`.
         device: what it was measured on.
         tokens: sequence length.
         batch: batch rows of a call.
@@ -42,6 +45,7 @@ class Cost:
     """
 
     ms: dict[str, tuple[float, ...]]
+    refresh_ms: dict[str, tuple[float, ...]]
     device: str
     tokens: int
     batch: int
@@ -49,15 +53,17 @@ class Cost:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON under a temporary name and renames it."""
-        times = {name: list(each) for name, each in self.ms.items()}
-        data = {"format": FORMAT, "version": VERSION, "ms": times, "device": self.device}
-        write_json(Path(path), {**data, "tokens": self.tokens, "batch": self.batch, "rounds": self.rounds})
+        write_json(Path(path), {"format": FORMAT, "version": VERSION, **asdict(self), **self._lists()})
+
+    def _lists(self) -> dict[str, dict[str, list[float]]]:
+        times = {"ms": self.ms, "refresh_ms": self.refresh_ms}
+        return {kind: {name: list(row) for name, row in each.items()} for kind, each in times.items()}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Cost:
         """Reads what `save` wrote; anything else is refused with a ValueError."""
         data: Any = read_json(Path(path))
-        expected = {"format", "version", "ms", "device", "tokens", "batch", "rounds"}
+        expected = {"format", "version", *(field.name for field in fields(cls))}
         if (
             not isinstance(data, dict)
             or set(data) != expected
@@ -65,29 +71,37 @@ class Cost:
         ):
             what = f"{FORMAT} version {VERSION} with the keys {sorted(expected)}"
             raise ValueError(f"{path}: expected {what}; measure the cost again")
-        times = {name: tuple(float(each) for each in row) for name, row in data["ms"].items()}
-        if not all(np.isfinite(row).all() and min(row) >= 0 for row in times.values()):
-            raise ValueError(f"{path}: expected times of 0 ms or more, found {times}; measure the cost again")
-        return cls(times, data["device"], data["tokens"], data["batch"], data["rounds"])
+        return cls(
+            ms=_times(path, data["ms"]),
+            refresh_ms=_times(path, data["refresh_ms"]),
+            device=data["device"],
+            tokens=data["tokens"],
+            batch=data["batch"],
+            rounds=data["rounds"],
+        )
 
 
-def launches(
-    candidates: tuple[Method, ...],
-    layout: TokenLayout,
-    transformer: str,
-    model: ModelShape,
-    tensors: dict[str, Tensor],
-    device: torch.device,
-) -> list[Launch]:
-    """For each candidate the launch in which all heads of the first layer take it."""
-    heads = tuple(range(model.heads))
-    return [
-        deal((method,) * model.heads, Context(layout, transformer, 0, heads, tensors), device) for method in candidates
-    ]
+def _times(path: str | os.PathLike[str], data: Any) -> dict[str, tuple[float, ...]]:
+    times = {name: tuple(float(each) for each in row) for name, row in data.items()}
+    if not all(np.isfinite(row).all() and min(row) >= 0 for row in times.values()):
+        raise ValueError(f"{path}: expected times of 0 ms or more, found {times}; measure the cost again")
+    return times
+
+
+def alike(method: Method) -> Method:
+    """A method that costs the same and stands for all that do: into which order tokens are sorted makes no difference."""
+    if isinstance(method.order, AxisOrder) and not method.order.identity:
+        method = replace(method, order=AxisOrder("hwf"))
+    return replace(method, reuse=Reuse(every=FOREVER)) if method.reuse else method
+
+
+def launch_all(method: Method, ctx: Context, device: torch.device) -> Deal:
+    """The launch in which all heads of a layer, those of `ctx`, take a method."""
+    return deal((method,) * len(ctx.heads), ctx, device)
 
 
 def time_candidates(
-    planned: list[Launch],
+    planned: Sequence[Deal],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -98,38 +112,65 @@ def time_candidates(
     """Times every launch on q, k, v [B, S, H, D], in rounds.
 
     In each round a dense call stands before every few candidates, and a candidate's time is taken relative to the dense
-    calls of its round: what slows the machine down for a while slows both.
+    calls of its round: what slows the machine down for a while slows both. Of a launch that reuses, a call that refreshes
+    and one that does not are timed one after the other, and what it keeps is dropped again.
 
     Args:
-        planned: `launches`; the first is dense.
+        planned: of `launch_all`, and of `alike` methods where they reuse; the first is dense.
         dense: the user's own attention.
         seconds: rounds go on until then, at least three.
         on_round: called after each round with the share of `seconds` that is over.
 
     Returns:
-        ms per head of each candidate (median over rounds), and the number of rounds.
+        ms per head of each launch, fp64 [launches, 2]: of a call, and of one that refreshes; medians over rounds. And the
+        number of rounds.
     """
 
-    def timed(launch: Launch) -> float:
-        return _time(lambda: dense(q, k, v) if launch is planned[0] else run(launch, q, k, v, dense), q.device)
+    def timed(launch: Deal) -> tuple[float, float]:
+        if launch is planned[0]:
+            ms = _time(lambda: dense(q, k, v), q.device)
+        elif not any(method.reuse for method in launch.methods):
+            ms = _time(lambda: run(launch, q, k, v, dense).out, q.device)
+        else:
+            cycle = _Cycle(launch, q, k, v, dense)
+            refresh = _time(cycle.refresh, q.device)
+            return _time(cycle.reuse, q.device), refresh
+        return ms, ms
 
     for launch in planned:  # compile, load and touch everything once
         timed(launch)
-    ratios: list[list[float]] = []
+    ratios: list[np.ndarray] = []
     dense_ms: list[float] = []
     begin = time.perf_counter()
     while len(ratios) < MIN_ROUNDS or time.perf_counter() - begin < seconds:
         row, anchors = [], []
         for index, launch in enumerate(planned[1:]):
             if index % 4 == 0:
-                anchors.append(timed(planned[0]))
+                anchors.append(timed(planned[0])[0])
             row.append(timed(launch))
-        reference = float(np.median([*anchors, timed(planned[0])]))
-        ratios.append([each / reference for each in row])
+        reference = float(np.median([*anchors, timed(planned[0])[0]]))
+        ratios.append(np.array([(reference, reference), *row]) / reference)
         dense_ms.append(reference)
         on_round(min(1.0, (time.perf_counter() - begin) / seconds))
     per_head = float(np.median(dense_ms)) / q.shape[2]
-    return per_head * np.array([1.0, *np.median(ratios, axis=0)]), len(ratios)
+    return per_head * np.median(ratios, axis=0), len(ratios)
+
+
+class _Cycle:
+    """The calls of a launch that reuses, step by step."""
+
+    def __init__(self, launch: Deal, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> None:
+        self._run = partial(run, launch, q, k, v, dense)
+
+    def refresh(self) -> Tensor:
+        """The first step of a generation."""
+        self._memory, self._step = Memory(), 0
+        return self._run(self._memory, (0, FOREVER)).out
+
+    def reuse(self) -> Tensor:
+        """The next one."""
+        self._step += 1
+        return self._run(self._memory, (self._step, FOREVER)).out
 
 
 def describe_device(device: torch.device) -> str:

@@ -16,8 +16,8 @@ import diffusers_accel
 from diffusers_accel.families import Family
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.search.cost import describe_device
-from diffusers_accel.search.probe import Settings
 from diffusers_accel.search.running import plain
+from diffusers_accel.search.schedule import Settings
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.shape import ModelShape
 

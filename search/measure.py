@@ -3,7 +3,8 @@
 A sampled row's logits against all keys are computed once per head, in fp32. Split by key block they give, for each block, the
 attention output over that block alone and its log-sum-exp; a candidate's output is the merge of the blocks which its mask
 reads. This is exact, and a candidate costs 1/block of a row's attention instead of a kernel call, so that a measured call
-costs about (rows / tokens) * (0.5 + 0.5 * orders) of the dense attention, however many candidates there are.
+costs about (rows / tokens) * (0.5 + 0.5 * orders) of the dense attention, however many candidates there are. (A quantized
+candidate needs logits of its own: each order that has some counts twice.)
 
 The error of head h is taken where the model feels it, after its slice W_h of the output projection:
 
@@ -16,26 +17,31 @@ error whatever is done to it, which an error relative to the head's own output w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffusers_accel.kernels.quantize import quantize
+from diffusers_accel.kernels.quantize.quantized import FP8_MAX
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import BLOCK, AxisOrder
+from diffusers_accel.methods import BLOCK, Order
 
 IDENTITY_SCALE = 1024.0  # lifts the columns of W_o above its bias, which would round them away in bf16
 
 
 @dataclass(frozen=True)
-class HeadErrors:
-    """Of one batch row of one call: error, mse [heads, candidates], energy [heads], all fp64 on the CPU."""
+class Deviations:
+    """How far candidates are from dense in some heads: felt, mse [heads, candidates], fp64.
 
-    error: np.ndarray
+    felt: sum_rows |W_h (O_c - O_0)|^2. mse: mean of (O_c - O_0)^2 over rows and channels.
+    """
+
+    felt: np.ndarray
     mse: np.ndarray
-    energy: np.ndarray
 
 
 def sample_rows(tokens: int, rows: int, seed: Sequence[int]) -> Tensor:
@@ -46,7 +52,7 @@ def sample_rows(tokens: int, rows: int, seed: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.random.default_rng(list(seed)).integers(lowest, highest, endpoint=True))
 
 
-def projection(linear: nn.Module, channels: int, like: Tensor) -> Tensor:
+def projection(linear: Callable[[Tensor], Tensor], channels: int, like: Tensor) -> Tensor:
     """The matrix of an output projection, [channels in, channels out], fp32, without its bias.
 
     It is read by sending the identity through the module, so that LoRA, quantised weights and offload hooks all count.
@@ -75,56 +81,124 @@ class BlockParts:
     """Attention of sampled rows over each key block alone, in one token order.
 
     Args:
-        logits: [heads, rows, tokens], fp32, scaled, in the model's order.
-        v: [heads, tokens, D], fp32, in the model's order.
+        logits: [heads, rows, keys], fp32, scaled, keys in the order.
+        v: [heads, keys, D], fp32, in the order.
+        query_block: int64 [rows], the block in which each row lies in the order.
+        fp8: round the weights of v as `int8_fp8` does. Here they are rounded relative to the largest of their block, in the
+            kernels to the largest of the row so far: the same but for weights that hardly count.
+    """
+
+    def __init__(self, logits: Tensor, v: Tensor, query_block: Tensor, fp8: bool = False) -> None:
+        self.query_block = query_block
+        blocks = -(-logits.shape[-1] // BLOCK)
+        padding = blocks * BLOCK - logits.shape[-1]
+        if padding:
+            logits = nn.functional.pad(logits, (0, padding), value=-torch.inf)
+            v = nn.functional.pad(v, (0, 0, 0, padding))
+        logits, v = logits.unflatten(-1, (blocks, BLOCK)), v.unflatten(1, (blocks, BLOCK))
+        self.lse = logits.logsumexp(-1)  # [heads, rows, blocks]
+        weights = (logits - self.lse[..., None]).exp()
+        if fp8:
+            unit = weights.amax(-1, keepdim=True) / FP8_MAX
+            weights = (weights / unit).to(torch.float8_e4m3fn).float() * unit
+        self.out = (weights.transpose(1, 2) @ v).transpose(1, 2)  # [heads, rows, blocks, D]
+
+    def merge(self, read: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows' attention over the blocks that they read.
+
+        Args:
+            read: bool [candidates, 1 or heads, rows, key blocks].
+
+        Returns:
+            out [heads, candidates, rows, D] and LSE [heads, candidates, rows], fp32; 0 and -inf for rows that read nothing.
+        """
+        lse = self.lse.masked_fill(~read, -torch.inf)  # [candidates, heads, rows, blocks]
+        weights = lse.softmax(-1).nan_to_num(0.0)
+        return (weights.permute(1, 2, 0, 3) @ self.out).transpose(1, 2), lse.logsumexp(-1).transpose(0, 1)
+
+
+class SampledHeads:
+    """Some heads of one batch row of a call, and the query rows of them that are looked at.
+
+    Args:
+        q: [S, heads, D]; k, v: [keys, heads, D], in the model's type and order.
         rows: int64 [rows], the sampled tokens.
     """
 
-    def __init__(self, logits: Tensor, v: Tensor, rows: Tensor, order: AxisOrder, layout: TokenLayout) -> None:
-        tokens = torch.arange(layout.tokens, device=logits.device)
-        sequence = order.index(layout).to(logits.device)
-        place = torch.empty_like(sequence)
-        place[sequence] = tokens
-        self.query_block = place[rows] // BLOCK
-        blocks = layout.blocks(BLOCK)
-        padding = blocks * BLOCK - layout.tokens
-        if not order.identity:
-            logits, v = logits[..., sequence], v[:, sequence]
-        logits = nn.functional.pad(logits, (0, padding), value=-torch.inf).unflatten(-1, (blocks, BLOCK))
-        v = nn.functional.pad(v, (0, 0, 0, padding)).unflatten(1, (blocks, BLOCK))
-        self.lse = logits.logsumexp(-1)  # [heads, rows, blocks]
-        weights = (logits - self.lse[..., None]).exp().transpose(1, 2)
-        self.out = (weights @ v).transpose(1, 2)  # [heads, rows, blocks, D]
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, layout: TokenLayout) -> None:
+        self.q, self.k, self.v = q, k, v
+        self.rows = rows
+        self.layout = layout
+        self._places: dict[Order, tuple[Tensor, Tensor]] = {}
+        self._sorted: tuple[Order, Tensor, Tensor] | None = None
 
-    def merge(self, masks: Tensor) -> Tensor:
-        """Outputs of the rows under block masks.
+    @cached_property
+    def logits(self) -> Tensor:
+        """fp32 [heads, rows, keys], scaled, in the model's order."""
+        q, k = (x.transpose(0, 1).float() for x in (self.q[self.rows], self.k))
+        return q @ k.transpose(1, 2) * self.q.shape[2] ** -0.5
 
-        Args:
-            masks: bool [candidates, 1 or heads, query blocks, key blocks].
+    @cached_property
+    def values(self) -> Tensor:
+        """fp32 [heads, keys, D], in the model's order."""
+        return self.v.transpose(0, 1).float()
 
-        Returns:
-            [heads, candidates, rows, D], fp32; 0 for rows that read nothing.
-        """
-        read = masks[:, :, self.query_block].expand(-1, self.lse.shape[0], -1, -1)  # [C, heads, rows, blocks]
-        weights = self.lse.masked_fill(~read, -torch.inf).softmax(-1).nan_to_num(0.0)
-        return (weights.permute(1, 2, 0, 3) @ self.out).transpose(1, 2)
+    def take(self, heads: Tensor) -> SampledHeads:
+        """Some of these heads; int64 [heads]."""
+        some = SampledHeads(self.q[:, heads], self.k[:, heads], self.v[:, heads], self.rows, self.layout)
+        some.__dict__["logits"] = self.logits[heads]
+        return some
+
+    def sorted(self, order: Order) -> tuple[Tensor, Tensor]:
+        """q [1, S, heads, D] and k [1, keys, heads, D] in an order; those of the last one are kept."""
+        if self._sorted is None or self._sorted[0] != order:
+            sequence, _ = self._place(order)
+            self._sorted = order, self.q[sequence][None], self.k[sequence[: len(self.k)]][None]
+        return self._sorted[1:]
+
+    def query_block(self, order: Order) -> Tensor:
+        """int64 [rows]: the block in which each row lies in an order."""
+        return self._place(order)[1][self.rows] // BLOCK
+
+    def parts(self, order: Order, precision: str) -> BlockParts:
+        """The rows' attention over each block, in an order and a precision."""
+        keys = self._place(order)[0][: len(self.k)]
+        if precision == "input":
+            logits, values = self.logits, self.values
+            if not order.identity:
+                logits, values = logits[..., keys], values[:, keys]
+            return BlockParts(logits, values, self.query_block(order))
+        x = quantize(self.q[self.rows][None], self.k[keys][None], self.v[keys][None], precision)
+        q, k, v = (y[0].transpose(0, 1) for y in x.dequantize())
+        # With the offset, so that the LSE is that of the true keys and parts of several steps can be merged.
+        logits = (q @ k.transpose(1, 2) + x.offset[0][..., None]) * q.shape[2] ** -0.5
+        return BlockParts(logits, v, self.query_block(order), fp8=precision == "int8_fp8")
+
+    def _place(self, order: Order) -> tuple[Tensor, Tensor]:
+        """Which token stands at each place of an order, and at which place each token: int64 [S]."""
+        if order not in self._places:
+            sequence = order.index(self.layout).to(self.rows.device)
+            place = torch.empty_like(sequence)
+            place[sequence] = torch.arange(len(sequence), device=sequence.device)
+            self._places[order] = sequence, place
+        return self._places[order]
 
 
-def head_errors(outputs: Tensor, weight: Tensor) -> HeadErrors:
-    """Errors of candidates against the first of them.
+def layer_energy(dense: Tensor, weight: Tensor) -> float:
+    """sum_rows |sum_heads W_h O_h|^2 of dense outputs [heads, rows, D] and the whole projection [heads * D, channels]."""
+    heads, rows, dim = dense.shape
+    return float((dense.permute(1, 0, 2).reshape(rows, heads * dim) @ weight).double().square().sum())
 
-    Args:
-        outputs: [heads, candidates, rows, D], fp32; candidate 0 is dense.
-        weight: [heads * D, channels out], fp32, the output projection without its bias.
-    """
-    heads, _, rows, dim = outputs.shape
-    dense = outputs[:, 0]
-    layer_energy = (dense.permute(1, 0, 2).reshape(rows, heads * dim) @ weight).double().square().sum()
-    by_head = weight.unflatten(0, (heads, dim))
-    gram = by_head @ by_head.transpose(1, 2)  # |W_h x|^2 = x' gram x: D * D instead of D * channels for each candidate
+
+def head_grams(weight: Tensor, heads: int) -> Tensor:
+    """W_h W_h' of each head, [heads, D, D]: |W_h x|^2 = x' gram x takes D * D instead of D * channels for each candidate."""
+    by_head = weight.unflatten(0, (heads, -1))
+    return by_head @ by_head.transpose(1, 2)
+
+
+def deviations(outputs: Tensor, dense: Tensor, grams: Tensor) -> Deviations:
+    """How far outputs [heads, candidates, rows, D] are from dense ones [heads, rows, D]; all fp32."""
     difference = outputs - dense[:, None]
-    felt = ((difference @ gram[:, None]) * difference).sum((-2, -1)).double().clamp(min=0)
-    error = felt / layer_energy if layer_energy > 0 else torch.zeros_like(felt)
+    felt = ((difference @ grams[:, None]) * difference).sum((-2, -1)).double().clamp(min=0)
     mse = difference.square().mean((-2, -1)).double()
-    energy = dense.square().mean((-2, -1)).double()
-    return HeadErrors(*(tensor.cpu().numpy() for tensor in (error, mse, energy)))
+    return Deviations(felt.cpu().numpy(), mse.cpu().numpy())

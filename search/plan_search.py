@@ -18,13 +18,13 @@ from diffusers_accel.methods import Method
 from diffusers_accel.plan import Plan
 from diffusers_accel.search.assign import assign
 from diffusers_accel.search.budget import Budget
-from diffusers_accel.search.candidates import candidates as default_candidates
-from diffusers_accel.search.candidates import check_candidates
+from diffusers_accel.search.candidates import candidates_for, check_candidates
 from diffusers_accel.search.cost import Cost
 from diffusers_accel.search.identity import check_same_search, configuration, versions
 from diffusers_accel.search.plan_making import make_plan
-from diffusers_accel.search.probe import PassProbe, Settings, chosen_steps, measuring_bytes, realised_density
+from diffusers_accel.search.probe import PassProbe, measuring_bytes
 from diffusers_accel.search.running import Prompt, check_call, check_callback, now, prompt_label, run_pipeline
+from diffusers_accel.search.schedule import Schedule, Settings
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.search.screen import Screen, clock
 from diffusers_accel.search.sensitivity import Dense, LastLatents, impact, plan_engine, span_choice, summed_error
@@ -61,7 +61,8 @@ def search_plan(
         prompts: calibration prompts, one generation each; a mapping gives other arguments, such as prompt_embeds.
         call: all further arguments of `pipe(...)`: size, frames, steps, guidance. A plan is for this size and schedule.
         budget: `Budget.speedup(1.4)`, `Budget.density(0.3)` or `Budget.paper(epsilon, lam)`.
-        candidates: methods to choose from, the first of them dense; None: `search.candidates.candidates()`.
+        candidates: methods to choose from, the first of them dense; None: `search.candidates.candidates_for(pipe)`. Stored
+            masks among them are chosen on the first prompt and judged on the others, so that one prompt is too few for them.
         spans: inner borders of the stretches of the schedule that are decided separately, ascending in (0, 1); None:
             0.1, 0.3 and 0.6, and `dense_steps`.
         dense_steps: share of the schedule, from its start, that stays dense.
@@ -80,7 +81,7 @@ def search_plan(
     prompts = tuple(prompts)
     check_call(call, prompts)
     edges = _borders(spans, dense_steps)
-    chosen = check_candidates(default_candidates() if candidates is None else candidates)
+    chosen = check_candidates(candidates_for(pipe) if candidates is None else candidates)
     settings = Settings(chosen, edges, rows, probe_steps, seed)
     screen = Screen(progress)
     measures_spans = span_weights is None and budget.kind != "paper" and len(edges) > 1
@@ -138,8 +139,12 @@ class _Search:
             return scores
         trial = self._trial()
         if scores is None:
-            scores = self._empty(trial.layout)
+            scores = self._empty(trial.layout, trial.steps)
         self._estimate(trial, done)
+        if self.settings.stores and len(self.prompts) == 1:
+            self.screen.say(
+                "stored masks cannot be chosen: the first prompt makes them, it takes a second one to judge them"
+            )
         left = range(done, len(self.prompts))
         with self.screen.bar("probe", trial.steps * len(left)) as advance:
             for number in left:
@@ -159,6 +164,8 @@ class _Search:
     def spans(self, scores: Scores, path: Path | None) -> Scores:
         """The scores with the impact of every span; those that `path` holds are not measured again."""
         first = len(scores.impacts)
+        if first == len(scores.spans):
+            return scores
         with self.screen.bar("spans", 100 * (len(scores.spans) - first)) as advance:
             for span in range(first, len(scores.spans)):
                 value = self._impact(scores, span, partial(_advance, advance, 100 * (span - first)))
@@ -184,7 +191,13 @@ class _Search:
 
     def _pass(self, scores: Scores, trial: Trial, number: int, on_step: Callable[[int], None]) -> Scores:
         probe = PassProbe(
-            self.settings, self.models, trial.layout, scores.sums, number, lambda site: on_step(now(site)[0])
+            self.settings,
+            self.models,
+            trial.layout,
+            trial.steps,
+            scores.sums,
+            number,
+            lambda site: on_step(now(site)[0]),
         )
         begin = time.perf_counter()
         last = LastLatents(stop=False) if self.measures_spans and number == 0 else None
@@ -196,41 +209,43 @@ class _Search:
         return scores.plus(probe.finished(prompt_label(self.prompts[number]), seconds), probe.sums)
 
     def _trial(self) -> Trial:
-        def make_probe(layout: TokenLayout) -> PassProbe:
-            return PassProbe(self.settings, self.models, layout, self._empty(layout).sums, 0)
+        def make_probe(layout: TokenLayout, steps: int) -> PassProbe:
+            return PassProbe(self.settings, self.models, layout, steps, self._empty(layout, steps).sums, 0)
 
         stopwatch = Stopwatch(make_probe)
         run_pipeline(self.pipe, stopwatch.engine, self.prompts[0], self.call, self.settings.seed)
         return stopwatch.result()
 
-    def _empty(self, layout: TokenLayout) -> Scores:
-        grid = (layout.frames, layout.height)
+    def _empty(self, layout: TokenLayout, steps: int) -> Scores:
         methods, spans = self.settings.candidates, self.settings.spans
+        parts = len(Schedule.of(self.settings, steps).parts)
         return Scores(
             family=self.family,
             models=self.models,
-            grid=grid,
+            layout=layout,
             candidates=methods,
-            densities=tuple(realised_density(method, layout, self.models) for method in methods),
             spans=spans,
+            parts=parts,
             config=self.config,
             provenance=versions(self.pipe, layout),
             passes=(),
-            sums=Scores.zeros(self.models, len(spans), len(methods), grid),
+            sums=Scores.zeros(self.models, len(spans), methods, layout, parts),
         )
 
     def _estimate(self, trial: Trial, done: int) -> None:
-        steps = len(chosen_steps(self.settings.spans, trial.steps, self.settings.probe_steps))
+        schedule = Schedule.of(self.settings, trial.steps)
         layers = max(model.layers for model in self.models.values())
         passes = len(self.prompts) - done
         generation = trial.steps * trial.step_seconds
-        per_pass = generation + steps * trial.calls * layers * trial.measure_seconds
+        per_pass = generation + schedule.observed * trial.calls * layers * trial.measure_seconds
+        # At most: the orders, which the trial has chosen too, are chosen only once.
+        masks = len(schedule.parts) * layers * trial.calibrate_seconds if done == 0 else 0.0
         spans = len(self.settings.spans) * generation if self.measures_spans else 0.0
         model = next(iter(self.models.values()))
         memory = measuring_bytes(trial.layout.tokens, model, self.settings)
         self.screen.say(
             f"search: {trial.layout.tokens:,} tokens, {len(self.settings.candidates)} candidates; {done} of {len(self.prompts)} "
-            f"prompts finished before; about {clock(passes * per_pass + spans + 1.5 * COST_SECONDS)} to go, "
+            f"prompts finished before; about {clock(passes * per_pass + masks + spans + 1.5 * COST_SECONDS)} to go, "
             f"and {memory / 2**20:,.0f} MiB beside the pipeline's own memory"
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from diffusers_accel.methods import Method
+from diffusers_accel.layout import TokenLayout
+from diffusers_accel.methods import BLOCK, Method
+from diffusers_accel.search.schedule import mean_age, refresh_share, stored_axes
 from diffusers_accel.shape import ModelShape
 
-FORMAT, VERSION = "diffusers_accel.scores", 1
-HEADER = {"family", "models", "grid", "candidates", "densities", "spans", "config", "provenance", "passes", "impacts"}
+FORMAT, VERSION = "diffusers_accel.scores", 2
+HEADER = {"family", "models", "layout", "candidates", "spans", "parts", "config", "provenance", "passes", "impacts"}
+DENSE = 0  # index of the dense candidate
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -35,43 +38,49 @@ class Pass:
         seconds: wall time of the pipeline call, without the time spent on measuring.
         attention_seconds: time of all dense self-attention calls in it.
         calls: self-attention calls of each layer, per transformer and span.
+        steps: steps at which the transformer ran, per transformer and span.
     """
 
     prompt: str
     seconds: float
     attention_seconds: float
     calls: dict[str, tuple[int, ...]]
+    steps: dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Scores:
     """Errors of every candidate for every (span, layer, head) of each transformer, as sums over samples.
 
-    A sample is one attention call (one prompt, step, branch and batch row).
+    A sample is one attention call (one prompt, step, branch and batch row) in which a candidate could be measured. What a
+    candidate that reuses does at its refresh steps is not sampled but known: no error, density 1. Its error is divided by
+    the age of what it reused; the means below are those of its cycle, exact where errors grow evenly with age.
 
     Args:
         family: name of the model family.
         models: layers, heads and head dim per transformer.
-        grid: (latent frames, token rows) of the calibration size.
+        layout: how the tokens lie at the calibration size, whole text.
         candidates: the methods; the first is dense.
-        densities: of each candidate the realised share of computed block pairs at the calibration size, 0..1.
         spans: (start, stop) fractions of the schedule, ascending, covering [0, 1].
+        parts: equal parts of the schedule that have stored masks of their own; 0 without such candidates.
         config: what a resumed search must agree with (model, call, seed, rows ...).
         provenance: what is worth knowing but may change between passes (versions, device).
         passes: the finished generations.
-        sums: arrays per transformer `t`, fp64 but for the counts (int64), with S spans, L layers, H heads, C candidates:
-            `samples/t` [S, L]; `error/t`, `error_square/t`, `mse/t` [S, L, H, C]; `energy/t` [S, L, H];
-            `mass/t` [L, H, frames, rows]; `mass_samples/t` [L].
+        sums: arrays per transformer `t`, fp64 unless said otherwise, with S spans, L layers, H heads, C candidates:
+            `samples/t` (int64), `error/t`, `error_square/t`, `mse/t`, `density/t` [S, L, H, C]; `energy/t` [S, L, H];
+            `mass/t` [L, H, frames, rows]; `mass_samples/t` (int64) [L]. With stored candidates of O orders also the
+            calibration of the first pass: `order_sparse/t`, `order_quant/t` [L, H, O] and `levels/t` (uint8)
+            [parts, L, H, blocks, blocks], see `search.stored_masks`.
         impacts: per span, as far as measured, the relative squared error of the final latents per unit of summed error
             (`search.sensitivity`); 1 for a span without a call.
     """
 
     family: str
     models: dict[str, ModelShape]
-    grid: tuple[int, int]
+    layout: TokenLayout
     candidates: tuple[Method, ...]
-    densities: tuple[float, ...]
     spans: tuple[tuple[float, float], ...]
+    parts: int
     config: dict[str, Any]
     provenance: dict[str, Any]
     passes: tuple[Pass, ...]
@@ -81,23 +90,23 @@ class Scores:
     def __post_init__(self) -> None:
         if len(self.impacts) > len(self.spans) or not all(np.isfinite(each) and each >= 0 for each in self.impacts):
             raise ValueError(f"scores: expected at most {len(self.spans)} impacts of 0 or more, found {self.impacts}")
-        if len(self.densities) != len(self.candidates):
-            raise ValueError(f"scores: {len(self.candidates)} candidates, but {len(self.densities)} densities")
-        expected = _shapes(self.models, len(self.spans), len(self.candidates), self.grid)
+        expected = _arrays(self.models, len(self.spans), self.candidates, self.layout, self.parts)
         if set(self.sums) != set(expected):
             raise ValueError(f"scores: expected the arrays {sorted(expected)}, found {sorted(self.sums)}")
-        for name, shape in expected.items():
-            array, kind = self.sums[name], "i8" if "samples/" in name else "f8"
+        for name, (shape, kind) in expected.items():
+            array = self.sums[name]
             if array.shape != shape or array.dtype != np.dtype(kind):
                 raise ValueError(f"scores: {name} must be {kind} {shape}, found {array.dtype} {array.shape}")
-            if not np.isfinite(array).all():
+            if kind == "f8" and not np.isfinite(array).all():
                 raise ValueError(f"scores: {name} must be finite, found NaN or infinity; probe again")
 
     @staticmethod
-    def zeros(models: Mapping[str, ModelShape], spans: int, candidates: int, grid: tuple[int, int]) -> dict[str, Array]:
+    def zeros(
+        models: Mapping[str, ModelShape], spans: int, candidates: tuple[Method, ...], layout: TokenLayout, parts: int
+    ) -> dict[str, Array]:
         """`sums` of no sample at all."""
-        shapes = _shapes(models, spans, candidates, grid)
-        return {name: np.zeros(shape, "i8" if "samples/" in name else "f8") for name, shape in shapes.items()}
+        arrays = _arrays(models, spans, candidates, layout, parts)
+        return {name: np.zeros(shape, kind) for name, (shape, kind) in arrays.items()}
 
     def plus(self, done: Pass, sums: Mapping[str, Array]) -> Scores:
         """These scores and one more pass."""
@@ -105,7 +114,7 @@ class Scores:
         return replace(self, passes=(*self.passes, done), sums=total)
 
     def samples(self, transformer: str) -> Array:
-        """[spans, layers]: attention calls that were measured."""
+        """[spans, layers, heads, candidates]: attention calls in which that candidate was measured."""
         return self.sums[f"samples/{transformer}"]
 
     def error(self, transformer: str) -> Array:
@@ -113,20 +122,47 @@ class Scores:
 
         The unit is the energy of the layer's whole attention output, so that the errors of a layer's heads add up.
         """
-        return self._mean("error", transformer)
+        return self._mean("error", transformer) * self._ages(transformer)
 
     def error_std(self, transformer: str) -> Array:
         """[spans, layers, heads, candidates]: standard deviation of that error over samples."""
-        mean = self.error(transformer)
-        return np.sqrt(np.maximum(self._mean("error_square", transformer) - mean**2, 0))
+        mean = self._mean("error", transformer)
+        spread = np.sqrt(np.maximum(self._mean("error_square", transformer) - mean**2, 0))
+        return spread * self._ages(transformer)
 
     def mse(self, transformer: str) -> Array:
         """[spans, layers, heads, candidates]: the paper's MSE(O_i, O_0), in squared units of the activations."""
-        return self._mean("mse", transformer)
+        return self._mean("mse", transformer) * self._ages(transformer)
+
+    def density(self, transformer: str) -> Array:
+        """[spans, layers, heads, candidates]: mean realised share of computed block pairs, 0..1, refresh steps included;
+        NaN where there is no sample."""
+        selected, refreshed = self._mean("density", transformer), self.refreshed(transformer)[:, None, None]
+        return selected + refreshed * (1 - selected)
 
     def energy(self, transformer: str) -> Array:
         """[spans, layers, heads]: mean square of the dense output, by which an MSE becomes relative."""
-        return self._mean("energy", transformer)
+        count = self.samples(transformer)[..., DENSE]
+        return self.sums[f"energy/{transformer}"] / np.where(count, count, np.nan)
+
+    def steps(self, transformer: str) -> Array:
+        """int [spans]: steps of a generation at which the transformer runs."""
+        return np.max([done.steps[transformer] for done in self.passes], axis=0)
+
+    def refreshed(self, transformer: str) -> Array:
+        """[spans, candidates]: share of the steps at which a candidate refreshes what it reuses; 0 for one that does not."""
+        return self._of_cycles(transformer, refresh_share, 0.0)
+
+    def _ages(self, transformer: str) -> Array:
+        """[spans, 1, 1, candidates]: mean age of what is reused; 1 for a candidate that reuses nothing."""
+        return self._of_cycles(transformer, mean_age, 1.0)[:, None, None]
+
+    def _of_cycles(self, transformer: str, figure: Callable[[int, int], float], without: float) -> Array:
+        rows = [
+            [figure(int(steps), method.reuse.every) if method.reuse else without for method in self.candidates]
+            for steps in self.steps(transformer)
+        ]
+        return np.array(rows)
 
     def stripe_mass(self, transformer: str) -> Array:
         """[layers, heads, frames, rows], fp32: mean attention probability that a key in that (frame, token row) receives."""
@@ -157,10 +193,10 @@ class Scores:
         header = {
             "family": self.family,
             "models": {name: asdict(shape) for name, shape in self.models.items()},
-            "grid": self.grid,
+            "layout": asdict(self.layout),
             "candidates": [method.to_json() for method in self.candidates],
-            "densities": self.densities,
             "spans": self.spans,
+            "parts": self.parts,
             "config": self.config,
             "provenance": self.provenance,
             "passes": [asdict(done) for done in self.passes],
@@ -190,7 +226,8 @@ class Scores:
             raise ValueError(f"{path}: not a safetensors file ({error}); delete it and probe again") from error
         found = (metadata.get("format"), metadata.get("version"))
         if found != (FORMAT, str(VERSION)):
-            raise ValueError(f"{path}: expected {FORMAT} version {VERSION}, found {found[0]} version {found[1]}")
+            what = f"expected {FORMAT} version {VERSION}, found {found[0]} version {found[1]}"
+            raise ValueError(f"{path}: {what}; delete the file, or name another one, and probe again")
         try:
             header = json.loads(metadata["header"])
             if not isinstance(header, dict) or set(header) != HEADER:
@@ -198,10 +235,10 @@ class Scores:
             return cls(
                 family=header["family"],
                 models={name: ModelShape(**shape) for name, shape in header["models"].items()},
-                grid=tuple(header["grid"]),
+                layout=TokenLayout(**header["layout"]),
                 candidates=tuple(Method.from_json(method) for method in header["candidates"]),
-                densities=tuple(float(density) for density in header["densities"]),
                 spans=tuple((float(start), float(stop)) for start, stop in header["spans"]),
+                parts=header["parts"],
                 config=header["config"],
                 provenance=header["provenance"],
                 passes=tuple(_read_pass(done) for done in header["passes"]),
@@ -212,25 +249,30 @@ class Scores:
             raise ValueError(f"{path}: damaged scores: {error}; delete the file and probe again") from error
 
     def _mean(self, name: str, transformer: str) -> Array:
-        total = self.sums[f"{name}/{transformer}"]
-        count = self.samples(transformer).astype("f8")
-        count[count == 0] = np.nan
-        return total / count.reshape(count.shape + (1,) * (total.ndim - 2))
+        count = self.samples(transformer)
+        return self.sums[f"{name}/{transformer}"] / np.where(count, count, np.nan)
 
 
 def _read_pass(data: Mapping[str, Any]) -> Pass:
-    return Pass(**{**data, "calls": {name: tuple(counts) for name, counts in data["calls"].items()}})
+    counts = {key: {name: tuple(each) for name, each in data[key].items()} for key in ("calls", "steps") if key in data}
+    return Pass(**{**data, **counts})
 
 
-def _shapes(
-    models: Mapping[str, ModelShape], spans: int, candidates: int, grid: tuple[int, int]
-) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
+def _arrays(
+    models: Mapping[str, ModelShape], spans: int, candidates: tuple[Method, ...], layout: TokenLayout, parts: int
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every array of `sums`."""
+    arrays: dict[str, tuple[tuple[int, ...], str]] = {}
+    orders, blocks = len(stored_axes(candidates)), layout.blocks(BLOCK)
     for name, model in models.items():
-        full = (spans, model.layers, model.heads, candidates)
-        shapes[f"samples/{name}"] = full[:2]
-        shapes |= {f"{kind}/{name}": full for kind in ("error", "error_square", "mse")}
-        shapes[f"energy/{name}"] = full[:3]
-        shapes[f"mass/{name}"] = (model.layers, model.heads, *grid)
-        shapes[f"mass_samples/{name}"] = (model.layers,)
-    return shapes
+        layers, heads = model.layers, model.heads
+        full = (spans, layers, heads, len(candidates))
+        arrays[f"samples/{name}"] = full, "i8"
+        arrays |= {f"{kind}/{name}": (full, "f8") for kind in ("error", "error_square", "mse", "density")}
+        arrays[f"energy/{name}"] = full[:3], "f8"
+        arrays[f"mass/{name}"] = (layers, heads, layout.frames, layout.height), "f8"
+        arrays[f"mass_samples/{name}"] = (layers,), "i8"
+        if orders:
+            arrays |= {f"{kind}/{name}": ((layers, heads, orders), "f8") for kind in ("order_sparse", "order_quant")}
+            arrays[f"levels/{name}"] = (parts, layers, heads, blocks, blocks), "u1"
+    return arrays

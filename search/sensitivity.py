@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from diffusers_accel.engine import Launch, PlanEngine
+from diffusers_accel.engine import Deals, PlanEngine
+from diffusers_accel.memory import Memories
 from diffusers_accel.plan import Plan
 from diffusers_accel.search.knapsack import knapsack
 from diffusers_accel.search.plan_making import head_strings, joined_spans, plan_tensors
 from diffusers_accel.search.running import Enough
-from diffusers_accel.search.scores import Array, Scores
+from diffusers_accel.search.scores import DENSE, Array, Scores
 from diffusers_accel.site import DenseAttention, Engine, Site
 
 DENSITY = (
@@ -36,14 +37,15 @@ class Dense:
 
 def span_choice(scores: Scores, span: int) -> dict[str, Array]:
     """The least wrong choice with which one span has about `DENSITY` and all others are dense; int [spans, layers, heads]."""
-    density = np.asarray(scores.densities)
-    target = density.min() + DENSITY * (1 - density.min())
     choice = {}
     for name, model in scores.models.items():
         choice[name] = np.zeros((len(scores.spans), model.layers, model.heads), int)
-        if scores.samples(name)[span].all():
-            error = scores.error(name)[span].reshape(-1, len(density))
-            found = knapsack(error, np.broadcast_to(density, error.shape), target * len(error))
+        measured = (scores.samples(name)[span] > 0).reshape(-1, len(scores.candidates))
+        if measured[:, DENSE].all():
+            error, density = (each(name)[span].reshape(measured.shape) for each in (scores.error, scores.density))
+            error, density = np.where(measured, error, np.inf), np.where(measured, density, 1.0)
+            least = float(density.min(1).mean())
+            found = knapsack(error, density, (least + DENSITY * (1 - least)) * len(density))
             choice[name][span] = found.reshape(model.layers, model.heads)
     return choice
 
@@ -61,8 +63,9 @@ def plan_engine(scores: Scores, choice: Mapping[str, Array]) -> Callable[[Site],
     """`make_engine` for the plan of a choice."""
     methods, spans = head_strings(scores, choice)
     plan = Plan(scores.family, dict(scores.models), methods, joined_spans(spans), tensors=plan_tensors(scores, choice))
-    launches: dict[Any, Launch] = {}  # shared by the layers, as in a patch
-    return lambda site: PlanEngine(site, plan, launches, 0)
+    deals: Deals = {}  # shared by the layers, as in a patch
+    memories = Memories()
+    return lambda site: PlanEngine(site, plan, deals, 0, memories)
 
 
 class LastLatents:

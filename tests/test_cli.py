@@ -107,6 +107,10 @@ def test_a_refusal_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[
             "expected one of --speedup, --density and --epsilon, found --speedup and --density",
         ),
         (["search", "shapes", "--out", "p.json", "--density", "2"], "a density is a share of block pairs"),
+        (
+            ["search", "shapes", "--out", "p.json", "--methods", "draft,magic"],
+            "some of pattern, draft, cached, reordered",
+        ),
         (["search", "shapes", "--out", "p.json", "--prompt", "a", "--prompts", "b.txt"], "found both"),
         (["search", "/nowhere/at/all", "--out", "p.json", "--prompts", "/nowhere/prompts.txt"], "/nowhere/prompts.txt"),
         (["report", "shapes", "--plan", "a/plan.json", "--plan", "b/plan.json"], "two plans are called 'plan'"),

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffusers_accel.kernels.pool import pool
+from diffusers_accel.kernels.select import starved_rows
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import BLOCK, DENSE, NAMED, All, AxisOrder, Band, Context, Method, Recipe, Skip, Stripe
+from diffusers_accel.methods import (
+    AUTO,
+    BLOCK,
+    DENSE,
+    NAMED,
+    All,
+    AxisOrder,
+    Band,
+    Context,
+    Draft,
+    Method,
+    Order,
+    Patches,
+    Recipe,
+    Reuse,
+    Skip,
+    Stored,
+    Stripe,
+)
+from diffusers_accel.methods.orders import parse_order
+from diffusers_accel.methods.reuse import part_of, refreshes
+from diffusers_accel.methods.stored import packed
 
 WAN_480P = TokenLayout(21, 30, 52)
 RAGGED = TokenLayout(5, 9, 13)
@@ -137,15 +163,53 @@ def test_wrong_axes() -> None:
         AxisOrder("hhw")
 
 
+COMBINATIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "all, reused": ({"reuse": Reuse()}, '"all" leaves no blocks whose attention could be kept'),
+    "skip, reused": ({"select": Skip(), "reuse": Reuse()}, '"skip" leaves no blocks'),
+    "skip, quantized": ({"select": Skip(), "precision": "int8"}, "computes nothing: leave its precision out"),
+    "all in patches": ({"order": Patches()}, '"all" reads the same in every order'),
+    "skip in patches": ({"order": Patches(), "select": Skip()}, '"skip" reads the same in every order'),
+    "stripe in patches": ({"order": Patches(), "select": Stripe(0.5)}, "a stripe is a set of frame rows"),
+    "stored in patches": ({"order": Patches(), "select": Stored(0.5)}, "six axis orders, found the order 8x16"),
+    "reuse of a held draft": ({"select": Draft(hold=2), "reuse": Reuse()}, "leave hold at 1, found 2"),
+    "unknown precision": (
+        {"select": Draft(), "precision": "fp8"},
+        "precision is one of input, int8, int8_fp8, found 'fp8'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMBINATIONS)
+def test_wrong_combinations_say_why(case: str) -> None:
+    parts, message = COMBINATIONS[case]
+    with pytest.raises(ValueError, match=message):
+        Method(**parts)
+
+
+SHARES = st.floats(0.01, 1.0)
+AXES = st.sampled_from(["fhw", "hwf", "whf"]).map(AxisOrder)
+PATCHES = st.builds(Patches, st.integers(1, 99), st.integers(1, 99))
+PRECISION = st.sampled_from(["input", "int8", "int8_fp8"])
+REUSE = st.one_of(st.none(), st.builds(Reuse, st.integers(2, 9)), st.just(Reuse(gated=True)))
+FLAGS = {"floor": st.integers(0, 3), "diagonal": st.booleans(), "first_frame": st.booleans()}
+DRAFT = st.one_of(
+    st.builds(Draft, SHARES, rule=st.sampled_from(["quantile", "row"]), **FLAGS),
+    st.builds(Draft, st.none(), SHARES, **FLAGS),
+)
+HELD = st.builds(Draft, SHARES, hold=st.integers(1, 5))
 METHODS = st.one_of(
-    st.sampled_from([DENSE, Method(select=Skip())]),
+    st.just(Method(select=Skip())),
+    st.builds(Method, select=st.just(All()), precision=PRECISION),
+    st.builds(
+        Method, st.one_of(AXES, PATCHES), st.one_of(st.builds(Band, SHARES, st.booleans()), DRAFT), PRECISION, REUSE
+    ),
+    st.builds(Method, st.one_of(AXES, PATCHES), HELD, PRECISION),
+    st.builds(Method, AXES, st.builds(Stored, SHARES), PRECISION, REUSE),
     st.builds(
         Method,
-        st.sampled_from(["fhw", "hwf", "whf"]).map(AxisOrder),
-        st.builds(Band, st.floats(0.01, 1.0), st.booleans()),
-    ),
-    st.builds(
-        lambda select: Method(select=select), st.builds(Stripe, st.floats(0.01, 1.0), st.booleans(), st.booleans())
+        select=st.builds(Stripe, SHARES, st.booleans(), st.booleans()),
+        precision=PRECISION,
+        reuse=REUSE,
     ),
 )
 
@@ -165,7 +229,21 @@ def test_json_round_trip(method: Method) -> None:
         ({"select": {"kind": "band", "density": "0.5"}}, "select.density: expected float"),
         ({"select": {"kind": "band", "density": True}}, "select.density: expected float"),
         ({"select": {"kind": "band", "density": 0.5, "width": 3}}, "unknown key 'width'"),
-        ({"select": {"kind": "all"}, "precision": "int8"}, "unknown key 'precision'"),
+        (
+            {"select": {"kind": "all"}, "precision": "int4"},
+            "precision: expected one of input, int8, int8_fp8, found 'int4'",
+        ),
+        ({"select": {"kind": "all"}, "precision": "auto"}, "precision: expected one of .*found 'auto'"),
+        ({"select": {"kind": "all"}, "speed": 2}, "unknown key 'speed'"),
+        ({"select": {"kind": "draft", "density": None}}, "either a density or a mass"),
+        ({"select": {"kind": "draft", "hold": 1.5}}, r"select\.hold: expected int, found 1\.5"),
+        ({"select": {"kind": "draft", "mass": "all"}}, r"select\.mass: expected float \| None, found 'all'"),
+        ({"select": {"kind": "draft", "diagonal": 1}}, r"select\.diagonal: expected bool, found 1"),
+        ({"select": {"kind": "stored"}}, "'density' is missing"),
+        ({"select": {"kind": "draft"}, "order": "8x0"}, "an order is a permutation"),
+        ({"select": {"kind": "draft"}, "reuse": {"every": 1}}, "expected 2 or more, found 1"),
+        ({"select": {"kind": "draft"}, "reuse": {"gated": 1}}, r"reuse\.gated: expected bool, found 1"),
+        ({"select": {"kind": "draft"}, "reuse": None}, "reuse: expected an object"),
         ({"select": {"kind": "all"}, "order": 7}, "order: expected str"),
     ],
 )
@@ -180,12 +258,456 @@ def test_recipe_deals_heads_out() -> None:
     assert [recipe.method(1, head).skips for head in range(4)] == [False, True, False, True]
 
 
-def test_named_methods_build() -> None:
-    assert NAMED["dense"]() == Recipe(heads=(DENSE,))
-    assert {method.order.axes for method in NAMED["pattern"](density=0.3).heads} == {"fhw", "hwf"}
-
-
 def test_refuses_where_only_the_reference_could_run() -> None:
     reason = Method(select=Band(0.5)).refuses(64, torch.device("meta"), torch.float32)
     assert reason is not None and "cpu" in reason
     assert Method(select=Band(0.5)).refuses(64, torch.device("cpu"), torch.float32) is None
+
+
+# Patches
+
+
+def test_patches_are_the_reshape_of_the_paper_where_the_grid_divides() -> None:
+    for frames, height, width in ((33, 48, 80), (21, 32, 48)):
+        layout = TokenLayout(frames, height, width)
+        index = Patches().index(layout)
+        grid = torch.arange(layout.tokens).view(frames, height // 8, 8, width // 16, 16)
+        assert torch.equal(index, grid.transpose(2, 3).flatten())
+        for number, block in enumerate(index.split(BLOCK)):
+            frame, row, column = block // (height * width), block // width % height // 8, block % width // 16
+            cell = (frame * (height // 8) + row) * (width // 16) + column
+            assert torch.all(cell == number), "a block is one pooled pixel"
+
+
+GRIDS = [(45, 80), (30, 52), (30, 45), (48, 85), (80, 45), (52, 30), (9, 13), (3, 5)]
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, (48, 80), (80, 48)])
+@pytest.mark.parametrize("text", [{}, {"text_tokens": 226, "text_at": "start"}, {"text_tokens": 20, "text_at": "end"}])
+def test_patches_are_a_permutation_that_leaves_text_alone(grid: tuple[int, int], text: dict[str, Any]) -> None:
+    layout = TokenLayout(3, *grid, **text)
+    index = Patches().index(layout)
+    assert torch.equal(index.sort().values, torch.arange(layout.tokens))
+    outside = torch.ones(layout.tokens, dtype=torch.bool)
+    outside[layout.video_start : layout.video_start + layout.video_tokens] = False
+    assert torch.equal(index[outside], torch.arange(layout.tokens)[outside])
+    plain = Patches().index(TokenLayout(3, *grid))
+    assert torch.equal(index[~outside], plain + layout.video_start), (
+        "text moves the video along, and changes nothing in it"
+    )
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_on_ragged_grids_the_next_patch_is_a_neighbour(grid: tuple[int, int]) -> None:
+    height, width = grid
+    high, wide = (8, 16) if width >= height else (16, 8)
+    index = Patches().index(TokenLayout(4, height, width))
+    cells = torch.stack([index // (height * width), index // width % height // high, index % width // wide], dim=1)
+    path = torch.unique_consecutive(cells, dim=0)
+    assert len(path) == 4 * -(-height // high) * -(-width // wide), "each patch is visited once, as a whole"
+    assert torch.all(path.diff(dim=0).abs().sum(1) == 1), "one patch on, in one direction"
+
+
+def test_patches_lie_down_in_portrait() -> None:
+    layout = TokenLayout(1, 80, 48)
+    grid = torch.arange(layout.tokens).view(5, 16, 6, 8)
+    assert torch.equal(Patches().index(layout), grid.transpose(1, 2).flatten())
+    square = TokenLayout(1, 16, 16)
+    assert torch.equal(Patches().index(square), torch.arange(256)), "two patches of 8 x 16, one above the other"
+
+
+def test_orders_come_back_from_their_labels() -> None:
+    orders: list[Order] = [Patches(), Patches(4, 32), AxisOrder(), AxisOrder("whf")]
+    for order in orders:
+        assert parse_order(order.label) == order
+    assert [order.frame_major for order in orders] == [True, True, True, False]
+    for wrong in ("8x", "x16", "0x16", "8x16x2", "hwfx", "8 x 16", "wide"):
+        with pytest.raises(ValueError, match="an? (axis )?order is a permutation"):
+            parse_order(wrong)
+    for size in (0, -8, 1.5, True, "8"):
+        with pytest.raises(ValueError, match=r"Patches\.height is a number of tokens, expected 1 or more"):
+            Patches(size)  # type: ignore[arg-type]
+
+
+# Draft
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"density": None}, "either a density or a mass, found density None and mass None"),
+        ({"mass": 0.5}, "either a density or a mass, found density 0.25 and mass 0.5"),
+        ({"density": 0.0}, r"density .*\(0, 1\], found 0"),
+        ({"density": 1.5}, r"density .*\(0, 1\], found 1.5"),
+        ({"density": None, "mass": 0}, r"mass .*\(0, 1\], found 0"),
+        ({"density": None, "mass": 1.01}, r"mass .*\(0, 1\], found 1.01"),
+        ({"density": None, "mass": float("nan")}, r"mass .*\(0, 1\], found nan"),
+        ({"rule": "best"}, '"quantile" or "row", found \'best\''),
+        ({"density": None, "mass": 0.5, "rule": "row"}, "a mass decides row by row"),
+        ({"floor": -1}, "floor >= 0 and hold >= 1, found -1 and 1"),
+        ({"hold": 0}, "floor >= 0 and hold >= 1, found 1 and 0"),
+    ],
+)
+def test_drafts_that_mean_nothing(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Draft(**arguments)
+
+
+def test_a_draft_has_no_mask_of_its_own() -> None:
+    with pytest.raises(TypeError, match=r"select\.pattern"):
+        mask_of(Method(select=Draft()), RAGGED)
+
+
+def noise(
+    layout: TokenLayout, heads: int = 1, dim: int = 16, seed: int = 0, keys: int | None = None
+) -> list[torch.Tensor]:
+    """q and k [1, S, heads, dim] whose blocks have means of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randn(2, layout.blocks(BLOCK), heads, dim, generator=generator).repeat_interleave(BLOCK, 1)
+    q, k = means[:, : layout.tokens] + torch.randn(2, layout.tokens, heads, dim, generator=generator)
+    return [q[None], k[None, :keys]]
+
+
+FAITHFUL = {"floor": 0, "diagonal": False, "first_frame": False}
+
+
+@pytest.mark.parametrize(
+    ("layout", "density", "count"),
+    [
+        (TokenLayout(33, 48, 80), 0.4, 392_041),
+        (TokenLayout(33, 48, 80), 0.2, 196_021),
+        (TokenLayout(33, 48, 80), 0.1, 98_011),
+        (TokenLayout(21, 48, 80), 0.25, 99_226),
+        (TokenLayout(21, 32, 48), 0.25, 15_877),
+    ],
+)
+def test_the_faithful_draft_keeps_as_many_blocks_as_the_official_code(
+    layout: TokenLayout, density: float, count: int
+) -> None:
+    q, k = noise(layout, dim=8)
+    pattern = Draft(density, **FAITHFUL).pattern(q, k, layout, Patches())
+    assert pattern.computed_blocks == count
+
+
+def test_the_faithful_draft_starves_rows_and_a_floor_feeds_them() -> None:
+    layout = TokenLayout(21, 32, 48)
+    q, k = noise(layout, heads=2)
+    q[:, : 8 * BLOCK] *= 0.01  # rows whose attention is spread over all blocks
+    bare = Draft(0.05, **FAITHFUL).pattern(q, k, layout, Patches())
+    fed = Draft(0.05, floor=2, diagonal=False, first_frame=False).pattern(q, k, layout, Patches())
+    assert int(starved_rows(bare).sum()) > 0
+    assert int(starved_rows(fed, 2).sum()) == 0
+    assert torch.all(fed.mask() | ~bare.mask()), "a floor adds blocks and takes none away"
+
+
+@pytest.mark.parametrize("select", [Draft(0.1), Draft(0.1, rule="row"), Draft(None, 0.2), Draft(0.1, **FAITHFUL)])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        TEXT_END,
+        TEXT_START,
+        TokenLayout(9, 16, 16, 256, "end"),
+        TokenLayout(9, 16, 16, 226, "end", text_valid=7),
+        TokenLayout(9, 16, 16, 226, "end", text_valid=0),
+    ],
+)
+def test_drafts_read_text_whole(select: Draft, layout: TokenLayout) -> None:
+    q, k = noise(layout, heads=2, keys=layout.keys)
+    mask = select.pattern(q, k, layout, Patches()).mask()[0]
+    assert mask.shape[1:] == (layout.blocks(BLOCK), layout.key_blocks(BLOCK))
+    text = torch.arange(layout.text_start, layout.text_start + layout.text_tokens).div(BLOCK, rounding_mode="floor")
+    rows = torch.zeros(layout.blocks(BLOCK), dtype=torch.bool)
+    rows[text] = True
+    assert mask[:, rows].all() and mask[:, :, rows[: mask.shape[2]]].all()
+    assert not mask[:, ~rows].all()
+
+
+def test_forced_blocks_are_read_and_count_towards_the_density() -> None:
+    layout = TokenLayout(21, 32, 48)
+    blocks, first = layout.blocks(BLOCK), 32 * 48 // BLOCK
+    q, k = noise(layout)
+    mask = Draft(0.25).pattern(q, k, layout, Patches()).mask()[0, 0]
+    assert mask.diagonal().all() and mask[:, :first].all()
+    assert mask.float().mean() == pytest.approx(0.25, abs=2 / blocks)
+    across = Draft(0.25).pattern(q, k, layout, AxisOrder("hwf")).mask()[0, 0]
+    assert across.diagonal().all() and not across[:, :first].all(), "no first frame where frames do not lie together"
+
+
+@pytest.mark.parametrize("rule", ["quantile", "row"])
+@pytest.mark.parametrize("grid", [(45, 80), (30, 52), (30, 45), (48, 85), (85, 48)])
+def test_density_1_keeps_every_block_of_a_ragged_grid(rule: str, grid: tuple[int, int]) -> None:
+    layout = TokenLayout(2, *grid)
+    q, k = noise(layout)
+    assert Draft(1.0, rule=rule).pattern(q, k, layout, Patches()).density == 1
+    assert Draft(None, 1.0).pattern(q, k, layout, Patches()).density == 1
+
+
+def test_a_floor_above_the_number_of_blocks_reads_them_all() -> None:
+    layout = TokenLayout(2, 16, 16)
+    q, k = noise(layout)
+    assert Draft(0.25, floor=99).pattern(q, k, layout, Patches()).density == 1
+
+
+def test_a_video_without_a_block_of_its_own_is_read_whole() -> None:
+    layout = TokenLayout(1, 8, 8, 20, "end", text_valid=7)
+    q, k = noise(layout, heads=2, keys=layout.keys)
+    assert Draft(0.25).pattern(q, k, layout, Patches()).mask().all()
+
+
+def test_pooled_scores_are_block_means_of_the_scores() -> None:
+    """An identity that the draft rests on, ragged last block included."""
+    layout = TokenLayout(3, 13, 17)
+    q, k = (x[:, Patches().index(layout)].double() for x in noise(layout, heads=2))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
+    means = torch.stack([rows.mean(2) for rows in scores.split(BLOCK, dim=2)], dim=2)
+    means = torch.stack([columns.mean(3) for columns in means.split(BLOCK, dim=3)], dim=3)
+    pooled = torch.einsum("bqhd,bkhd->bhqk", pool(q.float(), BLOCK), pool(k.float(), BLOCK))
+    assert torch.allclose(pooled, means.float(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "select", [Draft(0.3, **FAITHFUL), Draft(0.3, rule="row", **FAITHFUL), Draft(None, 0.6, **FAITHFUL)]
+)
+def test_where_patches_are_constant_the_map_is_attention_itself(select: Draft) -> None:
+    """Then the blocks that are read are those with most attention of the whole, unpooled map."""
+    layout = TokenLayout(3, 16, 32)
+    blocks = layout.blocks(BLOCK)
+    order = Patches().index(layout)
+    values = torch.randn(2, blocks, 8, generator=torch.Generator().manual_seed(1)).repeat_interleave(BLOCK, 1)
+    model = torch.empty_like(values)
+    model[:, order] = values  # constant in each patch of the frames, as the model has them
+    q, k = model[:, order][:, None].transpose(1, 2).unbind(0)
+    whole = torch.softmax(q[:, 0] @ k[:, 0].T * 8**-0.5, dim=-1)
+    mass = whole.view(blocks, BLOCK, blocks, BLOCK).sum(3).mean(1)
+    mask = select.pattern(q[None], k[None], layout, Patches()).mask()[0, 0]
+    if select.mass is not None:
+        ranked = mass.sort(1, descending=True)
+        needed = (ranked.values.cumsum(1) - ranked.values < select.mass).sum(1)
+        assert torch.equal(mask.sum(1), needed)
+    worst_read = mass.masked_fill(~mask, torch.inf)
+    best_unread = mass.masked_fill(mask, -torch.inf)
+    if select.rule == "row" or select.mass is not None:
+        assert torch.all(worst_read.amin(1) >= best_unread.amax(1) - 1e-6)
+    else:
+        assert worst_read.min() >= best_unread.max() - 1e-6
+
+
+# Stored
+
+
+def stored(
+    layout: TokenLayout, masks: torch.Tensor, heads: list[list[int]], order: str = "hwf"
+) -> dict[str, torch.Tensor]:
+    """The plan's tensors of bool masks [masks, parts, Q, K]; heads [layers][heads]."""
+    names = Stored(0.5).names(AxisOrder(order), "transformer")
+    assert names == (f"stored_bits/{order}/0.5/transformer", f"stored_heads/{order}/0.5/transformer")
+    return dict(zip(names, (packed(masks), torch.tensor(heads, dtype=torch.int32)), strict=True))
+
+
+def random_masks(layout: TokenLayout, *leading: int) -> torch.Tensor:
+    blocks = layout.blocks(BLOCK)
+    return torch.rand(*leading, blocks, blocks, generator=torch.Generator().manual_seed(0)) < 0.5
+
+
+STORED = Method(AxisOrder("hwf"), Stored(0.5))
+
+
+@pytest.mark.parametrize("layout", [WAN_480P, RAGGED])
+def test_stored_masks_come_back_bit_for_bit(layout: TokenLayout) -> None:
+    masks = random_masks(layout, 3, 1)
+    tensors = stored(layout, masks, [[-1, -1, -1], [2, 0, 2]])
+    assert tensors[STORED.select.names(STORED.order, "transformer")[0]].dtype == torch.uint8  # type: ignore[union-attr]
+    found = STORED.mask(Context(layout, "transformer", 1, (1, 2, 0), tensors))
+    assert torch.equal(found, masks[[0, 2, 2], 0])
+
+
+def test_stored_masks_follow_the_schedule() -> None:
+    masks = random_masks(RAGGED, 1, 4)
+    tensors = stored(RAGGED, masks, [[0]])
+
+    def at(step: int, steps: int) -> torch.Tensor:
+        return STORED.mask(Context(RAGGED, "transformer", 0, (0,), tensors, (step, steps)))[0]
+
+    assert [int(torch.tensor([torch.equal(at(s, 10), masks[0, p]) for p in range(4)]).nonzero()) for s in range(10)] == [
+        0, 0, 0, 1, 1, 2, 2, 2, 3, 3,
+    ]  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"Patch\.step\(i, steps\)"):
+        STORED.mask(Context(RAGGED, "transformer", 0, (0,), tensors))
+
+
+@pytest.mark.parametrize("layout", [TEXT_END, TEXT_START])
+def test_stored_masks_never_leave_text_out(layout: TokenLayout) -> None:
+    blocks = layout.blocks(BLOCK)
+    tensors = stored(layout, torch.zeros(1, 1, blocks, blocks, dtype=torch.bool), [[0]])
+    mask = STORED.mask(Context(layout, "transformer", 0, (0,), tensors))[0]
+    text = torch.arange(layout.text_start, layout.text_start + layout.text_tokens).div(BLOCK, rounding_mode="floor")
+    assert mask[text].all() and mask[:, text].all() and not mask.all()
+
+
+def test_stored_masks_that_do_not_fit_are_refused() -> None:
+    tensors = stored(RAGGED, random_masks(RAGGED, 1, 1), [[0, -1]])
+    with pytest.raises(ValueError, match="for 5 blocks of 128 tokens, this call has 256: .*search a plan for this one"):
+        STORED.mask(Context(WAN_480P, "transformer", 0, (0,), tensors))
+    with pytest.raises(ValueError, match="no mask for head 1 of layer 0: search the plan again"):
+        STORED.mask(Context(RAGGED, "transformer", 0, (0, 1), tensors))
+    with pytest.raises(
+        ValueError, match=r"needs the tensor 'stored_bits/hwf/0\.5/transformer' of a searched plan, found \[\]"
+    ):
+        STORED.mask(Context(RAGGED, "transformer", 0, (0,)))
+    with pytest.raises(ValueError, match="density"):
+        Stored(0)
+
+
+# Reuse
+
+
+@pytest.mark.parametrize("every", [1, 0, -3, 2.0, True, "3"])
+def test_a_reuse_that_never_reuses_is_refused(every: Any) -> None:
+    with pytest.raises(ValueError, match=r"Reuse\.every is a number of steps, expected 2 or more, found"):
+        Reuse(every)
+
+
+def test_a_gate_takes_no_interval() -> None:
+    with pytest.raises(ValueError, match="takes its refresh steps from the plan: leave every out, found 4"):
+        Reuse(4, gated=True)
+
+
+def test_refreshes_are_counted_from_the_last_one() -> None:
+    assert refreshes(3, None, (4, 9), [1, 2, 3, 0]) == [True, False, False, True]
+
+
+def test_a_gate_is_read_by_the_part_of_the_schedule() -> None:
+    gate = torch.zeros(3, 2, 4, dtype=torch.uint8)
+    gate[1, 1] = torch.tensor([1, 0, 0, 1])
+    ctx = Context(RAGGED, "transformer", 1, (3, 1), {"refresh/transformer": gate})
+    rows = Reuse(gated=True).gate(ctx)
+    assert rows is not None and rows.tolist() == [[False, False], [True, False], [False, False]]
+    assert [refreshes(3, rows, (step, 7), [0, 0])[0] for step in range(7)] == [False] * 3 + [True] * 2 + [False] * 2
+    assert Reuse().gate(ctx) is None
+    with pytest.raises(ValueError, match=r"needs the tensor 'refresh/transformer' of a searched plan, found \[\]"):
+        Reuse(gated=True).gate(Context(RAGGED, "transformer", 0, (0,)))
+
+
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_parts_of_a_schedule_are_in_order_and_equal_up_to_a_step(steps: int, parts: int) -> None:
+    of = [part_of((step, steps), parts) for step in range(steps)]
+    assert of == sorted(of) and of[0] == 0 and of[-1] <= parts - 1
+    if steps >= parts:
+        sizes = [of.count(part) for part in range(parts)]
+        assert max(sizes) - min(sizes) <= 1
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("method", "label"),
+    [
+        (DENSE, "dense"),
+        (Method(precision="int8"), "dense int8"),
+        (Method(select=Skip()), "skip"),
+        (Method(HWF, Band(0.25)), "band hwf 0.25"),
+        (Method(select=Stripe(0.25, calibrated=True)), "stripe calibrated 0.25"),
+        (Method(Patches(), Draft()), "draft 8x16 0.25"),
+        (Method(Patches(), Draft(None, 0.9), "int8"), "draft 8x16 mass 0.9 int8"),
+        (Method(Patches(), Draft(rule="row", hold=4)), "draft 8x16 row 0.25 hold 4"),
+        (Method(Patches(4, 32), Draft(0.125), "int8_fp8", Reuse(4)), "draft 4x32 0.125 int8_fp8, cached 4"),
+        (Method(HWF, Stored(0.3), reuse=Reuse(gated=True)), "stored hwf 0.3, cached gated"),
+    ],
+)
+def test_labels(method: Method, label: str) -> None:
+    assert method.label == label
+
+
+def test_what_methods_say_of_themselves() -> None:
+    draft, held, cached = (Method(Patches(), Draft(hold=hold)) for hold in (1, 2, 1))
+    cached = dataclasses.replace(cached, reuse=Reuse())
+    assert [method.timed for method in (DENSE, draft, held, cached)] == [False, False, True, True]
+    assert [method.dynamic for method in (DENSE, draft, STORED)] == [False, True, False]
+    assert [method.calibrated for method in (draft, STORED, Method(select=Stripe(0.5, calibrated=True)))] == [
+        False,
+        True,
+        True,
+    ]
+    assert DENSE.dense and not Method(precision="int8").dense, "a quantized head is not the user's own attention"
+
+
+RECIPES: dict[str, tuple[Recipe, dict[str, Any], Recipe]] = {
+    "dense": (Recipe((DENSE,)), {"precision": "int8"}, Recipe((Method(precision="int8"),))),
+    "pattern": (
+        Recipe((Method(select=Band(0.5)), Method(HWF, Band(0.5))), dense_steps=0.2),
+        {"density": 0.3, "dense_steps": 0.1, "dense_layers": 2, "precision": "int8"},
+        Recipe((Method(select=Band(0.3), precision="int8"), Method(HWF, Band(0.3), "int8")), 0.1, 2),
+    ),
+    "draft": (
+        Recipe((Method(Patches(), Draft(0.25)),), dense_steps=0.25, dense_layers=1),
+        {
+            "mass": 0.9,
+            "patch": (4, 32),
+            "floor": 0,
+            "diagonal": False,
+            "first_frame": False,
+            "hold": 2,
+            "dense_steps": 0.3,
+            "dense_layers": 2,
+            "precision": "int8_fp8",
+        },
+        Recipe((Method(Patches(4, 32), Draft(None, 0.9, hold=2, **FAITHFUL), "int8_fp8"),), 0.3, 2),
+    ),
+    "cached": (
+        Recipe((Method(Patches(), Draft(0.25), reuse=Reuse(3)),)),
+        {"density": 0.3, "every": 4, "dense_steps": 0.1, "dense_layers": 1, "precision": "int8"},
+        Recipe((Method(Patches(), Draft(0.3), "int8", Reuse(4)),), 0.1, 1),
+    ),
+    "reordered": (
+        Recipe((Method(HWF, Draft(0.5), AUTO),)),
+        {"density": 0.3, "axes": "whf", "dense_steps": 0.1, "dense_layers": 1, "precision": "int8"},
+        Recipe((Method(AxisOrder("whf"), Draft(0.3), "int8"),), 0.1, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_named_recipes_and_all_their_parameters(name: str) -> None:
+    plain, parameters, expected = RECIPES[name]
+    assert NAMED[name]() == plain
+    assert NAMED[name](**parameters) == expected
+    known = set(inspect.signature(NAMED[name]).parameters)
+    assert set(parameters) == known - ({"density", "rule"} if name == "draft" else set())
+    assert set(RECIPES) == set(NAMED)
+
+
+def test_a_draft_recipe_by_rows() -> None:
+    (method,) = NAMED["draft"](density=0.3, rule="row").heads
+    assert method.select == Draft(0.3, rule="row")
+    with pytest.raises(ValueError, match="either a density or a mass"):
+        NAMED["draft"](density=0.3, mass=0.9)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"heads": ()}, {"heads": (DENSE,), "dense_steps": 1.1}, {"heads": (DENSE,), "dense_layers": -1}],
+)
+def test_wrong_recipes(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected|at least one"):
+        Recipe(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("precision", "head_dim", "dtype", "reason"),
+    [
+        ("input", 136, torch.bfloat16, "head dims up to 128 in multiples of 8, found 136"),
+        ("int8", 20, torch.bfloat16, "head dims up to 128 in multiples of 8, found 20"),
+        ("int8", 64, torch.float32, "int8 takes float16 and bfloat16, found torch.float32"),
+        ("int8", 64, torch.bfloat16, None),
+        ("int8_fp8", 64, torch.bfloat16, None),
+    ],
+)
+def test_a_gpu_refuses_what_its_kernel_does_not_take(
+    precision: str, head_dim: int, dtype: torch.dtype, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="without Triton no kernel of a GPU says anything")
+    monkeypatch.setattr("diffusers_accel.kernels.launch.capability", lambda device: 90)
+    found = Method(select=Band(0.5), precision=precision).refuses(head_dim, torch.device("cuda", 63), dtype)
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in str(found)

@@ -157,8 +157,8 @@ EDITED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         r"models\.transformer\.layers: .* found True",
     ),
     "unknown key of a method": (
-        lambda data: data["methods"]["a"].update(precision="int8"),
-        r"methods\.a: .*unknown key 'precision'",
+        lambda data: data["methods"]["a"].update(colour="red"),
+        r"methods\.a: .*unknown key 'colour'",
     ),
     "unknown select": (
         lambda data: data["methods"]["a"]["select"].update(kind="magic"),

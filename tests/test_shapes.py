@@ -64,7 +64,7 @@ def test_held_out_captions_are_never_trained_on() -> None:
     assert len(set(prompts)) == 64 and prompts == shapes.held_out_prompts(64, seed=0)
     assert prompts != shapes.held_out_prompts(64, seed=1)
     assert all(render.is_held_out(p) for p in prompts)
-    trained = {latents.clip_caption(seed=0, index=i) for i in range(500)}
+    trained = {latents.clip_scene(seed=0, index=i).caption for i in range(500)}
     assert not any(render.is_held_out(c) for c in trained) and not trained & set(prompts)
     # One eighth, within four standard deviations of 800 draws.
     share = np.mean([render.is_held_out(s.caption) for s in scenes(800)])
@@ -210,7 +210,7 @@ def test_training_resumes_after_a_kill(tiny_folder: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from diffusers_accel.evals.shapes import run_state, transformer\n"
         "run_state.SAVE_EVERY_S = 0.0\n"
-        f"transformer.train_transformer(Path(sys.argv[1]), 10, 0, stages=((1.01, 1, 1, 2),), compile=False, **{TINY})"
+        f"transformer.train_transformer(Path(sys.argv[1]), 10, 0, stages=((1.01, ((1, 1, 2),)),), compile=False, **{TINY})"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(tiny_folder)], stdout=subprocess.DEVNULL)
     checkpoint = tiny_folder / "transformer.pt"
@@ -225,7 +225,7 @@ def test_training_resumes_after_a_kill(tiny_folder: Path) -> None:
     before = torch.load(checkpoint, weights_only=True)
     assert before["step"] > 0 and before["seconds"] > 0
     minutes = before["seconds"] / 60 + 0.02
-    train_transformer(tiny_folder, minutes, 0, stages=((1.01, 1, 1, 2),), compile=False, **TINY)
+    train_transformer(tiny_folder, minutes, 0, stages=((1.01, ((1, 1, 2),)),), compile=False, **TINY)
     after = torch.load(checkpoint, weights_only=True)
     assert after["step"] > before["step"] and after["seconds"] >= 60 * minutes
     assert after["average"]["count"] == after["step"]
@@ -246,7 +246,7 @@ def test_interrupted_latents_are_cut_to_whole_clips_and_continued(tiny_folder: P
     assert path.stat().st_size == 2 * latents.RECORD_BYTES
     vae = latents.trained_autoencoder(tiny_folder)
     scene = render.training_scene(np.random.default_rng([0, 1, 1]))
-    assert scene.caption == latents.clip_caption(seed=0, index=1)
+    assert scene.caption == latents.clip_scene(seed=0, index=1).caption
     with torch.no_grad():
         expected = autoencoder.encode_mean(vae, autoencoder.to_video(render.render(scene))[None])[0]
     found = torch.from_numpy(np.array(latents.open_latents(path)[1])).float()

@@ -5,9 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 
 LAYERS, HEADS, HEAD_DIM, TEXT_DIM = 3, 4, 16, 32
+TEXT_TOKENS, POOLED_DIM = 20, 8
 
 
 def tiny_wan_transformer(seed: int = 0, layers: int = LAYERS, heads: int = HEADS) -> WanTransformer3DModel:
@@ -63,6 +76,156 @@ def tiny_wan_call(seed: int = 0, **overrides: Any) -> dict[str, Any]:
     call: dict[str, Any] = {
         "prompt_embeds": torch.randn(1, 8, TEXT_DIM, generator=generator),
         "negative_prompt_embeds": torch.zeros(1, 8, TEXT_DIM),
+        "height": 64,
+        "width": 64,
+        "num_frames": 5,
+        "num_inference_steps": 5,
+        "guidance_scale": 3.0,
+        "generator": generator,
+        "output_type": "np",
+    }
+    return {**call, **overrides}
+
+
+def tiny_hunyuan_transformer(seed: int = 0, image: str | None = None) -> HunyuanVideoTransformer3DModel:
+    """One dual-stream and two single-stream blocks: LAYERS layers of self-attention. `image` is its image_condition_type."""
+    torch.manual_seed(seed)
+    return HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_DIM,
+        num_layers=1,
+        num_single_layers=LAYERS - 1,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        text_embed_dim=TEXT_DIM,
+        pooled_projection_dim=POOLED_DIM,
+        rope_axes_dim=(4, 6, 6),
+        image_condition_type=image,
+    ).eval()
+
+
+def tiny_hunyuan_vae(seed: int = 0) -> AutoencoderKLHunyuanVideo:
+    torch.manual_seed(seed)
+    return AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 3,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
+        block_out_channels=(4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        spatial_compression_ratio=2,
+        temporal_compression_ratio=4,
+        mid_block_add_attention=False,
+    ).eval()
+
+
+def tiny_hunyuan(seed: int = 0) -> HunyuanVideoPipeline:
+    """A HunyuanVideoPipeline with random weights and no text encoders."""
+    pipe = HunyuanVideoPipeline(
+        text_encoder=None,
+        tokenizer=None,
+        transformer=tiny_hunyuan_transformer(seed),
+        vae=tiny_hunyuan_vae(seed),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def text_mask(*lengths: int) -> torch.Tensor:
+    """[prompts, TEXT_TOKENS]: as a tokenizer pads prompts of these lengths."""
+    return (torch.arange(TEXT_TOKENS) < torch.tensor(lengths)[:, None]).long()
+
+
+def tiny_hunyuan_call(seed: int = 0, lengths: tuple[int, ...] = (7,), true_cfg: bool = False, **overrides: Any) -> dict:
+    """Arguments for `pipe(**...)`: 9 frames of 64 x 64 -> 3 x 16 x 16 = 768 tokens, then 20 of text of which `lengths` exist.
+
+    One prompt for each length. `true_cfg` adds the second pass, under a negative prompt of 4 tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    prompts = len(lengths)
+    call: dict[str, Any] = {
+        "prompt_embeds": torch.randn(prompts, TEXT_TOKENS, TEXT_DIM, generator=generator),
+        "pooled_prompt_embeds": torch.randn(prompts, POOLED_DIM, generator=generator),
+        "prompt_attention_mask": text_mask(*lengths),
+        "height": 64,
+        "width": 64,
+        "num_frames": 9,
+        "num_inference_steps": 5,
+        "generator": generator,
+        "output_type": "np",
+    }
+    if true_cfg:
+        call |= {
+            "true_cfg_scale": 3.0,
+            "negative_prompt_embeds": torch.zeros(prompts, TEXT_TOKENS, TEXT_DIM),
+            "negative_pooled_prompt_embeds": torch.zeros(prompts, POOLED_DIM),
+            "negative_prompt_attention_mask": text_mask(*[4] * prompts),
+        }
+    return {**call, **overrides}
+
+
+def tiny_cogvideox_transformer(version: str = "1.0", seed: int = 0) -> CogVideoXTransformer3DModel:
+    """1.0 as its 2B checkpoint, with sine positions and patches of one frame; 1.5 with RoPE and patches of two."""
+    torch.manual_seed(seed)
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_DIM,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=TEXT_DIM,
+        num_layers=LAYERS,
+        sample_width=32,
+        sample_height=32,
+        sample_frames=5,
+        patch_size=2,
+        patch_size_t=None if version == "1.0" else 2,
+        temporal_compression_ratio=2,
+        max_text_seq_length=TEXT_TOKENS,
+        use_rotary_positional_embeddings=version != "1.0",
+    ).eval()
+
+
+def tiny_cogvideox_vae(seed: int = 0) -> AutoencoderKLCogVideoX:
+    torch.manual_seed(seed)
+    return AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 2,
+        up_block_types=("CogVideoXUpBlock3D",) * 2,
+        block_out_channels=(4, 4),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=2,
+    ).eval()
+
+
+def tiny_cogvideox(version: str = "1.0", seed: int = 0) -> CogVideoXPipeline:
+    """A CogVideoXPipeline with random weights and no text encoder."""
+    pipe = CogVideoXPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=tiny_cogvideox_vae(seed),
+        transformer=tiny_cogvideox_transformer(version, seed),
+        scheduler=CogVideoXDDIMScheduler(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_cogvideox_call(seed: int = 0, **overrides: Any) -> dict[str, Any]:
+    """Arguments for `pipe(**...)`: 20 tokens of text, then 5 frames of 64 x 64 -> 3 x 16 x 16 = 768 tokens.
+
+    1.5 pads the 3 latent frames to 4 and makes 2 of them: 512 tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    call: dict[str, Any] = {
+        "prompt_embeds": torch.randn(1, TEXT_TOKENS, TEXT_DIM, generator=generator),
+        "negative_prompt_embeds": torch.zeros(1, TEXT_TOKENS, TEXT_DIM),
         "height": 64,
         "width": 64,
         "num_frames": 5,

@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from diffusers_accel.families.cogvideox import COGVIDEOX
 from diffusers_accel.families.family import Family
+from diffusers_accel.families.hunyuan_video import HUNYUAN_VIDEO
 from diffusers_accel.families.wan import WAN
 
-FAMILIES: dict[str, Family] = {family.transformer: family for family in (WAN,)}
+FAMILIES: dict[str, Family] = {family.transformer: family for family in (WAN, HUNYUAN_VIDEO, COGVIDEOX)}
 
 COMPONENTS = ("transformer", "transformer_2")
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.shape import ModelShape
 
 Observation = tuple[int, ...]
+AttentionCall = Literal["dispatch_attention_fn", "F.scaled_dot_product_attention"]
 
 
 @dataclass(frozen=True)
@@ -21,20 +22,34 @@ class Family:
     Args:
         name: as plans spell it, such as "wan".
         transformer: module-qualified name of the transformer class (class names repeat across diffusers' modules).
-        attention_call: the global name through which the stock processor calls attention.
+        attention_call: how the code of the stock processor spells its call of attention.
         self_attention: transformer -> its self-attention modules with their names, in layer order.
         shape: transformer -> layers, heads and head dim.
-        observe: (args, kwargs) of the transformer's forward -> the sizes that `layout` needs. Traced by torch.compile, so
-            plain arithmetic on shapes only.
-        layout: (transformer's config, observation) -> TokenLayout.
-        output_projection: attention module -> its output linear; columns h * head_dim : (h + 1) * head_dim belong to head h.
+        observe: (args, kwargs) of the transformer's forward -> the sizes that `layout` needs.
+        layout: (transformer's config, observation) -> TokenLayout, as if all text existed.
+        output_projection: (transformer, name of a self-attention module) -> the linear map that its output goes through,
+            [rows, heads * head_dim] -> [rows, channels].
+        text: (args, kwargs) of the transformer's forward -> the text embeddings, by which passes are told apart where the
+            pipeline does not name them: each pass has its own, the same at every step.
+        text_mask: (args, kwargs) of the transformer's forward -> which text tokens exist, [B, text tokens], of 0 and 1 in
+            any dtype. The model must let the first `sum` text tokens of a row be keys and no others, and mask its
+            self-attention with [B, 1, 1, tokens] accordingly. None for models that do not mask their text.
     """
 
     name: str
     transformer: str
-    attention_call: str
+    attention_call: AttentionCall
     self_attention: Callable[[nn.Module], list[tuple[str, nn.Module]]]
     shape: Callable[[nn.Module], ModelShape]
     observe: Callable[[tuple[Any, ...], Mapping[str, Any]], Observation]
     layout: Callable[[Any, Observation], TokenLayout]
-    output_projection: Callable[[nn.Module], nn.Linear]
+    output_projection: Callable[[nn.Module, str], Callable[[Tensor], Tensor]]
+    text: Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
+    text_mask: Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor] | None = None
+
+
+def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, position: int) -> Any:
+    """The argument of a transformer's forward that has this name, given by name or by position."""
+    if name not in kwargs and len(args) <= position:
+        raise TypeError(f"expected the transformer's forward to be given {name}, as argument {position} or by name")
+    return kwargs[name] if name in kwargs else args[position]

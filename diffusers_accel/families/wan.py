@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from diffusers_accel.families.family import Family, Observation
+from diffusers_accel.families.family import Family, Observation, argument
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.shape import ModelShape
 
@@ -22,8 +22,12 @@ def _shape(transformer: Any) -> ModelShape:
 
 
 def _observe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:
-    hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    return tuple(hidden_states.shape[2:])
+    return tuple(argument(args, kwargs, "hidden_states", 0).shape[2:])
+
+
+def _text(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    text: Tensor = argument(args, kwargs, "encoder_hidden_states", 2)
+    return text
 
 
 def _layout(config: Any, observation: Observation) -> TokenLayout:
@@ -32,8 +36,9 @@ def _layout(config: Any, observation: Observation) -> TokenLayout:
     return TokenLayout(frames, height, width)
 
 
-def _output_projection(module: Any) -> nn.Linear:
-    return module.to_out[0]
+def _output_projection(transformer: Any, name: str) -> Callable[[Tensor], Tensor]:
+    linear: Callable[[Tensor], Tensor] = transformer.get_submodule(name).to_out[0]
+    return linear
 
 
 WAN = Family(
@@ -45,4 +50,5 @@ WAN = Family(
     observe=_observe,
     layout=_layout,
     output_projection=_output_projection,
+    text=_text,
 )

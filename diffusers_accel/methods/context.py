@@ -20,6 +20,7 @@ class Context:
         layer: index of the self-attention layer in that model.
         heads: which heads of the layer are meant, in the order of the result.
         tensors: the plan's side file, by name.
+        now: (step, steps) of the running call, None where nobody says.
     """
 
     layout: TokenLayout
@@ -27,3 +28,4 @@ class Context:
     layer: int
     heads: tuple[int, ...]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    now: tuple[int, int] | None = None

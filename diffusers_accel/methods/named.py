@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from diffusers_accel.methods.method import DENSE, Method
-from diffusers_accel.methods.orders import AxisOrder
-from diffusers_accel.methods.selects import Band
+from diffusers_accel.methods.draft import Draft
+from diffusers_accel.methods.method import AUTO, DENSE, Method
+from diffusers_accel.methods.orders import AxisOrder, Patches
+from diffusers_accel.methods.reuse import Reuse
+from diffusers_accel.methods.selects import All, Band
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,16 @@ class Recipe:
         return DENSE if layer < self.dense_layers else self.heads[head % len(self.heads)]
 
 
-def dense() -> Recipe:
-    """Every head dense: the very frames of the unpatched pipeline, for timing and for tests."""
-    return Recipe(heads=(DENSE,))
+def dense(precision: str = "input") -> Recipe:
+    """Every head dense: the very frames of the unpatched pipeline, for timing and for tests.
+
+    Args:
+        precision: "input" leaves the attention to the model's own backend; "int8" and "int8_fp8" quantize all of it.
+    """
+    return Recipe(heads=(Method(select=All(), precision=precision),))
 
 
-def pattern(density: float = 0.5, dense_steps: float = 0.2, dense_layers: int = 0) -> Recipe:
+def pattern(density: float = 0.5, dense_steps: float = 0.2, dense_layers: int = 0, precision: str = "input") -> Recipe:
     """Sparse-vDiT's patterns (arXiv 2506.03065) without its search.
 
     The paper decides each head's mode by profiling; without a plan no head's taste is known, so even heads take the band
@@ -52,9 +58,92 @@ def pattern(density: float = 0.5, dense_steps: float = 0.2, dense_layers: int = 
         density: share of key blocks read, in (0, 1].
         dense_steps: share of the schedule that stays dense at its start, where the layout of the video is decided.
         dense_layers: number of first layers that stay dense.
+        precision: of the products, "input", "int8" or "int8_fp8".
     """
-    heads = (Method(select=Band(density)), Method(order=AxisOrder("hwf"), select=Band(density)))
+    heads = tuple(Method(order=AxisOrder(axes), select=Band(density), precision=precision) for axes in ("fhw", "hwf"))
     return Recipe(heads=heads, dense_steps=dense_steps, dense_layers=dense_layers)
 
 
-NAMED: dict[str, Callable[..., Recipe]] = {"dense": dense, "pattern": pattern}
+def draft(
+    density: float | None = None,
+    mass: float | None = None,
+    rule: str = "quantile",
+    patch: tuple[int, int] = (8, 16),
+    floor: int = 1,
+    diagonal: bool = True,
+    first_frame: bool = True,
+    hold: int = 1,
+    dense_steps: float = 0.25,
+    dense_layers: int = 1,
+    precision: str = "input",
+) -> Recipe:
+    """DraftAttention (arXiv 2505.14708): a low-resolution attention map, computed anew at each call, guides the full one.
+
+    The paper's own form is `floor=0, diagonal=False, first_frame=False`, with dense_layers=2 for HunyuanVideo. Its code keeps
+    30 % of the steps dense at 50 steps, its text 25 %; 25 % is our default.
+
+    Args:
+        density: share of the video's block pairs read, in (0, 1]; 0.25 where neither it nor a mass is given.
+        mass: read in each row the fewest blocks that reach this share of the map, in (0, 1].
+        rule: "quantile" over a head's whole map, or "row": equally many blocks in each row.
+        patch: token rows and columns that a pooled pixel covers; exchanged in portrait frames. 128 tokens are one block.
+        floor: blocks that each row reads at least.
+        diagonal: always read a block's own keys.
+        first_frame: always read the first frame.
+        hold: steps for which a selection is kept.
+        dense_steps: share of the schedule that stays dense at its start.
+        dense_layers: number of first layers that stay dense.
+        precision: of the products, "input", "int8" or "int8_fp8".
+    """
+    if density is None and mass is None:
+        density = 0.25
+    select = Draft(density, mass, rule, floor, diagonal, first_frame, hold)
+    method = Method(order=Patches(*patch), select=select, precision=precision)
+    return Recipe(heads=(method,), dense_steps=dense_steps, dense_layers=dense_layers)
+
+
+def cached(
+    density: float = 0.25, every: int = 3, dense_steps: float = 0.0, dense_layers: int = 0, precision: str = "input"
+) -> Recipe:
+    """FlashBlock (arXiv 2602.05305) for models without a history, as residual reuse.
+
+    At every n-th step attention is exact; in between the best blocks (a draft in patches) are computed anew, and the rest is
+    merged in as it was. Costs memory: an output and an LSE per layer and branch, see `max_cache` of `patch`.
+
+    Args:
+        density: share of the video's block pairs that is computed between refreshes, in (0, 1].
+        every: refresh at every n-th step, 2 or more.
+        dense_steps: share of the schedule that stays dense at its start.
+        dense_layers: number of first layers that stay dense.
+        precision: of the products, "input", "int8" or "int8_fp8".
+    """
+    method = Method(order=Patches(), select=Draft(density), precision=precision, reuse=Reuse(every))
+    return Recipe(heads=(method,), dense_steps=dense_steps, dense_layers=dense_layers)
+
+
+def reordered(
+    density: float = 0.5, axes: str = "hwf", dense_steps: float = 0.0, dense_layers: int = 0, precision: str = AUTO
+) -> Recipe:
+    """PAROAttention (arXiv 2506.16054) without its calibration: reordered tokens, sparse blocks, quantized products.
+
+    The paper finds the order and the mask of each head offline, as our search does; without a plan all heads take one order
+    and select from pooled scores at each call.
+
+    Args:
+        density: share of the video's block pairs read, in (0, 1].
+        axes: the order of all heads, a permutation of "fhw".
+        dense_steps: share of the schedule that stays dense at its start; the paper has none.
+        dense_layers: number of first layers that stay dense.
+        precision: of the products; "auto" is "int8" on a GPU and "input" on a CPU, where int8 would only be simulated.
+    """
+    method = Method(order=AxisOrder(axes), select=Draft(density), precision=precision)
+    return Recipe(heads=(method,), dense_steps=dense_steps, dense_layers=dense_layers)
+
+
+NAMED: dict[str, Callable[..., Recipe]] = {
+    "dense": dense,
+    "pattern": pattern,
+    "draft": draft,
+    "cached": cached,
+    "reordered": reordered,
+}

@@ -1,8 +1,8 @@
 """The select stage: which key blocks does a query block read?
 
-Sparse-vDiT (arXiv 2506.03065) gives each head one of five fixed patterns. All of them are static here: they depend on the
+Sparse-vDiT (arXiv 2506.03065) gives each head one of five fixed patterns. All of them are static: they depend on the
 layout and, for a calibrated stripe, on the head, never on q and k. Masks are over blocks of `BLOCK` tokens in the
-method's own token order; `frame_major` says whether that order keeps frames together.
+method's own token order. `stored` and `draft` hold the two other ways to select.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods.context import Context
+from diffusers_accel.methods.orders import Order
 
 BLOCK = 128  # tokens of a query block and of a key block
 
@@ -25,8 +26,9 @@ class All:
     """Every query reads every key: dense attention (Sparse-vDiT's M0)."""
 
     kind: ClassVar[str] = "all"
+    label: ClassVar[str] = ""
 
-    def mask(self, ctx: Context, frame_major: bool) -> Tensor:
+    def mask(self, ctx: Context, order: Order) -> Tensor:
         blocks = ctx.layout.blocks(BLOCK)
         return torch.ones(1, blocks, blocks, dtype=torch.bool)
 
@@ -36,8 +38,9 @@ class Skip:
     """No query reads anything: the head's output is 0 (Sparse-vDiT's M1)."""
 
     kind: ClassVar[str] = "skip"
+    label: ClassVar[str] = ""
 
-    def mask(self, ctx: Context, frame_major: bool) -> Tensor:
+    def mask(self, ctx: Context, order: Order) -> Tensor:
         blocks = ctx.layout.blocks(BLOCK)
         return torch.zeros(1, blocks, blocks, dtype=torch.bool)
 
@@ -60,11 +63,15 @@ class Band:
     kind: ClassVar[str] = "band"
 
     def __post_init__(self) -> None:
-        _check_density(self.density)
+        check_density(self.density)
 
-    def mask(self, ctx: Context, frame_major: bool) -> Tensor:
+    @property
+    def label(self) -> str:
+        return f"{self.density:g}"
+
+    def mask(self, ctx: Context, order: Order) -> Tensor:
         blocks = ctx.layout.blocks(BLOCK)
-        always, text = _always_read(ctx.layout, self.first_frame and frame_major)
+        always, text = always_read(ctx.layout, self.first_frame and order.frame_major)
         index = torch.arange(blocks)
         distance = (index[:, None] - index[None, :]).abs().double()
         distance += (index[None, :] > index[:, None]) * 0.5  # ties go to the earlier block
@@ -93,11 +100,15 @@ class Stripe:
     kind: ClassVar[str] = "stripe"
 
     def __post_init__(self) -> None:
-        _check_density(self.density)
+        check_density(self.density)
 
-    def mask(self, ctx: Context, frame_major: bool) -> Tensor:
+    @property
+    def label(self) -> str:
+        return f"{self.density:g}"
+
+    def mask(self, ctx: Context, order: Order) -> Tensor:
         blocks = ctx.layout.blocks(BLOCK)
-        always, text = _always_read(ctx.layout, self.first_frame)
+        always, text = always_read(ctx.layout, self.first_frame)
         score = self._column_score(ctx) if self.calibrated else _spread(blocks)[None]
         ranked = score.masked_fill(always, math.inf).argsort(dim=1, descending=True, stable=True)
         rank = ranked.argsort(dim=1)
@@ -126,11 +137,7 @@ class Stripe:
         return sequence.unflatten(1, (-1, BLOCK)).sum(-1)
 
 
-Select = All | Skip | Band | Stripe
-SELECTS: dict[str, type[Select]] = {cls.kind: cls for cls in (All, Skip, Band, Stripe)}
-
-
-def _check_density(density: float) -> None:
+def check_density(density: float) -> None:
     if not 0 < density <= 1:
         raise ValueError(f"density is the share of key blocks that are read, expected in (0, 1], found {density}")
 
@@ -141,7 +148,7 @@ def _spread(blocks: int) -> Tensor:
     return torch.tensor([-int(f"{index:0{bits}b}"[::-1], 2) for index in range(blocks)], dtype=torch.float64)
 
 
-def _always_read(layout: TokenLayout, first_frame: bool) -> tuple[Tensor, Tensor]:
+def always_read(layout: TokenLayout, first_frame: bool) -> tuple[Tensor, Tensor]:
     """Blocks that every query reads, and those that hold text (which also read everything): bool [blocks] each."""
     text = torch.zeros(layout.blocks(BLOCK), dtype=torch.bool)
     if layout.text_tokens:

@@ -83,16 +83,9 @@ def _quality_chart(name: str, points: Sequence[Any]) -> str:
                 "linestyle": "none",
             }
             axes.plot([x for x, _ in dots], [y for _, y in dots], markersize=3.5, alpha=0.55, **style)
-            axes.errorbar(
-                speed.value,
-                quality.value,
-                xerr=_std(speed),
-                yerr=_std(quality),
-                markersize=9,
-                capsize=3,
-                label=subject,
-                **style,
-            )
+            spread: dict[str, Any] = {"xerr": _std(speed), "yerr": _std(quality)}
+            axes.errorbar(speed.value, quality.value, fmt="none", ecolor=style["color"], capsize=3, **spread)
+            axes.plot(speed.value, quality.value, markersize=9, label=subject, **style)
         axes.margins(0.18)
         at: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "va": "top"}
         axes.annotate("dense", (1.0, 1.0), xytext=(4, 0), **at)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from diffusers_accel.methods import Method
+from diffusers_accel.methods import All, Method, Skip, Stripe
 
 HUES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 DENSE, SKIP = "#6b7280", "#ffffff"
@@ -17,25 +17,45 @@ class Colour:
     ink: str  # readable on `fill`
 
 
-def method_colours(methods: Mapping[str, Method]) -> dict[str, Colour]:
-    """A colour for each symbol of a plan."""
-    groups: dict[str, list[str]] = {}
-    fills: dict[str, str] = {}
-    for symbol, method in methods.items():
+def method_colours(methods: Iterable[Method]) -> dict[Method, Colour]:
+    """A colour for each method, different ones for different methods."""
+    fills: dict[Method, str] = {}
+    kinds: dict[str, set[Method]] = {}
+    for method in methods:
         if method.dense or method.skips:
-            fills[symbol] = DENSE if method.dense else SKIP
+            fills[method] = DENSE if method.dense else SKIP
         else:
-            groups.setdefault(method.label.rpartition(" ")[0], []).append(symbol)
-    for number, kind in enumerate(sorted(groups)):
-        symbols = sorted(groups[kind], key=lambda symbol: asked_density(methods[symbol]))
-        for rank, symbol in enumerate(symbols):
-            fills[symbol] = _mix(HUES[number % len(HUES)], 0.4 + 0.6 * (rank + 1) / len(symbols))
-    return {symbol: Colour(fill, _ink(fill)) for symbol, fill in fills.items()}
+            kinds.setdefault(_kind(method), set()).add(method)
+    for number, kind in enumerate(sorted(kinds)):
+        members = sorted(kinds[kind], key=lambda method: (asked_density(method) or 0.0, method.label))
+        for rank, method in enumerate(members):
+            fills[method] = _mix(_hue(number), 0.4 + 0.6 * (rank + 1) / len(members))
+    return {method: Colour(fill, _ink(fill)) for method, fill in fills.items()}
 
 
-def asked_density(method: Method) -> float:
-    """The density that a method asks for: 1 dense, 0 skipped."""
-    return 1.0 if method.dense else 0.0 if method.skips else float(getattr(method.select, "density", 1.0))
+def asked_density(method: Method) -> float | None:
+    """The density that a method asks for: 1 dense, 0 skipped, a mean over steps where it refreshes at every n-th.
+
+    None where it is not known ahead: a share of attention instead of a density, or a gate.
+    """
+    if isinstance(method.select, (All, Skip)):
+        return 0.0 if method.skips else 1.0
+    density = method.select.density
+    if density is None or method.reuse is None:
+        return density
+    return None if method.reuse.gated else density + (1 - density) / method.reuse.every
+
+
+def _kind(method: Method) -> str:
+    """A method without its amounts: what shares a hue."""
+    calibrated = isinstance(method.select, Stripe) and method.select.calibrated
+    return f"{method.select.kind} {method.order.label} {calibrated} {method.precision} {bool(method.reuse)}"
+
+
+def _hue(number: int) -> str:
+    """The hue of a kind; each further round through HUES is darker."""
+    rounds, index = divmod(number, len(HUES))
+    return "#" + "".join(f"{round(channel * 0.62**rounds):02x}" for channel in _channels(HUES[index]))
 
 
 def _channels(colour: str) -> list[int]:

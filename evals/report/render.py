@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from markupsafe import Markup
 from diffusers_accel.evals.measurement import Measurement
 from diffusers_accel.evals.metrics import METRICS
 from diffusers_accel.evals.report import charts, words
-from diffusers_accel.evals.report.colours import asked_density, method_colours
+from diffusers_accel.evals.report.colours import Colour, asked_density, method_colours
 from diffusers_accel.evals.report.report import Clip, Report, Subject
+from diffusers_accel.methods import Method
 
 FOLDER = Path(__file__).parent
 LETTERS_UP_TO = 16  # heads; a wider plan gets small cells without letters
@@ -23,13 +25,14 @@ LETTERS_UP_TO = 16  # heads; a wider plan gets small cells without letters
 def html(report: Report) -> str:
     """The page: style, script, charts and clips inside it."""
     template = _environment(autoescape=True).get_template("report.html.j2")
+    colours = method_colours(method for subject in report.subjects for method in subject.plan.methods.values())
     return template.render(
         **_shared(report),
         style=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
         script=Markup((FOLDER / "player.js").read_text(encoding="utf-8")),
         quality_charts=[Markup(svg) for svg in charts.quality_speed(report)],
         density_charts=[Markup(svg) for svg in charts.density_per_layer(report)],
-        plans=[_plan(subject) for subject in report.subjects],
+        plans=[_plan(subject, colours) for subject in report.subjects],
         shown=[_clip(report, clip) for clip in report.clips if clip.media],
         fps=next((clip.media.fps for clip in report.clips if clip.media), 1),
     )
@@ -110,7 +113,7 @@ def _flat(value: Any) -> str:
     return str(value)
 
 
-def _plan(subject: Subject) -> dict[str, Any]:
+def _plan(subject: Subject, colours: Mapping[Method, Colour]) -> dict[str, Any]:
     """The heat maps of one plan: a panel per span and transformer, and a legend."""
     plan = subject.plan
     panels: list[dict[str, Any]] = []
@@ -119,7 +122,9 @@ def _plan(subject: Subject) -> dict[str, Any]:
             asked = [asked_density(plan.methods[symbol]) for row in rows for symbol in row]
             title = f"{span.start:.0%} to {span.stop:.0%} of the steps" + (f", {name}" if len(span.heads) > 1 else "")
             cell = (34 if len(rows[0]) <= 8 else 24) if len(rows[0]) <= LETTERS_UP_TO else 11
-            panels.append({"title": title, "rows": rows, "density": sum(asked) / len(asked), "cell": cell})
+            known = [density for density in asked if density is not None]
+            mean = sum(known) / len(known) if len(known) == len(asked) else None
+            panels.append({"title": title, "rows": rows, "density": mean, "cell": cell})
     legend = [
         {
             "symbol": symbol,
@@ -129,23 +134,26 @@ def _plan(subject: Subject) -> dict[str, Any]:
         }
         for symbol, share in plan.shares().items()
     ]
-    colours = method_colours(plan.methods)
-    return {"name": subject.name, "panels": panels, "legend": legend, "colours": colours, "methods": plan.methods}
+    shown = {"name": subject.name, "ran": words.ran(subject), "panels": panels, "legend": legend}
+    by_symbol = {symbol: colours[method] for symbol, method in plan.methods.items()}
+    return {**shown, "colours": by_symbol, "methods": plan.methods}
 
 
 def _clip(report: Report, clip: Clip) -> dict[str, Any]:
-    """The films of one clip, each difference right after its subject."""
+    """The films of one clip: a stack for each run, its difference from dense below it."""
     assert clip.media
-    films = []
+    stacks = []
     for name, film in clip.media.videos.items():
         rows = [(metric.title, report.row(metric.name, name, clip)) for metric in METRICS.values()]
         scores = ", ".join(f"{title} {words.number(row)}" for title, row in rows if row and row.value is not None)
-        films.append({"title": name, "data": _base64(film), "note": scores or ("baseline" if name == "dense" else "")})
+        note = scores or ("baseline" if name == "dense" else "")
+        stacks.append([{"title": name, "data": _base64(film), "note": note}])
         if name in clip.media.differences:
             gain = clip.media.gain
             note = f"|{name} − dense| × {gain}"
-            films.append({"title": f"difference × {gain}", "data": _base64(clip.media.differences[name]), "note": note})
-    return {"prompt": clip.prompt, "seed": clip.seed, "films": films}
+            difference = _base64(clip.media.differences[name])
+            stacks[-1].append({"title": f"difference × {gain}", "data": difference, "note": note})
+    return {"prompt": clip.prompt, "seed": clip.seed, "stacks": stacks}
 
 
 def _base64(film: bytes) -> str:

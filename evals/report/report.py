@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -67,13 +68,15 @@ class Report:
 
     @property
     def headline(self) -> str:
-        """What was found, one sentence per subject."""
-        return " ".join(words.sentence(self, subject.name) for subject in self.subjects)
+        """What was found, a line per subject."""
+        return "\n".join(words.sentence(self, subject.name) for subject in self.subjects)
 
     def table(self) -> Table:
         """For the terminal: a column per subject, so that it fits into 80 characters."""
         columns = [words.cells(self, name) for name in ("dense", *(subject.name for subject in self.subjects))]
-        table = Table("", *(escape(column[0]) for column in columns))
+        table = Table(
+            "", *(escape(column[0]) for column in columns), box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False
+        )
         for heading, *cells in list(zip(words.HEADINGS, *columns, strict=True))[1:]:
             table.add_row(heading, *cells)
         return table

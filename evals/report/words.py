@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from diffusers_accel.evals.measurement import Measurement
 from diffusers_accel.evals.metrics import METRICS
 
 if TYPE_CHECKING:
-    from diffusers_accel.evals.report.report import Report
+    from diffusers_accel.evals.report.report import Report, Subject
 
 UNSTEADY = 0.05  # drift between dense runs above which times are called rough
 HEADINGS = (
@@ -57,7 +58,7 @@ def cells(report: Report, subject: str) -> tuple[str, ...]:
     quality = tuple(number(report.row(metric, subject)) or reference for metric in METRICS)
     return (
         subject,
-        number(report.row("speedup", subject)) or "1 (baseline)",
+        number(report.row("speedup", subject)) or "baseline",
         *costs,
         *quality,
         number(report.row("peak_memory", subject)),
@@ -78,7 +79,21 @@ def sentence(report: Report, subject: str) -> str:
     drift = _drift(report)
     basis += f", while dense itself drifted by {drift:.0%}, so times are rough" if drift > UNSTEADY else ""
     times = f"{basis}; {seconds(dense.value)} → {seconds(patched.value)} a clip"
-    return f"{subject} {_verdict(report, speedup)} ({times}), at {_quality(report, subject)}."
+    note = f" Note: {patched.note}." if patched.note else ""
+    return f"{subject} {_verdict(report, speedup)} ({times}), at {_quality(report, subject)}.{note}"
+
+
+def ran(subject: Subject) -> str:
+    """Which kernels a subject's attention ran in, and what it kept, in its last run."""
+    kernels = sum((Counter(row["kernels"]) for row in subject.layers), Counter[str]())
+    calls = sum(kernels.values())
+    shares = ", ".join(f"{name} ({count / calls:.0%} of the calls)" for name, count in kernels.most_common())
+    text = f"Attention ran in {shares}"
+    if reused := sum(row["reused"] for row in subject.layers):
+        heads = sum(sum(row["methods"].values()) for row in subject.layers)
+        kept = sum(row["cache_bytes"] for row in subject.layers) / 2**20
+        text += f"; {reused / heads:.0%} of heads x calls merged a kept part, which took {kept:,.1f} MiB"
+    return f"{text}."
 
 
 def faster(report: Report, subject: str) -> bool | None:

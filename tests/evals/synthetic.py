@@ -9,7 +9,7 @@ import numpy as np
 from diffusers_accel.evals.measurement import Measurement, Spread, summarise
 from diffusers_accel.evals.report import Clip, Media, Report, Subject
 from diffusers_accel.evals.report.video import encode, encode_difference
-from diffusers_accel.methods import AxisOrder, Band, Method, Recipe, Skip, Stripe
+from diffusers_accel.methods import NAMED, AxisOrder, Band, Method, Recipe, Skip, Stripe
 from diffusers_accel.plan import Plan
 from diffusers_accel.shape import ModelShape
 
@@ -25,15 +25,25 @@ def frames(seed: int, count: int = 4, side: int = 32) -> np.ndarray:
     return clip
 
 
-def plan(layers: int = 3, heads: int = 6) -> Plan:
-    recipe = Recipe(heads=METHODS, dense_steps=0.25)
+def plan(name: str = "", layers: int = 3, heads: int = 6) -> Plan:
+    """Of a named method, or of all kinds of heads."""
+    recipe = NAMED[name](precision="input") if name in NAMED else Recipe(heads=METHODS, dense_steps=0.25)
     return Plan.uniform(recipe, family="wan", models={"transformer": ModelShape(layers, heads, 64)})
 
 
 def report(
-    ratios: dict[str, list[float]], *, drift: float = 0.01, layers: int = 3, heads: int = 6, lpips: str | None = None
+    ratios: dict[str, list[float]],
+    *,
+    drift: float = 0.01,
+    layers: int = 3,
+    heads: int = 6,
+    lpips: str | None = None,
+    notes: dict[str, str] | None = None,
 ) -> Report:
-    """A report of these speed-ups per subject and clip; LPIPS is missing, with that note, where one is given."""
+    """A report of these speed-ups per subject and clip; LPIPS is missing, with that note, where one is given.
+
+    `notes`: what the patch of a subject noted. Subjects with the names of methods have their plans.
+    """
     provenance: dict[str, Any] = {
         "machine": {"cpu": "a processor", "cores": 2},
         "versions": {"torch": "2.13.0"},
@@ -64,7 +74,10 @@ def report(
     rows += [row("repeat_difference", 0.0, "dense", note="identical"), row("dense_patch_difference", 0.02, "dense")]
     for name, values in ratios.items():
         median, spread = summarise(values, "median")
-        rows += [row("speedup", median, name, spread=spread), row("time", 1000 / median, name)]
+        rows += [
+            row("speedup", median, name, spread=spread),
+            row("time", 1000 / median, name, note=(notes or {}).get(name)),
+        ]
         rows += [
             row("attention_time", 300.0, name),
             row("attention_share", 0.4, name),
@@ -77,8 +90,20 @@ def report(
             rows += [row("speedup", value, name, clip=clip.key), row("time", 1000 / value, name, clip=clip.key)]
             rows += [row("psnr", 27.0 + clip.seed, name, clip=clip.key), row("ssim", 0.93, name, clip=clip.key)]
             rows += [row("lpips", None if lpips else 0.05, name, clip=clip.key, note=lpips)]
-    layer_rows = [
-        {"transformer": "transformer", "layer": layer, "density": 0.3 + 0.01 * layer} for layer in range(layers)
-    ]
-    subjects = tuple(Subject(name, plan(layers, heads), layer_rows) for name in ratios)
+    subjects = tuple(
+        Subject(name, plan(name, layers, heads), layer_rows(layers, heads, 0.3 + 0.1 * number))
+        for number, name in enumerate(ratios)
+    )
     return Report(tuple(rows), tuple(clips), subjects, provenance)
+
+
+def layer_rows(layers: int, heads: int, density: float) -> list[dict[str, Any]]:
+    """Rows of `Patch.report()` for 8 calls of each layer, 6 of them in the sparse kernel."""
+    row = {
+        "transformer": "transformer",
+        "calls": 8,
+        "methods": {"band 0.25": 8 * heads},
+        "kernels": {"cpu": 6, "dense": 2},
+    }
+    kept = {"reused": 4 * heads, "cache_bytes": 2**20, "notes": {}}
+    return [{**row, **kept, "layer": layer, "density": density + 0.01 * layer} for layer in range(layers)]

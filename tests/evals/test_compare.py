@@ -91,6 +91,25 @@ def test_density_is_that_of_the_whole_run(found: dict[str, Any]) -> None:
     assert 0.6 <= report.row("density", "named").value <= 0.76
 
 
+def test_what_the_patch_noted_is_kept(pipe: Any) -> None:
+    subjects = {"quantized": ("pattern", {"precision": "int8"}), "exact": "pattern"}
+    report = compare(pipe, subjects, [PROMPT], call=CALL, metrics=(), show=0, progress=False)
+    said = "quantized products are simulated on a CPU: their numbers, not their speed"
+    sparse = "18 of 24 calls"  # 3 of 4 steps, in 3 layers, for both branches
+    assert report.row("time", "quantized").note == f"{said} ({sparse})"
+    assert report.row("time", "exact").note is None and report.row("time", "dense").note is None
+    assert [said in line for line in report.headline.splitlines()] == [True, False]
+
+
+def test_the_cache_budget_of_a_subject_holds_in_its_runs(pipe: Any) -> None:
+    subjects = {"room": "cached", "none": ("cached", {"max_cache": 0.0})}
+    report = compare(pipe, subjects, [PROMPT], call=CALL, metrics=("psnr",), show=0, progress=False)
+    assert report.row("density", "room").value < report.row("density", "none").value == 1
+    assert report.row("time", "none").note == "its cache does not fit into 0% of the free memory: dense"
+    assert report.row("psnr", "none").note == "identical"
+    assert all(row["reused"] and row["cache_bytes"] for row in report.subjects[0].layers)
+
+
 def test_quality_is_of_raw_frames_against_dense(found: dict[str, Any], pipe: Any, plan: Plan) -> None:
     report = found["report"]
     values = []

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from diffusers_accel import Plan
 from diffusers_accel.evals import demo, shapes
+from diffusers_accel.evals.generate import Run
 from diffusers_accel.evals.measurement import read_rows
+from diffusers_accel.methods import NAMED
 from diffusers_accel.search import plan_search
 
 SMALL = {"height": 128, "width": 128, "num_frames": 5, "num_inference_steps": 4, "guidance_scale": 2.0}
@@ -19,26 +23,46 @@ SMALL = {"height": 128, "width": 128, "num_frames": 5, "num_inference_steps": 4,
 @pytest.mark.parametrize(
     ("seconds", "clip", "expected"),
     [
-        (400, 18, (4, True)),
-        (300, 18, (4, True)),
-        (260, 18, (4, False)),
-        (200, 18, (3, False)),
-        (5, 18, (1, False)),
-        (-9, 18, (1, False)),
+        (600, 20, (4, 4)),
+        (450, 20, (3, 4)),
+        (300, 20, (2, 4)),  # what a search of two and a half minutes leaves of eight
+        (270, 25, (1, 4)),  # a slower machine: fewer prompts first
+        (150, 20, (1, 2)),  # names last
+        (100, 20, (1, 0)),
+        (5, 20, (1, 0)),  # the searched plan whatever happens
+        (-9, 20, (1, 0)),
     ],
 )
-def test_time_decides_how_much_is_compared(seconds: float, clip: float, expected: tuple[int, bool]) -> None:
+def test_time_decides_how_much_is_compared(seconds: float, clip: float, expected: tuple[int, int]) -> None:
     assert demo.fit(seconds, clip) == expected
 
 
 def test_what_fits_is_what_it_costs() -> None:
     """Dense, patched, dense for each prompt, the dense run under a patch and the warm-up, with patched runs 20 % cheaper."""
-    for prompts, both in demo.CHOICES[:-1]:
-        subjects = 1 + both
-        warm_up = demo.TRIAL_STEPS / shapes.CALL["num_inference_steps"] * (1 + subjects)
+    for prompts, names in demo.CHOICES[:-1]:
+        subjects = 1 + names
+        warm_up = 2 / 10 * (1 + subjects)
         needed = prompts * (2 + 0.8 * subjects) + 1 + warm_up
-        assert demo.fit(needed + 0.2, 1.0)[0] >= prompts
-        assert demo.fit(needed - 0.2, 1.0) != (prompts, both)
+        assert demo.fit(needed + 0.01, 1.0) == (prompts, names)
+        assert demo.fit(needed - 0.01, 1.0) != (prompts, names)
+
+
+def test_every_named_method_is_shown_unless_time_is_short() -> None:
+    assert set(demo.NAMES) == set(NAMED) - {"dense"}
+    assert all(names == len(demo.NAMES) for prompts, names in demo.CHOICES if prompts > 1)
+
+
+def test_a_clip_costs_its_steps_and_what_is_outside_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([10.0, 12.0])  # ends of the two steps
+
+    def generate(pipe: Any, prompt: str, noise: Any, call: dict[str, Any], on_step: Any) -> Run:
+        for _ in range(call["num_inference_steps"]):
+            on_step()
+        return Run(np.zeros((1, 1, 1, 3), np.float32), 5000.0, 0)
+
+    monkeypatch.setattr(demo, "generate", generate)
+    monkeypatch.setattr(demo, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    assert demo.clip_seconds(SimpleNamespace(), "a red circle") == 5 + 8 * 2
 
 
 def random_pipeline() -> Any:
@@ -78,11 +102,19 @@ def test_demo_from_end_to_end(
     rows = read_rows(out / "report.json")
     speedup = next(row for row in rows if row.metric == "speedup" and row.clip is None)
     assert f"{speedup.value:.2f}x" in said and "0.1 minutes" in said
-    seen = [row.clip["prompt"] for row in rows if row.clip]
-    assert seen and not set(seen) & set(
-        shapes.held_out_prompts(8, seed=0)[: demo.SEARCH_PROMPTS]
-    )  # none that was searched on
+    assert "No time left for pattern, draft, cached, reordered: run it again" in said
+    assert {row.subject for row in rows} == {"dense", "searched plan"}
+    searched = shapes.held_out_prompts(8, seed=0)[: demo.SEARCH_PROMPTS]
+    seen = {row.clip["prompt"] for row in rows if row.clip}
+    assert seen and not seen & set(searched)
 
+    monkeypatch.setattr(demo, "CHOICES", ((1, 4),))  # as if there were time
     demo.main(["--out", str(out), "--minutes", "0.1"])
-    assert "finished before" in capsys.readouterr().err  # the search goes on from what it had measured
+    again = capsys.readouterr()
+    assert "finished before" in again.err  # the search goes on from what it had measured
+    assert "No time left" not in again.out
     assert {path.name for path in out.iterdir()} >= {"plan.json", "report.html", "report.json", "report.md"}
+    rows = read_rows(out / "report.json")
+    assert list(dict.fromkeys(row.subject for row in rows)) == ["dense", "searched plan", *demo.NAMES]
+    densities = {row.subject: row.value for row in rows if row.metric == "density"}
+    assert all(0 < densities[name] < 1 for name in demo.NAMES)  # none of them stayed dense

@@ -14,8 +14,20 @@ import pytest
 
 from diffusers_accel.evals.measurement import read_rows
 from diffusers_accel.evals.report import render, words
-from diffusers_accel.evals.report.colours import method_colours
+from diffusers_accel.evals.report.colours import asked_density, method_colours
 from diffusers_accel.evals.report.video import GAIN, encode, encode_difference
+from diffusers_accel.methods import (
+    NAMED,
+    AxisOrder,
+    Band,
+    Draft,
+    Method,
+    Patches,
+    Reuse,
+    Skip,
+    Stored,
+    Stripe,
+)
 from tests.evals import synthetic
 
 NAME = "<script>alert('$x$')</script> | plan"
@@ -146,6 +158,44 @@ def test_headline_is_honest(ratios: list[float], drift: float, expected: bool | 
     assert "PSNR 27.50 ± 1.25 dB" in report.headline
 
 
+SIMULATED = "quantized products are simulated on a CPU: their numbers, not their speed"
+
+
+@pytest.fixture(scope="module")
+def all_named(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The text of each file of a report on every named method, as the demo makes it."""
+    names = ["searched plan", *(name for name in NAMED if name != "dense")]
+    report = synthetic.report({name: [1.3, 1.4] for name in names}, notes={"reordered": SIMULATED})
+    folder = tmp_path_factory.mktemp("named")
+    report.save(folder)
+    return {path.suffix: path.read_text() for path in folder.iterdir()} | {"headline": report.headline}
+
+
+def test_what_a_patch_noted_is_said_of_its_subject(all_named: dict[str, str]) -> None:
+    for text in (all_named[".html"], all_named[".md"], json.loads(all_named[".json"])["headline"]):
+        assert len(re.findall(f"Note: {SIMULATED}\\.", text)) == 1
+        assert re.search(f"reordered ran 1.35x as fast as dense[^\n]*Note: {SIMULATED}", text)
+    assert len(all_named["headline"].splitlines()) == 5
+
+
+def test_page_of_all_named_methods(all_named: dict[str, str]) -> None:
+    page = Page(text := all_named[".html"])
+    assert page.open == [] and len(page.ids) == len(set(page.ids))
+    assert text.count('<div class="films stacked">') == 2 and text.count('<div class="stack">') == 2 * 6
+    assert text.count("data-mp4=") == 2 * (1 + 2 * 5)
+    assert "draft 8x16 0.25, cached 3" in text and "mean density asked for 0.50" in text
+    ran = "Attention ran in cpu (75% of the calls), dense (25% of the calls); 50% of heads x calls merged a kept part"
+    assert text.count(ran) == 5
+
+
+def test_methods_have_one_colour_on_the_whole_page(all_named: dict[str, str]) -> None:
+    found: dict[str, set[str]] = {}
+    for fill, label in re.findall(r'fill="([^"]+)"><title>layer \d+, head \d+: ([^<]+)</title>', all_named[".html"]):
+        found.setdefault(label, set()).add(fill)
+    assert all(len(fills) == 1 for fills in found.values())
+    assert len({fill for fills in found.values() for fill in fills}) == len(found) >= 8
+
+
 def test_failure_leaves_nothing(report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: Any) -> str:
         raise RuntimeError("no page")
@@ -201,10 +251,25 @@ def test_difference_is_amplified(tmp_path: Path) -> None:
     assert np.abs(film - 0.1 * GAIN).max() < 0.04
 
 
+def many_methods() -> list[Method]:
+    """More kinds than there are hues, most at two densities."""
+    methods = [Method(), Method(precision="int8"), Method(select=Skip()), Method(select=Draft(density=None, mass=0.9))]
+    for density in (0.25, 0.5):
+        selects = (Band(density), Stripe(density), Stripe(density, calibrated=True), Draft(density), Stored(density))
+        methods += [Method(select=select) for select in selects]
+        methods += [Method(order=AxisOrder("hwf"), select=select) for select in (Band(density), Stored(density))]
+        methods += [
+            Method(Patches(), Draft(density), precision, reuse)
+            for precision in ("input", "int8")
+            for reuse in (None, Reuse())
+        ]
+    return methods
+
+
 def test_colours_tell_methods_apart() -> None:
-    methods = dict(zip("abcdef", synthetic.METHODS))
+    methods = many_methods()
     colours = method_colours(methods)
-    assert len({colour.fill for colour in colours.values()}) == len(methods)
+    assert len({colour.fill for colour in colours.values()}) == len(set(methods)) == len(methods)
 
     def luminance(colour: str) -> float:
         channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -215,4 +280,21 @@ def test_colours_tell_methods_apart() -> None:
         dark, light = sorted((luminance(colour.fill), luminance(colour.ink)))
         assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG AA for small text
     # Deeper for the higher density, within one kind.
-    assert luminance(colours["d"].fill) < luminance(colours["c"].fill)
+    for kind in (Band, Stripe, Draft):
+        assert luminance(colours[Method(select=kind(0.5))].fill) < luminance(colours[Method(select=kind(0.25))].fill)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        (Method(), 1.0),
+        (Method(precision="int8"), 1.0),
+        (Method(select=Skip()), 0.0),
+        (Method(select=Draft(0.25)), 0.25),
+        (Method(select=Draft(density=None, mass=0.9)), None),
+        (Method(select=Draft(0.25), reuse=Reuse(3)), 0.5),  # a third of the steps dense
+        (Method(select=Draft(0.25), reuse=Reuse(gated=True)), None),
+    ],
+)
+def test_density_that_a_method_asks_for(method: Method, expected: float | None) -> None:
+    assert asked_density(method) == expected

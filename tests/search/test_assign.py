@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_accel.methods import DENSE, Band, Method, Skip
+from diffusers_accel.layout import TokenLayout
+from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Method, Patches, Reuse, Skip
 from diffusers_accel.search.assign import Assignment, assign
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.cost import Cost
@@ -21,21 +22,29 @@ from diffusers_accel.shape import ModelShape
 SPANS = ((0.0, 0.25), (0.25, 1.0))
 
 
-def make_scores(error, mse=None, densities=(1.0, 0.0, 0.5), spans=SPANS, share=0.5, calls=(2, 6), samples=2) -> Scores:
-    """Scores whose means are `error` and `mse`, [spans, layers, heads, candidates]."""
+def make_scores(
+    error, mse=None, densities=(1.0, 0.0, 0.5), spans=SPANS, share=0.5, calls=(2, 6), samples=2, methods=None
+) -> Scores:
+    """Scores whose means are `error` and `mse`, [spans, layers, heads, candidates]; of a generation without guidance."""
     error = np.asarray(error, "f8")
     mse = error if mse is None else np.asarray(mse, "f8")
     _, layers, heads, options = error.shape
     models = {"transformer": ModelShape(layers, heads, 8)}
-    sums = Scores.zeros(models, len(spans), options, (1, 1))
+    methods = methods or (
+        DENSE,
+        Method(select=Skip()),
+        *(Method(select=Band((i + 1) / options)) for i in range(options - 2)),
+    )
+    layout = TokenLayout(1, 1, 1)
+    sums = Scores.zeros(models, len(spans), methods, layout, 0)
     sums["samples/transformer"][:] = samples
+    sums["density/transformer"][:] = np.asarray(densities) * samples
     sums["error/transformer"][:] = error * samples
     sums["error_square/transformer"][:] = error**2 * samples
     sums["mse/transformer"][:] = mse * samples
     sums["energy/transformer"][:] = 2.0 * samples
-    methods = (DENSE, Method(select=Skip()), *(Method(select=Band((i + 1) / options)) for i in range(options - 2)))
-    done = Pass("a red circle", 10.0, 10.0 * share, {"transformer": calls})
-    return Scores("wan", models, (1, 1), methods, tuple(densities), spans, {}, {}, (done,), sums)
+    done = Pass("a red circle", 10.0, 10.0 * share, {"transformer": calls}, {"transformer": calls})
+    return Scores("wan", models, layout, methods, spans, 0, {}, {}, (done,), sums)
 
 
 def random_scores(seed: int = 0, layers: int = 3, heads: int = 4, **options) -> Scores:
@@ -48,8 +57,17 @@ def random_scores(seed: int = 0, layers: int = 3, heads: int = 4, **options) -> 
     return make_scores(error, densities=densities, **options)
 
 
+def densities_of(scores: Scores) -> np.ndarray:
+    """[candidates]: in these scores they are the same for all heads."""
+    return scores.density("transformer")[-1, -1, -1]
+
+
+def costs(*ms: float) -> Cost:
+    return Cost({"transformer": ms}, {"transformer": ms}, "test", 100, 1, 3)
+
+
 def cost_of(scores: Scores) -> Cost:
-    return Cost({"transformer": tuple(100 * (0.05 * (d > 0) + d) for d in scores.densities)}, "test", 100, 1, 3)
+    return costs(*(100 * (0.05 * (d > 0) + d) for d in densities_of(scores)))
 
 
 def total(table, choice) -> float:
@@ -120,7 +138,7 @@ def test_knapsack_out_of_reach():
 def test_density_budget(target):
     scores = random_scores()
     found = assign(scores, cost_of(scores), Budget.density(target))
-    chosen = np.array(scores.densities)[found.choice["transformer"]]  # [spans, layers, heads]
+    chosen = densities_of(scores)[found.choice["transformer"]]  # [spans, layers, heads]
     realised = (chosen.mean((1, 2)) * [2, 6]).sum() / 8
     assert realised <= target + 1e-9 and realised > target - 0.1
     assert found.density == pytest.approx(realised)
@@ -158,7 +176,7 @@ def test_span_weights_move_the_error_to_the_other_span():
 
     def first_span_density(weights) -> float:
         found = assign(scores, cost_of(scores), Budget.density(0.3), span_weights=weights)
-        return float(np.array(scores.densities)[found.choice["transformer"][0]].mean())
+        return float(densities_of(scores)[found.choice["transformer"][0]].mean())
 
     assert first_span_density((100.0, 1.0)) > first_span_density(None) > first_span_density((0.01, 1.0))
     with pytest.raises(ValueError, match="2 positive numbers"):
@@ -175,7 +193,7 @@ def test_what_was_never_measured_stays_dense():
 
 def test_a_candidate_slower_than_dense_is_never_taken():
     scores = random_scores()
-    cost = Cost({"transformer": (100.0, 1.0, 130.0, 120.0, 90.0)}, "test", 100, 1, 3)
+    cost = costs(100.0, 1.0, 130.0, 120.0, 90.0)
     for budget in (Budget.speedup(1.02), Budget.speedup(1.3)):
         assert not np.isin(assign(scores, cost, budget).choice["transformer"], (2, 3)).any()
 
@@ -241,9 +259,46 @@ def test_paper_relative_mse_is_of_the_heads_own_energy():
 def test_paper_measured_time_instead_of_blocks():
     mse = np.array([[[[0.0, 0.9, 0.1]]]] * 2)
     scores = make_scores(mse)
-    slow = Cost({"transformer": (100.0, 1.0, 180.0)}, "test", 100, 1, 3)
+    slow = costs(100.0, 1.0, 180.0)
     assert assign(scores, slow, Budget.paper(2.0, 0.5, cost="time")).choice["transformer"].ravel().tolist() == [1, 1]
     assert assign(scores, slow, Budget.paper(2.0, 0.5)).choice["transformer"].ravel().tolist() == [2, 2]
+
+
+def test_a_mix_beats_every_single_method():
+    """Two kinds of heads, each of which one method suits: at equal time each method alone must hurt half of them."""
+    methods = (DENSE, Method(select=Band(0.2)), Method(Patches(), Draft(0.2)), Method(AxisOrder("hwf"), Band(0.2)))
+    error = np.full((2, 4, 4, 4), 0.4)
+    error[..., 0] = 0
+    for head in range(4):
+        error[:, :, head, 1 + head % 3] = 0.01
+    scores = make_scores(error, densities=(1.0, 0.2, 0.2, 0.2), methods=methods)
+    cost, budget = costs(100.0, 30.0, 30.0, 30.0), Budget.speedup(1.4)
+    mixed = assign(scores, cost, budget)
+    for method in methods[1:]:
+        single = assign(scores, cost, budget, among=[method])
+        assert set(np.unique(single.choice["transformer"])) == {0, methods.index(method)}
+        assert single.speedup >= 1.4 <= mixed.speedup and mixed.error < 0.2 * single.error
+    assert assign(scores, cost, budget, among=methods).error == mixed.error
+
+
+def test_what_reuses_costs_its_refreshes_and_errs_by_its_age():
+    """7 steps refreshed at the first, fourth and seventh; a span of one step has nothing to reuse."""
+    spans = ((0.0, 0.125), (0.125, 1.0))
+    methods = (DENSE, Method(Patches(), Draft(0.2)), Method(Patches(), Draft(0.2), reuse=Reuse(3)))
+    error = np.zeros((2, 1, 2, 3))
+    error[..., 1], error[..., 2] = 0.4, 0.05  # of the cached one per step of age
+    scores = make_scores(error, densities=(1.0, 0.2, 0.2), spans=spans, calls=(1, 7), methods=methods)
+    scores.sums["samples/transformer"][0, :, :, 2] = 0
+    ages = [0, 1, 2, 0, 1, 2, 0]
+    assert scores.error("transformer")[1, 0, 0].tolist() == pytest.approx([0, 0.4, 0.05 * sum(ages) / 7])
+    assert scores.density("transformer")[1, 0, 0].tolist() == pytest.approx([1, 0.2, (3 + 4 * 0.2) / 7])
+    assert scores.refreshed("transformer")[1].tolist() == pytest.approx([0, 0, 3 / 7])
+    cost = Cost({"transformer": (100, 30, 40)}, {"transformer": (100, 30, 110)}, "test", 100, 1, 3)
+    found = assign(scores, cost, Budget.density(0.7))
+    assert (found.choice["transformer"][1] == 2).all() and (found.choice["transformer"][0] == 0).all()
+    assert found.density == pytest.approx((1 + 3 + 4 * 0.2) / 8)
+    assert found.attention_ratio == pytest.approx((100 + 3 * 110 + 4 * 40) / 800)
+    assert found.error == pytest.approx(2 * 0.05 * sum(ages) / 8)
 
 
 @pytest.mark.parametrize("make", [lambda: Budget.speedup(0.9), lambda: Budget.density(1.1), lambda: Budget.paper(-1.0)])

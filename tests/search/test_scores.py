@@ -32,11 +32,11 @@ def test_means_and_deviations_over_samples():
     for sums, value in ((first, 1.0), (second, 3.0)):
         sums["error/transformer"][:] = value
         sums["error_square/transformer"][:] = value**2
-    done = Pass("a blue square", 20.0, 8.0, {"transformer": (4, 6)})
+    done = Pass("a blue square", 20.0, 8.0, {"transformer": (4, 6)}, {"transformer": (2, 6)})
     both = Scores(**{**vars(scores), "sums": first}).plus(done, second)
     assert both.error("transformer") == pytest.approx(2.0)
     assert both.error_std("transformer") == pytest.approx(1.0)
-    assert both.samples("transformer").tolist() == [[2], [2]]
+    assert (both.samples("transformer") == 2).all() and both.steps("transformer").tolist() == [2, 6]
     assert both.calls("transformer").tolist() == [3, 6]
     assert both.attention_share == pytest.approx((0.5 + 0.4) / 2)
     assert len(both.passes) == 2 and len(scores.passes) == 1
@@ -86,13 +86,16 @@ def header(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda metadata, tensors: metadata.update(version="2"), "expected .* version 1, found .* version 2"),
+        (
+            lambda metadata, tensors: metadata.update(version="1"),
+            "expected .* version 2, found .* version 1; delete the file",
+        ),
         (lambda metadata, tensors: metadata.update(format="other"), "found other"),
         (lambda metadata, tensors: tensors.pop("error/transformer"), "expected the arrays"),
         (lambda metadata, tensors: tensors.update({"mse/transformer": np.zeros(3)}), "mse/transformer must be"),
         (lambda metadata, tensors: tensors["error/transformer"].fill(np.nan), "must be finite"),
         (header(lambda data: data.update(extra=1)), "expected the keys"),
-        (header(lambda data: data["densities"].pop()), "candidates, but"),
+        (header(lambda data: data["candidates"].pop()), "samples/transformer must be"),
         (header(lambda data: data["candidates"][1]["select"].update(kind="magic")), "magic"),
         (header(lambda data: data["passes"][0].pop("seconds")), "seconds"),
     ],
@@ -115,12 +118,12 @@ def test_a_truncated_file_is_refused(tmp_path):
 
 
 def test_cost_round_trip_and_refusals(tmp_path):
-    cost = Cost({"transformer": (10.0, 0.0, 2.5)}, "cpu, 2 threads", 4352, 1, 5)
+    cost = Cost({"transformer": (10.0, 0.0, 2.5)}, {"transformer": (10.0, 0.0, 12.5)}, "cpu, 2 threads", 4352, 1, 5)
     path = tmp_path / "cost.json"
     cost.save(path)
     assert Cost.load(path) == cost
     data = json.loads(path.read_text())
-    for change in ({"version": 2}, {"surprise": 1}, {"ms": {"transformer": [1.0, -1.0]}}):
+    for change in ({"version": 1}, {"surprise": 1}, {"ms": {"transformer": [1.0, -1.0]}}):
         path.write_text(json.dumps({**data, **change}))
         with pytest.raises(ValueError, match="measure the cost again"):
             Cost.load(path)

@@ -14,7 +14,7 @@ from diffusers_accel.search.plan_making import head_strings, plan_tensors
 from diffusers_accel.search.running import check_callback
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.search.sensitivity import span_choice, summed_error
-from tests.search.test_assign import cost_of, random_scores
+from tests.search.test_assign import cost_of, densities_of, random_scores
 from tests.search.test_search import a_call, a_prompt, search, short_cost  # noqa: F401
 from tests.tiny import tiny_wan
 
@@ -48,7 +48,7 @@ def test_impacts_are_the_drift_of_the_final_latents(tmp_path):
 def test_span_choice_makes_one_span_sparse():
     scores = random_scores(calls=(2, 6))
     choice = span_choice(scores, 1)
-    density = np.array(scores.densities)[choice["transformer"]]
+    density = densities_of(scores)[choice["transformer"]]
     assert (density[0] == 1).all() and 0.2 < density[1].mean() <= 0.3 + 1e-9
     error = np.take_along_axis(scores.error("transformer"), choice["transformer"][..., None], -1)
     assert summed_error(scores, choice) == pytest.approx(6 * error[1].sum())

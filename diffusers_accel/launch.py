@@ -1,0 +1,320 @@
+"""The heads of a layer, dealt out to as few kernel launches as can be, and what runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusers_accel.kernels.attention import attention
+from diffusers_accel.kernels.merge import merge
+from diffusers_accel.kernels.pattern import BlockPattern
+from diffusers_accel.layout import TokenLayout
+from diffusers_accel.memory import Held, Memory, mixed
+from diffusers_accel.methods import BLOCK, Context, Draft, Method, Order
+from diffusers_accel.methods.reuse import refreshes
+from diffusers_accel.site import DenseAttention
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The heads of a launch that share a method.
+
+    Args:
+        heads: their numbers in the model.
+        start: place of the first one in the launch.
+        pattern: what they read; None where that is selected at run time.
+        gate: bool [parts, heads] on the CPU, when they refresh; None without a gate.
+    """
+
+    method: Method
+    heads: tuple[int, ...]
+    start: int
+    pattern: BlockPattern | None
+    gate: Tensor | None
+
+    @property
+    def place(self) -> slice:
+        return slice(self.start, self.start + len(self.heads))
+
+    @property
+    def key(self) -> Hashable:
+        """By which a memory knows it."""
+        return self.method, self.heads
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """Heads that one block-sparse launch computes, in one precision.
+
+    Args:
+        groups: of these heads, by method.
+        orders: int64 [distinct orders, S], the token orders that the heads use.
+        order_of: int64 [heads], which of these orders each head uses.
+        model_heads: number of heads of the model.
+    """
+
+    precision: str
+    groups: tuple[Group, ...]
+    orders: Tensor
+    order_of: Tensor
+    model_heads: int
+
+    @cached_property
+    def heads(self) -> tuple[int, ...]:
+        """Numbers in the model, in the launch's order."""
+        return tuple(head for group in self.groups for head in group.heads)
+
+    @cached_property
+    def pattern(self) -> BlockPattern | None:
+        """What all heads read, where none selects at run time."""
+        patterns = [group.pattern for group in self.groups if group.pattern is not None]
+        return BlockPattern.cat(patterns) if len(patterns) == len(self.groups) else None
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether these are all heads in the model's own order, so that nothing needs to be moved."""
+        own = torch.arange(self.orders.shape[1], device=self.orders.device)
+        return (
+            self.heads == tuple(range(self.model_heads)) and len(self.orders) == 1 and torch.equal(self.orders[0], own)
+        )
+
+    @cached_property
+    def head_index(self) -> Tensor:
+        return torch.tensor(self.heads, device=self.orders.device)
+
+    def rows(self, tokens: int) -> Tensor:
+        """int64 [tokens * heads]: where each row of the launch's first tokens stands in the model's [S * H] rows."""
+        orders = self.orders[self.order_of, :tokens]
+        return (orders * self.model_heads + self.head_index[:, None]).T.flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class Deal:
+    """The heads of a layer: dense ones, launches, and the rest, whose output is 0."""
+
+    methods: tuple[Method, ...]
+    layout: TokenLayout
+    dense: tuple[int, ...]
+    launches: tuple[Launch, ...]
+    device: torch.device
+
+    @cached_property
+    def skipped(self) -> int:
+        return len(self.methods) - len(self.dense) - sum(len(launch.heads) for launch in self.launches)
+
+    @cached_property
+    def remembering(self) -> frozenset[Hashable]:
+        """The keys of the groups that use something of an earlier step."""
+        return frozenset(group.key for launch in self.launches for group in launch.groups if group.method.timed)
+
+    @cached_property
+    def dense_index(self) -> Tensor:
+        return torch.tensor(self.dense, device=self.device)
+
+
+class Ran(NamedTuple):
+    """The output [B, S, H, D] of a layer, the share of block pairs that was computed (a 0-d tensor where only the device
+    knows it), and how many heads reused a kept part."""
+
+    out: Tensor
+    density: float | Tensor
+    reused: int
+
+
+def deal(methods: tuple[Method, ...], ctx: Context, device: torch.device) -> Deal:
+    """Deals the heads of a layer out; `ctx.heads` is ignored."""
+    groups: dict[str, dict[Method, list[int]]] = {}
+    for head, method in enumerate(methods):
+        if not method.dense and not method.skips:
+            groups.setdefault(method.precision, {}).setdefault(method, []).append(head)
+    return Deal(
+        methods=methods,
+        layout=ctx.layout,
+        dense=tuple(head for head, method in enumerate(methods) if method.dense),
+        launches=tuple(_launch(precision, some, ctx, len(methods), device) for precision, some in groups.items()),
+        device=device,
+    )
+
+
+def _launch(
+    precision: str, members: dict[Method, list[int]], ctx: Context, model_heads: int, device: torch.device
+) -> Launch:
+    used: list[Order] = list(dict.fromkeys(method.order for method in members))
+    groups: list[Group] = []
+    for method, heads in members.items():
+        here = replace(ctx, heads=tuple(heads))
+        start = sum(len(group.heads) for group in groups)
+        gate = method.reuse.gate(here) if method.reuse else None
+        groups.append(Group(method, tuple(heads), start, _static_pattern(method, here, device), gate))
+    order_of = [used.index(group.method.order) for group in groups for _ in group.heads]
+    return Launch(
+        precision=precision,
+        groups=tuple(groups),
+        orders=torch.stack([order.index(ctx.layout) for order in used]).to(device),
+        order_of=torch.tensor(order_of, dtype=torch.int64, device=device),
+        model_heads=model_heads,
+    )
+
+
+def _static_pattern(method: Method, ctx: Context, device: torch.device) -> BlockPattern | None:
+    if method.dynamic:
+        return None
+    mask = method.mask(ctx) if method.calibrated else _layout_mask(method, ctx.layout)
+    mask = mask.expand(len(ctx.heads), -1, -1)[None, :, :, : ctx.layout.key_blocks(BLOCK)]
+    return BlockPattern.from_mask(mask, ctx.layout.tokens, ctx.layout.keys, BLOCK, BLOCK).to(device)
+
+
+@lru_cache(maxsize=256)
+def _layout_mask(method: Method, layout: TokenLayout) -> Tensor:
+    """The mask of a method that knows no layers: one for all heads and layers that take it."""
+    return method.mask(Context(layout, transformer="", layer=0, heads=(0,)))
+
+
+def run(
+    deal: Deal,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dense: DenseAttention,
+    memory: Memory | None = None,
+    now: tuple[int, int] = (0, 1),
+) -> Ran:
+    """Attention of one layer.
+
+    Args:
+        q: [B, S, H, D]; k, v: [B, keys, H, D].
+        dense: the attention of dense heads.
+        memory: of this layer and branch; None remembers nothing, so that what could be reused is computed.
+        now: (step, steps) of the running call.
+    """
+    memory = memory or Memory()
+    if deal.remembering:
+        memory.begin(now, q, k, deal.remembering)
+    if len(deal.launches) == 1 and deal.launches[0].whole:
+        return _attend(deal.launches[0], q, k, v, deal.layout, memory, now)
+    out = v.new_zeros(q.shape) if deal.skipped else v.new_empty(q.shape)
+    density: float | Tensor = float(len(deal.dense))
+    reused = 0
+    if deal.dense:
+        index = deal.dense_index
+        out.index_copy_(2, index, dense(*(x.index_select(2, index) for x in (q, k, v))))
+    for launch in deal.launches:
+        query_rows = launch.rows(q.shape[1])
+        key_rows = query_rows if k.shape[1] == q.shape[1] else launch.rows(k.shape[1])
+        own_q, own_k, own_v = (
+            x.flatten(1, 2).index_select(1, rows).unflatten(1, (-1, len(launch.heads)))
+            for x, rows in ((q, query_rows), (k, key_rows), (v, key_rows))
+        )
+        ran = _attend(launch, own_q, own_k, own_v, deal.layout, memory, now)
+        out.view(out.shape[0], -1, out.shape[-1]).index_copy_(1, query_rows, ran.out.flatten(1, 2))
+        density, reused = density + ran.density * len(launch.heads), reused + ran.reused
+    return Ran(out, density / len(deal.methods), reused)
+
+
+def _attend(
+    launch: Launch, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, memory: Memory, now: tuple[int, int]
+) -> Ran:
+    """One launch; q, k, v hold its heads, each in its own order."""
+    choices = [_choose(group, q, k, layout, memory.held.get(group.key), now) for group in launch.groups]
+    out, lse = attention(q, k, v, _together(launch, [pattern for pattern, _ in choices]), precision=launch.precision)
+    density: float | Tensor = 0.0
+    reused = 0
+    for group, (own, refresh) in zip(launch.groups, choices, strict=True):
+        density = density + _density(own, refresh) * len(group.heads)
+        if not group.method.timed:
+            continue
+        place, held = group.place, memory.held.get(group.key)
+        qkv = q[:, :, place], k[:, :, place], v[:, :, place]
+        held = _remember(group, held, own, refresh, qkv, launch.precision, now[0])
+        if held.out is not None and held.lse is not None:
+            out[:, :, place] = merge([(out[:, :, place], lse[:, place]), (held.out, held.lse)])[0]
+        memory.held[group.key] = held
+        reused += len(refresh) - sum(refresh)
+    return Ran(out, density / len(launch.heads), reused)
+
+
+def _choose(
+    group: Group, q: Tensor, k: Tensor, layout: TokenLayout, held: Held | None, now: tuple[int, int]
+) -> tuple[BlockPattern, list[bool]]:
+    """What a group reads at this step, and which of its heads refresh (empty without reuse)."""
+    reuse, select = group.method.reuse, group.method.select
+    if held is None:
+        return _fresh(group, q, k, layout), [True] * len(group.heads) if reuse else []
+    if reuse:
+        refresh = refreshes(reuse.every, group.gate, now, held.refreshed)
+        if not any(refresh):  # also where the plan's mask has changed since: what is kept is the rest of the held one
+            return held.pattern, refresh
+        fresh = _fresh(group, q, k, layout)
+        return fresh if all(refresh) else mixed(fresh, held.pattern, refresh), refresh
+    assert isinstance(select, Draft)  # nothing else remembers without a reuse
+    keeps = now[0] - held.selected < select.hold
+    return held.pattern if keeps else _fresh(group, q, k, layout), []
+
+
+def _fresh(group: Group, q: Tensor, k: Tensor, layout: TokenLayout) -> BlockPattern:
+    """What a group would read if it remembered nothing."""
+    if group.pattern is not None:
+        return group.pattern
+    select = group.method.select
+    assert isinstance(select, Draft)
+    return select.pattern(q[:, :, group.place], k[:, :, group.place], layout, group.method.order)
+
+
+def _together(launch: Launch, patterns: list[BlockPattern]) -> BlockPattern:
+    """The patterns of a launch's groups as one."""
+    if len(patterns) == 1:
+        return patterns[0]
+    own = all(pattern is group.pattern for pattern, group in zip(patterns, launch.groups, strict=True))
+    return launch.pattern if own and launch.pattern is not None else BlockPattern.cat(patterns)
+
+
+def _remember(
+    group: Group,
+    held: Held | None,
+    pattern: BlockPattern,
+    refresh: list[bool],
+    qkv: tuple[Tensor, Tensor, Tensor],
+    precision: str,
+    step: int,
+) -> Held:
+    """What a group remembers after this step; where heads refresh, their unread blocks are computed."""
+    heads = [head for head, now in enumerate(refresh) if now]
+    if held is None or len(heads) == len(refresh) > 0:
+        out = lse = None
+        if heads:
+            # A selected pattern is complemented once; lists that stay with it would only take memory.
+            static = pattern is group.pattern
+            unread = pattern.derived(BlockPattern.complement) if static else pattern.complement()
+            out, lse = attention(*qkv, unread, precision=precision)
+        return Held(pattern, step, [step] * len(refresh), out, lse)
+    if heads:
+        assert held.out is not None and held.lse is not None
+        index = torch.tensor(heads, device=pattern.device)
+        some_q, some_k, some_v = (x.index_select(2, index) for x in qkv)
+        out, lse = attention(some_q, some_k, some_v, pattern.take(heads).complement(), precision=precision)
+        held.out.index_copy_(2, index, out)
+        held.lse.index_copy_(1, index, lse)
+    return Held(
+        pattern,
+        held.selected if pattern is held.pattern else step,
+        [step if now else last for now, last in zip(refresh, held.refreshed, strict=True)],
+        held.out,
+        held.lse,
+    )
+
+
+def _density(pattern: BlockPattern, refresh: list[bool]) -> float | Tensor:
+    """The share of the block pairs that a group computes, all of them where heads refresh; does not wait for the device."""
+    if refresh and all(refresh):
+        return 1.0
+    if not any(refresh):
+        known = pattern.device.type == "cpu" or "computed_blocks" in pattern.__dict__
+        return pattern.density if known else pattern.counts.double().mean() / pattern.key_blocks
+    reads = pattern.counts.double().mean((0, 2)) / pattern.key_blocks
+    reads = reads.masked_fill(torch.tensor(refresh, device=reads.device), 1.0).mean()
+    return float(reads) if reads.device.type == "cpu" else reads

@@ -1,0 +1,109 @@
+"""DraftAttention's selection (arXiv 2505.14708): a low-resolution attention map says which blocks are worth computing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffusers_accel.kernels.pattern import BlockPattern
+from diffusers_accel.kernels.pool import pool
+from diffusers_accel.kernels.select import select
+from diffusers_accel.layout import TokenLayout
+from diffusers_accel.methods.orders import Order
+from diffusers_accel.methods.selects import BLOCK, always_read, check_density
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Blocks are averaged, their softmax map stands for the full one, and the best block pairs are read.
+
+    The paper keeps the best share of a head's whole map (rule "quantile"), whose rows may be empty, forces nothing but text
+    and selects anew at every call. That is `Draft(density, floor=0, diagonal=False, first_frame=False)` in patches of 8 x 16.
+    By default rows here read at least one block, and the diagonal and the first frame are always read, within the density.
+
+    Args:
+        density: share of the block pairs of the video that is read, in (0, 1]; text is always read beside it. None with
+            `mass`.
+        mass: read in each row the fewest blocks whose share of the map reaches this, in (0, 1], instead of a density.
+        rule: "quantile": the best of a head's whole map; "row": equally many in each row.
+        floor: blocks that a row reads at least; all where there are fewer.
+        diagonal: always read a block's own keys.
+        first_frame: always read the first frame's keys, where the order keeps it together.
+        hold: steps for which a selection is kept, 1 or more.
+    """
+
+    density: float | None = 0.25
+    mass: float | None = None
+    rule: str = "quantile"
+    floor: int = 1
+    diagonal: bool = True
+    first_frame: bool = True
+    hold: int = 1
+    kind: ClassVar[str] = "draft"
+
+    def __post_init__(self) -> None:
+        if (self.density is None) == (self.mass is None):
+            raise ValueError(
+                f"a draft takes either a density or a mass, found density {self.density} and mass {self.mass}; "
+                "give density=None with a mass"
+            )
+        if self.density is not None:
+            check_density(self.density)
+        elif not (isinstance(self.mass, (int, float)) and 0 < self.mass <= 1):
+            raise ValueError(f"mass is a share of each row's attention, expected in (0, 1], found {self.mass}")
+        if self.rule not in ("quantile", "row"):
+            raise ValueError(f'rule is "quantile" or "row", found {self.rule!r}')
+        if self.mass is not None and self.rule != "quantile":
+            raise ValueError(f"a mass decides row by row: leave the rule out, found {self.rule!r}")
+        if self.floor < 0 or self.hold < 1:
+            raise ValueError(f"expected floor >= 0 and hold >= 1, found {self.floor} and {self.hold}")
+
+    @property
+    def label(self) -> str:
+        amount = f"{self.density:g}" if self.density is not None else f"mass {self.mass:g}"
+        words = ("row" if self.rule == "row" else "", amount, f"hold {self.hold}" if self.hold > 1 else "")
+        return " ".join(word for word in words if word)
+
+    def pattern(self, q: Tensor, k: Tensor, layout: TokenLayout, order: Order) -> BlockPattern:
+        """The block lists of each batch row and head; q [B, S, H, D] and k [B, S_k, H, D] lie in `order`."""
+        always = _forced(layout, order, self.diagonal, self.first_frame, q.device)
+        key_blocks = -(-k.shape[1] // BLOCK)
+        first, stop = video_blocks(layout)
+        if first >= stop:  # every block holds text, which is always read
+            return BlockPattern.full(q.shape[2], q.shape[1], k.shape[1], BLOCK, BLOCK, device=q.device)
+        return select(
+            pool(q, BLOCK),
+            pool(k, BLOCK),
+            queries=q.shape[1],
+            keys=k.shape[1],
+            density=self.density,
+            mass=self.mass,
+            rule=self.rule,
+            always=always[:, :key_blocks],
+            competing=(first, stop),
+            floor=min(self.floor, stop - first),
+            block_q=BLOCK,
+            block_k=BLOCK,
+        )
+
+
+def video_blocks(layout: TokenLayout) -> tuple[int, int]:
+    """[first, stop) of the blocks that hold no text."""
+    if layout.text_at == "start":
+        return -(-layout.text_tokens // BLOCK), layout.blocks(BLOCK)
+    return 0, layout.text_start // BLOCK if layout.text_tokens else layout.blocks(BLOCK)
+
+
+@lru_cache(maxsize=64)
+def _forced(layout: TokenLayout, order: Order, diagonal: bool, first_frame: bool, device: torch.device) -> Tensor:
+    """bool [query blocks, key blocks]: what is read whatever the map says."""
+    always, _ = always_read(layout, first_frame and order.frame_major)
+    blocks = len(always)
+    forced = always.expand(blocks, blocks).clone()
+    if diagonal:
+        forced |= torch.eye(blocks, dtype=torch.bool)
+    return forced.to(device)

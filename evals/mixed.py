@@ -1,0 +1,181 @@
+"""Does mixing pay? One plan that mixes all methods against the best plan of each method alone, at equal time.
+
+python -m diffusers_accel.evals.mixed --speedup 1.4 --prompts 4 --out mixed
+
+One search of the shapes model measures all candidates. From its scores a plan is made of each method alone and one of all,
+at the same speed-up. What each plan really reaches is tried on one of the search's prompts, and its budget corrected by
+that. All plans are then compared on prompts that the search has not seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from diffusers_accel import __version__
+from diffusers_accel.evals import shapes
+from diffusers_accel.evals.compare import compare
+from diffusers_accel.evals.report import Report
+from diffusers_accel.evals.shapes.weights_folder import weights_digest
+from diffusers_accel.files import write_whole
+from diffusers_accel.plan import Plan
+from diffusers_accel.search.assign import assign
+from diffusers_accel.search.budget import Budget
+from diffusers_accel.search.candidates import SETS, candidates
+from diffusers_accel.search.cost import Cost
+from diffusers_accel.search.plan_making import make_plan
+from diffusers_accel.search.plan_search import search_plan
+from diffusers_accel.search.scores import Scores
+
+SPEEDUP = 1.4
+PROMPTS = 4
+SEARCH_PROMPTS = 4
+MIXED = "mixed"
+HEADINGS = ("plan", "expected speed-up", "measured", "density", "PSNR", "SSIM", "methods, by share of heads")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=Path(MIXED), help="folder for the plans and the report")
+    parser.add_argument("--speedup", type=float, default=SPEEDUP, help="of a whole generation, asked of every plan")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="to compare on; none of them is searched with")
+    parser.add_argument("--search-prompts", type=int, default=SEARCH_PROMPTS, help="to search with, 2 or more")
+    options = parser.parse_args(arguments)
+    if options.prompts < 1 or options.search_prompts < 2:
+        raise ValueError(
+            f"expected 1 prompt or more to compare on and 2 or more to search with, found {options.prompts} and "
+            f"{options.search_prompts}"
+        )
+    pipe = shapes.load_pipeline()
+    prompts = shapes.held_out_prompts(options.search_prompts + options.prompts, seed=0)
+    known, held_out = prompts[: options.search_prompts], prompts[options.search_prompts :]
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    options.out.mkdir(parents=True, exist_ok=True)
+    scores, cost = measured(pipe, known, options.out, options.speedup)
+    plans, missing = find_plans(scores, cost, dict.fromkeys((MIXED, *SETS), options.speedup))
+    if MIXED not in plans:
+        raise ValueError(missing[MIXED])
+    console.print("A clip with each plan, to correct their budgets by what they reach.")
+    tried = compare(pipe, plans, known[:1], call=shapes.CALL, metrics=("psnr",))
+    plans = corrected(scores, cost, plans, tried, options.speedup)
+    for name, plan in plans.items():
+        plan.save(options.out / f"{name}.json")
+    report = compare(pipe, plans, held_out, call=shapes.CALL)
+    report.save(options.out)
+    text = summary(report, plans, missing, options.speedup)
+    write_whole(options.out / "mixed.md", text.encode())
+    console.print(text)
+
+
+def measured(pipe: Any, prompts: list[str], out: Path, speedup: float) -> tuple[Scores, Cost]:
+    """What one search measures; an interrupted one goes on."""
+    digest = weights_digest(shapes.verify_weights())
+    path = out / f"search-{__version__}-{digest[:12]}.safetensors"
+    try:
+        search_plan(pipe, prompts, call=shapes.CALL, budget=Budget.speedup(speedup), scores_path=path)
+    except ValueError as reason:  # all has been measured by then; the plans below say it again, each for itself
+        if "out of reach" not in str(reason):
+            raise
+    return Scores.load(path), Cost.load(path.with_suffix(".cost.json"))
+
+
+def find_plans(scores: Scores, cost: Cost, speedups: Mapping[str, float]) -> tuple[dict[str, Plan], dict[str, str]]:
+    """The plan of each name ("mixed" or one of `SETS`) at its speed-up, and of those out of reach the reason."""
+    plans, missing = {}, {}
+    for name, speedup in speedups.items():
+        budget = Budget.speedup(speedup)
+        try:
+            found = assign(scores, cost, budget, among=None if name == MIXED else alone(scores, name))
+        except ValueError as reason:
+            missing[name] = str(reason)
+        else:
+            plans[name] = make_plan(scores, cost, found, budget)
+    return plans, missing
+
+
+def alone(scores: Scores, name: str) -> tuple[Any, ...]:
+    """The candidates of one method, at whatever densities were searched."""
+    densities = sorted({getattr(method.select, "density", None) or 1.0 for method in scores.candidates})
+    quantized = any(method.precision != "input" for method in scores.candidates)
+    every = {each for density in densities for each in candidates([density], methods=[name], quantized=quantized)}
+    return tuple(method for method in scores.candidates if method in every)
+
+
+def corrected(scores: Scores, cost: Cost, plans: Mapping[str, Plan], tried: Report, speedup: float) -> dict[str, Plan]:
+    """Plans that should really reach the speed-up: each asked for as much more as it fell short, or less; one for which
+    that is out of reach stays as it is."""
+    asked = {}
+    for name in plans:
+        row = tried.row("speedup", name)
+        assert row and row.value
+        asked[name] = max(1.0, speedup**2 / row.value)
+    better, _ = find_plans(scores, cost, asked)
+    return {**plans, **better}
+
+
+def summary(report: Report, plans: Mapping[str, Plan], missing: Mapping[str, str], speedup: float) -> str:
+    """A table with a line per plan, and in words whether the mixed one has the best PSNR."""
+    lines = [
+        "# Mixed against single methods",
+        "",
+        f"Plans of the shapes model for {speedup:g}x, on {len(report.clips)} clip{'s' * (len(report.clips) > 1)}.",
+        "",
+    ]
+    lines += [f"| {' | '.join(HEADINGS)} |", f"|{' --- |' * len(HEADINGS)}"]
+    lines += [f"| {' | '.join(_cells(report, name, plan))} |" for name, plan in plans.items()]
+    lines += ["", *(f"{name}: {reason}" for name, reason in missing.items()), verdict(report, [*plans])]
+    return "\n".join(lines) + "\n"
+
+
+def verdict(report: Report, names: list[str]) -> str:
+    """Whether the mixed plan or a single method has the higher PSNR, and at which measured speed-ups."""
+    single = [name for name in names if name != MIXED]
+    if not single:
+        return "No single method reaches the speed-up: there is nothing to compare with."
+    best = max(single, key=lambda name: _value(report, "psnr", name))
+    mine, theirs = (_value(report, "psnr", name) for name in (MIXED, best))
+    won = "higher" if mine > theirs else "NOT higher"
+    times = ", ".join(f"{name} {_value(report, 'speedup', name):.2f}x" for name in (MIXED, best))
+    found = f"{mine:.2f} and {theirs:.2f} dB ({times})"
+    return f"The mixed plan's PSNR is {won} than that of the best single method, {best}: {found}."
+
+
+def _cells(report: Report, name: str, plan: Plan) -> list[str]:
+    shares = sorted(plan.shares().items(), key=lambda item: -item[1])
+    mix = ", ".join(f"{plan.methods[symbol].label} {share:.0%}" for symbol, share in shares if share >= 0.005)
+    figures = [
+        f"{_value(report, metric, name):{form}}"
+        for metric, form in (("density", ".3f"), ("psnr", ".2f"), ("ssim", ".4f"))
+    ]
+    return [
+        name,
+        f"{plan.provenance['predicted']['speedup']:.2f}x",
+        f"{_value(report, 'speedup', name):.2f}x",
+        *figures,
+        mix,
+    ]
+
+
+def _value(report: Report, metric: str, name: str) -> float:
+    """A number of the report over all clips; the PSNR of frames that are all the same is infinite."""
+    row = report.row(metric, name)
+    if row and row.value is None and row.note == "identical":
+        return math.inf
+    if row is None or row.value is None:
+        raise ValueError(f"{name}: expected a value of {metric}, found none: {row.note if row else 'no such row'}")
+    return row.value
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; run it again and the search goes on from where it was")
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,132 @@
+"""What is observed when: which steps of a generation measure errors, which keep a part for a later one, which choose masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from diffusers_accel.methods import Method, Stored, Stripe
+from diffusers_accel.methods.reuse import part_of
+
+PARTS = 3  # equal parts of the schedule that have stored masks of their own
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a pass measures.
+
+    Args:
+        candidates: the first is dense.
+        spans: (start, stop) fractions of the schedule.
+        rows: sampled query rows per call; half of them calibrate stripes where a candidate needs that.
+        probe_steps: steps per span at which errors are measured.
+        seed: of the sampled rows.
+    """
+
+    candidates: tuple[Method, ...]
+    spans: tuple[tuple[float, float], ...]
+    rows: int
+    probe_steps: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 2 or self.probe_steps < 1:
+            raise ValueError(
+                f"expected at least 2 rows and 1 probe step per span, found {self.rows} and {self.probe_steps}"
+            )
+
+    @property
+    def stripes(self) -> bool:
+        """Whether a candidate needs the attention that columns receive."""
+        return any(isinstance(method.select, Stripe) and method.select.calibrated for method in self.candidates)
+
+    @property
+    def stores(self) -> bool:
+        """Whether a candidate needs masks that are chosen during the search."""
+        return any(isinstance(method.select, Stored) for method in self.candidates)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The observed steps of a generation of `steps` steps.
+
+    Args:
+        measured: at these, errors are measured.
+        kept: step -> (measured step, candidate) pairs: which reusing candidates keep their part there, and for when.
+        parts: step -> part of the schedule whose masks are chosen there.
+    """
+
+    steps: int
+    measured: frozenset[int]
+    kept: dict[int, tuple[tuple[int, int], ...]]
+    parts: dict[int, int]
+
+    @classmethod
+    def of(cls, settings: Settings, steps: int) -> Schedule:
+        measured = chosen_steps(settings.spans, steps, settings.probe_steps)
+        kept: dict[int, tuple[tuple[int, int], ...]] = {}
+        for step in sorted(measured):
+            for index, method in enumerate(settings.candidates):
+                if method.reuse and (age := kept_age(settings.spans, step, steps, method.reuse.every)):
+                    kept[step - age] = (*kept.get(step - age, ()), (step, index))
+        parts = mask_steps(steps, PARTS) if settings.stores else {}
+        return cls(steps, measured, kept, parts)
+
+    @property
+    def observed(self) -> int:
+        """Steps at which sampled rows are looked at; one that does so for two reasons counts twice."""
+        return len(self.measured) + len(self.kept)
+
+
+def span_index(spans: Sequence[tuple[float, float]], step: int, steps: int) -> int:
+    """The span that a step belongs to: the one that holds its middle, as in `Plan.span_at`."""
+    middle = (step + 0.5) / steps
+    return next(index for index, (_, stop) in enumerate(spans) if middle < stop or index == len(spans) - 1)
+
+
+def chosen_steps(spans: Sequence[tuple[float, float]], steps: int, per_span: int) -> frozenset[int]:
+    """The steps at which a pass measures: up to `per_span` of each span, evenly spread."""
+    chosen: set[int] = set()
+    for span in range(len(spans)):
+        inside = [step for step in range(steps) if span_index(spans, step, steps) == span]
+        count = min(per_span, len(inside))
+        chosen |= {inside[(2 * index + 1) * len(inside) // (2 * count)] for index in range(count)}
+    return frozenset(chosen)
+
+
+def kept_age(spans: Sequence[tuple[float, float]], step: int, steps: int, every: int) -> int:
+    """How many steps before `step` its kept part is taken: half a cycle, less where the span is younger than that.
+
+    0 at a span's first step, which refreshes: where another span begins, other heads share a method, and what was kept of
+    those is of no use.
+    """
+    span = span_index(spans, step, steps)
+    first = next(each for each in range(steps) if span_index(spans, each, steps) == span)
+    return min(every // 2, step - first)
+
+
+def mean_age(steps: int, every: int) -> float:
+    """Mean age of the kept part over a span of `steps` steps that begins with a refresh, 0 at each refresh."""
+    return sum(step % every for step in range(steps)) / steps if steps else 0.0
+
+
+def refresh_share(steps: int, every: int) -> float:
+    """Share of a span's `steps` steps that refresh."""
+    return -(-steps // every) / steps if steps else 0.0
+
+
+def mask_steps(steps: int, parts: int) -> dict[int, int]:
+    """Of each of `parts` equal parts of the schedule the middle step; there are no more parts than steps."""
+    parts = min(parts, steps)
+    inside = {part: [step for step in range(steps) if part_of((step, steps), parts) == part] for part in range(parts)}
+    return {each[len(each) // 2]: part for part, each in inside.items()}
+
+
+def stored_axes(candidates: Iterable[Method]) -> tuple[str, ...]:
+    """The axis orders in which masks may be stored, in the order of the candidates."""
+    return tuple(dict.fromkeys(method.order.label for method in candidates if isinstance(method.select, Stored)))
+
+
+def stored_densities(candidates: Iterable[Method]) -> tuple[float, ...]:
+    """The densities of stored masks, ascending."""
+    return tuple(sorted({method.select.density for method in candidates if isinstance(method.select, Stored)}))

@@ -1,0 +1,93 @@
+"""Mixed against single methods: plans from one set of scores, their correction, and the comparison from end to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffusers_accel import Plan
+from diffusers_accel.evals import mixed, shapes
+from diffusers_accel.evals.measurement import read_rows
+from diffusers_accel.methods import DENSE
+from diffusers_accel.search import plan_search
+from diffusers_accel.search.candidates import SETS, candidates
+from diffusers_accel.search.cost import Cost
+from diffusers_accel.search.scores import Scores
+from tests.evals.test_demo import SMALL, random_pipeline
+from tests.search.test_assign import costs, make_scores
+
+METHODS = tuple(method for method in candidates((0.2, 0.4), methods=("pattern", "draft", "cached")))
+
+
+def synthetic() -> tuple[Scores, Cost]:
+    """Each head is suited by another of the methods."""
+    density = np.array([1.0 if m == DENSE else getattr(m.select, "density", 0.0) for m in METHODS])
+    error = np.random.default_rng(0).uniform(0.01, 1, (2, 4, 4, len(METHODS))) * (1 - density)
+    error[..., 0] = 0
+    return make_scores(error, densities=density, methods=METHODS, share=0.6), costs(
+        *(100 * density + 10.0 * (density < 1))
+    )
+
+
+def test_each_method_alone_and_all_of_them() -> None:
+    scores, cost = synthetic()
+    plans, missing = mixed.find_plans(scores, cost, {"mixed": 1.3, "pattern": 1.3, "draft": 1.3, "cached": 1.3})
+    assert set(plans) == {"mixed", "pattern", "draft", "cached"} and not missing
+    kinds = {name: {m.select.kind for m in plan.methods.values()} - {"all"} for name, plan in plans.items()}
+    assert kinds["draft"] == {"draft"} and kinds["pattern"] <= {"skip", "band", "stripe"} and len(kinds["mixed"]) > 2
+    assert all(m.reuse for m in plans["cached"].methods.values() if m != DENSE)
+    assert not any(m.reuse for m in plans["draft"].methods.values())
+    errors = {name: plan.provenance["predicted"]["error"] for name, plan in plans.items()}
+    assert errors["mixed"] < min(errors[name] for name in ("pattern", "draft", "cached"))
+    assert all(plan.provenance["predicted"]["speedup"] >= 1.3 for plan in plans.values())
+
+
+def test_what_is_out_of_reach_is_said() -> None:
+    plans, missing = mixed.find_plans(*synthetic(), {"mixed": 1.3, "draft": 50.0})
+    assert set(plans) == {"mixed"} and "out of reach" in missing["draft"]
+
+
+def test_budgets_are_corrected_by_what_they_reach() -> None:
+    scores, cost = synthetic()
+    plans, _ = mixed.find_plans(scores, cost, {"mixed": 1.3, "pattern": 1.3, "draft": 1.3})
+    reached = {"mixed": 1.25, "pattern": 1.4, "draft": 0.01}
+    tried: Any = SimpleNamespace(row=lambda metric, name: SimpleNamespace(value=reached[name]))
+    better = mixed.corrected(scores, cost, plans, tried, 1.3)
+    assert better["mixed"].budget["value"] == pytest.approx(1.3 * 1.3 / 1.25)
+    assert better["pattern"].budget["value"] == pytest.approx(1.3 * 1.3 / 1.4)
+    assert better["draft"] is plans["draft"]  # as much more is out of reach
+
+
+def test_the_verdict_says_win_or_lose() -> None:
+    def verdict(mine: float, theirs: float) -> str:
+        values = {("psnr", "mixed"): mine, ("psnr", "draft"): theirs, ("psnr", "cached"): 1.0}
+        row = lambda metric, name: SimpleNamespace(value=values.get((metric, name), 1.4))  # noqa: E731
+        report: Any = SimpleNamespace(row=row)
+        return mixed.verdict(report, ["mixed", "draft", "cached"])
+
+    assert "is higher than that of the best single method, draft: 30.00 and 29.00 dB (mixed 1.40x" in verdict(30, 29)
+    assert "is NOT higher" in verdict(29, 29)
+
+
+def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(shapes, "load_pipeline", random_pipeline)
+    monkeypatch.setattr(shapes, "verify_weights", lambda: {"files": {}})
+    monkeypatch.setattr(shapes, "CALL", SMALL)
+    monkeypatch.setattr(plan_search, "COST_SECONDS", 0.1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("DIFFUSERS_ACCEL_OFFLINE", "1")
+    out = tmp_path / "mixed"
+    mixed.main(["--out", str(out), "--prompts", "1", "--search-prompts", "2", "--speedup", "1.0001"])
+    text = (out / "mixed.md").read_text()
+    assert "| mixed |" in text and text in capsys.readouterr().out
+    rows = read_rows(out / "report.json")
+    compared = {row.subject for row in rows} - {"dense"}
+    assert compared >= {"mixed", "pattern"} and compared <= {"mixed", *SETS}
+    assert all(Plan.load(out / f"{name}.json").models["transformer"].layers == 2 for name in compared)
+    assert any(f"best single method, {name}" in text for name in compared)
+    with pytest.raises(ValueError, match="2 or more to search with, found 4 and 1"):
+        mixed.main(["--out", str(out), "--search-prompts", "1"])

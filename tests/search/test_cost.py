@@ -1,0 +1,48 @@
+"""The cost: what is timed, and that a reusing call really reuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffusers_accel.layout import TokenLayout
+from diffusers_accel.methods import DENSE, AxisOrder, Band, Context, Draft, Method, Patches, Reuse, Stored
+from diffusers_accel.search import cost
+from diffusers_accel.search.candidates import candidates
+from diffusers_accel.search.cost import alike, launch_all, time_candidates
+from tests.search.test_measure import HEADS, dense, qkv
+
+LAYOUT = TokenLayout(4, 10, 12)
+CPU = torch.device("cpu")
+
+
+def test_only_what_differs_in_cost_is_timed():
+    assert alike(Method(AxisOrder("wfh"), Stored(0.3))) == alike(Method(AxisOrder("hwf"), Stored(0.3)))
+    assert alike(Method(select=Band(0.3))) == Method(select=Band(0.3)) != alike(Method(AxisOrder("hwf"), Band(0.3)))
+    assert alike(Method(Patches(), Draft(0.3))) != alike(Method(Patches(), Draft(0.3), "int8"))
+    methods = candidates()
+    assert len(methods) == 50 and len({alike(method) for method in methods}) == 38
+
+
+def test_refreshing_and_reusing_calls_are_timed_apart(monkeypatch):
+    """Also where the clock is too coarse for one call: no refresh falls among the reusing calls."""
+    methods = (DENSE, Method(select=Band(0.4)), Method(Patches(4, 8), Draft(0.4), reuse=Reuse(2)))
+    ctx = Context(LAYOUT, "transformer", 0, tuple(range(HEADS)))
+    planned = [launch_all(alike(method), ctx, CPU) for method in methods]
+    seen: list[tuple[int, int]] = []
+
+    def recorded(deal, q, k, v, dense, *rest):
+        ran = stock(deal, q, k, v, dense, *rest)
+        if rest:
+            seen.append((rest[1][0], ran.reused))
+        return ran
+
+    stock = cost.run
+    monkeypatch.setattr(cost, "run", recorded)
+    monkeypatch.setattr(cost, "MIN_SECONDS", 0.02)
+    ms, rounds = time_candidates(planned, *qkv(LAYOUT), dense, 0.001)
+    assert ms.shape == (3, 2) and (ms > 0).all() and rounds == 3
+    assert ms[:2, 0] == pytest.approx(ms[:2, 1])  # nothing is reused there
+    assert {reused for step, reused in seen if step == 0} == {0}
+    assert {reused for step, reused in seen if step > 0} == {HEADS}
+    assert max(step for step, _ in seen) > 1

@@ -1,0 +1,158 @@
+"""What a plan's tensors must be: stored masks and gates are checked as the stripes' masses are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers_accel.layout import TokenLayout
+from diffusers_accel.methods import DENSE, AxisOrder, Context, Draft, Method, Patches, Reuse, Stored
+from diffusers_accel.plan import Plan, PlanError, Span
+from diffusers_accel.search.stored_masks import (
+    QUERY_STEP,
+    best_orders,
+    block_shares,
+    kept_levels,
+    mask_of,
+    of_every_part,
+    order_scores,
+    stored_tensors,
+)
+from diffusers_accel.shape import ModelShape
+
+STORED = Method(AxisOrder("hwf"), Stored(0.3))
+BITS, HEADS = STORED.select.names(STORED.order, "transformer")
+LAYOUT = TokenLayout(6, 8, 16)
+
+
+def plan(**tensors: torch.Tensor | None) -> Plan:
+    """2 layers of 3 heads; head 1 of layer 0 takes a stored mask, head 2 of layer 1 a gated reuse."""
+    found = {
+        BITS: torch.full((1, 2, 6, 1), 0b11, dtype=torch.uint8),
+        HEADS: torch.tensor([[-1, 0, -1], [-1, -1, -1]], dtype=torch.int32),
+        "refresh/transformer": torch.ones(4, 2, 3, dtype=torch.uint8),
+        **tensors,
+    }
+    return Plan(
+        family="wan",
+        models={"transformer": ModelShape(2, 3, 64)},
+        methods={".": DENSE, "a": STORED, "b": Method(Patches(), Draft(0.3), reuse=Reuse(gated=True))},
+        spans=(Span(0.0, 1.0, {"transformer": (".a.", "..b")}),),
+        tensors={name: tensor for name, tensor in found.items() if tensor is not None},
+    )
+
+
+def test_what_fits_is_taken(tmp_path):
+    plan().save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan()
+    # Nobody reads what is not there, and what nobody reads is not looked at.
+    unused = replace(plan(), spans=(Span(0.0, 1.0, {"transformer": ("...", "...")}),), tensors={})
+    assert not unused.tensors
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no bits": (
+        {BITS: None},
+        f"tensors: expected '{BITS}', which the method 'a' reads, found refresh.*'stored hwf 0.3'",
+    ),
+    "no heads": ({HEADS: None}, f"tensors: expected '{HEADS}', which the method 'a' reads"),
+    "no gate": ({"refresh/transformer": None}, "expected 'refresh/transformer', which the method 'b' reads"),
+    "bits as bool": (
+        {BITS: torch.ones(1, 2, 6, 6).bool()},
+        r"expected uint8 \[masks, .*found torch.bool \[1, 2, 6, 6\]",
+    ),
+    "not packed": (
+        {BITS: torch.ones(1, 2, 6, 6, dtype=torch.uint8)},
+        r"expected uint8 .* found torch.uint8 \[1, 2, 6, 6\]",
+    ),
+    "no part": ({BITS: torch.ones(1, 0, 6, 1, dtype=torch.uint8)}, r"expected uint8 \[masks"),
+    "heads of another type": (
+        {HEADS: torch.zeros(2, 3).long()},
+        r"expected int32 \[2 layers, 3 heads\], found torch.int64",
+    ),
+    "another model": ({HEADS: torch.zeros(2, 4, dtype=torch.int32)}, r"expected int32 .* \[2, 4\]"),
+    "beyond the masks": ({HEADS: torch.ones(2, 3, dtype=torch.int32)}, "one of 1 masks, found 1 to 1"),
+    "a head without": (
+        {HEADS: torch.tensor([[0, -1, -1], [-1, -1, -1]], dtype=torch.int32)},
+        "expected a mask for head 1 of layer 0, which takes the method 'a', found none",
+    ),
+    "gate of another type": ({"refresh/transformer": torch.ones(4, 2, 3)}, "expected uint8 .* found torch.float32"),
+    "gate of another model": ({"refresh/transformer": torch.ones(4, 2, 2).byte()}, r"expected uint8 .* \[4, 2, 2\]"),
+    "gate with a two": ({"refresh/transformer": torch.full((4, 2, 3), 2).byte()}, "0 elsewhere, found 2"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_fit_is_refused(case):
+    tensors, message = WRONG[case]
+    with pytest.raises(PlanError, match=message):
+        plan(**tensors)
+
+
+def test_the_order_of_a_head_is_the_one_that_gathers_its_attention():
+    """A head that looks at its own position through all frames takes an order whose last axis is the frames."""
+    torch.manual_seed(0)
+    frames, height, width = LAYOUT.frames, LAYOUT.height, LAYOUT.width
+    position = torch.arange(LAYOUT.tokens) % (height * width)
+    frame = torch.arange(LAYOUT.tokens) // (height * width)
+    codes = torch.randn(height * width, 64), torch.randn(frames, 64)
+    q = torch.stack([codes[0][position], codes[1][frame]], 1)[None] * 4  # head 0: same place; head 1: same frame
+    axes = ("fhw", "hwf", "whf")
+    lse = torch.logsumexp(torch.einsum("bshd,bthd->bhst", q, q) / 8, -1)
+    sparse, quant = order_scores(q, q, lse, LAYOUT, axes)
+    assert sparse.shape == quant.shape == (2, 3) and ((sparse >= 0) & (sparse <= 1)).all() and (quant >= 1).all()
+    best = best_orders(sparse, quant)
+    assert axes[best[0]] in ("hwf", "whf") and axes[best[1]] == "fhw"
+    assert best_orders(np.zeros((2, 3)), np.zeros((2, 3))).tolist() == [-1, -1]
+    # More nearly empty tiles and flatter ones are both better: the paper's sign of the first is the other way round.
+    assert best_orders(np.array([[0.1, 0.8]]), np.array([[5.0, 5.0]])).tolist() == [1]
+    assert best_orders(np.array([[0.5, 0.5]]), np.array([[5.0, 9.0]])).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    "layout", [LAYOUT, TokenLayout(3, 9, 13, 30, "start"), TokenLayout(3, 9, 13, 60, "end")], ids=str
+)
+def test_masks_keep_the_blocks_with_most_attention(layout):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, layout.tokens, 2, 16, generator=generator) * 2 for _ in range(2))
+    logits = torch.einsum("bshd,bthd->bhst", q, k)[0] / 4
+    shares = block_shares(q[:, ::QUERY_STEP], k, logits.logsumexp(-1)[None, :, ::QUERY_STEP].contiguous())
+    blocks, weights = layout.blocks(128), logits.softmax(-1)
+    expected = torch.stack(
+        [
+            torch.stack([part[:, ::QUERY_STEP].sum(-1).mean(-1) for part in rows.split(128, 2)], -1)
+            for rows in weights.split(128, 1)
+        ],
+        1,
+    )
+    assert (shares - expected).abs().max() < 1e-5
+    densities = (0.3, 0.6)
+    levels = kept_levels(shares, layout, densities).numpy()
+    narrow, wide = (mask_of(levels.copy(), density, densities, layout) for density in densities)
+    assert not (narrow & ~wide).any() and narrow.any(-1).all()
+    if not layout.text_tokens:
+        assert wide.sum((1, 2)).tolist() == [round(0.6 * blocks**2)] * 2
+        for head in range(2):
+            dropped, best = shares[head][~wide[head]], shares[head] == shares[head].amax(1, keepdim=True)
+            assert dropped.max() <= shares[head][wide[head] & ~best].min()
+    else:  # the first or last block holds text, which reads and is read
+        text = 0 if layout.text_at == "start" else -1
+        assert narrow[:, text].all() and narrow[:, :, text].all()
+
+
+def test_stored_tensors_are_what_the_method_reads():
+    levels = np.random.default_rng(0).integers(0, 3, (2, 2, 3, 6, 6)).astype("u1")
+    levels[1, 1] = 0  # this layer did not run at the second part's step: the first part's masks hold
+    heads = np.array([[False, True, True], [True, False, False]])
+    tensors = stored_tensors(levels, 0.3, (0.3, 0.6), heads, (BITS, HEADS))
+    assert tensors[HEADS].tolist() == [[-1, 0, 1], [2, -1, -1]]
+    for layer, head, part in ((0, 1, 0), (0, 2, 1), (1, 0, 0), (1, 0, 1)):
+        ctx = Context(LAYOUT, "transformer", layer, (head,), tensors, now=(part, 2))
+        found = STORED.mask(ctx)[0]
+        expected = mask_of(of_every_part(levels[:, layer])[part, head], 0.3, (0.3, 0.6), LAYOUT)
+        assert torch.equal(found, expected)
+    assert np.array_equal(of_every_part(levels[:, 1])[1], levels[0, 1])
