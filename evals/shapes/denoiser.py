@@ -10,13 +10,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffusers_accel.evals.shapes.models import TEXT_ROWS
+from diffusers_accel.kernels.cpu_workers import run_all
 
 SHORT_TEXT_ROWS = 20
 SLICE = 256  # queries of one slice
@@ -93,16 +96,25 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.stack([even * c - odd * s, even * s + odd * c], dim=-1).flatten(-2)
 
 
+def _in_parts(function: Callable[..., None], *tensors: torch.Tensor) -> None:
+    """`function` on every CPU thread, each with its share of the tensors' first dimension."""
+    parts = zip(*(x.tensor_split(torch.get_num_threads()) for x in tensors), strict=True)
+    run_all([functools.partial(function, *part) for part in parts])
+
+
 @torch.library.custom_op("diffusers_accel_shapes::attend", mutates_args=())
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Attention of `[N, S, D]` (N: batch x heads) in slices of queries that stay in the cache."""
     out = torch.empty_like(q)
-    q = q * q.shape[-1] ** -0.5
+    _in_parts(_attend, q * q.shape[-1] ** -0.5, k, v, out)
+    return out
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
     for n in range(q.shape[0]):
         keys = k[n].t()
         for c in range(0, q.shape[1], SLICE):
             torch.mm(torch.softmax(q[n, c : c + SLICE] @ keys, -1), v[n], out=out[n, c : c + SLICE])
-    return out
 
 
 @attend.register_fake
@@ -114,18 +126,22 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def attend_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    scale = q.shape[-1] ** -0.5
-    scaled, grad, grad_q = q * scale, grad.contiguous(), torch.empty_like(q)
+    scale, grad_q = q.shape[-1] ** -0.5, torch.empty_like(q)
     grad_k, grad_v = torch.zeros(k.shape, dtype=torch.float32), torch.zeros(v.shape, dtype=torch.float32)
+    _in_parts(_attend_backward, grad.contiguous(), q * scale, k, v, grad_q, grad_k, grad_v)
+    return grad_q * scale, grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def _attend_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *out: torch.Tensor) -> None:
+    grad_q, grad_k, grad_v = out
     for n in range(q.shape[0]):
         for c in range(0, q.shape[1], SLICE):
-            part, part_grad = scaled[n, c : c + SLICE], grad[n, c : c + SLICE]
+            part, part_grad = q[n, c : c + SLICE], grad[n, c : c + SLICE]
             weights = torch.softmax(part @ k[n].t(), -1)
             grad_v[n] += weights.t() @ part_grad
             grad_scores = torch._softmax_backward_data(part_grad @ v[n].t(), weights, -1, q.dtype)
             torch.mm(grad_scores, k[n], out=grad_q[n, c : c + SLICE])
             grad_k[n] += grad_scores.t() @ part
-    return grad_q * scale, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
 @attend_backward.register_fake
@@ -140,6 +156,50 @@ def _attend_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 attend.register_autograd(_attend_gradient, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+class Probe(torch.nn.Module):
+    """A training aid: every token has to tell its own place after the third block, and the object's after the fourth.
+
+    Rotary embeddings are relative, and noise holds no landmark: that a token lies near the left edge or the first frame shows
+    only in how much noise its neighbourhood averages out. And "moves left" is a product of three signs: of the motion, of
+    the time and of the place. The loss of the video teaches both too slowly for an hour; asked for them directly, the model
+    learns to place its tokens in some dozen steps. The probe itself is not kept.
+    """
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__()
+        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        self.own, self.object = torch.nn.Linear(width, 3), torch.nn.Linear(width, 3)
+        self.hidden: dict[str, torch.Tensor] = {}
+        for name, layer in (("own", 2), ("object", 3)):
+            block = transformer.blocks[min(layer, len(transformer.blocks) - 1)]
+            block.register_forward_hook(functools.partial(self._see, name))
+
+    def _see(self, name: str, block: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+        self.hidden[name] = output
+
+    def loss(
+        self, rope: GridRope, grid: tuple[int, int, int], objects: torch.Tensor, captioned: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean squared errors of the places last seen, in units of half an axis, and of the objects.
+
+        objects: [B, frames, 3], what `object` is to tell in each frame; captioned: [B], 1 for clips with a caption, the others'
+        objects do not count.
+        """
+        places = (rope.frames, rope.rows, rope.columns)
+        axes = [2 * p / (n - 1) - 1 for p, n in zip(places, grid, strict=True)]
+        sizes = [p.shape[1] for p in axes]
+        shapes = ((-1, sizes[0], 1, 1), (-1, 1, sizes[1], 1), (-1, 1, 1, sizes[2]))
+        own = torch.stack([x.view(s).expand(-1, *sizes) for x, s in zip(axes, shapes, strict=True)], dim=-1)
+        own_error = (self.own(self._seen("own")) - own.flatten(1, 3)).square().mean()
+        told = self.object(self._seen("object")).unflatten(1, (sizes[0], -1))
+        object_error = (told - objects[:, :, None]).square().mean((1, 2, 3))
+        return own_error + (object_error * captioned).mean()
+
+    def _seen(self, name: str) -> torch.Tensor:
+        hidden = self.hidden[name].float()
+        return torch.nn.functional.layer_norm(hidden, hidden.shape[-1:])
 
 
 def prepare_for_training(transformer: Any) -> None:

@@ -56,9 +56,8 @@ def training_record(folder: Path, weights: Path, measured: dict[str, Any] | None
         }
     clips = (folder / "latents.bin").stat().st_size // RECORD_BYTES
     seed = held["seed"]
-    history = folder / "history.json"  # written by hand where a run was steered: stages and settings that changed
-    if history.exists():
-        runs["transformer"]["history"] = json.loads(history.read_text())
+    if earlier := held.get("started_from"):
+        runs["transformer"]["started_from"] = json.loads(earlier)
     record: dict[str, Any] = {
         "files": folder_hashes(weights),
         "autoencoder": runs["autoencoder"],

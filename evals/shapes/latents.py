@@ -12,7 +12,7 @@ import torch
 
 from diffusers_accel.evals.shapes.autoencoder import encode_mean, to_video
 from diffusers_accel.evals.shapes.models import LATENT_CHANNELS, build_autoencoder
-from diffusers_accel.evals.shapes.render import render, training_scene
+from diffusers_accel.evals.shapes.render import Scene, render, training_scene
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -34,9 +34,9 @@ def trained_autoencoder(folder: Path) -> AutoencoderKLWan:
     return vae.eval()
 
 
-def clip_caption(seed: int, index: int) -> str:
-    """Caption of record `index` of a file encoded with `seed`."""
-    return training_scene(np.random.default_rng([seed, 1, index])).caption
+def clip_scene(seed: int, index: int) -> Scene:
+    """The scene of record `index` of a file encoded with `seed`."""
+    return training_scene(np.random.default_rng([seed, 1, index]))
 
 
 def encode_latents(folder: Path, clips: int, seed: int) -> Path:
@@ -49,7 +49,7 @@ def encode_latents(folder: Path, clips: int, seed: int) -> Path:
         file.seek(0, os.SEEK_END)
         started = time.monotonic()
         for index in range(done, clips):
-            video = to_video(render(training_scene(np.random.default_rng([seed, 1, index]))))[None]
+            video = to_video(render(clip_scene(seed, index)))[None]
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 latent = encode_mean(vae, video)[0].float()
             file.write(((latent - mean) / std).to(torch.float16).numpy().tobytes())

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 LATENT_CHANNELS = 8
 TEXT_DIM = 128
 TEXT_ROWS = 512  # rows of text embeddings that the stock pipeline feeds, real ones first, then zeros
-FLOW_SHIFT = 8.0  # a clip of 17 x 16 x 16 tokens is one moving object: its place is decided at very high noise
+FLOW_SHIFT = 5.0  # a clip of 17 x 16 x 16 tokens is one moving object: its place is decided at high noise
 
 
 def build_autoencoder(mean: list[float] | None = None, std: list[float] | None = None) -> AutoencoderKLWan:

@@ -11,6 +11,8 @@ from typing import Annotated
 import torch
 import typer
 
+from diffusers_accel.evals.shapes.weights_folder import WEIGHTS
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train the shapes text-to-video model.")
 
 Minutes = Annotated[float, typer.Option(help="Training time in all, counted over restarts.")]
@@ -22,6 +24,18 @@ Out = Annotated[Path, typer.Option(help="Working folder with checkpoints and log
 @app.callback()
 def main() -> None:
     """Train the shapes text-to-video model."""
+
+
+@app.command()
+def start(
+    weights: Annotated[Path, typer.Option(help="Folder of exported weights; the package's own by default.")] = WEIGHTS,
+    seed: Seed = 0,
+    out: Out = Path("shapes-training"),
+) -> None:
+    """Begin with exported weights: go on with `latents`, then `transformer`."""
+    from diffusers_accel.evals.shapes.start import start_training
+
+    print(start_training(out, weights, seed))
 
 
 @app.command()
@@ -67,14 +81,13 @@ def transformer(
 @app.command()
 def export(
     out: Annotated[Path, typer.Option(help="Working folder with checkpoints and logs.")] = Path("shapes-training"),
-    weights: Annotated[Path | None, typer.Option(help="Folder to write; the package's own by default.")] = None,
+    weights: Annotated[Path, typer.Option(help="Folder to write; the package's own by default.")] = WEIGHTS,
     measured: Annotated[Path | None, typer.Option(help="Result of the measure command, put into the record.")] = None,
 ) -> None:
     """Write the averaged weights in the host's format, with their training record."""
     from diffusers_accel.evals.shapes.export import export_weights
-    from diffusers_accel.evals.shapes.weights_folder import WEIGHTS
 
-    print(export_weights(out, weights or WEIGHTS, measured))
+    print(export_weights(out, weights, measured))
 
 
 if __name__ == "__main__":

@@ -9,19 +9,37 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffusers_accel.evals.shapes.denoiser import SHORT_TEXT_ROWS, prepare_for_training, set_inputs
-from diffusers_accel.evals.shapes.latents import clip_caption, open_latents
+from diffusers_accel.evals.shapes.denoiser import (
+    SHORT_TEXT_ROWS,
+    Probe,
+    prepare_for_training,
+    set_inputs,
+)
+from diffusers_accel.evals.shapes.latents import clip_scene, open_latents
 from diffusers_accel.evals.shapes.models import FLOW_SHIFT, build_text_encoder, build_tokenizer, build_transformer
+from diffusers_accel.evals.shapes.render import Scene
 from diffusers_accel.evals.shapes.run_state import Average, RunState, scheduled_lr
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# (share of the time budget at which the stage ends, clips of a batch, latent frames, stride of the token grid).
-STAGES = ((0.15, 16, 5, 2), (0.55, 8, 17, 2), (1.01, 3, 17, 1))
+
+class Part(NamedTuple):
+    """What one step trains on: clips of its batch, latent frames of each, stride of the token grid."""
+
+    clips: int
+    frames: int
+    stride: int
+
+
+# Share of the time budget at which a stage ends, and the parts of clips that its steps take in turn: first the geometry
+# (coarse places of all frames, and whole frames at some times), then whole clips.
+STAGES = ((0.93, (Part(8, 17, 2), Part(5, 6, 1))), (1.01, (Part(3, 17, 1),)))
 PEAK_LR = 1e-3
 MUON_SCALE = 3.0  # Muon's learning rate over AdamW's, with steps matched to AdamW's size
 DROP_CAPTION = 0.1
+NOISIEST = 0.94  # noise share from which on the caption decides
+PROBE_WEIGHT = 0.2  # of the probe's loss
 
 
 class Denoiser(torch.nn.Module):
@@ -41,11 +59,11 @@ class Denoiser(torch.nn.Module):
         return rows * ids.attention_mask[..., None], ids.attention_mask.sum(1)
 
 
-def build_optimizers(model: Denoiser) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: Denoiser, probe: Probe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the transformer's blocks, AdamW for everything else."""
     matrices = [p for p in model.transformer.blocks.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    rest = [p for p in [*model.parameters(), *probe.parameters()] if id(p) not in chosen]
     return [
         torch.optim.Muon(matrices, lr=PEAK_LR, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01),
@@ -53,9 +71,15 @@ def build_optimizers(model: Denoiser) -> list[torch.optim.Optimizer]:
 
 
 def sample_sigmas(batch: int, generator: torch.Generator) -> torch.Tensor:
-    """Noise shares `[B]` with the density that the scheduler's shift gives its steps, stratified over the batch."""
+    """Noise shares `[B]`, stratified over the batch, half of them from `NOISIEST` to 1.
+
+    The other half has the density that the scheduler's shift gives its steps. Below `NOISIEST` an object shows through the
+    noise; only above it the model learns to place and move one by the caption alone, which is what a sampler begins with.
+    """
     u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-    return FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)
+    early = NOISIEST + (1 - NOISIEST) * 2 * u
+    late = 2 * u - 1
+    return torch.where(u < 0.5, early, FLOW_SHIFT * late / (1 + (FLOW_SHIFT - 1) * late))
 
 
 class Places(NamedTuple):
@@ -71,6 +95,13 @@ def sample_places(rng: np.random.Generator, shape: tuple[int, int, int], frames:
     picked = np.concatenate([[0], 1 + np.sort(rng.choice(shape[0] - 1, frames - 1, replace=False))])
     rows, columns = (np.arange(int(rng.integers(stride)), n, stride) for n in shape[1:])
     return Places(picked, rows, columns)
+
+
+def object_places(scene: Scene, frames: NDArray[np.int64]) -> NDArray[np.float32]:
+    """x, y and radius of the first object at latent frames, `[frames, 3]`, scaled to a variance near 1."""
+    time = (np.maximum(2 * frames - 0.5, 0) / 32).astype(np.float32)  # a latent frame holds two, the first one only one
+    x, y, radius, _ = scene.actors[0].state(time)
+    return np.stack([8 * (x - 0.5), 8 * (y - 0.5), 25 * (radius - 0.18)], axis=1)
 
 
 def take(latent: NDArray[np.float16], places: Places) -> torch.Tensor:
@@ -91,22 +122,33 @@ def train_transformer(
     """Train until the time budget is used up, resuming from the folder's checkpoint; returns the checkpoint's path."""
     torch.manual_seed(seed)
     model = Denoiser(**sizes).to(device)
-    optimizers = build_optimizers(model)
+    probe = Probe(model.transformer).to(device)
+    optimizers = build_optimizers(model, probe)
     average, run = Average(model, 0.998), RunState(folder, "transformer", minutes, seed)
     if held := run.resume():
         model.load_state_dict(held["model"])
-        for optimizer, state in zip(optimizers, held["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
         average.load(held["average"])
+        if "probe" in held:
+            probe.load_state_dict(held["probe"])
+        for optimizer, state in zip(optimizers, held.get("optimizers", ()), strict=False):  # none in a started folder
+            optimizer.load_state_dict(state)
+    kept = {"started_from": held["started_from"]} if held and "started_from" in held else {}
     prepare_for_training(model.transformer)
     forward = torch.compile(model.transformer, dynamic=False) if compile else model.transformer
 
     def save() -> None:
-        run.save(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], average=average.state())
+        run.save(
+            model=model.state_dict(),
+            probe=probe.state_dict(),
+            optimizers=[o.state_dict() for o in optimizers],
+            average=average.state(),
+            **kept,
+        )
 
-    losses: list[float] = []
+    losses: list[tuple[float, float]] = []
     while run.progress < 1:
-        _, batch, frames, stride = next(s for s in stages if run.progress < s[0])
+        parts = next(parts for end, parts in stages if run.progress < end)
+        batch, frames, stride = parts[run.step % len(parts)]
         rng = np.random.default_rng([seed, 2, run.step])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         latents = open_latents(folder / "latents.bin")
@@ -114,7 +156,9 @@ def train_transformer(
         grid = (latents.shape[2], latents.shape[3] // 2, latents.shape[4] // 2)
         places = [sample_places(rng, grid, frames, stride) for _ in range(batch)]
         clean = torch.stack([take(latents[c], p) for c, p in zip(clips, places, strict=True)]).to(device)
-        captions = ["" if rng.random() < DROP_CAPTION else clip_caption(seed, int(c)) for c in clips]
+        scenes = [clip_scene(seed, int(c)) for c in clips]
+        captions = ["" if rng.random() < DROP_CAPTION else scene.caption for scene in scenes]
+        objects = np.stack([object_places(s, p.frames) for s, p in zip(scenes, places, strict=True)])
 
         noise = torch.randn(clean.shape, generator=generator).to(device)
         sigma = sample_sigmas(batch, generator).to(device)
@@ -129,16 +173,20 @@ def train_transformer(
             )
             velocity = forward((1 - mix) * clean + mix * noise, 1000 * sigma, text.float(), return_dict=False)[0]
         loss = (velocity.float() - (noise - clean)).square().mean()
-        model.zero_grad(set_to_none=True)
-        loss.backward()
+        captioned = torch.tensor([float(bool(c)) for c in captions], device=device)
+        probe_loss = probe.loss(model.transformer.rope, grid, torch.from_numpy(objects).to(device), captioned)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        (loss + PROBE_WEIGHT * probe_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         average.update(model)
         run.step += 1
-        losses.append(loss.item())
+        losses.append((loss.item(), probe_loss.item()))
         if run.step % 25 == 0 or run.progress == 1:
-            run.log(loss=float(np.mean(losses)), tokens=clean[0, 0].numel() // 4, clips=len(latents))
+            flow, told = np.mean(losses, axis=0)
+            run.log(loss=float(flow), probe=float(told), tokens=clean[0, 0].numel() // 4, clips=len(latents))
             losses.clear()
         if run.save_due:
             save()
