@@ -297,8 +297,8 @@ def test_the_pipeline_is_the_stock_one(pipe) -> None:
     assert {p.dtype for p in pipe.transformer.parameters()} == {torch.float32}
 
 
-def test_shipped_weights_show_the_background_and_colour_asked_for(pipe) -> None:
-    """The weights of this version are trained too little to hold motion and shape as well: see docs/shapes.md."""
+def test_shipped_weights_show_the_background_colour_and_motion_asked_for(pipe) -> None:
+    """Of two prompts; how many of 64 do is for the measure command, and shapes come out rounded yet: docs/shapes.md."""
     tokens = []
     handle = pipe.transformer.blocks[0].attn1.register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
     try:
@@ -306,7 +306,7 @@ def test_shipped_weights_show_the_background_and_colour_asked_for(pipe) -> None:
             frames = pipe(prompt, **shapes.CALL, generator=torch.Generator().manual_seed(seed)).frames[0]
             assert frames.shape == (33, 128, 128, 3)
             verdict = judge(frames, prompt)
-            assert verdict.background and verdict.color, f"{prompt}: {verdict}"
+            assert verdict.passed, f"{prompt}: {verdict}"
     finally:
         handle.remove()
     assert set(tokens) == {4352}
