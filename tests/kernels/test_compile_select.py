@@ -13,9 +13,9 @@ pytest.importorskip("triton", reason="needs Triton, which has no wheel for this 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreted kernel cannot be compiled in the same process", allow_module_level=True)
 
-from diffusers_accel.kernels.block_stats import portable as block_stats  # noqa: E402
-from diffusers_accel.kernels.select import portable as select  # noqa: E402
-from tests.kernels.test_compile import BF16, F32, MATRIX, NAMES, compiled, every_arch  # noqa: E402
+from diffusers_accel.kernels.block_stats import portable as block_stats
+from diffusers_accel.kernels.select import portable as select
+from tests.kernels.test_compile import BF16, F32, MATRIX, NAMES, compiled, every_arch
 
 LISTS = {"map_ptr": "*fp32", "forced_ptr": "*u8", "histograms_ptr": "*i32", "blocks_ptr": "*i32", "counts_ptr": "*i32"}
 
