@@ -22,6 +22,7 @@ from torch import Tensor
 from diffusers_accel.gate import Gate
 from diffusers_accel.kernels.dense import dense
 from diffusers_accel.kernels.merge import merge
+from diffusers_accel.kernels.pattern import head_index
 
 __all__ = ["Counts", "ExternalCache", "Gate", "attend"]
 
@@ -89,7 +90,6 @@ class ExternalCache:
         """Drops all that is kept and starts the counts anew."""
         self.counts = Counts()
         self._parts: dict[tuple[int, str], _Part] = {}
-        self._indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     @property
     def memory(self) -> int:
@@ -119,7 +119,7 @@ class ExternalCache:
             return
         out, lse = part.out, part.lse
         if heads != part.heads:
-            index = self._index(heads, out.device)
+            index = head_index(heads, out.device)
             out, lse = out.index_select(2, index), lse.index_select(1, index)
         self._parts[layer, branch] = replace(part, heads=heads, out=out.to(self._dtype or out.dtype), lse=lse)
 
@@ -129,14 +129,14 @@ class ExternalCache:
         """The part over the history, (out, lse) of every head, of which the `stale` ones are computed and refreshed."""
         part.step = step
         out, lse = part.out, part.lse
-        kept = self._index(part.heads, q.device)
+        kept = head_index(part.heads, q.device)
         whole = len(part.heads) == q.shape[2] and out.dtype == q.dtype
         if not whole:
             out = q.new_empty(q.shape).index_copy_(2, kept, out.to(q.dtype))
             lse = lse.new_empty(q.shape[0], q.shape[2], q.shape[1]).index_copy_(1, kept, lse)
         if stale:
             assert history is not None
-            index = self._index(stale, q.device)
+            index = head_index(stale, q.device)
             fresh, fresh_lse = dense(*(x.index_select(2, index) for x in (q, *history)))
             out.index_copy_(2, index, fresh)
             lse.index_copy_(1, index, fresh_lse)
@@ -152,12 +152,6 @@ class ExternalCache:
             self.counts.full += 1
         self.counts.computed_heads += computed
         self.counts.reused_heads += heads - computed
-
-    def _index(self, heads: tuple[int, ...], device: torch.device) -> Tensor:
-        # Made once: copying a list to a GPU waits for it.
-        if (heads, device) not in self._indices:
-            self._indices[heads, device] = torch.tensor(heads, device=device)
-        return self._indices[heads, device]
 
 
 @torch.no_grad()

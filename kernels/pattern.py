@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TypeVar
 
 import torch
@@ -18,6 +18,12 @@ def block_lengths(tokens: int, block: int, valid: Tensor | None, device: torch.d
     starts = torch.arange(0, tokens, block, dtype=torch.int32, device=device)
     lengths = (tokens - starts).clamp(max=block)
     return lengths if valid is None else torch.minimum(lengths, valid)
+
+
+@lru_cache(maxsize=1024)
+def head_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 `[len(heads)]` on a device. Made once: copying a list to a GPU waits for it."""
+    return torch.tensor(heads, dtype=torch.int64, device=device)
 
 
 def _lists(mask: Tensor, capacity: int) -> Tensor:
@@ -154,7 +160,7 @@ class BlockPattern:
 
     def take(self, heads: Sequence[int]) -> BlockPattern:
         """The pattern of some of the heads, in the order given."""
-        index = torch.tensor(list(heads), device=self.device)
+        index = head_index(tuple(heads), self.device)
         return replace(self, blocks=self.blocks.index_select(1, index), counts=self.counts.index_select(1, index))
 
     def complement(self) -> BlockPattern:

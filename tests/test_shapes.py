@@ -18,12 +18,29 @@ import torch
 
 from diffusers_accel.evals import shapes
 from diffusers_accel.evals.shapes import autoencoder, latents, render
-from diffusers_accel.evals.shapes.denoiser import SHORT_TEXT_ROWS, attend, prepare_for_training, rotate, set_inputs
+from diffusers_accel.evals.shapes.denoiser import (
+    SHORT_TEXT_ROWS,
+    Probe,
+    attend,
+    prepare_for_training,
+    rotate,
+    set_inputs,
+)
 from diffusers_accel.evals.shapes.models import TEXT_DIM, TEXT_ROWS, build_autoencoder, build_transformer
 from diffusers_accel.evals.shapes.pixels import compare, find, judge
 from diffusers_accel.evals.shapes.run_state import RunState
-from diffusers_accel.evals.shapes.transformer import Denoiser, Places, sample_places, take, train_transformer
-from diffusers_accel.evals.shapes.weights_folder import RECORD
+from diffusers_accel.evals.shapes.start import start_training
+from diffusers_accel.evals.shapes.transformer import (
+    NOISIEST,
+    Denoiser,
+    Places,
+    object_places,
+    sample_places,
+    sample_sigmas,
+    take,
+    train_transformer,
+)
+from diffusers_accel.evals.shapes.weights_folder import RECORD, WEIGHTS, verify_weights, weights_digest
 
 
 def scenes(n: int, seed: int = 3) -> list[render.Scene]:
@@ -166,6 +183,55 @@ def test_aimed_heads_start_near_their_own_token() -> None:
     for head in range(3):
         assert near[head][head] > 1.5 * share[head]
         assert near[head][3] < 1.25 * share[head]  # the last head is not aimed
+
+
+def test_the_probe_asks_for_places_in_the_grid_and_of_the_object() -> None:
+    model = build_transformer(layers=1, heads=1, head_dim=64, ffn_dim=64)
+    probe = Probe(model)
+    prepare_for_training(model)
+    grid = (9, 6, 8)
+    places = [sample_places(np.random.default_rng(i), grid, frames=4, stride=2) for i in range(2)]
+    set_inputs(model, torch.tensor([1, 1]), *(torch.from_numpy(np.stack(p)) for p in zip(*places, strict=True)))
+    with torch.no_grad():
+        model(torch.randn(2, 8, 4, 6, 8), torch.tensor([500.0, 500.0]), torch.zeros(2, SHORT_TEXT_ROWS, TEXT_DIM))
+        for linear in (probe.own, probe.object):
+            linear.weight.zero_()
+            linear.bias.zero_()
+        # A probe that says 0 everywhere errs by the mean square of what it is asked for.
+        asked = [2 * (p / (n - 1)) - 1 for place in places for p, n in zip(place, grid, strict=True)]
+        own = np.mean([np.square(axis).mean() for axis in asked])
+        objects = torch.stack([torch.full((4, 3), 2.0), torch.full((4, 3), 7.0)])
+        found = probe.loss(model.rope, grid, objects, torch.tensor([1.0, 0.0]))
+        assert float(found) == pytest.approx(own + 4.0 / 2, rel=1e-5)  # the clip without a caption does not count
+        probe.object.bias.fill_(2.0)
+        assert float(probe.loss(model.rope, grid, objects, torch.tensor([1.0, 0.0]))) == pytest.approx(own, rel=1e-5)
+
+
+def test_the_object_is_looked_for_where_the_latent_frames_show_it() -> None:
+    scene = next(s for s in scenes(50) if s.actors[0].motion == "moves right")
+    told = object_places(scene, np.array([0, 8, 16]))
+    x = scene.actors[0].state(np.array([0, 15.5 / 32, 31.5 / 32], np.float32))[0]
+    assert told.shape == (3, 3) and told[:, 0] == pytest.approx(8 * (x - 0.5))
+
+
+def test_half_of_the_noise_levels_are_the_highest() -> None:
+    sigmas = sample_sigmas(64, torch.Generator().manual_seed(0))
+    assert bool((sigmas > 0).all() and (sigmas <= 1).all())
+    assert int((sigmas[:32] >= NOISIEST).sum()) == 32
+    assert bool((sigmas[32:] < 0.5).any())
+
+
+def test_a_run_can_start_from_the_shipped_weights(tmp_path: Path, pipe) -> None:
+    folder = start_training(tmp_path / "run", WEIGHTS, seed=3)
+    vae, held = latents.trained_autoencoder(folder), torch.load(folder / "transformer.pt", weights_only=True)
+    for name, value in pipe.vae.state_dict().items():
+        assert torch.equal(vae.state_dict()[name], value), name
+    for name, value in pipe.transformer.state_dict().items():
+        assert torch.equal(held["model"][f"transformer.{name}"], value), name
+    assert held["step"] == 0 and held["seed"] == 3
+    assert json.loads(held["started_from"])["weights"] == weights_digest(verify_weights())
+    with pytest.raises(FileExistsError, match="new or empty folder"):
+        start_training(folder, WEIGHTS, seed=3)
 
 
 def test_sliced_attention_and_its_gradients_equal_sdpa() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ class Method:
             return None
         return "; ".join(f"{option.name}: {option.reason}" for option in options)
 
-    @property
+    @cached_property  # read for every head at every call
     def label(self) -> str:
         """A short name for tables, such as "band hwf 0.25" or "draft 8x16 0.25 int8, cached 3"."""
         order = "" if self.order.identity else self.order.label

@@ -63,6 +63,3 @@ def refreshes(every: int, gate: Tensor | None, now: tuple[int, int], refreshed: 
     if gate is not None:
         return [bool(each) for each in gate[part_of(now, len(gate))]]
     return [now[0] - last >= every for last in refreshed]
-
-
-__all__ = ["Reuse", "part_of", "refreshes"]

@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 # Share of the time budget at which a stage ends, and the parts of clips that its steps take in turn: first the geometry
 # (coarse places of all frames, and whole frames at some times), then whole clips.
-STAGES = ((0.93, (Part(8, 17, 2), Part(5, 6, 1))), (1.01, (Part(3, 17, 1),)))
+STAGES = ((0.85, (Part(8, 17, 2), Part(5, 6, 1))), (1.01, (Part(3, 17, 1),)))
 PEAK_LR = 1e-3
 MUON_SCALE = 3.0  # Muon's learning rate over AdamW's, with steps matched to AdamW's size
 DROP_CAPTION = 0.1
@@ -165,7 +165,7 @@ def train_transformer(
         mix = sigma.view(-1, 1, 1, 1, 1)
         for optimizer, scale in zip(optimizers, (MUON_SCALE, 1.0), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = scale * scheduled_lr(PEAK_LR, run.progress, run.step, warmup=100, hold=0.6)
+                group["lr"] = scale * scheduled_lr(PEAK_LR, run.progress, run.step, warmup=100, hold=0.7)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             text, rows = model.encode(captions)
             set_inputs(

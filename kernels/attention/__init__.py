@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 
 import torch
 from torch import Tensor
 
+from diffusers_accel.kernels.checks import check_qkv, score_scale
 from diffusers_accel.kernels.choice import Choice, Operator
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.quantize import PRECISIONS as QUANTIZED
@@ -66,16 +66,16 @@ def attention(
             range.
     """
     _check_precision(precision)
-    _check(q, k, v)
+    check_qkv(q, k, v)
     _check_pattern(q, k, pattern)
     module = _operator.choose(impl, q.device, q.dtype, q.shape[3], _blocks(pattern), precision)
     with torch.no_grad():
         if precision == "input":
-            return module.attention(q, k, v, pattern, _scale(scale, q))
+            return module.attention(q, k, v, pattern, score_scale(scale, q.shape[3]))
         block, valid = (pattern.block_k, pattern.valid) if pattern is not None else (128, None)
         by = "reference" if impl == "reference" else "auto"
         operands = quantize(q, k, v, precision, block=block, valid=valid, impl=by)
-        return module.quantized_attention(operands, pattern, _scale(scale, q))
+        return module.quantized_attention(operands, pattern, score_scale(scale, q.shape[3]))
 
 
 def quantized_attention(
@@ -86,34 +86,16 @@ def quantized_attention(
     _check_pattern(x.q, x.k, pattern)
     module = _operator.choose(impl, x.q.device, x.dtype, x.q.shape[3], _blocks(pattern), x.precision)
     with torch.no_grad():
-        return module.quantized_attention(x, pattern, _scale(scale, x.q))
+        return module.quantized_attention(x, pattern, score_scale(scale, x.q.shape[3]))
 
 
 def _blocks(pattern: BlockPattern | None) -> tuple[int, int]:
     return (pattern.block_q, pattern.block_k) if pattern is not None else (128, 128)
 
 
-def _scale(scale: float | None, q: Tensor) -> float:
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale must be positive and finite, found {scale}")
-    return scale
-
-
 def _check_precision(precision: str) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, found {precision!r}")
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.dim() != 4 or 0 in q.shape:
-        raise ValueError(f"q must be [B, S, H, D] without an empty dimension, found {list(q.shape)}")
-    expected = (q.shape[0], k.shape[1] if k.dim() == 4 else "S_k", *q.shape[2:])
-    for name, x in (("k", k), ("v", v)):
-        if tuple(x.shape) != expected or 0 in x.shape:
-            raise ValueError(f"{name} must be {list(expected)} to fit q {list(q.shape)}, found {list(x.shape)}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} must be {q.dtype} on {q.device} as q is, found {x.dtype} on {x.device}")
 
 
 def _check_pattern(q: Tensor, k: Tensor, pattern: BlockPattern | None) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from diffusers_accel.kernels import launch
+from diffusers_accel.kernels.checks import check_qkv, score_scale
 from diffusers_accel.kernels.choice import Choice, Operator
 
 __all__ = ["IMPLEMENTATIONS", "Choice", "choices", "dense"]
@@ -46,27 +46,13 @@ def dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, impl: 
     Raises:
         ValueError: shapes, dtypes, devices or scale do not fit, or the implementation asked for cannot run.
     """
-    _check(q, k, v)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale must be positive and finite, found {scale}")
+    check_qkv(q, k, v)
     module = _operator(q.device).choose(impl, q.device, q.dtype, q.shape[3])
     with torch.no_grad():
-        return module.dense(q, k, v, scale)
+        return module.dense(q, k, v, score_scale(scale, q.shape[3]))
 
 
 @cache
 def _operator(device: torch.device) -> Operator:
     nvidia = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()
     return _server if nvidia and launch.capability(device) // 10 in (9, 10) else _elsewhere
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.dim() != 4 or 0 in q.shape:
-        raise ValueError(f"q must be [B, S, H, D] without an empty dimension, found {list(q.shape)}")
-    expected = (q.shape[0], k.shape[1] if k.dim() == 4 else "S_k", *q.shape[2:])
-    for name, x in (("k", k), ("v", v)):
-        if tuple(x.shape) != expected or 0 in x.shape:
-            raise ValueError(f"{name} must be {list(expected)} to fit q {list(q.shape)}, found {list(x.shape)}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} must be {q.dtype} on {q.device} as q is, found {x.dtype} on {x.device}")

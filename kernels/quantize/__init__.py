@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffusers_accel.kernels.checks import check_k_mean, check_qkv
 from diffusers_accel.kernels.choice import Operator
 from diffusers_accel.kernels.quantize.quantized import KEY_GROUP, PRECISIONS, Quantized
 
@@ -50,14 +51,8 @@ def quantize(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, found {precision!r}")
-    if q.dim() != 4 or 0 in q.shape:
-        raise ValueError(f"q must be [B, S, H, D] without an empty dimension, found {list(q.shape)}")
+    check_qkv(q, k, v)
     batch, _, heads, dim = q.shape
-    for name, x in (("k", k), ("v", v)):
-        if x.dim() != 4 or x.shape != (batch, k.shape[1], heads, dim) or 0 in x.shape:
-            raise ValueError(f"{name} must be {[batch, 'S_k', heads, dim]} as q and k are, found {list(x.shape)}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} must be {q.dtype} on {q.device} as q is, found {x.dtype} on {x.device}")
     if block < 1:
         raise ValueError(f"block must be a positive number of tokens, found {block}")
     blocks = -(-k.shape[1] // block)
@@ -66,11 +61,6 @@ def quantize(
             f"valid must be int32 [{blocks}] on {q.device} ({k.shape[1]} keys in blocks of {block}), "
             f"found {valid.dtype} {list(valid.shape)} on {valid.device}"
         )
-    means = (batch, heads, dim), torch.float32, q.device
-    if k_mean is not None and (k_mean.shape, k_mean.dtype, k_mean.device) != means:
-        raise ValueError(
-            f"k_mean must be float32 {[batch, heads, dim]} on {q.device}, "
-            f"found {k_mean.dtype} {list(k_mean.shape)} on {k_mean.device}"
-        )
+    check_k_mean(k_mean, (batch, heads, dim), q.device)
     with torch.no_grad():
         return _operator.choose(impl, q.device, q.dtype, precision).quantize(q, k, v, precision, block, valid, k_mean)

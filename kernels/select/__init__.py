@@ -7,12 +7,12 @@ and any range of competing blocks.
 
 from __future__ import annotations
 
-import math
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
+from diffusers_accel.kernels.checks import score_scale
 from diffusers_accel.kernels.choice import Operator
 from diffusers_accel.kernels.pattern import BlockPattern
 
@@ -80,9 +80,7 @@ def select(
     batch, rows, heads, dim = q_means.shape
     columns = k_means.shape[1]
     _check_always(always, heads, rows, columns, q_means.device)
-    scale = dim**-0.5 if scale is None else float(scale)
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale must be positive and finite, found {scale}")
+    scale = score_scale(scale, dim)
     row_range, column_range = _competing(competing, rows, columns)
     height, width = len(row_range), len(column_range)
     if not isinstance(floor, int) or not 0 <= floor <= width:

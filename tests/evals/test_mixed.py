@@ -65,7 +65,10 @@ def test_budgets_are_corrected_by_what_they_reach() -> None:
 def test_the_verdict_says_win_or_lose() -> None:
     def verdict(mine: float, theirs: float) -> str:
         values = {("psnr", "mixed"): mine, ("psnr", "draft"): theirs, ("psnr", "cached"): 1.0}
-        row = lambda metric, name: SimpleNamespace(value=values.get((metric, name), 1.4))  # noqa: E731
+
+        def row(metric: str, name: str) -> SimpleNamespace:
+            return SimpleNamespace(value=values.get((metric, name), 1.4))
+
         report: Any = SimpleNamespace(row=row)
         return mixed.verdict(report, ["mixed", "draft", "cached"])
 

@@ -35,7 +35,7 @@ from diffusers_accel.search.schedule import (
 )
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.site import Site
-from tests.search.test_search import a_call, a_prompt, short_cost  # noqa: F401
+from tests.search.test_search import a_call, a_prompt
 from tests.tiny import (
     HEADS,
     LAYERS,

@@ -51,11 +51,6 @@ def a_call(**overrides) -> dict:
     return call
 
 
-@pytest.fixture(autouse=True)
-def short_cost(monkeypatch):
-    monkeypatch.setattr(plan_search, "COST_SECONDS", 0.05)
-
-
 def search(pipe, path=None, prompts=2, budget=None, **overrides) -> Plan:
     options = {
         "call": a_call(),

@@ -15,7 +15,7 @@ from diffusers_accel.search.running import check_callback
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.search.sensitivity import span_choice, summed_error
 from tests.search.test_assign import cost_of, densities_of, random_scores
-from tests.search.test_search import a_call, a_prompt, search, short_cost  # noqa: F401
+from tests.search.test_search import a_call, a_prompt, search
 from tests.tiny import tiny_wan
 
 
