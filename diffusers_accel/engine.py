@@ -17,7 +17,9 @@ from diffusers_accel.methods import DENSE, Context, Method, Reuse, Stored
 from diffusers_accel.plan import Plan
 from diffusers_accel.site import DenseAttention, Site
 
-Deals = dict[tuple[tuple[Method, ...], TokenLayout, torch.device, object], Deal]
+# The last entry: the layer, where its own tensors are read, and the part of the schedule that each stored mask is of.
+DealKey = tuple[tuple[Method, ...], TokenLayout, torch.device, tuple[Layer | None, tuple[int, ...]]]
+Deals = dict[DealKey, Deal]
 MAX_LAYOUTS = 4  # block lists of more layouts than these are dropped and built again
 
 
@@ -82,6 +84,8 @@ class PlanEngine:
         memory = self._memories.of(self._layer, self._branch()) if dealt.remembering else None
         ran = run(dealt, q, k, v, dense, memory, now or (0, 1))
         self._count(methods, _kernels(dealt, q), ran.density, ran.reused)
+        if q.device.type == "cpu" and any(launch.precision != "input" for launch in dealt.launches):
+            self.tally.notes["quantized products are simulated on a CPU: their numbers, not their speed"] += 1
         if memory is not None and now is not None:
             self.tally.cache_bytes = max(self.tally.cache_bytes, self._memories.bytes(self._layer))
             if now[0] == now[1] - 1:
@@ -136,11 +140,20 @@ class PlanEngine:
         parts = tuple(m.select.part(ctx, m.order) for m in methods if isinstance(m.select, Stored))
         key = (methods, layout, device, (where, parts))
         if key not in self._deals:
+            if parts:
+                self._drop_parts(where, parts)
             layouts = {other for _, other, *_ in self._deals}
             if layout not in layouts and len(layouts) == MAX_LAYOUTS:
                 self._deals.clear()
             self._deals[key] = deal(methods, ctx, device)
         return self._deals[key]
+
+    def _drop_parts(self, where: Layer | None, running: tuple[int, ...]) -> None:
+        """Drops the stored masks' lists of all parts of the schedule but the running one: a large model's are gigabytes."""
+        for key in list(self._deals):
+            of, parts = key[3]
+            if of == where and parts and parts != running:
+                del self._deals[key]
 
     def _count(self, methods: tuple[Method, ...], kernel: str, density: float | Tensor, reused: int) -> None:
         self.tally.calls += 1
@@ -148,8 +161,6 @@ class PlanEngine:
         self.tally.kernels[kernel] += 1
         self.tally.heads.update(method.label for method in methods)
         self.tally.reused += reused
-        if "simulated" in kernel:
-            self.tally.notes["quantized products are simulated on a CPU: their numbers, not their speed"] += 1
 
 
 def _by_layer(method: Method) -> bool:
@@ -171,6 +182,3 @@ def _no_clock(why: str) -> RuntimeError:
         f"{why}, but neither the pipeline nor the model says which step runs: call Patch.step(i, steps) before each step "
         "of your own loop, or patch the pipeline instead of the transformer"
     )
-
-
-__all__ = ["MAX_LAYOUTS", "Deals", "PlanEngine", "Tally"]

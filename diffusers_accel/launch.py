@@ -10,9 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusers_accel.kernels.attention import attention
+from diffusers_accel.kernels.attention import attention, quantized_attention
 from diffusers_accel.kernels.merge import merge
-from diffusers_accel.kernels.pattern import BlockPattern
+from diffusers_accel.kernels.pattern import BlockPattern, head_index
+from diffusers_accel.kernels.pool import pool
+from diffusers_accel.kernels.prep import Prepared, prep
+from diffusers_accel.kernels.quantize import Quantized
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.memory import Held, Memory, mixed
 from diffusers_accel.methods import BLOCK, Context, Draft, Method, Order
@@ -78,19 +81,13 @@ class Launch:
     @cached_property
     def whole(self) -> bool:
         """Whether these are all heads in the model's own order, so that nothing needs to be moved."""
-        own = torch.arange(self.orders.shape[1], device=self.orders.device)
-        return (
-            self.heads == tuple(range(self.model_heads)) and len(self.orders) == 1 and torch.equal(self.orders[0], own)
-        )
-
-    @cached_property
-    def head_index(self) -> Tensor:
-        return torch.tensor(self.heads, device=self.orders.device)
+        own_order = all(group.method.order.identity for group in self.groups)
+        return own_order and self.heads == tuple(range(self.model_heads))
 
     def rows(self, tokens: int) -> Tensor:
         """int64 [tokens * heads]: where each row of the launch's first tokens stands in the model's [S * H] rows."""
         orders = self.orders[self.order_of, :tokens]
-        return (orders * self.model_heads + self.head_index[:, None]).T.flatten()
+        return (orders * self.model_heads + head_index(self.heads, orders.device)[:, None]).T.flatten()
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +98,6 @@ class Deal:
     layout: TokenLayout
     dense: tuple[int, ...]
     launches: tuple[Launch, ...]
-    device: torch.device
 
     @cached_property
     def skipped(self) -> int:
@@ -112,9 +108,14 @@ class Deal:
         """The keys of the groups that use something of an earlier step."""
         return frozenset(group.key for launch in self.launches for group in launch.groups if group.method.timed)
 
-    @cached_property
-    def dense_index(self) -> Tensor:
-        return torch.tensor(self.dense, device=self.device)
+
+class Turn(NamedTuple):
+    """A group at one step: what it has held since an earlier one, which of its heads refresh their kept part (empty without
+    reuse), and whether it selects anew."""
+
+    held: Held | None
+    refresh: list[bool]
+    selects: bool
 
 
 class Ran(NamedTuple):
@@ -137,7 +138,6 @@ def deal(methods: tuple[Method, ...], ctx: Context, device: torch.device) -> Dea
         layout=ctx.layout,
         dense=tuple(head for head, method in enumerate(methods) if method.dense),
         launches=tuple(_launch(precision, some, ctx, len(methods), device) for precision, some in groups.items()),
-        device=device,
     )
 
 
@@ -165,8 +165,9 @@ def _static_pattern(method: Method, ctx: Context, device: torch.device) -> Block
     if method.dynamic:
         return None
     mask = method.mask(ctx) if method.calibrated else _layout_mask(method, ctx.layout)
-    mask = mask.expand(len(ctx.heads), -1, -1)[None, :, :, : ctx.layout.key_blocks(BLOCK)]
-    return BlockPattern.from_mask(mask, ctx.layout.tokens, ctx.layout.keys, BLOCK, BLOCK).to(device)
+    # One byte a block pair is moved, and counted where that is fast.
+    mask = mask[..., : ctx.layout.key_blocks(BLOCK)].to(device).expand(len(ctx.heads), -1, -1)
+    return BlockPattern.from_mask(mask[None], ctx.layout.tokens, ctx.layout.keys, BLOCK, BLOCK)
 
 
 @lru_cache(maxsize=256)
@@ -196,73 +197,92 @@ def run(
     if deal.remembering:
         memory.begin(now, q, k, deal.remembering)
     if len(deal.launches) == 1 and deal.launches[0].whole:
-        return _attend(deal.launches[0], q, k, v, deal.layout, memory, now)
+        return _attend(deal.launches[0], q, k, v, None, deal.layout, memory, now)
     out = v.new_zeros(q.shape) if deal.skipped else v.new_empty(q.shape)
     density: float | Tensor = float(len(deal.dense))
     reused = 0
     if deal.dense:
-        index = deal.dense_index
+        index = head_index(deal.dense, q.device)
         out.index_copy_(2, index, dense(*(x.index_select(2, index) for x in (q, k, v))))
     for launch in deal.launches:
-        query_rows = launch.rows(q.shape[1])
-        key_rows = query_rows if k.shape[1] == q.shape[1] else launch.rows(k.shape[1])
-        own_q, own_k, own_v = (
-            x.flatten(1, 2).index_select(1, rows).unflatten(1, (-1, len(launch.heads)))
-            for x, rows in ((q, query_rows), (k, key_rows), (v, key_rows))
-        )
-        ran = _attend(launch, own_q, own_k, own_v, deal.layout, memory, now)
-        out.view(out.shape[0], -1, out.shape[-1]).index_copy_(1, query_rows, ran.out.flatten(1, 2))
+        rows = launch.rows(q.shape[1])
+        ran = _attend(launch, q, k, v, rows, deal.layout, memory, now)
+        out.view(out.shape[0], -1, out.shape[-1]).index_copy_(1, rows, ran.out.flatten(1, 2))
         density, reused = density + ran.density * len(launch.heads), reused + ran.reused
     return Ran(out, density / len(deal.methods), reused)
 
 
 def _attend(
-    launch: Launch, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, memory: Memory, now: tuple[int, int]
+    launch: Launch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor | None,
+    layout: TokenLayout,
+    memory: Memory,
+    now: tuple[int, int],
 ) -> Ran:
-    """One launch; q, k, v hold its heads, each in its own order."""
-    choices = [_choose(group, q, k, layout, memory.held.get(group.key), now) for group in launch.groups]
-    out, lse = attention(q, k, v, _together(launch, [pattern for pattern, _ in choices]), precision=launch.precision)
+    """One launch on the model's q, k, v; the output has its heads, each in its own order. rows: as of `Launch.rows`, or None
+    where the launch is `whole`."""
+    turns = [_turn(group, memory.held.get(group.key), now) for group in launch.groups]
+    pooled = any(turn.selects and group.pattern is None for group, turn in zip(launch.groups, turns, strict=True))
+    prepared = _prepare(launch, q, k, v, rows, pooled)
+    reads = [_read(group, turn, prepared.means, layout) for group, turn in zip(launch.groups, turns, strict=True)]
+    together = _together(launch, reads)
+    if isinstance(prepared.operands, Quantized):
+        out, lse = quantized_attention(prepared.operands, together)
+    else:
+        out, lse = attention(*prepared.operands, together, precision=launch.precision)
     density: float | Tensor = 0.0
     reused = 0
-    for group, (own, refresh) in zip(launch.groups, choices, strict=True):
-        density = density + _density(own, refresh) * len(group.heads)
+    for group, turn, own in zip(launch.groups, turns, reads, strict=True):
+        density = density + _density(own, turn.refresh) * len(group.heads)
         if not group.method.timed:
             continue
-        place, held = group.place, memory.held.get(group.key)
-        qkv = q[:, :, place], k[:, :, place], v[:, :, place]
-        held = _remember(group, held, own, refresh, qkv, launch.precision, now[0])
+        place = group.place
+        held = _remember(group, turn, own, prepared.operands, launch.precision, now[0])
         if held.out is not None and held.lse is not None:
             out[:, :, place] = merge([(out[:, :, place], lse[:, place]), (held.out, held.lse)])[0]
         memory.held[group.key] = held
-        reused += len(refresh) - sum(refresh)
+        reused += len(turn.refresh) - sum(turn.refresh)
     return Ran(out, density / len(launch.heads), reused)
 
 
-def _choose(
-    group: Group, q: Tensor, k: Tensor, layout: TokenLayout, held: Held | None, now: tuple[int, int]
-) -> tuple[BlockPattern, list[bool]]:
-    """What a group reads at this step, and which of its heads refresh (empty without reuse)."""
+def _prepare(launch: Launch, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, pooled: bool) -> Prepared:
+    """The launch's heads in their orders, with the means of their blocks where some group selects by them."""
+    if rows is None:
+        return Prepared((q, k, v), (pool(q, BLOCK), pool(k, BLOCK)) if pooled else None)
+    # Parts that are kept are computed from some of the heads, which codes of all heads cannot give.
+    precision = "input" if any(group.method.reuse for group in launch.groups) else launch.precision
+    return prep(q, k, v, rows, len(launch.heads), precision=precision, pooled=pooled, block=BLOCK)
+
+
+def _turn(group: Group, held: Held | None, now: tuple[int, int]) -> Turn:
     reuse, select = group.method.reuse, group.method.select
     if held is None:
-        return _fresh(group, q, k, layout), [True] * len(group.heads) if reuse else []
+        return Turn(None, [True] * len(group.heads) if reuse else [], True)
     if reuse:
         refresh = refreshes(reuse.every, group.gate, now, held.refreshed)
-        if not any(refresh):  # also where the plan's mask has changed since: what is kept is the rest of the held one
-            return held.pattern, refresh
-        fresh = _fresh(group, q, k, layout)
-        return fresh if all(refresh) else mixed(fresh, held.pattern, refresh), refresh
+        return Turn(held, refresh, any(refresh))
     assert isinstance(select, Draft)  # nothing else remembers without a reuse
-    keeps = now[0] - held.selected < select.hold
-    return held.pattern if keeps else _fresh(group, q, k, layout), []
+    return Turn(held, [], now[0] - held.selected >= select.hold)
 
 
-def _fresh(group: Group, q: Tensor, k: Tensor, layout: TokenLayout) -> BlockPattern:
-    """What a group would read if it remembered nothing."""
-    if group.pattern is not None:
-        return group.pattern
-    select = group.method.select
-    assert isinstance(select, Draft)
-    return select.pattern(q[:, :, group.place], k[:, :, group.place], layout, group.method.order)
+def _read(group: Group, turn: Turn, means: tuple[Tensor, Tensor] | None, layout: TokenLayout) -> BlockPattern:
+    """What a group reads at this step."""
+    if turn.held is not None and not turn.selects:
+        return (
+            turn.held.pattern
+        )  # also where the plan's mask has changed since: what is kept is the rest of the held one
+    fresh = group.pattern
+    if fresh is None:
+        select = group.method.select
+        assert isinstance(select, Draft) and means is not None
+        q_means, k_means = (each[:, :, group.place] for each in means)
+        fresh = select.pattern_of_means(q_means, k_means, layout, group.method.order)
+    if turn.held is None or all(turn.refresh):
+        return fresh
+    return mixed(fresh, turn.held.pattern, turn.refresh)
 
 
 def _together(launch: Launch, patterns: list[BlockPattern]) -> BlockPattern:
@@ -275,28 +295,32 @@ def _together(launch: Launch, patterns: list[BlockPattern]) -> BlockPattern:
 
 def _remember(
     group: Group,
-    held: Held | None,
+    turn: Turn,
     pattern: BlockPattern,
-    refresh: list[bool],
-    qkv: tuple[Tensor, Tensor, Tensor],
+    operands: tuple[Tensor, Tensor, Tensor] | Quantized,
     precision: str,
     step: int,
 ) -> Held:
     """What a group remembers after this step; where heads refresh, their unread blocks are computed."""
+    held, refresh = turn.held, turn.refresh
     heads = [head for head, now in enumerate(refresh) if now]
-    if held is None or len(heads) == len(refresh) > 0:
-        out = lse = None
-        if heads:
+    out = lse = None
+    if heads:
+        assert isinstance(operands, tuple)
+        q, k, v = (x[:, :, group.place] for x in operands)
+        if len(heads) == len(refresh):
             # A selected pattern is complemented once; lists that stay with it would only take memory.
             static = pattern is group.pattern
             unread = pattern.derived(BlockPattern.complement) if static else pattern.complement()
-            out, lse = attention(*qkv, unread, precision=precision)
+        else:
+            index = head_index(tuple(heads), pattern.device)
+            q, k, v = (x.index_select(2, index) for x in (q, k, v))
+            unread = pattern.take(heads).complement()
+        out, lse = attention(q, k, v, unread, precision=precision)
+    if held is None or len(heads) == len(refresh) > 0:
         return Held(pattern, step, [step] * len(refresh), out, lse)
-    if heads:
+    if out is not None and lse is not None:
         assert held.out is not None and held.lse is not None
-        index = torch.tensor(heads, device=pattern.device)
-        some_q, some_k, some_v = (x.index_select(2, index) for x in qkv)
-        out, lse = attention(some_q, some_k, some_v, pattern.take(heads).complement(), precision=precision)
         held.out.index_copy_(2, index, out)
         held.lse.index_copy_(1, index, lse)
     return Held(

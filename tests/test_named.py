@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_accel import Plan, patch, unpatch
 from diffusers_accel.families import find
 from diffusers_accel.methods import AUTO, NAMED, Band, Draft, Method, Patches, Stored
+from diffusers_accel.methods.stored import packed
 from diffusers_accel.plan import PlanError
 from diffusers_accel.shape import ModelShape
 from tests.tiny import (
@@ -278,19 +280,34 @@ def test_nan_is_refused_where_checks_are_on(name: str, monkeypatch: pytest.Monke
         assert torch.isfinite(transformer(**inputs()).sample).all()
 
 
-def test_stored_masks_of_another_size_are_refused_when_they_are_met() -> None:
-    names = Stored(0.5).names(Method(select=Stored(0.5)).order, "transformer")
+def stored_plan(masks: Tensor) -> Plan:
+    """Every head takes the first of these packed masks, uint8 [masks, parts, Q, ceil(K / 8)]."""
+    bits, index = Stored(0.5).names(Method(select=Stored(0.5)).order, "transformer")
     plan = Plan.uniform(Method(select=Band(0.5)), "wan", {"transformer": ModelShape(LAYERS, HEADS, HEAD_DIM)})
-    tensors = {
-        names[0]: torch.zeros(1, 1, 9, 2, dtype=torch.uint8),
-        names[1]: torch.zeros(LAYERS, HEADS, dtype=torch.int32),
-    }
+    tensors = {bits: masks, index: torch.zeros(LAYERS, HEADS, dtype=torch.int32)}
     tensors["stripe_mass/transformer"] = torch.zeros(LAYERS, HEADS, 3, 16)
-    stored = Plan("wan", plan.models, {"a": Method(select=Stored(0.5))}, plan.spans, tensors=tensors)
+    return Plan("wan", plan.models, {"a": Method(select=Stored(0.5))}, plan.spans, tensors=tensors)
+
+
+def test_stored_masks_of_another_size_are_refused_when_they_are_met() -> None:
     transformer = tiny_wan_transformer()
     with (
-        patch(transformer, stored),
+        patch(transformer, stored_plan(torch.zeros(1, 1, 9, 2, dtype=torch.uint8))),
         torch.no_grad(),
         pytest.raises(ValueError, match="stored masks are for 9 blocks of 128 tokens, this call has 6"),
     ):
         transformer(**inputs())
+
+
+def test_block_lists_of_one_part_of_the_schedule_are_held() -> None:
+    """Each part's masks are obeyed, those of an earlier part are dropped, and the first part's come back."""
+    transformer = tiny_wan_transformer()
+    masks = packed(torch.stack([torch.eye(6, dtype=torch.bool), torch.ones(6, 6, dtype=torch.bool)]))
+    with patch(transformer, stored_plan(masks[None])) as done, torch.no_grad():
+        deals = done._engines[0]._deals
+        for step, density in ((0, 1 / 6), (1, 1.0), (0, 1 / 6)):
+            done.clear()
+            done.step(step, 2)
+            transformer(**inputs())
+            assert done.report().density == pytest.approx(density)
+            assert len(deals) == LAYERS

@@ -70,20 +70,24 @@ class Draft:
 
     def pattern(self, q: Tensor, k: Tensor, layout: TokenLayout, order: Order) -> BlockPattern:
         """The block lists of each batch row and head; q [B, S, H, D] and k [B, S_k, H, D] lie in `order`."""
-        always = _forced(layout, order, self.diagonal, self.first_frame, q.device)
-        key_blocks = -(-k.shape[1] // BLOCK)
+        return self.pattern_of_means(pool(q, BLOCK), pool(k, BLOCK), layout, order)
+
+    def pattern_of_means(self, q_means: Tensor, k_means: Tensor, layout: TokenLayout, order: Order) -> BlockPattern:
+        """The same from the means of the blocks, fp32 [B, blocks, H, D], of tokens that lie in `order`."""
+        always = _forced(layout, order, self.diagonal, self.first_frame, q_means.device)
         first, stop = video_blocks(layout)
         if first >= stop:  # every block holds text, which is always read
-            return BlockPattern.full(q.shape[2], q.shape[1], k.shape[1], BLOCK, BLOCK, device=q.device)
+            heads = q_means.shape[2]
+            return BlockPattern.full(heads, layout.tokens, layout.keys, BLOCK, BLOCK, device=q_means.device)
         return select(
-            pool(q, BLOCK),
-            pool(k, BLOCK),
-            queries=q.shape[1],
-            keys=k.shape[1],
+            q_means,
+            k_means,
+            queries=layout.tokens,
+            keys=layout.keys,
             density=self.density,
             mass=self.mass,
             rule=self.rule,
-            always=always[:, :key_blocks],
+            always=always[:, : layout.key_blocks(BLOCK)],
             competing=(first, stop),
             floor=min(self.floor, stop - first),
             block_q=BLOCK,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.kernels.attention import PRECISIONS
+from diffusers_accel.kernels.checks import check_k_mean, check_qkv
 from diffusers_accel.kernels.choice import Operator
 from diffusers_accel.kernels.quantize import KEY_GROUP, Quantized
 
@@ -27,13 +28,12 @@ class Prepared:
 
     Args:
         operands: q `[B, S_q, h, D]`, k and v `[B, S_k, h, D]` for `attention`, or their codes for `quantized_attention`.
-        q_means: fp32 `[B, ceil(S_q / block), h, D]`, the mean of each block of queries, as `pool` has it.
-        k_means: fp32 `[B, ceil(S_k / block), h, D]`, of the keys, with their mean.
+        means: fp32 `[B, ceil(S_q / block), h, D]`, the mean of each block of queries, as `pool` has it, and
+            `[B, ceil(S_k / block), h, D]`, of the keys, with their mean; None where nobody asked for them.
     """
 
     operands: tuple[Tensor, Tensor, Tensor] | Quantized
-    q_means: Tensor
-    k_means: Tensor
+    means: tuple[Tensor, Tensor] | None
 
 
 def prep(
@@ -44,6 +44,7 @@ def prep(
     heads: int,
     *,
     precision: str = "input",
+    pooled: bool = True,
     block: int = 128,
     k_mean: Tensor | None = None,
     impl: str = "auto",
@@ -58,6 +59,7 @@ def prep(
             must name their S_k tokens.
         heads: h, of the launch; any of the H.
         precision: one of `attention.PRECISIONS`; all but `input` make codes.
+        pooled: whether the means of the blocks are wanted.
         block: tokens per block, a multiple of `KEY_GROUP`.
         k_mean: fp32 `[B, h, D]`, what is subtracted from the keys before they become codes; None means their mean,
             which costs a pass over k of its own.
@@ -69,17 +71,10 @@ def prep(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, found {precision!r}")
-    if q.dim() != 4 or 0 in q.shape:
-        raise ValueError(f"q must be [B, S, H, D] without an empty dimension, found {list(q.shape)}")
-    batch, queries, model_heads, dim = q.shape
-    for name, x in (("k", k), ("v", v)):
-        if x.dim() != 4 or x.shape != (batch, k.shape[1], model_heads, dim) or not 0 < x.shape[1] <= queries:
-            raise ValueError(
-                f"{name} must be {[batch, 'S_k', model_heads, dim]} with S_k as k has, 1..{queries}, "
-                f"found {list(x.shape)}"
-            )
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} must be {q.dtype} on {q.device} as q is, found {x.dtype} on {x.device}")
+    check_qkv(q, k, v)
+    batch, queries, _, dim = q.shape
+    if k.shape[1] > queries:
+        raise ValueError(f"k and v must have 1..{queries} tokens, as many as q or fewer, found {k.shape[1]}")
     if block < 1 or block % KEY_GROUP:
         raise ValueError(f"block must be a multiple of {KEY_GROUP} tokens, found {block}")
     if rows.shape != (queries * heads,) or rows.dtype not in (torch.int64, torch.int32) or rows.device != q.device:
@@ -87,17 +82,12 @@ def prep(
             f"rows must be int64 or int32 [{queries * heads}] on {q.device} ({queries} places of {heads} heads), "
             f"found {rows.dtype} {list(rows.shape)} on {rows.device}"
         )
-    means = (batch, heads, dim), torch.float32, q.device
-    if k_mean is not None and (k_mean.shape, k_mean.dtype, k_mean.device) != means:
-        raise ValueError(
-            f"k_mean must be float32 {[batch, heads, dim]} on {q.device}, "
-            f"found {k_mean.dtype} {list(k_mean.shape)} on {k_mean.device}"
-        )
+    check_k_mean(k_mean, (batch, heads, dim), q.device)
     if os.environ.get("DIFFUSERS_ACCEL_CHECKS") == "1":
         _check_rows(rows, q, k, heads)
     with torch.no_grad():
         module = _operator.choose(impl, q.device, q.dtype, precision)
-        return module.prep(q, k, v, rows, heads, precision, block, k_mean)
+        return module.prep(q, k, v, rows, heads, precision, pooled, block, k_mean)
 
 
 def _check_rows(rows: Tensor, q: Tensor, k: Tensor, heads: int) -> None:

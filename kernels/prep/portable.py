@@ -24,7 +24,15 @@ __all__ = ["prep", "refuses"]
 
 
 def prep(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, heads: int, precision: str, block: int, k_mean: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    heads: int,
+    precision: str,
+    pooled: bool,
+    block: int,
+    k_mean: Tensor | None,
 ) -> Prepared:
     """The launch's heads; the arguments have been checked by the caller."""
     batch, queries, model_heads, dim = q.shape
@@ -36,13 +44,14 @@ def prep(
     def per_token(x: Tensor) -> Tensor:
         return torch.empty(batch, x.shape[1], heads, dim, dtype=x.dtype, device=x.device)
 
-    q_means, k_means = per_block(queries), per_block(keys)
-    largest = per_block(keys) if precision == "int8_fp8" else None
     measured = precision != "input" and k_mean is None
+    q_means = per_block(queries) if pooled else None
+    k_means = per_block(keys) if pooled or measured else None
+    largest = per_block(keys) if precision == "int8_fp8" else None
     sizes = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "BLOCK": block, "TOKENS": KEY_GROUP, "num_warps": 8}
     with launch.on(q.device):
         if measured or largest is not None:
-            measure_kernel[(k_means.shape[1] * heads * batch,)](
+            measure_kernel[(triton.cdiv(keys, block) * heads * batch,)](
                 k, v, rows, k_means if measured else None, largest, *k.stride(), *v.stride(),
                 keys, heads, model_heads, **sizes,
             )  # fmt: skip
@@ -50,18 +59,19 @@ def prep(
         if precision == "input":
             outs = per_token(q), per_token(k), per_token(v)
         else:
-            mean = mean_of_blocks(k_means, keys, block, None) if k_mean is None else k_mean.contiguous()
+            assert k_mean is not None or k_means is not None
+            mean = k_mean.contiguous() if k_mean is not None else mean_of_blocks(k_means, keys, block, None)
             codes = empty((batch, queries, heads, dim), keys, q.dtype, precision, mean)
             outs = codes.q, codes.k, codes.v
             if codes.v_scale is not None and largest is not None:
                 codes.v_scale.copy_(fp8_scale(largest))
         scales = (codes.q_scale, codes.k_scale, codes.v_scale, codes.offset) if codes else (None,) * 4
-        prep_kernel[(q_means.shape[1] * heads * batch,)](
+        prep_kernel[(triton.cdiv(queries, block) * heads * batch,)](
             q, k, v, rows, codes and codes.k_mean, *outs, *scales, q_means, None if measured else k_means,
             *q.stride(), *k.stride(), *v.stride(), outs[2].stride(3), queries, keys, heads, model_heads,
             INT8_MAX=INT8_MAX, SMALLEST=SMALLEST, **sizes,
         )  # fmt: skip
-    return Prepared(codes or outs, q_means, k_means)
+    return Prepared(codes or outs, (q_means, k_means) if q_means is not None and k_means is not None else None)
 
 
 @triton.jit
@@ -128,7 +138,8 @@ def prep_kernel(
 ):  # fmt: skip
     """One block of one head of the launch: its queries, and its keys and values where there are any.
 
-    `mean_ptr` None leaves them what they are, `v_scale_ptr` None the values; `k_means_ptr` None: the means are there.
+    `mean_ptr` None leaves them what they are, `v_scale_ptr` None the values; a `q_means_ptr` or `k_means_ptr` of None: these
+    means are not wanted, or are there.
     """
     blocks = tl.cdiv(queries, BLOCK)
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -145,7 +156,8 @@ def prep_kernel(
         q = gathered(
             q_ptr, row, token < queries, model_heads, batch, q_stride_b, q_stride_s, q_stride_h, q_stride_d, DIM, PADDED_DIM,
         )  # fmt: skip
-        q_total += tl.sum(q.to(tl.float32), 0)
+        if q_means_ptr is not None:
+            q_total += tl.sum(q.to(tl.float32), 0)
         if mean_ptr is None:
             q_out_at = q_out_ptr + ((batch * queries + token[:, None]) * heads + head) * DIM + column[None, :]
             tl.store(q_out_at, q, mask=(token[:, None] < queries) & (column[None, :] < DIM))
@@ -160,7 +172,8 @@ def prep_kernel(
             k = gathered(
                 k_ptr, row, token < keys, model_heads, batch, k_stride_b, k_stride_s, k_stride_h, k_stride_d, DIM, PADDED_DIM,
             )  # fmt: skip
-            k_total += tl.sum(k.to(tl.float32), 0)
+            if k_means_ptr is not None:
+                k_total += tl.sum(k.to(tl.float32), 0)
             if mean_ptr is None:
                 tl.store(k_out_ptr + out_at, k, mask=inside)
             else:
@@ -177,8 +190,9 @@ def prep_kernel(
                 store_values(
                     v.to(tl.float32), v_scale_ptr, v_out_ptr, v_out_stride_d, batch, token, head, heads, DIM, PADDED_DIM,
                 )  # fmt: skip
-    q_line = ((batch * blocks + at) * heads + head) * DIM + column
-    tl.store(q_means_ptr + q_line, q_total / tl.minimum(queries - at * BLOCK, BLOCK), mask=column < DIM)
+    if q_means_ptr is not None:
+        q_line = ((batch * blocks + at) * heads + head) * DIM + column
+        tl.store(q_means_ptr + q_line, q_total / tl.minimum(queries - at * BLOCK, BLOCK), mask=column < DIM)
     if k_means_ptr is not None:
         key_blocks = tl.cdiv(keys, BLOCK)
         if at < key_blocks:

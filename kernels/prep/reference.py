@@ -16,11 +16,19 @@ def refuses(device: torch.device, dtype: torch.dtype, precision: str) -> str | N
 
 
 def prep(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, heads: int, precision: str, block: int, k_mean: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    heads: int,
+    precision: str,
+    pooled: bool,
+    block: int,
+    k_mean: Tensor | None,
 ) -> Prepared:
     """The launch's heads; the arguments have been checked by the caller."""
     q, k, v = (x.flatten(1, 2).index_select(1, rows[: x.shape[1] * heads]).unflatten(1, (-1, heads)) for x in (q, k, v))
-    q_means, k_means = (pool(x, block, impl="reference") for x in (q, k))
+    means = (pool(q, block, impl="reference"), pool(k, block, impl="reference")) if pooled else None
     if precision == "input":
-        return Prepared((q, k, v), q_means, k_means)
-    return Prepared(quantize(q, k, v, precision, block=block, k_mean=k_mean, impl="reference"), q_means, k_means)
+        return Prepared((q, k, v), means)
+    return Prepared(quantize(q, k, v, precision, block=block, k_mean=k_mean, impl="reference"), means)

@@ -213,7 +213,8 @@ def test_quantize(arch: int, dim: int) -> None:
 @every_arch
 @pytest.mark.parametrize("precision", ["input", "int8", "int8_fp8"])
 @pytest.mark.parametrize("dim", [64, 96, 128])
-def test_prep(arch: int, precision: str, dim: int) -> None:
+@pytest.mark.parametrize("pooled", [True, False], ids=["pooled", "not pooled"])
+def test_prep(arch: int, precision: str, dim: int, pooled: bool) -> None:
     if precision == "int8_fp8" and arch not in FP8:
         pytest.skip(f"compute capability {arch / 10} has no FP8")
     outs = {"q_out_ptr": "*i8", "k_out_ptr": "*i8", "v_out_ptr": "*fp8e4nv" if precision == "int8_fp8" else "*bf16"}
@@ -231,6 +232,8 @@ def test_prep(arch: int, precision: str, dim: int) -> None:
     measured = {name: value for name, value in constants.items() if name in prep.measure_kernel.arg_names}
     assert READ_16.search(compiled(prep.measure_kernel, arch, types, measured, num_warps=8))
     absent = {"input": scales, "int8": ("v_scale_ptr", "k_means_ptr"), "int8_fp8": ("k_means_ptr",)}[precision]
+    if not pooled:
+        absent = (*absent, "q_means_ptr", "k_means_ptr")
     constants |= dict.fromkeys(absent) | {"INT8_MAX": 127.0, "SMALLEST": 1e-30}
     code = compiled(prep.prep_kernel, arch, types, constants, num_warps=8)
     assert len(READ_16.findall(code)) >= 3 and re.search(r"\bSTG\.E\S*\.128\b", code)

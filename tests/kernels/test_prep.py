@@ -56,8 +56,9 @@ def test_one_pass_is_as_three(
     rows = launch_rows(queries, keys, heads, device)
     found = prep(q, k, v, rows, len(heads), precision=precision, block=block, impl=impl)
     expected = apart(q, k, v, rows, len(heads))
-    torch.testing.assert_close(found.q_means, block_means(expected[0], block), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.k_means, block_means(expected[1], block), rtol=1e-5, atol=1e-5)
+    assert found.means is not None
+    for means, x in zip(found.means, expected):
+        torch.testing.assert_close(means, block_means(x, block), rtol=1e-5, atol=1e-5)
     if precision == "input":
         assert isinstance(found.operands, tuple)
         for a, b in zip(found.operands, expected):
@@ -79,16 +80,17 @@ def test_one_pass_is_as_three(
 @every_precision
 @pytest.mark.parametrize("index", [torch.int64, torch.int32], ids=str)
 @pytest.mark.parametrize("given", [True, False], ids=["given mean", "own mean"])
+@pytest.mark.parametrize("pooled", [True, False], ids=["pooled", "not pooled"])
 def test_the_kernel_has_the_codes_of_the_reference(
-    impl: str, device: str, precision: str, index: torch.dtype, given: bool
+    impl: str, device: str, precision: str, index: torch.dtype, given: bool, pooled: bool
 ) -> None:
     q, k, v = qkv(2, 200, 150, HEADS, 64, torch.float16, device)
     rows = launch_rows(200, 150, (1, 3), device).to(index)
     mean = torch.ones(2, 2, 64, device=device) if given else None
-    options: dict[str, Any] = {"precision": precision, "k_mean": mean}
+    options: dict[str, Any] = {"precision": precision, "k_mean": mean, "pooled": pooled}
     found, expected = (prep(q, k, v, rows, 2, **options, impl=each) for each in (impl, "reference"))
-    for name in ("q_means", "k_means"):
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    torch.testing.assert_close(found.means, expected.means)
+    assert (found.means is None) == (not pooled)
     if precision == "input":
         for a, b in zip(found.operands, expected.operands):
             assert torch.equal(a, b)
@@ -140,7 +142,7 @@ def test_any_strides(impl: str, device: str, precision: str) -> None:
 
 def values(prepared: Prepared) -> tuple[Tensor, ...]:
     x = prepared.operands
-    return (*(x.dequantize() if isinstance(x, Quantized) else x), prepared.q_means, prepared.k_means)
+    return (*(x.dequantize() if isinstance(x, Quantized) else x), *(prepared.means or ()))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,10 @@ def values(prepared: Prepared) -> tuple[Tensor, ...]:
     [
         ({"precision": "int4"}, "precision must be one of input, int8, int8_fp8, found 'int4'"),
         ({"q": torch.zeros(70, 2, 8)}, r"q must be \[B, S, H, D\].*found \[70, 2, 8\]"),
-        ({"k": torch.zeros(1, 71, 2, 8)}, r"k must be \[1, 'S_k', 2, 8\] with S_k as k has, 1\.\.70.*\[1, 71, 2, 8\]"),
+        (
+            {"k": torch.zeros(1, 71, 2, 8), "v": torch.zeros(1, 71, 2, 8)},
+            r"k and v must have 1\.\.70 tokens, as many as q or fewer, found 71",
+        ),
         ({"v": torch.zeros(1, 69, 2, 8)}, r"v must be .*found \[1, 69, 2, 8\]"),
         ({"v": torch.zeros(1, 70, 2, 8).half()}, "v must be torch.float32 on cpu.*float16"),
         ({"block": 96}, "block must be a multiple of 64 tokens, found 96"),
@@ -160,7 +165,7 @@ def values(prepared: Prepared) -> tuple[Tensor, ...]:
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = dict.fromkeys("qkv", torch.zeros(1, 70, 2, 8)) | {"rows": torch.arange(140), "heads": 2}
-    assert prep(**good).q_means.shape == (1, 1, 2, 8)
+    prep(**good)
     with pytest.raises(ValueError, match=message):
         prep(**good | change)
 
