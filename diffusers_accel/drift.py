@@ -75,7 +75,8 @@ class Calibration:
     def observe(self, layer: int, step: int, out: Tensor, lse: Tensor, *, branch: str = "") -> Tensor:
         """Takes in the part of attention that a layer computed at a step. Waits for the device.
 
-        A step that does not follow the last one of that layer and branch begins a new sample: another block or prompt.
+        A step that does not follow the last one of that layer and branch begins a new sample: another block or prompt. So does
+        the first one after `forget`.
 
         Args:
             layer, step: from 0.
@@ -107,6 +108,23 @@ class Calibration:
         cached_lse[:, failed] = lse[:, failed].detach()
         self._cached[layer, branch] = step, cached_out, cached_lse
         return failed
+
+    def renew(self, layer: int, heads: Sequence[int], out: Tensor, lse: Tensor, *, branch: str = "") -> None:
+        """Puts another part in the place of what some heads have just cached: one whose keys are chosen anew as it is cached.
+
+        Args:
+            layer, branch: as of the call of `observe` before.
+            heads: which ones, as many as out and lse have.
+            out: `[B, S, len(heads), D]`.
+            lse: fp32 `[B, len(heads), S]`, natural log.
+        """
+        _, cached_out, cached_lse = self._cached[layer, branch]
+        cached_out[:, :, list(heads)] = out.detach()
+        cached_lse[:, list(heads)] = lse.detach()
+
+    def forget(self) -> None:
+        """Drops what is cached, but no mean: the next step of each layer and branch begins a new sample."""
+        self._cached.clear()
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Mean cosine and mean change of the log-sum-exp, fp64 `[steps, layers, heads]`; NaN where nothing was compared."""

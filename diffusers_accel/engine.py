@@ -58,8 +58,8 @@ class PlanEngine:
         heads = range(site.model.shape.heads)
         self._methods = [tuple(self._method(span, head) for head in heads) for span in range(len(plan.spans))]
         savings = [
-            [self._saving(method, head) for head, method in enumerate(methods) if method.reuse]
-            for methods in self._methods
+            [self._saving(method, span, head) for head, method in enumerate(methods) if method.reuse]
+            for span, methods in enumerate(self._methods)
         ]
         if most := max(savings, key=len):
             memories.budget.enter(self._layer, len(most), sum(most) / len(most))
@@ -93,20 +93,22 @@ class PlanEngine:
         return ran.out
 
     def _method(self, span: int, head: int) -> Method:
-        """The method of a head; one that a gate refreshes at every step is dense."""
+        """The method of a head; one that a gate refreshes at every step of the span is dense."""
         method = self.plan.method(span, self.site.transformer, self.site.layer, head)
-        return DENSE if method.reuse and self._refreshed(method.reuse, head) == 1 else method
+        return DENSE if method.reuse and self._refreshed(method.reuse, span, head) == 1 else method
 
-    def _refreshed(self, reuse: Reuse, head: int) -> float:
-        """At what share of the steps a head refreshes."""
+    def _refreshed(self, reuse: Reuse, span: int, head: int) -> float:
+        """At what share of a span's steps a head refreshes."""
         if not reuse.gated:
             return 1 / reuse.every
-        return float(self.plan.tensors[f"refresh/{self.site.transformer}"][:, self.site.layer, head].double().mean())
+        gate = self.plan.tensors[f"refresh/{self.site.transformer}"][:, self.site.layer, head].tolist()
+        inside = [flag for part, flag in enumerate(gate) if self.plan.span_at(part, len(gate)) == span]
+        return sum(inside) / len(inside) if inside else 0.0  # a short span may hold no part: nothing is due in it
 
-    def _saving(self, method: Method, head: int) -> float:
-        """What share of a head's dense attention its reuse saves."""
+    def _saving(self, method: Method, span: int, head: int) -> float:
+        """What share of a head's dense attention its reuse saves in a span."""
         density = getattr(method.select, "density", None) or 0.5  # a mass has no density that is known ahead
-        return (1 - density) * (1 - self._refreshed(method.reuse, head)) if method.reuse else 0.0
+        return (1 - density) * (1 - self._refreshed(method.reuse, span, head)) if method.reuse else 0.0
 
     def _methods_now(self, q: Tensor, now: tuple[int, int] | None) -> tuple[Method, ...]:
         if q.shape[1] < self._min_tokens:

@@ -135,5 +135,5 @@ def _unmeasured(method: Method) -> str | None:
     if isinstance(method.select, Draft) and method.select.hold > 1:
         return "the error of a selection that is held for several steps is not measured"
     if method.reuse and method.reuse.gated:
-        return "a gate is not searched"
+        return "a gate is not searched, but calibrated for a plan that was: search.gates.calibrate_gates"
     return None

@@ -448,14 +448,14 @@ def test_layers_whose_gate_reuses_more_come_first(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(("hold", "selections"), [(1, 5), (2, 3), (3, 2), (9, 1)])
 def test_a_selection_is_made_as_often_as_asked(hold: int, selections: int, monkeypatch: pytest.MonkeyPatch) -> None:
     count = 0
-    original = Draft.pattern
+    original = Draft.pattern_of_means
 
     def counted(*args: Any) -> BlockPattern:
         nonlocal count
         count += 1
         return original(*args)
 
-    monkeypatch.setattr(Draft, "pattern", counted)
+    monkeypatch.setattr(Draft, "pattern_of_means", counted)
     pipe = tiny_wan()
     with patch(pipe, Method(Patches(), Draft(0.34, hold=hold))) as done:
         for _ in range(2):
@@ -467,7 +467,7 @@ def test_a_selection_is_made_as_often_as_asked(hold: int, selections: int, monke
 
 def test_a_reuse_selects_when_it_refreshes(monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
-    original = Draft.pattern
+    original = Draft.pattern_of_means
     pipe = tiny_wan()
     with patch(pipe, CACHED) as done:
 
@@ -477,7 +477,7 @@ def test_a_reuse_selects_when_it_refreshes(monkeypatch: pytest.MonkeyPatch) -> N
             steps.append(now[0])
             return original(*args)
 
-        monkeypatch.setattr(Draft, "pattern", noted)
+        monkeypatch.setattr(Draft, "pattern_of_means", noted)
         frames(pipe, num_inference_steps=7)
     assert sorted(set(steps)) == [0, 3, 6] and len(steps) == 3 * 2 * LAYERS
 
@@ -576,7 +576,7 @@ def test_passes_that_are_never_recognised_do_not_fill_the_memory() -> None:
 
 def test_gated_heads_that_never_reuse_are_dense_and_keep_nothing() -> None:
     gate = torch.zeros(2, LAYERS, HEADS, dtype=torch.uint8)
-    gate[:, 0, :2], gate[0, 1] = 1, 1
+    gate[:, 0, :2], gate[1, 1] = 1, 1
     plan = Plan(
         "wan",
         WAN,
@@ -589,8 +589,27 @@ def test_gated_heads_that_never_reuse_are_dense_and_keep_nothing() -> None:
         frames(pipe, num_inference_steps=6, guidance_scale=1.0)
         rows = done.report().rows
         assert [row["cache_bytes"] for row in rows] == [2 * ONE_HEAD, 4 * ONE_HEAD, 4 * ONE_HEAD]
-        assert [row["reused"] for row in rows] == [2 * 5, 4 * 3, 4 * 5]
+        assert [row["reused"] for row in rows] == [2 * 5, 4 * 4, 4 * 5], "layer 1 refreshes at steps 0 and 3"
         assert rows[0]["methods"] == {"dense": 2 * 6, "draft 8x16 0.34, cached gated": 2 * 6}
+
+
+def test_a_head_is_dense_in_the_spans_in_which_its_gate_always_refreshes() -> None:
+    gate = torch.zeros(4, LAYERS, HEADS, dtype=torch.uint8)
+    gate[:2] = 1
+    heads = {"transformer": ("g" * HEADS,) * LAYERS}
+    plan = Plan(
+        "wan",
+        WAN,
+        {"g": Method(Patches(), Draft(0.34), reuse=Reuse(gated=True))},
+        (Span(0, 0.5, heads), Span(0.5, 1, heads)),
+        tensors={"refresh/transformer": gate},
+    )
+    pipe = tiny_wan()
+    with patch(pipe, plan) as done:
+        frames(pipe, num_inference_steps=4, guidance_scale=1.0)
+        for row in done.report().rows:
+            assert row["methods"] == {"dense": 2 * HEADS, "draft 8x16 0.34, cached gated": 2 * HEADS}
+            assert row["reused"] == HEADS, "the second span's first step refreshes, having nothing to reuse"
 
 
 @pytest.mark.parametrize("call", [1, 2, 31, 32, 33])

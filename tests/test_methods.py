@@ -35,7 +35,7 @@ from diffusers_accel.methods import (
     Stripe,
 )
 from diffusers_accel.methods.orders import parse_order
-from diffusers_accel.methods.reuse import part_of, refreshes
+from diffusers_accel.methods.reuse import begun, part_of, refreshes
 from diffusers_accel.methods.stored import packed
 
 WAN_480P = TokenLayout(21, 30, 52)
@@ -582,7 +582,9 @@ def test_a_gate_is_read_by_the_part_of_the_schedule() -> None:
     ctx = Context(RAGGED, "transformer", 1, (3, 1), {"refresh/transformer": gate})
     rows = Reuse(gated=True).gate(ctx)
     assert rows is not None and rows.tolist() == [[False, False], [True, False], [False, False]]
-    assert [refreshes(3, rows, (step, 7), [0, 0])[0] for step in range(7)] == [False] * 3 + [True] * 2 + [False] * 2
+    assert [refreshes(3, rows, (step, 7), [0, 0])[0] for step in range(7)] == [False] * 3 + [True] + [False] * 3, (
+        "the middle part is steps 3 and 4, and refreshes once"
+    )
     assert Reuse().gate(ctx) is None
     with pytest.raises(ValueError, match=r"needs the tensor 'refresh/transformer' of a searched plan, found \[\]"):
         Reuse(gated=True).gate(Context(RAGGED, "transformer", 0, (0,)))
@@ -595,6 +597,24 @@ def test_parts_of_a_schedule_are_in_order_and_equal_up_to_a_step(steps: int, par
     if steps >= parts:
         sizes = [of.count(part) for part in range(parts)]
         assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_every_part_begins_once_and_not_before_its_time(steps: int, parts: int) -> None:
+    of = [range(parts)[begun((step, steps), parts)] for step in range(steps)]
+    assert [part for each in of for part in each] == list(range(part_of((steps - 1, steps), parts) + 1))
+    assert all(step / steps >= part / parts for step in range(steps) for part in of[step])
+    assert all((step - 1) / steps < part / parts for step in range(1, steps) for part in of[step])
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [(5, "01001"), (15, "000100000000100"), (10, "0010000010"), (3, "010"), (2, "01"), (1, "0")],
+)
+def test_a_gate_serves_another_number_of_steps(steps: int, expected: str) -> None:
+    """A gate of 5 steps: more of them refresh once in a part, fewer as soon as one is due."""
+    gate = torch.tensor([[0], [1], [0], [0], [1]]).bool()
+    assert "".join(str(int(refreshes(3, gate, (step, steps), [0])[0])) for step in range(steps)) == expected
 
 
 # Names

@@ -23,8 +23,8 @@ class Reuse:
     Args:
         every: refresh at every n-th step, counted from the last refresh; 1 would never reuse.
         gated: refresh a head where the plan's tensor "refresh/<transformer>" says so (uint8 [parts, layers, heads], 1 =
-            refresh, for equal parts of the schedule): what a search found from how fast each head's part drifts. `every` is
-            then not used and stays at its default.
+            refresh at the beginning of that part, for equal parts of the schedule): what `search.gates.calibrate_gates` found
+            from how fast each head's part drifts. `every` is then not used and stays at its default.
     """
 
     every: int = 3
@@ -58,8 +58,16 @@ def part_of(now: tuple[int, int], parts: int) -> int:
     return min(step * parts // steps, parts - 1)
 
 
+def begun(now: tuple[int, int], parts: int) -> slice:
+    """Which of `parts` equal parts of the schedule begin at this step: none if it goes on with the part of the step before,
+    several where a call has fewer steps than there are parts."""
+    step, steps = now
+    before = part_of((step - 1, steps), parts) if step else -1
+    return slice(before + 1, part_of(now, parts) + 1)
+
+
 def refreshes(every: int, gate: Tensor | None, now: tuple[int, int], refreshed: list[int]) -> list[bool]:
-    """Which heads refresh at this step, from the steps at which they last did."""
+    """Which heads refresh at this step: those with a flag in a part that begins there, or by the step at which they last did."""
     if gate is not None:
-        return [bool(each) for each in gate[part_of(now, len(gate))]]
+        return [bool(each) for each in gate[begun(now, len(gate))].any(0)]
     return [now[0] - last >= every for last in refreshed]

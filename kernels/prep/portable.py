@@ -59,9 +59,10 @@ def prep(
         if precision == "input":
             outs = per_token(q), per_token(k), per_token(v)
         else:
-            assert k_mean is not None or k_means is not None
-            mean = k_mean.contiguous() if k_mean is not None else mean_of_blocks(k_means, keys, block, None)
-            codes = empty((batch, queries, heads, dim), keys, q.dtype, precision, mean)
+            if k_mean is None:
+                assert k_means is not None
+                k_mean = mean_of_blocks(k_means, keys, block, None)
+            codes = empty((batch, queries, heads, dim), keys, q.dtype, precision, k_mean.contiguous())
             outs = codes.q, codes.k, codes.v
             if codes.v_scale is not None and largest is not None:
                 codes.v_scale.copy_(fp8_scale(largest))
