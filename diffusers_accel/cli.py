@@ -124,8 +124,7 @@ def search(
     Can be stopped and run again: what was measured is kept beside the plan, and another budget then costs seconds.
     """
     budget = _budget(speedup, density, epsilon, lam)
-    if out.suffix != ".json":
-        raise ValueError(f'--out: expected a file name that ends in ".json", found {str(out)!r}')
+    _check_out(out)
     texts = _texts(pipe, prompt, prompts, for_search=True)
     call = _call(pipe, height, width, frames, steps, guidance)
     from diffusers_accel import search_plan
@@ -146,9 +145,44 @@ def search(
     )
     plan.save(out)
     mix = ", ".join(f"{plan.methods[symbol].label} {share:.0%}" for symbol, share in plan.shares().items())
-    _print(
-        f"{out}: {mix}\nlook at it:  diffusers-accel plan show {out}\nmeasure it:  diffusers-accel report {pipe} --plan {out}"
-    )
+    _print_plan(out, mix, pipe)
+
+
+@app.command()
+def calibrate(
+    pipe: Pipe,
+    plan: Annotated[Path, typer.Option("--plan", help="A plan file in which some heads reuse.")],
+    out: Annotated[Path, typer.Option("--out", help="The plan file to write.")],
+    gamma: Annotated[float, typer.Option("--gamma", help="Least mean cosine at which a head reuses.")] = 0.85,
+    max_lse_change: Annotated[
+        float, typer.Option("--max-lse-change", help="Largest mean change of the log-sum-exp at which it does.")
+    ] = 0.05,
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    seed: Seed = 0,
+    dtype: DtypeFlag = None,
+    device: DeviceFlag = None,
+    offload: OffloadFlag = Offload.none,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+) -> None:
+    """Find at which steps each head that reuses has to refresh, from one dense generation per prompt, and write the plan."""
+    _check_out(out)
+    texts = _texts(pipe, prompt, prompts, for_search=True)
+    call = _call(pipe, height, width, frames, steps, guidance)
+    from diffusers_accel import Plan
+    from diffusers_accel.search.gates import calibrate_gates, check_gated, summary
+
+    before = Plan.load(plan)
+    check_gated(before, gamma, max_lse_change)
+    out.parent.mkdir(parents=True, exist_ok=True)  # now, not after the calibration
+    pipeline = _load(pipe, dtype, device, offload)
+    found = calibrate_gates(pipeline, before, texts, call=call, seed=seed, gamma=gamma, max_lse_change=max_lse_change)
+    found.save(out)
+    _print_plan(out, summary(found), pipe)
 
 
 @app.command()
@@ -246,6 +280,11 @@ def _call(
     return {**base, **{name: value for name, value in given.items() if value is not None}}
 
 
+def _check_out(out: Path) -> None:
+    if out.suffix != ".json":
+        raise ValueError(f'--out: expected a file name that ends in ".json", found {str(out)!r}')
+
+
 def _texts(pipe: str, prompt: list[str] | None, file: Path | None, *, for_search: bool) -> list[str]:
     """The prompts that were given, else four that no other command takes."""
     if prompt and file:
@@ -295,6 +334,11 @@ def _subjects(plans: list[str]) -> dict[str, str]:
             )
         subjects[name] = value
     return subjects
+
+
+def _print_plan(out: Path, what: str, pipe: str) -> None:
+    look, measure = f"diffusers-accel plan show {out}", f"diffusers-accel report {pipe} --plan {out}"
+    _print(f"{out}: {what}\nlook at it:  {look}\nmeasure it:  {measure}")
 
 
 def _print(what: Any) -> None:

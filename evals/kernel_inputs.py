@@ -36,9 +36,10 @@ SHAPES = {
     "C15": Shape((11, 48, 85), 8, 64, text=226),  # CogVideoX1.5-5B, 768p, 81 frames; 8 of 48 heads
     "shapes": Shape((17, 16, 16), 4, 64),  # the small model of this project
     "S8": Shape((8, 32, 32), 4, 64),  # 8,192 tokens, for a CPU
+    "S1": Shape((3, 16, 20), 2, 64, text=40),  # 1,000 tokens, to see that everything runs
     "S4": Shape((16, 16, 16), 12, 128),  # 4,096 tokens with the heads of Wan 2.1 1.3B, for a CPU
 }
-PATTERNS = ("random", "unequal", "window", "diagonals", "text")
+PATTERNS = ("random", "unequal", "window", "diagonals", "tiles", "text")
 INPUTS = ("gaussian", "video")
 # Channels that rotate with (frame, row, column), as the models split them.
 ROTARY = {64: (16, 24, 24), 128: (44, 42, 42)}
@@ -49,6 +50,7 @@ def pattern(kind: str, shape: Shape, density: float, seed: int) -> BlockPattern:
 
     random: any blocks, the same number in each row. unequal: 0.2 to 1.8 times as many, as top-p selection gives.
     window: the first block and those around the diagonal. diagonals: the same place in every frame, nearest first.
+    tiles: the nearest boxes, if each block were one of 4 frames x 4 rows x 8 columns (sliding tile attention).
     text: random, and every query reads the last blocks (the text), whose queries read everything.
     """
     if kind not in PATTERNS:
@@ -69,6 +71,12 @@ def pattern(kind: str, shape: Shape, density: float, seed: int) -> BlockPattern:
         frame = max(2, round(shape.grid[1] * shape.grid[2] / BLOCK))
         offset = (here - there).abs() % frame
         order = (torch.minimum(offset, frame - offset) * blocks + (here - there).abs()).expand_as(noise)
+    elif kind == "tiles":
+        frames, rows, columns = (-(-tokens // box) for tokens, box in zip(shape.grid, (4, 4, 8)))
+        place = there.clamp(max=frames * rows * columns - 1)  # text is beside the last box
+        box = torch.stack([place // (rows * columns), place // columns % rows, place % columns])
+        apart = (box[:, :, None] - box[:, None]).abs().amax(0)
+        order = (apart * blocks + (here - there).abs()).expand_as(noise)
     mask = order.argsort(dim=-1, stable=True).argsort(-1) < budget
     if kind == "text":
         text = max(1, shape.text // BLOCK)

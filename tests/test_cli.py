@@ -15,6 +15,7 @@ from diffusers_accel import Plan, cli
 from diffusers_accel.evals import kernel_bench
 from diffusers_accel.evals.shapes import CALL
 from diffusers_accel.loading import load_pipeline
+from diffusers_accel.methods import NAMED
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.shape import ModelShape
@@ -66,7 +67,7 @@ def test_help_needs_nothing_heavy() -> None:
     code = """
 import sys
 from diffusers_accel import cli
-for command in ([], ["doctor"], ["search"], ["report"], ["plan"], ["plan", "show"]):
+for command in ([], ["doctor"], ["search"], ["calibrate"], ["report"], ["plan"], ["plan", "show"]):
     try:
         cli.main([*command, "--help"])
     except SystemExit as ended:
@@ -76,13 +77,11 @@ print("imported:", sorted({"torch", "diffusers", "numpy", "transformers"} & set(
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("imported: []\n")
-    for word in ("doctor", "search", "report", "bench", "plan", "--speedup", "--offload"):
+    for word in ("doctor", "search", "calibrate", "report", "bench", "plan", "--speedup", "--offload"):
         assert word in done.stdout
 
 
 def test_plan_show_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from diffusers_accel.methods import NAMED
-
     plan = Plan.uniform(NAMED["pattern"](), "wan", {"transformer": ModelShape(2, 4, 64)})
     plan.save(tmp_path / "plan.json")
     run("plan", "show", tmp_path / "plan.json")
@@ -113,6 +112,8 @@ def test_a_refusal_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[
         ),
         (["search", "shapes", "--out", "p.json", "--prompt", "a", "--prompts", "b.txt"], "found both"),
         (["search", "/nowhere/at/all", "--out", "p.json", "--prompts", "/nowhere/prompts.txt"], "/nowhere/prompts.txt"),
+        (["calibrate", "shapes", "--plan", "p.json", "--out", "gated"], "--out: expected a file name that ends in"),
+        (["calibrate", "shapes", "--plan", "/gone/p.json", "--out", "g.json"], "/gone/p.json: expected"),
         (["report", "shapes", "--plan", "a/plan.json", "--plan", "b/plan.json"], "two plans are called 'plan'"),
         (["doctor", "--density", "0"], "densities: expected shares of key blocks"),
     ],
@@ -168,9 +169,9 @@ def test_bench_hands_its_options_on(capsys: pytest.CaptureFixture[str], monkeypa
     assert "usage: diffusers-accel bench" in capsys.readouterr().out
     given: dict[str, Any] = {}
     monkeypatch.setattr(kernel_bench, "run", lambda **options: given.update(options) or [])
-    run("bench", "--shapes", "S4,S8", "--densities", "0.5,0.25", "--dtype", "fp32", "--device", "cpu", "--seconds", "2")
+    run("bench", "--shapes", "S4,S8", "--densities", "0.5,0.25", "--dtype", "fp32", "--device", "cpu", "--minutes", "2")
     assert (given["shapes"], given["densities"], given["dtype"]) == (["S4", "S8"], [0.5, 0.25], "fp32")
-    assert (given["device"], given["seconds"]) == ("cpu", 2.0)
+    assert (given["device"], given["minutes"]) == ("cpu", 2.0)
 
 
 def test_doctor_search_and_report_of_a_pipeline_folder(
@@ -215,6 +216,31 @@ def test_doctor_search_and_report_of_a_pipeline_folder(
     rows = json.loads((pages / "report.json").read_text())["measurements"]
     assert {"plan", "half"} <= {row["subject"] for row in rows}
     assert str(pages / "report.html") in printed and "plan" in printed
+
+
+def test_calibration_of_a_pipeline_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {"transformer": ModelShape(2, 2, 32)}
+    Plan.uniform(NAMED["cached"](density=0.34), "wan", models).save(tmp_path / "plan.json")
+    out = tmp_path / "new" / "gated.json"
+    files = ["--plan", tmp_path / "plan.json", "--out", out]
+    inputs = ["--prompt", "a red circle", "--prompt", "a blue square", "--seed", "3", *SMALL]
+    run("calibrate", folder, *files, *inputs, "--gamma", "-1", "--max-lse-change", "99")
+    printed = capsys.readouterr().out
+    assert "1.0 refreshes per head (25%) by the gate, 2.0 refreshes per head (50%) by the interval" in printed
+    assert f"--plan {out}" in printed
+    plan = Plan.load(out)
+    assert plan.tensors["refresh/transformer"].flatten(1).tolist() == [[1] * 4, [0] * 4, [0] * 4, [0] * 4]
+    record = plan.provenance["gates"]
+    assert record["prompts"] == ["a red circle", "a blue square"]
+    assert (record["gamma"], record["max_lse_change"], record["seed"]) == (-1.0, 99.0, 3)
+
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("loaded a pipeline"))
+    Plan.uniform(NAMED["draft"](), "wan", models).save(tmp_path / "draft.json")
+    again = ["calibrate", folder, "--out", tmp_path / "again.json", "--plan"]
+    assert "a gate is for heads that reuse" in refused(capsys, *again, tmp_path / "draft.json")
+    assert "gamma must be" in refused(capsys, *again, tmp_path / "plan.json", "--gamma", "2")
 
 
 def test_loading(folder: Path, tmp_path: Path) -> None:

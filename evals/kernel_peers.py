@@ -1,0 +1,200 @@
+"""Attention by others, timed in the same run. A peer is a function in this file, under `@peer`, and nothing else.
+
+It takes q, k, v [1, S, H, D] and, for sparse attention, the pattern; it does what is done once per pattern and returns the
+call that is timed, which gives out [1, S, H, D], or a pair of that and the log-sum-exp [1, H, S]. Where it cannot run it
+raises `Missing` with the reason. It imports its package itself, so that a package that is not there, or whose import
+fails, costs no more than its own rows.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffusers_accel.kernels.pattern import BlockPattern
+
+Call = Callable[[], Any]
+
+GIB = 2**30
+TRIAL = 128  # tokens on which a backend is asked whether it runs at all
+CPU_SCORES = GIB  # that an attention which holds all scores may take on a CPU
+
+
+class Missing(RuntimeError):
+    """Why a peer, or an implementation of ours, cannot run here."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Who computes attention, in which precision, and the distribution whose version its rows name."""
+
+    make: Callable[..., Call]
+    precision: str
+    distribution: str
+
+    @property
+    def version(self) -> str | None:
+        """Of its distribution; None where that is not installed under this name."""
+        try:
+            return metadata.version(self.distribution)
+        except metadata.PackageNotFoundError:
+            return None
+
+
+PEERS: dict[str, dict[str, Peer]] = {"dense": {}, "attention": {}}
+
+
+def peer(
+    operator: Literal["dense", "attention"], name: str, distribution: str, precision: str = "input"
+) -> Callable[[Callable[..., Call]], Callable[..., Call]]:
+    """Makes a function a peer of dense or of sparse attention."""
+
+    def add(make: Callable[..., Call]) -> Callable[..., Call]:
+        PEERS[operator][name] = Peer(make, precision, distribution)
+        return make
+
+    return add
+
+
+def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        out = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+def _sdpa_call(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    try:
+        _sdpa(backend, q[:, :TRIAL], k[:, :TRIAL], v[:, :TRIAL])
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # how PyTorch says that this backend does not take such inputs here
+        raise Missing(
+            f"PyTorch has it not for {q.dtype} and head dim {q.shape[3]} on {q.device.type}: {error}"
+        ) from None
+    return partial(_sdpa, backend, q, k, v)
+
+
+@peer("dense", "sdpa-cudnn", "torch")
+def _sdpa_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Call:
+    return _sdpa_call(SDPBackend.CUDNN_ATTENTION, q, k, v)
+
+
+@peer("dense", "sdpa-flash", "torch")
+def _sdpa_flash(q: Tensor, k: Tensor, v: Tensor) -> Call:
+    return _sdpa_call(SDPBackend.FLASH_ATTENTION, q, k, v)
+
+
+@peer("dense", "sdpa-efficient", "torch")
+def _sdpa_efficient(q: Tensor, k: Tensor, v: Tensor) -> Call:
+    return _sdpa_call(SDPBackend.EFFICIENT_ATTENTION, q, k, v)
+
+
+@peer("dense", "sdpa-math", "torch")
+def _sdpa_math(q: Tensor, k: Tensor, v: Tensor) -> Call:
+    scores = 3 * 4 * q.shape[1] ** 2 * q.shape[2]  # in fp32, with their softmax and a copy
+    room = torch.cuda.mem_get_info(q.device)[0] // 2 if q.device.type == "cuda" else CPU_SCORES
+    if scores > room:
+        raise Missing(f"holds all scores, {scores / GIB:.1f} GiB of them, more than {room / GIB:.1f}")
+    return _sdpa_call(SDPBackend.MATH, q, k, v)
+
+
+@peer("dense", "fa3", "flash-attn-3")
+def _fa3(q: Tensor, k: Tensor, v: Tensor) -> Call:
+    """FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608)."""
+    flash = _gpu_module("flash_attn_interface", q)
+    return lambda: _first(flash.flash_attn_func(q, k, v))
+
+
+@peer("dense", "fa4", "flash-attn-4")
+def _fa4(q: Tensor, k: Tensor, v: Tensor) -> Call:
+    """FlashAttention's kernels in CuTe."""
+    flash = _gpu_module("flash_attn.cute", q)
+    return lambda: _first(flash.flash_attn_func(q, k, v))
+
+
+@peer("dense", "sage", "sageattention", precision="int8")
+def _sage(q: Tensor, k: Tensor, v: Tensor) -> Call:
+    """SageAttention (Zhang et al., arXiv 2410.02367); its time includes its quantization."""
+    sage = _gpu_module("sageattention", q)
+    return lambda: sage.sageattn(q, k, v, tensor_layout="NHD", is_causal=False)
+
+
+@peer("attention", "flex", "torch")
+def _flex(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> Call:
+    """FlexAttention (Dong et al. 2024, arXiv 2412.05496), compiled, with the same blocks, all of them without a mask."""
+    if q.device.type != "cuda":
+        raise Missing("compiled FlexAttention is compared on GPUs only")
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    mask = flex_mask(pattern)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return lambda: compiled(q, k, v, block_mask=mask).transpose(1, 2)
+
+
+def flex_mask(pattern: BlockPattern) -> Any:
+    """The pattern as FlexAttention's BlockMask: every block that is read is read whole."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    # It wants room for every block in a row's list.
+    blocks = torch.nn.functional.pad(pattern.blocks, (0, pattern.key_blocks - pattern.blocks.shape[3]))
+    return BlockMask.from_kv_blocks(
+        torch.zeros_like(pattern.counts),
+        torch.zeros_like(blocks),
+        pattern.counts,
+        blocks,
+        BLOCK_SIZE=(pattern.block_q, pattern.block_k),
+        seq_lengths=(pattern.queries, pattern.keys),
+    )
+
+
+@peer("attention", "fa4", "flash-attn-4")
+def _fa4_sparse(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> Call:
+    """FlashAttention's kernels in CuTe, which take lists of blocks of 128 x 128."""
+    flash = _gpu_module("flash_attn.cute", q)
+    lists = {"full_block_cnt": pattern.counts, "full_block_idx": pattern.blocks}
+    lists |= {"mask_block_cnt": torch.zeros_like(pattern.counts), "mask_block_idx": torch.zeros_like(pattern.blocks)}
+    return lambda: _first(flash.flash_attn_func(q, k, v, **lists))
+
+
+@peer("attention", "vsa", "fastvideo-kernel")
+def _vsa(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> Call:
+    """VSA's kernel (Zhang et al. 2025, arXiv 2505.13389) on the same pairs, cut into its blocks of 64 x 64."""
+    operators = _gpu_module("fastvideo_kernel._C.fastvideo_kernel_ops", q)
+    tokens, block = q.shape[1], 64
+    padding = -tokens % block
+    q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padding)).transpose(1, 2).contiguous() for x in (q, k, v))
+    blocks = (tokens + padding) // block
+    mask = pattern.mask().repeat_interleave(2, 2).repeat_interleave(2, 3)[..., :blocks, :blocks]
+    fine = BlockPattern.from_mask(mask, tokens + padding, tokens + padding, block, block)
+    sizes = torch.full((blocks,), block, dtype=torch.int32, device=q.device)
+    sizes[-1] -= padding
+    lists = torch.nn.functional.pad(fine.blocks, (0, blocks - fine.blocks.shape[3]))
+
+    def call() -> Tensor:
+        out: Tensor = operators.block_sparse_fwd(q, k, v, lists, fine.counts, sizes)[0]
+        return out.transpose(1, 2)[:, :tokens]
+
+    return call
+
+
+def _first(found: Any) -> Any:
+    """The output, of functions that in some versions return a log-sum-exp of some layout beside it."""
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _gpu_module(name: str, q: Tensor) -> Any:
+    if q.device.type != "cuda":
+        raise Missing(f"runs on CUDA, found {q.device.type}")
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # an extension built for another version fails in many ways, all of which are the reason
+        raise Missing(f"import {name}: {type(error).__name__}: {error}") from error
