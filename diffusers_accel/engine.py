@@ -51,6 +51,7 @@ class PlanEngine:
         self.site = site
         self.plan = plan
         self.clear()
+        self._span: int | None = None  # of the last call
         self._deals = deals
         self._min_tokens = min_tokens
         self._memories = memories
@@ -116,7 +117,11 @@ class PlanEngine:
             return (DENSE,) * q.shape[2]
         if now is None and len(self._methods) > 1:
             raise _no_clock("the plan has several spans")
-        methods = self._methods[self.plan.span_at(*now) if now else 0]
+        span = self.plan.span_at(*now) if now else 0
+        if span != self._span:
+            self._span = span
+            self._drop_parts(())
+        methods = self._methods[span]
         if now is None and any(method.timed for method in methods):
             raise _no_clock("a selection or a part of an earlier step is reused")
         return methods
@@ -143,18 +148,18 @@ class PlanEngine:
         key = (methods, layout, device, (where, parts))
         if key not in self._deals:
             if parts:
-                self._drop_parts(where, parts)
+                self._drop_parts(parts)
             layouts = {other for _, other, *_ in self._deals}
             if layout not in layouts and len(layouts) == MAX_LAYOUTS:
                 self._deals.clear()
             self._deals[key] = deal(methods, ctx, device)
         return self._deals[key]
 
-    def _drop_parts(self, where: Layer | None, running: tuple[int, ...]) -> None:
-        """Drops the stored masks' lists of all parts of the schedule but the running one: a large model's are gigabytes."""
+    def _drop_parts(self, running: tuple[int, ...]) -> None:
+        """Drops the block lists of stored masks that are not of the running part or expert: a large model's are gigabytes."""
         for key in list(self._deals):
             of, parts = key[3]
-            if of == where and parts and parts != running:
+            if of and parts and (of[0] != self.site.transformer or (of == self._layer and parts != running)):
                 del self._deals[key]
 
     def _count(self, methods: tuple[Method, ...], kernel: str, density: float | Tensor, reused: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusers_accel.kernels.attention import attention, quantized_attention
 from diffusers_accel.kernels.merge import merge
-from diffusers_accel.kernels.pattern import BlockPattern, head_index
+from diffusers_accel.kernels.pattern import BlockPattern, head_flags, head_index
 from diffusers_accel.kernels.pool import pool
 from diffusers_accel.kernels.prep import Prepared, prep
 from diffusers_accel.kernels.quantize import Quantized
@@ -340,5 +340,5 @@ def _density(pattern: BlockPattern, refresh: list[bool]) -> float | Tensor:
         known = pattern.device.type == "cpu" or "computed_blocks" in pattern.__dict__
         return pattern.density if known else pattern.counts.double().mean() / pattern.key_blocks
     reads = pattern.counts.double().mean((0, 2)) / pattern.key_blocks
-    reads = reads.masked_fill(torch.tensor(refresh, device=reads.device), 1.0).mean()
+    reads = reads.masked_fill(head_flags(tuple(refresh), reads.device), 1.0).mean()
     return float(reads) if reads.device.type == "cpu" else reads

@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from diffusers_accel.kernels.pattern import BlockPattern
+from diffusers_accel.kernels.pattern import BlockPattern, head_flags
 
 LSE_BYTES = 4
 MAX_CACHE = 0.2  # of the free memory
@@ -170,7 +170,7 @@ def free_bytes(device: torch.device) -> int:
 
 def mixed(fresh: BlockPattern, kept: BlockPattern, take_fresh: Sequence[bool]) -> BlockPattern:
     """Per head the fresh or the kept lists."""
-    chosen = torch.tensor(list(take_fresh), device=fresh.device)
+    chosen = head_flags(tuple(take_fresh), fresh.device)
     capacity = max(fresh.blocks.shape[3], kept.blocks.shape[3])
     fresh_blocks, kept_blocks = (
         torch.nn.functional.pad(each.blocks, (0, capacity - each.blocks.shape[3])) for each in (fresh, kept)

@@ -20,10 +20,17 @@ def block_lengths(tokens: int, block: int, valid: Tensor | None, device: torch.d
     return lengths if valid is None else torch.minimum(lengths, valid)
 
 
-@lru_cache(maxsize=1024)
+# As many as a gate may name: a set of heads for each layer and step of a large model.
+@lru_cache(maxsize=1 << 14)
 def head_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
     """int64 `[len(heads)]` on a device. Made once: copying a list to a GPU waits for it."""
     return torch.tensor(heads, dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=1 << 14)
+def head_flags(flags: tuple[bool, ...], device: torch.device) -> Tensor:
+    """bool `[len(flags)]` on a device, made once as `head_index`."""
+    return torch.tensor(flags, dtype=torch.bool, device=device)
 
 
 def _lists(mask: Tensor, capacity: int) -> Tensor:

@@ -301,7 +301,8 @@ def _reusing(plan: Plan, transformer: str) -> set[tuple[int, int, int]]:
 
 
 def _counts(plan: Plan, gates: Mapping[str, Tensor], watch: Watch) -> dict[str, int]:
-    """Over all heads that reuse: how many there are, at how many steps they may, and at how many of these they refresh."""
+    """Over all heads that reuse: how many there are, at how many steps they may, at how many of these they refresh, and at how
+    many their interval would (for a method that has a gate already, the usual interval)."""
     heads: set[tuple[str, int, int]] = set()
     head_steps = refreshes = by_interval = 0
     for name, gate in gates.items():

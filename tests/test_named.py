@@ -16,7 +16,7 @@ from diffusers_accel import Plan, patch, unpatch
 from diffusers_accel.families import find
 from diffusers_accel.methods import AUTO, NAMED, Band, Draft, Method, Patches, Stored
 from diffusers_accel.methods.stored import packed
-from diffusers_accel.plan import PlanError
+from diffusers_accel.plan import PlanError, Span
 from diffusers_accel.shape import ModelShape
 from tests.tiny import (
     HEAD_DIM,
@@ -311,3 +311,17 @@ def test_block_lists_of_one_part_of_the_schedule_are_held() -> None:
             transformer(**inputs())
             assert done.report().density == pytest.approx(density)
             assert len(deals) == LAYERS
+
+
+def test_block_lists_of_stored_masks_go_when_another_method_takes_over() -> None:
+    transformer = tiny_wan_transformer()
+    plan = stored_plan(packed(torch.eye(6, dtype=torch.bool)[None, None]))
+    heads = {symbol: {"transformer": (symbol * HEADS,) * LAYERS} for symbol in "ab"}
+    spans = (Span(0, 0.5, heads["a"]), Span(0.5, 1, heads["b"]))
+    plan = Plan("wan", plan.models, {**plan.methods, "b": Method(select=Band(0.5))}, spans, tensors=plan.tensors)
+    with patch(transformer, plan) as done, torch.no_grad():
+        deals = done._engines[0]._deals
+        for step, held in ((0, LAYERS), (1, 1), (0, 1 + LAYERS)):  # the layers share the lists of a band
+            done.step(step, 2)
+            transformer(**inputs())
+            assert len(deals) == held
