@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusers_accel.evals import kernel_inputs
+from diffusers_accel.evals.kernel_bench import inputs as bench_inputs
 from diffusers_accel.kernels.attention import PRECISIONS, attention, choices, cpu, quantized_attention
 from diffusers_accel.kernels.merge import merge
 from diffusers_accel.kernels.pattern import BlockPattern
@@ -200,12 +200,12 @@ def test_whole_numbers_lose_nothing(impl: str, device: str, shift: int) -> None:
 
 @everywhere
 @quantized
-@pytest.mark.parametrize("kind", kernel_inputs.INPUTS)
+@pytest.mark.parametrize("kind", bench_inputs.INPUTS)
 @pytest.mark.parametrize("dim", [64, 128])
 def test_the_bar(impl: str, device: str, precision: str, kind: str, dim: int) -> None:
     """Every head's output has a cosine of at least 0.999 to that of fp32 attention."""
-    shape = kernel_inputs.Shape((3, 8, 12), 5, dim)
-    q, k, v = kernel_inputs.qkv(kind, shape, F32, torch.device(device), seed=0)
+    shape = bench_inputs.Shape((3, 8, 12), 5, dim)
+    q, k, v = bench_inputs.qkv(kind, shape, F32, torch.device(device), seed=0)
     exact, _ = attention(q, k, v, impl="reference")
     out, _ = attention(q.to(BF16), k.to(BF16), v.to(BF16), precision=precision, impl=impl)
     heads = (x.float().transpose(1, 2).flatten(2) for x in (out, exact))
@@ -214,8 +214,8 @@ def test_the_bar(impl: str, device: str, precision: str, kind: str, dim: int) ->
 
 def test_smoothing_is_worth_its_pass() -> None:
     """Where keys have a mean, as the video-like ones do. Gaussian keys have none and gain nothing."""
-    shape = kernel_inputs.Shape((3, 12, 20), 5, 64)
-    q, k, v = kernel_inputs.qkv("video", shape, F32, torch.device("cpu"), seed=0)
+    shape = bench_inputs.Shape((3, 12, 20), 5, 64)
+    q, k, v = bench_inputs.qkv("video", shape, F32, torch.device("cpu"), seed=0)
     exact, exact_lse = attention(q, k, v)
     errors = []
     for mean in (None, torch.zeros(1, 5, 64)):

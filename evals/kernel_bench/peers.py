@@ -3,7 +3,8 @@
 It takes q, k, v [1, S, H, D] and, for sparse attention, the pattern; it does what is done once per pattern and returns the
 call that is timed, which gives out [1, S, H, D], or a pair of that and the log-sum-exp [1, H, S]. Where it cannot run it
 raises `Missing` with the reason. It imports its package itself, so that a package that is not there, or whose import
-fails, costs no more than its own rows.
+fails, costs no more than its own rows. PyTorch's cuDNN and flash attention, and xformers, are not here: they are
+implementations of `kernels.dense`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffusers_accel.kernels import launch
 from diffusers_accel.kernels.pattern import BlockPattern
 
 Call = Callable[[], Any]
@@ -34,11 +36,21 @@ class Missing(RuntimeError):
 
 @dataclass(frozen=True)
 class Peer:
-    """Who computes attention, in which precision, and the distribution whose version its rows name."""
+    """Who computes attention.
+
+    Args:
+        make: the function under `@peer`.
+        distribution: whose version its rows name, and in which rows that are to be compared must agree.
+        precision: in which it computes the products.
+        seconds: that a point of it may take where it compiles its kernel first, if that is more than others may.
+        traced: whether torch.compile makes it, which would make another one for the setting under which calls are checked.
+    """
 
     make: Callable[..., Call]
-    precision: str
     distribution: str
+    precision: str = "input"
+    seconds: float = 0.0
+    traced: bool = False
 
     @property
     def version(self) -> str | None:
@@ -53,12 +65,12 @@ PEERS: dict[str, dict[str, Peer]] = {"dense": {}, "attention": {}}
 
 
 def peer(
-    operator: Literal["dense", "attention"], name: str, distribution: str, precision: str = "input"
+    operator: Literal["dense", "attention"], name: str, distribution: str, **more: Any
 ) -> Callable[[Callable[..., Call]], Callable[..., Call]]:
-    """Makes a function a peer of dense or of sparse attention."""
+    """Makes a function a peer of dense or of sparse attention; `more` as of `Peer`."""
 
     def add(make: Callable[..., Call]) -> Callable[..., Call]:
-        PEERS[operator][name] = Peer(make, precision, distribution)
+        PEERS[operator][name] = Peer(make, distribution, **more)
         return make
 
     return add
@@ -76,20 +88,9 @@ def _sdpa_call(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Call:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # how PyTorch says that this backend does not take such inputs here
-        raise Missing(
-            f"PyTorch has it not for {q.dtype} and head dim {q.shape[3]} on {q.device.type}: {error}"
-        ) from None
+        where = f"{q.dtype} and head dim {q.shape[3]} on {q.device.type}"
+        raise Missing(f"PyTorch has it not for {where}: {error}") from None
     return partial(_sdpa, backend, q, k, v)
-
-
-@peer("dense", "sdpa-cudnn", "torch")
-def _sdpa_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Call:
-    return _sdpa_call(SDPBackend.CUDNN_ATTENTION, q, k, v)
-
-
-@peer("dense", "sdpa-flash", "torch")
-def _sdpa_flash(q: Tensor, k: Tensor, v: Tensor) -> Call:
-    return _sdpa_call(SDPBackend.FLASH_ATTENTION, q, k, v)
 
 
 @peer("dense", "sdpa-efficient", "torch")
@@ -102,7 +103,7 @@ def _sdpa_math(q: Tensor, k: Tensor, v: Tensor) -> Call:
     scores = 3 * 4 * q.shape[1] ** 2 * q.shape[2]  # in fp32, with their softmax and a copy
     room = torch.cuda.mem_get_info(q.device)[0] // 2 if q.device.type == "cuda" else CPU_SCORES
     if scores > room:
-        raise Missing(f"holds all scores, {scores / GIB:.1f} GiB of them, more than {room / GIB:.1f}")
+        raise torch.OutOfMemoryError(f"holds all scores, {scores / GIB:.1f} GiB of them, more than {room / GIB:.1f}")
     return _sdpa_call(SDPBackend.MATH, q, k, v)
 
 
@@ -113,7 +114,7 @@ def _fa3(q: Tensor, k: Tensor, v: Tensor) -> Call:
     return lambda: _first(flash.flash_attn_func(q, k, v))
 
 
-@peer("dense", "fa4", "flash-attn-4")
+@peer("dense", "fa4", "flash-attn-4", seconds=120)
 def _fa4(q: Tensor, k: Tensor, v: Tensor) -> Call:
     """FlashAttention's kernels in CuTe."""
     flash = _gpu_module("flash_attn.cute", q)
@@ -123,18 +124,33 @@ def _fa4(q: Tensor, k: Tensor, v: Tensor) -> Call:
 @peer("dense", "sage", "sageattention", precision="int8")
 def _sage(q: Tensor, k: Tensor, v: Tensor) -> Call:
     """SageAttention (Zhang et al., arXiv 2410.02367); its time includes its quantization."""
+    return _sage_call("int8", q, k, v)
+
+
+@peer("dense", "sage-fp8", "sageattention", precision="int8_fp8")
+def _sage_fp8(q: Tensor, k: Tensor, v: Tensor) -> Call:
+    """SageAttention2 (Zhang et al., arXiv 2411.10958) where it weights the values in FP8."""
+    return _sage_call("int8_fp8", q, k, v)
+
+
+def _sage_call(precision: str, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    """What its users call, which chooses by the GPU: FP8 from Ada on, if this version has such kernels."""
     sage = _gpu_module("sageattention", q)
+    has_fp8 = hasattr(sage, "sageattn_qk_int8_pv_fp8_cuda") and launch.capability(q.device) >= 89
+    if (precision == "int8_fp8") != has_fp8:
+        raise Missing(f"sageattn computes in {'int8_fp8' if has_fp8 else 'int8'} here")
     return lambda: sage.sageattn(q, k, v, tensor_layout="NHD", is_causal=False)
 
 
-@peer("attention", "flex", "torch")
+@peer("attention", "flex", "torch", seconds=120, traced=True)
 def _flex(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> Call:
     """FlexAttention (Dong et al. 2024, arXiv 2412.05496), compiled, with the same blocks, all of them without a mask."""
     if q.device.type != "cuda":
         raise Missing("compiled FlexAttention is compared on GPUs only")
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    # A full graph fails where too many shapes have been compiled; without it, all scores would be computed eagerly.
+    compiled: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     mask = flex_mask(pattern)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return lambda: compiled(q, k, v, block_mask=mask).transpose(1, 2)
@@ -156,7 +172,7 @@ def flex_mask(pattern: BlockPattern) -> Any:
     )
 
 
-@peer("attention", "fa4", "flash-attn-4")
+@peer("attention", "fa4", "flash-attn-4", seconds=120)
 def _fa4_sparse(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> Call:
     """FlashAttention's kernels in CuTe, which take lists of blocks of 128 x 128."""
     flash = _gpu_module("flash_attn.cute", q)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_accel.evals.kernel_inputs import BLOCK, SHAPES, Shape, pattern, qkv
-from diffusers_accel.evals.kernel_peers import PEERS, Missing
-from diffusers_accel.evals.kernel_points import DTYPES, Point, Row
-from diffusers_accel.evals.kernel_timing import error_row, relative
+from diffusers_accel.evals.kernel_bench.inputs import BLOCK, SHAPES, Shape, pattern, qkv
+from diffusers_accel.evals.kernel_bench.peers import PEERS, Missing
+from diffusers_accel.evals.kernel_bench.points import DTYPES, Point, Row
+from diffusers_accel.evals.kernel_bench.timing import error_row, relative
 from diffusers_accel.kernels import launch
 from diffusers_accel.kernels.attention import attention, quantized_attention
 from diffusers_accel.kernels.block_stats import BlockStats, block_stats
@@ -54,6 +54,7 @@ class Work:
         flops, bytes: what has to be computed, and read and written, at least.
         fields: more of the row.
         parts: calls that are timed apart, by the name of the row's field.
+        traced: as of `Peer`.
     """
 
     call: Call
@@ -63,6 +64,7 @@ class Work:
     bytes: float = 0.0
     fields: Row = field(default_factory=dict)
     parts: Mapping[str, Call] = field(default_factory=dict)
+    traced: bool = False
 
 
 class Case:
@@ -73,19 +75,15 @@ class Case:
         self.seed = seed
         self.device = device
         self.dtype = DTYPES[dtype]
-        self.q, self.k, self.v = qkv(inputs, self.shape, self.dtype, device, seed)
+        self.qkv = self.q, self.k, self.v = qkv(inputs, self.shape, self.dtype, device, seed)
         self._exact: tuple[object, tuple[Tensor, Tensor]] | None = None
-
-    def pattern(self, which: str, density: float) -> BlockPattern:
-        """The pattern of that kind and density, on the device."""
-        return pattern(which, self.shape, density, self.seed).to(self.device)
 
     def exact(self, name: object, blocks: BlockPattern | None) -> tuple[Tensor, Tensor]:
         """Attention in fp32 over these blocks (None: all), which `name` tells apart."""
         if self._exact is None or self._exact[0] != name:
             self._exact = None  # before the next one is made: each takes as much memory as q, k and v
-            out = attention(self.q.float(), self.k.float(), self.v.float(), blocks, impl="reference")
-            self._exact = (name, out)
+            q, k, v = (x.float() for x in self.qkv)
+            self._exact = (name, attention(q, k, v, blocks, impl="reference"))
         return self._exact[1]
 
 
@@ -98,58 +96,41 @@ def work(point: Point, case: Case) -> Work:
     return _WORKS[point.operator](point, case)
 
 
-def _attention(point: Point, case: Case) -> Work:
-    q, k, v = case.q, case.k, case.v
-    assert point.pattern is not None and point.density is not None
-    dim, precision = case.shape.dim, point.precision
-    peer = PEERS["attention"].get(point.impl)
-    if peer is None:
-        _check(point, case, dim, (BLOCK, BLOCK), precision)
-    blocks = case.pattern(point.pattern, point.density)
+def _attend(point: Point, case: Case) -> Work:
+    """Sparse or dense attention, ours or a peer's."""
+    peer = PEERS[point.operator].get(point.impl)
+    q, k, v = case.qkv
+    blocks: BlockPattern | None = None
     parts: dict[str, Call] = {}
-    if peer is not None:
-        call = peer.make(q, k, v, blocks)
+    if peer is None:
+        _check(point, case, case.shape.dim, *([(BLOCK, BLOCK), point.precision] if point.pattern else []))
+    if point.pattern is None or point.density is None:
+        call = partial(dense, q, k, v, impl=point.impl) if peer is None else peer.make(q, k, v)
     else:
-        call = partial(attention, q, k, v, blocks, precision=precision, impl=point.impl)
-    if precision != "input":
-        operands = quantize(q, k, v, precision)
-        parts = {
-            "t_prep_ms": partial(quantize, q, k, v, precision),
-            "t_kernel_ms": partial(quantized_attention, operands, blocks, impl=point.impl),
-        }
-    everything = point.density == 1
-    name = "all" if everything else (point.pattern, point.density)
+        blocks = pattern(point.pattern, case.shape, point.density, case.seed).to(case.device)
+        ours = partial(attention, q, k, v, blocks, precision=point.precision, impl=point.impl)
+        call = ours if peer is None else peer.make(q, k, v, blocks)
+    if peer is None and point.precision != "input":
+        coded = quantize(q, k, v, point.precision)
+        parts["t_prep_ms"] = partial(quantize, q, k, v, point.precision)
+        parts["t_kernel_ms"] = partial(quantized_attention, coded, blocks, impl=point.impl)
+    some, name = (None, None) if point.density in (None, 1) else (blocks, (point.pattern, point.density))
     return Work(
         call,
-        lambda found: error_row(*_pair(found), case.exact(name, None if everything else blocks)),
+        lambda found: error_row(*_pair(found), case.exact(name, some)),
         _limits(point, has_lse=peer is None),
-        *_cost(case, blocks.density),
+        *_cost(case, 1.0 if blocks is None else blocks.density),
         _pattern_fields(blocks) | _implementation(point, case),
         parts,
-    )
-
-
-def _dense(point: Point, case: Case) -> Work:
-    peer = PEERS["dense"].get(point.impl)
-    if peer is not None:
-        call = peer.make(case.q, case.k, case.v)
-    else:
-        _check(point, case, case.shape.dim)
-        call = partial(dense, case.q, case.k, case.v, impl=point.impl)
-    return Work(
-        call,
-        lambda found: error_row(*_pair(found), case.exact("all", None)),
-        _limits(point, has_lse=peer is None),
-        *_cost(case, 1.0),
-        {"density_computed": 1.0} | _implementation(point, case),
+        peer is not None and peer.traced,
     )
 
 
 def _selected(point: Point, case: Case) -> Work:
     """A call of a method that selects: bring the tokens into an order, pool, choose the blocks, attend to them."""
-    _check(point, case, case.shape.dim, (BLOCK, BLOCK), point.precision, operator="attention")
+    _check(point, case, case.shape.dim, (BLOCK, BLOCK), point.precision)
     tokens, rows = case.shape.tokens, _order(case)
-    prepare = partial(prep, case.q, case.k, case.v, rows, case.shape.heads, precision=point.precision)
+    prepare = partial(prep, *case.qkv, rows, case.shape.heads, precision=point.precision)
 
     def choose(prepared: Prepared) -> BlockPattern:
         assert prepared.means is not None
@@ -169,7 +150,7 @@ def _selected(point: Point, case: Case) -> Work:
 
     def exact() -> tuple[Tensor, Tensor]:
         order = rows.view(tokens, -1)[:, 0] // case.shape.heads
-        q, k, v = (x[:, order].float() for x in (case.q, case.k, case.v))
+        q, k, v = (x[:, order].float() for x in case.qkv)
         return attention(q, k, v, blocks, impl="reference")
 
     return Work(
@@ -186,59 +167,63 @@ def _selected(point: Point, case: Case) -> Work:
     )
 
 
+def _beside(
+    point: Point,
+    operate: Callable[..., Any],
+    read: Any,
+    errors: Callable[[Any, Any], Row],
+    limits: Mapping[str, float],
+    flops: float = 0.0,
+) -> Work:
+    """An operator against its own reference; `read` is what it has to read."""
+    exact = operate(impl="reference")
+    fields = _pattern_fields(exact) if isinstance(exact, BlockPattern) else {}
+    moved = _nbytes(read) + _nbytes(exact)
+    return Work(partial(operate, impl=point.impl), lambda x: errors(x, exact), limits, flops, moved, fields)
+
+
 def _pool(point: Point, case: Case) -> Work:
     _check(point, case)
-    exact = pool(case.k, impl="reference")
-    return Work(
-        partial(pool, case.k, impl=point.impl),
-        lambda found: {"rel_err": relative(found, exact)},
-        {"rel_err": MEAN_LIMIT},
-        bytes=case.k.nbytes + exact.nbytes,
-    )
+
+    def errors(found: Tensor, exact: Tensor) -> Row:
+        return {"rel_err": relative(found, exact)}
+
+    return _beside(point, partial(pool, case.k), case.k, errors, {"rel_err": MEAN_LIMIT})
 
 
 def _select(point: Point, case: Case) -> Work:
-    means = pool(case.q), pool(case.k)
-    _check(point, case, means[1].shape[1], dtype=False)
-    choose = partial(select, *means, queries=case.shape.tokens, keys=case.shape.tokens, density=point.density)
-    exact = choose(impl="reference")
-    return Work(
-        partial(choose, impl=point.impl),
-        lambda found: {"pair_err": int((found.mask() != exact.mask()).sum()) / exact.computed_blocks},
-        {"pair_err": PAIR_LIMIT},
-        flops=2.0 * means[0].shape[1] ** 2 * case.shape.dim * case.shape.heads,
-        bytes=2 * means[0].nbytes + exact.blocks.nbytes,
-        fields=_pattern_fields(exact),
-    )
+    means, tokens = (pool(case.q), pool(case.k)), case.shape.tokens
+    _check(point, case, means[1].shape[1])
+
+    def errors(found: BlockPattern, exact: BlockPattern) -> Row:
+        return {"pair_err": int((found.mask() != exact.mask()).sum()) / exact.computed_blocks}
+
+    operate = partial(select, *means, queries=tokens, keys=tokens, density=point.density)
+    flops = 2.0 * means[0].shape[1] ** 2 * case.shape.dim * case.shape.heads
+    return _beside(point, operate, means, errors, {"pair_err": PAIR_LIMIT}, flops)
 
 
 def _prep(point: Point, case: Case) -> Work:
     _check(point, case, point.precision)
-    given = (case.q, case.k, case.v, _order(case), case.shape.heads)
-    exact = prep(*given, precision=point.precision, impl="reference")
 
-    def errors(found: Prepared) -> Row:
+    def errors(found: Prepared, exact: Prepared) -> Row:
         assert found.means is not None and exact.means is not None
         means = max(relative(a, b) for a, b in zip(found.means, exact.means))
         return {"rel_err": _code_error(found.operands, exact.operands), "mean_err": means}
 
-    return Work(
-        partial(prep, *given, precision=point.precision, impl=point.impl),
-        errors,
-        {"rel_err": 0.0 if point.precision == "input" else CODE_LIMIT, "mean_err": MEAN_LIMIT},
-        bytes=3 * case.q.nbytes + _nbytes(exact.operands),
-    )
+    operate = partial(prep, *case.qkv, _order(case), case.shape.heads, precision=point.precision)
+    limits = {"rel_err": 0.0 if point.precision == "input" else CODE_LIMIT, "mean_err": MEAN_LIMIT}
+    return _beside(point, operate, case.qkv, errors, limits)
 
 
 def _quantize(point: Point, case: Case) -> Work:
     _check(point, case, point.precision)
-    exact = quantize(case.q, case.k, case.v, point.precision, impl="reference")
-    return Work(
-        partial(quantize, case.q, case.k, case.v, point.precision, impl=point.impl),
-        lambda found: {"rel_err": _code_error(found, exact)},
-        {"rel_err": CODE_LIMIT},
-        bytes=3 * case.q.nbytes + _nbytes(exact),
-    )
+
+    def errors(found: Quantized, exact: Quantized) -> Row:
+        return {"rel_err": _code_error(found, exact)}
+
+    operate = partial(quantize, *case.qkv, point.precision)
+    return _beside(point, operate, case.qkv, errors, {"rel_err": CODE_LIMIT})
 
 
 def _merge(point: Point, case: Case) -> Work:
@@ -247,54 +232,42 @@ def _merge(point: Point, case: Case) -> Work:
     half = case.shape.tokens // 2
     parts = [dense(case.q, case.k[:, s], case.v[:, s]) for s in (slice(None, half), slice(half, None))]
     exact = merge([(out.float(), lse) for out, lse in parts], impl="reference")
-    return Work(
-        partial(merge, parts, impl=point.impl),
-        lambda found: error_row(found[0], found[1], exact),
-        {"rel_err": LIMITS[point.dtype], "lse_err": LSE_LIMIT},
-        bytes=3 * sum(x.nbytes for x in parts[0]),
-    )
+    limits = {"rel_err": LIMITS[point.dtype], "lse_err": LSE_LIMIT}
+    call = partial(merge, parts, impl=point.impl)
+    return Work(call, lambda found: error_row(found[0], found[1], exact), limits, 0.0, 3 * _nbytes(parts[0]))
 
 
 def _block_stats(point: Point, case: Case) -> Work:
     _check(point, case, case.shape.dim, (64, 64))
-    lse = dense(case.q, case.k, case.v)[1]
-    exact = block_stats(case.q, case.k, lse, impl="reference")
+    pairs = float(case.shape.heads * case.shape.tokens**2)
 
-    def errors(found: BlockStats) -> Row:
-        small = (found.small - exact.small).abs().sum() / (case.shape.heads * case.shape.tokens**2)
-        return {
-            "rel_err": relative(found.total, exact.total),
-            "largest_err": relative(found.largest, exact.largest),
-            "small_err": float(small),
-        }
+    def errors(found: BlockStats, exact: BlockStats) -> Row:
+        small = float((found.small - exact.small).abs().sum()) / pairs
+        largest = relative(found.largest, exact.largest)
+        return {"rel_err": relative(found.total, exact.total), "largest_err": largest, "small_err": small}
 
-    return Work(
-        partial(block_stats, case.q, case.k, lse, impl=point.impl),
-        errors,
-        {"rel_err": LIMITS[point.dtype], "largest_err": LIMITS[point.dtype], "small_err": PAIR_LIMIT},
-        flops=2.0 * case.shape.tokens**2 * case.shape.dim * case.shape.heads,
-        bytes=case.q.nbytes + case.k.nbytes + lse.nbytes + sum(x.nbytes for x in exact),
-    )
+    given = case.q, case.k, dense(*case.qkv)[1]
+    limits = {"rel_err": LIMITS[point.dtype], "largest_err": LIMITS[point.dtype], "small_err": PAIR_LIMIT}
+    return _beside(point, partial(block_stats, *given), given, errors, limits, 2.0 * pairs * case.shape.dim)
 
 
 _WORKS: dict[str, Callable[[Point, Case], Work]] = {
-    "attention": _attention, "dense": _dense, "selected": _selected, "pool": _pool, "select": _select, "prep": _prep,
+    "attention": _attend, "dense": _attend, "selected": _selected, "pool": _pool, "select": _select, "prep": _prep,
     "quantize": _quantize, "merge": _merge, "block_stats": _block_stats,
 }  # fmt: skip
 
 
-def _check(point: Point, case: Case, *inputs: object, operator: str | None = None, dtype: bool = True) -> None:
-    """Raises Missing where the implementation refuses; `inputs` are those of its `refuses`, after device and dtype."""
-    name = f"diffusers_accel.kernels.{operator or point.operator}.{point.impl}"
+def _check(point: Point, case: Case, *inputs: object) -> None:
+    """Raises Missing where the operator refuses this implementation; `inputs` of its `refuses` after device and dtype."""
+    name = "attention" if point.operator == "selected" else point.operator
+    operator = importlib.import_module(f"diffusers_accel.kernels.{name}")._operator
+    if name == "dense":  # its order depends on the device
+        operator = operator(case.device)
+    given = (case.device, *inputs) if name == "select" else (case.device, case.dtype, *inputs)
     try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("triton", "diffusers_accel"):
-            raise
-        raise Missing("needs Triton" if error.name.startswith("triton") else f"there is no {name}") from None
-    first = (case.device, case.dtype) if dtype else (case.device,)
-    if reason := module.refuses(*first, *inputs):
-        raise Missing(reason)
+        operator.choose(point.impl, *given)  # asks for this one alone: another may hang in its trial
+    except ValueError:
+        raise Missing(next(x.reason for x in operator.choices(*given) if x.name == point.impl)) from None
 
 
 def _limits(point: Point, has_lse: bool) -> dict[str, float]:
@@ -309,19 +282,17 @@ def _cost(case: Case, density: float) -> tuple[float, float]:
     return 4.0 * case.shape.tokens**2 * case.shape.dim * case.shape.heads * density, 4.0 * case.q.nbytes
 
 
-def _pattern_fields(blocks: BlockPattern) -> Row:
-    return {
-        "density_computed": blocks.density,
-        "rows_min_blocks": int(blocks.counts.min()),
-        "rows_max_blocks": int(blocks.counts.max()),
-    }
+def _pattern_fields(blocks: BlockPattern | None) -> Row:
+    if blocks is None:
+        return {"density_computed": 1.0}
+    fewest, most = (int(end) for end in torch.aminmax(blocks.counts))
+    return {"density_computed": blocks.density, "rows_min_blocks": fewest, "rows_max_blocks": most}
 
 
 def _implementation(point: Point, case: Case) -> Row:
     """The version of a peer, or the tile that our kernel takes here."""
-    for peers in PEERS.values():
-        if point.impl in peers:
-            return {"impl_version": peers[point.impl].version}
+    if peer := PEERS.get(point.operator, {}).get(point.impl):
+        return {"impl_version": peer.version}
     if point.impl != "portable":
         return {}
     from diffusers_accel.kernels.attention import portable
@@ -343,18 +314,15 @@ def _pair(found: Any) -> tuple[Tensor, Tensor | None]:
     return found if isinstance(found, tuple) else (found, None)
 
 
-Operands = Quantized | tuple[Tensor, Tensor, Tensor]
+def _code_error(found: Any, exact: Any) -> float:
+    """The largest relative difference of q, k and v, which may be codes."""
+    values = (x.dequantize() if isinstance(x, Quantized) else x for x in (found, exact))
+    return max(relative(a, b) for a, b in zip(*values))
 
 
-def _values(operands: Operands) -> tuple[Tensor, ...]:
-    return operands.dequantize() if isinstance(operands, Quantized) else operands
-
-
-def _code_error(found: Operands, exact: Operands) -> float:
-    """The largest relative difference of q, k and v."""
-    return max(relative(a, b) for a, b in zip(_values(found), _values(exact)))
-
-
-def _nbytes(operands: Operands) -> int:
-    tensors = vars(operands).values() if isinstance(operands, Quantized) else operands
-    return sum(x.nbytes for x in tensors if isinstance(x, Tensor))
+def _nbytes(x: Any) -> int:
+    """Of a tensor, or of all tensors in a tuple or in the fields of an object."""
+    if isinstance(x, Tensor):
+        return x.nbytes
+    parts = x if isinstance(x, tuple) else vars(x).values() if hasattr(x, "__dict__") else ()
+    return sum(_nbytes(part) for part in parts)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -46,7 +47,10 @@ def timed(call: Callable[[], object], device: torch.device, rep_ms: float) -> Ti
 
 
 def graphed(call: Callable[[], object], device: torch.device, rep_ms: float) -> Times:
-    """Times of a call that was captured in a CUDA graph: what the GPU needs, without the launches from Python."""
+    """Times of a call that was captured in a CUDA graph: what the GPU needs, without the launches from Python.
+
+    A capture that fails may leave its stream current and PyTorch's allocator on the graph's pool: measure no more then.
+    """
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -56,6 +60,17 @@ def graphed(call: Callable[[], object], device: torch.device, rep_ms: float) -> 
     with torch.cuda.graph(graph):
         call()
     return timed(graph.replay, device, rep_ms)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, PyTorch fills what it allocates with NaN, or the largest integer, so that an unwritten tile shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fill_uninitialized_memory belongs to it
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:

@@ -1,0 +1,208 @@
+"""What the kernel benchmark measures and in which order: the most telling first, so that a run cut short is of use."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from itertools import product
+from typing import Any, TypeAlias
+
+import torch
+
+from diffusers_accel.evals.kernel_bench.inputs import BLOCK, INPUTS, PATTERNS, SHAPES
+from diffusers_accel.evals.kernel_bench.peers import PEERS
+from diffusers_accel.kernels import dense
+from diffusers_accel.kernels.attention import IMPLEMENTATIONS, PRECISIONS
+
+Row: TypeAlias = dict[str, Any]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# `selected` is a whole call of a method: prep, select and attention, one after the other.
+OPERATORS = ("attention", "dense", "selected", "pool", "select", "prep", "quantize", "merge", "block_stats")
+# Densities that are measured before all others, if they are asked for at all.
+HEADLINE = (0.1, 0.3, 1.0)
+REST = 7  # the first tier that is left out unless it is asked for
+# What two rows of one measurement have in common.
+KEY = ("operator", "impl", "precision", "dtype", "shape", "input_kind", "seed", "pattern", "density_requested")
+
+
+def _option(
+    text: str, cuda: Any = None, cpu: Any = None, names: Collection[str] = (), kind: Any = str, many: bool = False
+) -> Any:
+    """A field of `Settings`: its help, what it is by device when not given, its allowed names, its type, one or a list."""
+    return field(metadata={"text": text, "cuda": cuda, "cpu": cpu, "names": names, "kind": kind, "many": many})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for; `settings` makes one. Every combination of the lists that means something is measured.
+
+    Only plain values, so that another process can be told. The command line has an option for each field.
+    """
+
+    device: str = _option("cuda, cuda:1 or cpu; a GPU if there is one")
+    shapes: tuple[str, ...] = _option(
+        "self-attention of models", ("W13", "C2", "HY", "W14", "C15"), ("shapes", "S8"), SHAPES, many=True
+    )  # both head dims first
+    densities: tuple[float, ...] = _option(
+        "shares of block pairs, 0..1", (0.1, 0.3, 1.0, 0.2, 0.5, 0.05), (0.1, 0.25, 1.0), kind=float, many=True
+    )
+    patterns: tuple[str, ...] = _option("which blocks are read", PATTERNS, PATTERNS, PATTERNS, many=True)
+    inputs: tuple[str, ...] = _option("tokens", INPUTS, INPUTS[:1], INPUTS, many=True)
+    precisions: tuple[str, ...] = _option("of products", PRECISIONS, PRECISIONS[:1], PRECISIONS, many=True)
+    operators: tuple[str, ...] = _option("what is measured", OPERATORS, OPERATORS, OPERATORS, many=True)
+    impls: tuple[str, ...] | None = _option(
+        "who computes sparse attention; all, if not given. Dense attention is always measured by everyone who can",
+        names=(*IMPLEMENTATIONS, *PEERS["attention"]),
+        many=True,
+    )
+    dtype: str = _option("of q, k, v", "bf16", "bf16", DTYPES)
+    seed: int = _option("of inputs and patterns", 0, 0, kind=int)
+    rep_ms: float = _option("of repetitions of a call: 300 on a GPU, 1500 on a CPU", 300.0, 1500.0, kind=float)
+    threads: int | None = _option("CPU threads of PyTorch", kind=int)
+    # Also where one of the three lists is given.
+    every: bool = _option("also all patterns, and peers and all inputs at every density", kind=bool)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement: an operator, who computes it, and on what."""
+
+    operator: str
+    impl: str
+    shape: str
+    inputs: str
+    dtype: str
+    seed: int
+    precision: str = "input"
+    pattern: str | None = None
+    density: float | None = None
+
+    @property
+    def row(self) -> Row:
+        """The fields of a row that say what was to be measured."""
+        shape = SHAPES[self.shape]
+        return {
+            "operator": self.operator, "impl": self.impl, "precision": self.precision, "dtype": self.dtype,
+            "shape": self.shape, "B": 1, "H": shape.heads, "N": shape.tokens, "D": shape.dim,
+            "input_kind": self.inputs, "seed": self.seed, "pattern": self.pattern,
+            "density_requested": self.density, "block_m": BLOCK, "block_n": BLOCK,
+        }  # fmt: skip
+
+
+def key(row: Row) -> str:
+    """What identifies the measurement of a row."""
+    return "|".join(str(row.get(name)) for name in KEY)
+
+
+def status_word(row: Row) -> str:
+    """What stands before the reason in a row's status: ok, drift, wrong, missing, hung and others."""
+    return str(row["status"]).partition(":")[0]
+
+
+def family(row: Row, within: str) -> str:
+    """The points that cannot run for one reason: of one implementation and `within` one head dim (D) or one shape."""
+    return "|".join(str(row.get(name)) for name in ("operator", "impl", "precision", "dtype", within))
+
+
+def given_up(row: Row) -> str | None:
+    """The family of which no more is tried after this row; None after most rows.
+
+    Who hung or crashed would cost as much on another shape of that head dim; who failed, or refused, may take it.
+    """
+    within = {"hung": "D", "crashed": "D", "failed": "shape", "missing": "shape"}.get(status_word(row))
+    return family(row, within) if within else None
+
+
+def settings(device: torch.device | str, **asked: Any) -> Settings:
+    """The settings asked for, with the device's defaults for all that is not given or None.
+
+    Raises:
+        ValueError: an unknown name, a density outside 0..1, or a device that is neither a GPU nor a CPU.
+        TypeError: there is no such setting.
+    """
+    kind = torch.device(device).type
+    if kind not in ("cuda", "cpu"):
+        raise ValueError(f"the benchmark runs on cuda and cpu, found {kind}")
+    if asked.get("every") is None:
+        asked["every"] = any(asked.get(name) for name in ("densities", "patterns", "inputs"))
+    found = {"device": str(device)} | asked
+    for entry in fields(Settings):
+        option = entry.metadata
+        value = found.get(entry.name)
+        if value is None:
+            value = option[kind]
+        if option["many"] and value is not None:
+            value = tuple(option["kind"](x) for x in value)
+        given: Sequence[Any] = value if isinstance(value, tuple) else [value]
+        if value is not None and option["names"] and (unknown := [x for x in given if x not in option["names"]]):
+            raise ValueError(f"{entry.name} must be among {', '.join(option['names'])}, found {', '.join(unknown)}")
+        found[entry.name] = value
+    if wrong := [x for x in found["densities"] if not 0 < x <= 1]:
+        raise ValueError(f"densities must lie in 0..1, above 0, found {wrong}")
+    return Settings(**found)
+
+
+def plan(asked: Settings) -> list[Point]:
+    """Every point, the most telling first. It follows from the settings alone, so that a second run can go on with it."""
+    points = [point for shape, kind in product(asked.shapes, asked.inputs) for point in _points(asked, shape, kind)]
+    tier = partial(_tier, asked)
+    return sorted((x for x in points if asked.every or tier(x) < REST), key=tier)  # stable: shape by shape in a tier
+
+
+def _points(asked: Settings, shape: str, kind: str) -> Iterator[Point]:
+    """The points of one shape with one kind of inputs, dense attention first."""
+    at = partial(Point, shape=shape, inputs=kind, dtype=asked.dtype, seed=asked.seed)
+    skipped = ("reference",) if torch.device(asked.device).type == "cpu" else ("reference", "cpu")
+    impls = asked.impls or [*(x for x in IMPLEMENTATIONS if x not in skipped), *PEERS["attention"]]
+    ours = [name for name in IMPLEMENTATIONS if name in impls]
+    peers = [name for name in PEERS["attention"] if name in impls]
+    if {"dense", "attention", "selected"} & set(asked.operators):
+        yield from (at("dense", name, precision=peer.precision) for name, peer in PEERS["dense"].items())
+        yield from (at("dense", name) for name in dense.IMPLEMENTATIONS if name not in skipped)
+    for density, which in product(asked.densities, asked.patterns):
+        if density == 1 and which != asked.patterns[0]:
+            continue  # all the same
+        if "attention" in asked.operators:
+            for precision, name in product(asked.precisions, ours):
+                yield at("attention", name, precision=precision, pattern=which, density=density)
+            yield from (at("attention", name, pattern=which, density=density) for name in peers)
+        if "selected" in asked.operators and density < 1 and which == asked.patterns[0]:
+            for precision, name in product(asked.precisions, ours):
+                yield at("selected", name, precision=precision, density=density)
+    if kind == asked.inputs[0]:
+        yield from _beside(asked, at, "reference" if "cpu" not in skipped else "portable")
+
+
+def _beside(asked: Settings, at: partial[Point], usual: str) -> Iterator[Point]:
+    """The operators beside attention. None has a fast implementation for a CPU, where the reference is what runs."""
+    names = [usual] if asked.impls is None else [name for name in ("portable", "reference") if name in asked.impls]
+    for operator, name in product(OPERATORS[3:], names):
+        if operator not in asked.operators:
+            continue
+        if operator in ("prep", "quantize"):
+            precisions = [x for x in asked.precisions if (operator, x) != ("quantize", "input")]
+            yield from (at(operator, name, precision=precision) for precision in precisions)
+        else:
+            yield at(operator, name, density=min(asked.densities) if operator == "select" else None)
+
+
+def _tier(asked: Settings, point: Point) -> int:
+    """0 is what a reader asks first: the dense kernels, and ours at three densities; the higher, the sooner left out."""
+    headline = [x for x in HEADLINE if x in asked.densities] or list(asked.densities)
+    usual = point.pattern in (None, asked.patterns[0])
+    first = usual and (point.density is None or point.density in headline)
+    sparse_peer = point.operator == "attention" and point.impl in PEERS["attention"]
+    exact = point.precision == "input"
+    if point.inputs != asked.inputs[0]:
+        return 6 if first and not sparse_peer else REST + 1
+    if point.operator in OPERATORS[3:]:
+        return 4
+    if sparse_peer or (point.operator == "dense" and not exact):
+        return 3 if first else REST
+    if not first:
+        return 5 if usual else REST
+    if not exact:
+        return 2
+    return 1 if point.operator == "selected" else 0
