@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(highlight=False)
     start = time.monotonic()
     console.print(
-        f"[bold]diffusers_accel demo[/bold]: search a plan (2 to 3 minutes), then dense against that plan and the methods "
+        f"[bold]diffusers_accel demo[/bold]: search a plan (3 to 4 minutes), then dense against that plan and the methods "
         f"{', '.join(NAMES)}; at most about {options.minutes:g} minutes on 2 idle cores.",
         soft_wrap=True,
     )
