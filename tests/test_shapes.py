@@ -19,6 +19,7 @@ import torch
 from diffusers_accel.evals import shapes
 from diffusers_accel.evals.shapes import autoencoder, latents, render
 from diffusers_accel.evals.shapes.denoiser import (
+    OBJECT_FEATURES,
     SHORT_TEXT_ROWS,
     Probe,
     attend,
@@ -32,9 +33,12 @@ from diffusers_accel.evals.shapes.run_state import RunState
 from diffusers_accel.evals.shapes.start import start_training
 from diffusers_accel.evals.shapes.transformer import (
     NOISIEST,
+    Clips,
     Denoiser,
     Places,
-    object_places,
+    clip_kind,
+    describe_objects,
+    loss_weights,
     sample_places,
     sample_sigmas,
     take,
@@ -200,25 +204,62 @@ def test_the_probe_asks_for_places_in_the_grid_and_of_the_object() -> None:
         # A probe that says 0 everywhere errs by the mean square of what it is asked for.
         asked = [2 * (p / (n - 1)) - 1 for place in places for p, n in zip(place, grid, strict=True)]
         own = np.mean([np.square(axis).mean() for axis in asked])
-        objects = torch.stack([torch.full((4, 3), 2.0), torch.full((4, 3), 7.0)])
+        objects = torch.full((2, 4, 2, OBJECT_FEATURES), 2.0)
+        objects[1], objects[0, :, 1] = 7.0, torch.nan
         found = probe.loss(model.rope, grid, objects, torch.tensor([1.0, 0.0]))
-        assert float(found) == pytest.approx(own + 4.0 / 2, rel=1e-5)  # the clip without a caption does not count
+        # Neither the clip without a caption nor the missing second object counts.
+        assert float(found) == pytest.approx(own + OBJECT_FEATURES * 4.0 / 3 / 2, rel=1e-5)
         probe.object.bias.fill_(2.0)
         assert float(probe.loss(model.rope, grid, objects, torch.tensor([1.0, 0.0]))) == pytest.approx(own, rel=1e-5)
 
 
-def test_the_object_is_looked_for_where_the_latent_frames_show_it() -> None:
-    scene = next(s for s in scenes(50) if s.actors[0].motion == "moves right")
-    told = object_places(scene, np.array([0, 8, 16]))
-    x = scene.actors[0].state(np.array([0, 15.5 / 32, 31.5 / 32], np.float32))[0]
-    assert told.shape == (3, 3) and told[:, 0] == pytest.approx(8 * (x - 0.5))
+def test_the_objects_are_described_where_the_latent_frames_show_them() -> None:
+    one = next(s for s in scenes(50) if s.actors[0].motion == "moves right" and len(s.actors) == 1)
+    told = describe_objects(one, np.array([0, 8, 16]))
+    x = one.actors[0].state(np.array([0, 15.5 / 32, 31.5 / 32], np.float32))[0]
+    assert told.shape == (3, 2, OBJECT_FEATURES) and np.isnan(told[:, 1]).all()
+    assert told[:, 0, 0] == pytest.approx(8 * (x - 0.5))
+    assert told[0, 0, 3:6] / 3 + 0.5 == pytest.approx(render.COLORS[one.actors[0].color])
+    assert told[0, 0, 6:].tolist() == [2.0 * (one.actors[0].shape == s) for s in render.SHAPES]
+    two = describe_objects(next(s for s in scenes(50) if len(s.actors) == 2), np.array([0]))
+    assert not np.isnan(two).any() and not np.array_equal(two[:, 0], two[:, 1])
 
 
-def test_half_of_the_noise_levels_are_the_highest() -> None:
-    sigmas = sample_sigmas(64, torch.Generator().manual_seed(0))
+def test_an_object_of_any_outline_lies_within_its_loss_weights() -> None:
+    grid, frames = (17, 16, 16), np.arange(0, 17, 4)
+    for scene in scenes(40):
+        rows, columns = np.arange(16), np.arange(1, 16, 2)
+        weights = loss_weights(scene, Places(frames, rows, columns), grid)
+        assert weights.shape == (5, 16, 8) and set(np.unique(weights)) == {1.0, 4.0}
+        bare = dataclasses.replace(scene, actors=())
+        shown = np.abs(render.render(scene) - render.render(bare)).max(-1) > 0.05
+        tokens = shown[2 * frames].reshape(5, 16, 8, 16, 8).any((2, 4))[:, :, columns]
+        # The last frame of a latent's two may touch a token that its middle does not.
+        assert (tokens & (weights == 1)).sum() <= 0.03 * tokens.sum()
+        assert (weights > 1).mean() < 0.5
+
+
+def test_kinds_are_drawn_by_their_shares_whatever_the_file_holds(tmp_path: Path) -> None:
+    records = np.zeros((300, *latents.SHAPE), np.float16)
+    path = tmp_path / "latents.bin"
+    path.write_bytes(records[:200].tobytes())
+    clips = Clips(path, seed=0)
+    rng = np.random.default_rng(0)
+    held, picked = clips.draw(rng, 1300)
+    assert held.shape[0] == 200 and max(picked) < 200
+    kinds = [clip_kind(clips.scenes[i]) for i in picked]
+    assert kinds.count("two objects") / 1300 == pytest.approx(3 / 13, rel=0.2)
+    assert kinds.count("moves left") / 1300 == pytest.approx(1 / 13, rel=0.3)
+    path.write_bytes(records.tobytes())
+    assert max(clips.draw(rng, 500)[1]) >= 200
+
+
+def test_most_noise_levels_show_the_object_and_the_others_are_the_highest() -> None:
+    sigmas = sample_sigmas(100, torch.Generator().manual_seed(0))
     assert bool((sigmas > 0).all() and (sigmas <= 1).all())
-    assert int((sigmas[:32] >= NOISIEST).sum()) == 32
-    assert bool((sigmas[32:] < 0.5).any())
+    assert int((sigmas[:30] >= NOISIEST).sum()) == 30 and float(sigmas[:30].max()) > 0.99
+    assert 0.5 < float((sigmas < NOISIEST).float().mean()) < 0.65
+    assert bool((sigmas[30:] < 0.3).any())
 
 
 def test_a_run_can_start_from_the_shipped_weights(tmp_path: Path, pipe) -> None:

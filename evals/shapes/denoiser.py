@@ -22,6 +22,7 @@ from diffusers_accel.evals.shapes.models import TEXT_ROWS
 from diffusers_accel.kernels.cpu_workers import run_all
 
 SHORT_TEXT_ROWS = 20
+OBJECT_FEATURES = 10  # that the probe asks of an object: place (3), colour (3), shape (4)
 SLICE = 256  # queries of one slice
 
 
@@ -159,18 +160,18 @@ attend.register_autograd(_attend_gradient, setup_context=lambda ctx, inputs, out
 
 
 class Probe(torch.nn.Module):
-    """A training aid: every token has to tell its own place after the third block, and the object's after the fourth.
+    """A training aid: every token has to tell its own place after the third block, and the objects after the fourth.
 
     Rotary embeddings are relative, and noise holds no landmark: that a token lies near the left edge or the first frame shows
     only in how much noise its neighbourhood averages out. And "moves left" is a product of three signs: of the motion, of
-    the time and of the place. The loss of the video teaches both too slowly for an hour; asked for them directly, the model
-    learns to place its tokens in some dozen steps. The probe itself is not kept.
+    the time and of the place; two colours have to find their two objects. The loss of the video teaches all this too slowly
+    for an hour; asked for it directly, the model learns to place its tokens in some dozen steps. The probe itself is not kept.
     """
 
     def __init__(self, transformer: Any) -> None:
         super().__init__()
         width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-        self.own, self.object = torch.nn.Linear(width, 3), torch.nn.Linear(width, 3)
+        self.own, self.object = torch.nn.Linear(width, 3), torch.nn.Linear(width, 2 * OBJECT_FEATURES)
         self.hidden: dict[str, torch.Tensor] = {}
         for name, layer in (("own", 2), ("object", 3)):
             block = transformer.blocks[min(layer, len(transformer.blocks) - 1)]
@@ -184,8 +185,8 @@ class Probe(torch.nn.Module):
     ) -> torch.Tensor:
         """Mean squared errors of the places last seen, in units of half an axis, and of the objects.
 
-        objects: [B, frames, 3], what `object` is to tell in each frame; captioned: [B], 1 for clips with a caption, the others'
-        objects do not count.
+        objects: [B, frames, 2, OBJECT_FEATURES], what `object` is to tell in each frame, NaN for what does not count;
+        captioned: [B], 1 for clips with a caption, the others' objects do not count.
         """
         places = (rope.frames, rope.rows, rope.columns)
         axes = [2 * p / (n - 1) - 1 for p, n in zip(places, grid, strict=True)]
@@ -194,8 +195,9 @@ class Probe(torch.nn.Module):
         own = torch.stack([x.view(s).expand(-1, *sizes) for x, s in zip(axes, shapes, strict=True)], dim=-1)
         own_error = (self.own(self._seen("own")) - own.flatten(1, 3)).square().mean()
         told = self.object(self._seen("object")).unflatten(1, (sizes[0], -1))
-        object_error = (told - objects[:, :, None]).square().mean((1, 2, 3))
-        return own_error + (object_error * captioned).mean()
+        asked = objects.flatten(2)[:, :, None]
+        object_error = (told - asked.nan_to_num()).square().masked_fill(asked.isnan(), 0).mean((1, 2)).sum(-1)
+        return own_error + (object_error * captioned).mean() / 3
 
     def _seen(self, name: str) -> torch.Tensor:
         hidden = self.hidden[name].float()

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from diffusers_accel.evals.shapes.denoiser import (
+    OBJECT_FEATURES,
     SHORT_TEXT_ROWS,
     Probe,
     prepare_for_training,
@@ -17,7 +18,7 @@ from diffusers_accel.evals.shapes.denoiser import (
 )
 from diffusers_accel.evals.shapes.latents import clip_scene, open_latents
 from diffusers_accel.evals.shapes.models import FLOW_SHIFT, build_text_encoder, build_tokenizer, build_transformer
-from diffusers_accel.evals.shapes.render import Scene
+from diffusers_accel.evals.shapes.render import COLORS, SHAPES, Scene
 from diffusers_accel.evals.shapes.run_state import Average, RunState, scheduled_lr
 
 if TYPE_CHECKING:
@@ -34,11 +35,16 @@ class Part(NamedTuple):
 
 # Share of the time budget at which a stage ends, and the parts of clips that its steps take in turn: first the geometry
 # (coarse places of all frames, and whole frames at some times), then whole clips.
-STAGES = ((0.85, (Part(8, 17, 2), Part(5, 6, 1))), (1.01, (Part(3, 17, 1),)))
+STAGES = ((0.85, (Part(8, 17, 2), Part(5, 6, 1))), (1.01, (Part(3, 17, 1), Part(5, 6, 1))))
+# How often a kind of clip is drawn, relative to the others (1), whatever its share of the encoded clips.
+DRAWS = {"bounces": 2, "turns": 2, "two objects": 3}
 PEAK_LR = 1e-3
 MUON_SCALE = 3.0  # Muon's learning rate over AdamW's, with steps matched to AdamW's size
 DROP_CAPTION = 0.1
 NOISIEST = 0.94  # noise share from which on the caption decides
+EARLY = 0.3  # share of the steps that train there
+LATE_SHIFT = 3.0  # of the other noise levels: below the sampler's, as outlines are decided below its median
+NEAR_WEIGHT = 4.0  # of an object's tokens in the loss, over the background's
 PROBE_WEIGHT = 0.2  # of the probe's loss
 
 
@@ -71,15 +77,39 @@ def build_optimizers(model: Denoiser, probe: Probe) -> list[torch.optim.Optimize
 
 
 def sample_sigmas(batch: int, generator: torch.Generator) -> torch.Tensor:
-    """Noise shares `[B]`, stratified over the batch, half of them from `NOISIEST` to 1.
+    """Noise shares `[B]`, stratified over the batch, a share of `EARLY` of them from `NOISIEST` to 1.
 
-    The other half has the density that the scheduler's shift gives its steps. Below `NOISIEST` an object shows through the
-    noise; only above it the model learns to place and move one by the caption alone, which is what a sampler begins with.
+    Below `NOISIEST` an object shows through the noise; only above it the model learns to place and move one by the caption
+    alone, which is what a sampler begins with.
     """
     u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-    early = NOISIEST + (1 - NOISIEST) * 2 * u
-    late = 2 * u - 1
-    return torch.where(u < 0.5, early, FLOW_SHIFT * late / (1 + (FLOW_SHIFT - 1) * late))
+    early = NOISIEST + (1 - NOISIEST) * u / EARLY
+    late = (u - EARLY) / (1 - EARLY)
+    return torch.where(u < EARLY, early, LATE_SHIFT * late / (1 + (LATE_SHIFT - 1) * late))
+
+
+class Clips:
+    """The encoded clips of a file that may still grow, and the scenes that they show."""
+
+    def __init__(self, path: Path, seed: int) -> None:
+        self.path, self.seed = path, seed
+        self.scenes: list[Scene] = []
+        self.kinds: dict[str, list[int]] = {}
+
+    def draw(self, rng: np.random.Generator, n: int) -> tuple[NDArray[np.float16], list[int]]:
+        """The latents of all clips, and the indices of `n` of them, their kinds drawn by `DRAWS`."""
+        latents = open_latents(self.path)
+        for index in range(len(self.scenes), len(latents)):
+            self.scenes.append(clip_scene(self.seed, index))
+            self.kinds.setdefault(clip_kind(self.scenes[-1]), []).append(index)
+        weights = np.array([DRAWS.get(kind, 1) for kind in self.kinds], float)
+        picked = rng.choice(list(self.kinds), n, p=weights / weights.sum())
+        return latents, [int(rng.choice(self.kinds[kind])) for kind in picked]
+
+
+def clip_kind(scene: Scene) -> str:
+    """The motion of a scene's object, or "two objects"."""
+    return scene.actors[0].motion if len(scene.actors) == 1 else "two objects"
 
 
 class Places(NamedTuple):
@@ -97,11 +127,37 @@ def sample_places(rng: np.random.Generator, shape: tuple[int, int, int], frames:
     return Places(picked, rows, columns)
 
 
-def object_places(scene: Scene, frames: NDArray[np.int64]) -> NDArray[np.float32]:
-    """x, y and radius of the first object at latent frames, `[frames, 3]`, scaled to a variance near 1."""
-    time = (np.maximum(2 * frames - 0.5, 0) / 32).astype(np.float32)  # a latent frame holds two, the first one only one
-    x, y, radius, _ = scene.actors[0].state(time)
-    return np.stack([8 * (x - 0.5), 8 * (y - 0.5), 25 * (radius - 0.18)], axis=1)
+def latent_time(frames: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Times (0..1 over the clip) at the middle of latent frames: each holds two frames, the first one only one."""
+    time: NDArray[np.float32] = (np.maximum(2 * frames - 0.5, 0) / 32).astype(np.float32)
+    return time
+
+
+def describe_objects(scene: Scene, frames: NDArray[np.int64]) -> NDArray[np.float32]:
+    """What the probe asks for, `[frames, 2 objects, 10]`, NaN where there is no second object.
+
+    x, y, radius, the colour's channels, and 1 for the object's own shape of four; each scaled to a variance near 1.
+    """
+    told = np.full((len(frames), 2, OBJECT_FEATURES), np.nan, np.float32)
+    for index, actor in enumerate(scene.actors):
+        x, y, radius, _ = actor.state(latent_time(frames))
+        told[:, index, :3] = np.stack([8 * (x - 0.5), 8 * (y - 0.5), 25 * (radius - 0.18)], axis=1)
+        told[:, index, 3:6] = 3 * (np.array(COLORS[actor.color]) - 0.5)
+        told[:, index, 6:] = 2 * np.array([actor.shape == name for name in SHAPES])
+    return told
+
+
+def loss_weights(scene: Scene, places: Places, grid: tuple[int, int, int]) -> NDArray[np.float32]:
+    """Weights of the tokens at the given places, `[frames, rows, columns]`: `NEAR_WEIGHT` around the objects, elsewhere 1.
+
+    Without them the background, four fifths of all tokens, drowns what shows an outline.
+    """
+    y, x = ((p + 0.5) / n for p, n in zip(places[1:], grid[1:], strict=True))
+    near = np.zeros(tuple(len(p) for p in places), bool)
+    for actor in scene.actors:
+        ax, ay, radius, _ = (v[:, None, None] for v in actor.state(latent_time(places.frames)))
+        near |= np.hypot(x - ax, y[:, None] - ay) < 1.5 * radius + 0.5 / grid[1]  # all corners, and half a token
+    return np.where(near, NEAR_WEIGHT, 1).astype(np.float32)
 
 
 def take(latent: NDArray[np.float16], places: Places) -> torch.Tensor:
@@ -124,7 +180,7 @@ def train_transformer(
     model = Denoiser(**sizes).to(device)
     probe = Probe(model.transformer).to(device)
     optimizers = build_optimizers(model, probe)
-    average, run = Average(model, 0.998), RunState(folder, "transformer", minutes, seed)
+    average, run = Average(model, 0.99), RunState(folder, "transformer", minutes, seed)
     if held := run.resume():
         model.load_state_dict(held["model"])
         average.load(held["average"])
@@ -146,19 +202,20 @@ def train_transformer(
         )
 
     losses: list[tuple[float, float]] = []
+    encoded = Clips(folder / "latents.bin", seed)
     while run.progress < 1:
         parts = next(parts for end, parts in stages if run.progress < end)
         batch, frames, stride = parts[run.step % len(parts)]
         rng = np.random.default_rng([seed, 2, run.step])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        latents = open_latents(folder / "latents.bin")
-        clips = rng.integers(len(latents), size=batch)
+        latents, clips = encoded.draw(rng, batch)
         grid = (latents.shape[2], latents.shape[3] // 2, latents.shape[4] // 2)
         places = [sample_places(rng, grid, frames, stride) for _ in range(batch)]
         clean = torch.stack([take(latents[c], p) for c, p in zip(clips, places, strict=True)]).to(device)
-        scenes = [clip_scene(seed, int(c)) for c in clips]
+        scenes = [encoded.scenes[c] for c in clips]
         captions = ["" if rng.random() < DROP_CAPTION else scene.caption for scene in scenes]
-        objects = np.stack([object_places(s, p.frames) for s, p in zip(scenes, places, strict=True)])
+        objects = np.stack([describe_objects(s, p.frames) for s, p in zip(scenes, places, strict=True)])
+        weights = np.stack([loss_weights(s, p, grid) for s, p in zip(scenes, places, strict=True)])
 
         noise = torch.randn(clean.shape, generator=generator).to(device)
         sigma = sample_sigmas(batch, generator).to(device)
@@ -172,7 +229,11 @@ def train_transformer(
                 model.transformer, rows, *(torch.from_numpy(np.stack(p)).to(device) for p in zip(*places, strict=True))
             )
             velocity = forward((1 - mix) * clean + mix * noise, 1000 * sigma, text.float(), return_dict=False)[0]
-        loss = (velocity.float() - (noise - clean)).square().mean()
+        error = (velocity.float() - (noise - clean)).square().mean(1)
+        # Where the caption alone decides, weights would favour the places that an object may come to: there all are 1.
+        shared = torch.where(mix[:, 0] < NOISIEST, torch.from_numpy(weights).to(device), 1)
+        shared = shared.repeat_interleave(2, -2).repeat_interleave(2, -1)
+        loss = (error * shared).sum() / shared.sum()
         captioned = torch.tensor([float(bool(c)) for c in captions], device=device)
         probe_loss = probe.loss(model.transformer.rope, grid, torch.from_numpy(objects).to(device), captioned)
         for optimizer in optimizers:

@@ -1,7 +1,7 @@
 """Block-sparse attention on a CPU that skips the unread blocks, built on PyTorch's own fused CPU attention.
 
 Query rows whose keys are one run of tokens (bands, dense heads) are handed over as strided views: many rows and heads in
-one call, nothing copied. All others gather their key tokens, a few rows at a time so that the copies stay in cache.
+one call, nothing copied. All others gather their key blocks, a few rows at a time so that the copies stay in cache.
 
 Quantized operands are simulated: dequantized to fp32, which shows what their rounding does to the result and is slower
 than not to quantize at all.
@@ -30,7 +30,7 @@ Attend: TypeAlias = Callable[..., Any]
 fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 # Keys and values gathered for one call of one thread: more falls out of its cache, less pays for more calls.
-GATHER_BYTES = 1 << 20
+GATHER_BYTES = 3 << 19
 # Scores that the simulation of FP8 holds at once.
 SCORE_BYTES = 32 << 20
 
@@ -73,17 +73,17 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Gather:
-    """Query rows anywhere in the pattern that have the same number of queries and of keys.
+    """Query rows of one head, each as many queries and keys as the others.
 
-    batch, head, query (first token): int64 `[rows]`; blocks: int64 `[rows, n]`, key-block ids; lengths: int64
-    `[rows, n]`, how many tokens of each exist, or None where all blocks are whole.
+    first: the first query of each row; blocks: int64 `[rows, n]`, key-block ids; lengths: int64 `[rows, n]`, how many
+    tokens of each exist, or None where all blocks are whole.
     """
 
+    batch: int
+    head: int
     query_tokens: int
     key_tokens: int
-    batch: Tensor
-    head: Tensor
-    query: Tensor
+    first: list[int]
     blocks: Tensor
     lengths: Tensor | None
 
@@ -101,7 +101,7 @@ def schedule(pattern: BlockPattern) -> Schedule:
     """Sorts the query rows of a pattern into calls. It walks the lists in Python, so it is kept with the pattern."""
     blocks, counts, lengths = pattern.blocks.tolist(), pattern.counts.tolist(), pattern.key_lengths().tolist()
     sweeps: dict[tuple[int, Sweep], list[int]] = defaultdict(list)
-    gathers: dict[tuple[int, int, int], list[tuple[int, int, int, list[int]]]] = defaultdict(list)
+    gathers: dict[tuple[int, int, int, int, int], list[tuple[int, list[int]]]] = defaultdict(list)
     covered = True
     for b, h in product(range(len(blocks)), range(pattern.heads)):
         lists = [[j for j in row[:n] if lengths[j]] for row, n in zip(blocks[b][h], counts[b][h])]
@@ -113,7 +113,7 @@ def schedule(pattern: BlockPattern) -> Schedule:
             query = first * pattern.block_q
             sizes = min(rows * pattern.block_q, pattern.queries - query), sum(lengths[j] for j in ids)
             if ids[-1] - ids[0] >= len(ids) or any(lengths[j] < pattern.block_k for j in ids[:-1]):
-                gathers[*sizes, len(ids)].append((b, h, query, ids))
+                gathers[b, h, *sizes, len(ids)].append((query, ids))
                 continue
             sweep = Sweep(query, sizes[0], ids[0] * pattern.block_k, sizes[1])
             longer = last.then(sweep) if last else None
@@ -123,7 +123,8 @@ def schedule(pattern: BlockPattern) -> Schedule:
         if last:
             sweeps[b, last].append(h)
     calls = [(b, first, count, sweep) for (b, sweep), heads in sweeps.items() for first, count in runs(heads)]
-    return Schedule(calls, [gather(pattern, lengths, *item) for item in sorted(gathers.items())], covered)
+    existing = torch.tensor(lengths)
+    return Schedule(calls, [gather(pattern.block_k, existing, *item) for item in gathers.items()], covered)
 
 
 def merged_rows(lists: list[list[int]]) -> Iterator[tuple[int, int, list[int]]]:
@@ -145,17 +146,13 @@ def runs(heads: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def gather(
-    pattern: BlockPattern,
-    lengths: list[int],
-    sizes: tuple[int, int, int],
-    rows: list[tuple[int, int, int, list[int]]],
+    block_k: int, lengths: Tensor, key: tuple[int, int, int, int, int], rows: list[tuple[int, list[int]]]
 ) -> Gather:
-    """The gathered rows of one size as tensors."""
-    batch, head, query = torch.tensor([row[:3] for row in rows]).unbind(1)
-    blocks = torch.tensor([row[3] for row in rows])
-    existing = torch.tensor(lengths)[blocks]
-    whole = bool((existing == pattern.block_k).all())
-    return Gather(sizes[0], sizes[1], batch, head, query, blocks, None if whole else existing)
+    """The gathered rows of one head and size; lengths: how many tokens of each key block exist."""
+    blocks = torch.tensor([ids for _, ids in rows])
+    existing = lengths[blocks]
+    whole = bool((existing == block_k).all())
+    return Gather(*key[:4], [query for query, _ in rows], blocks, None if whole else existing)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -177,25 +174,26 @@ def attend_pattern(
     batch, queries, heads, dim = q.shape
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     if pattern is None:
-        plan, rows = Schedule([(0, 0, heads, Sweep(0, queries, 0, k.shape[1]))], [], covered=True), 1
+        plan, period = Schedule([(0, 0, heads, Sweep(0, queries, 0, k.shape[1]))], [], covered=True), 1
     else:
-        plan, rows = pattern.derived(schedule), pattern.blocks.shape[0]
+        plan, period = pattern.derived(schedule), pattern.blocks.shape[0]
     out = q.new_empty(batch, queries, heads, dim)
     lse = q.new_empty(batch, queries, heads, dtype=torch.float32)
     if not plan.covered:
         out.zero_()
         lse.fill_(-torch.inf)
-    for repeat in range(0, batch, rows):
+    for repeat in range(0, batch, period):
         for row, head, count, sweep in plan.sweeps:
             part = slice(head, head + count)
             inputs = q[repeat + row, :, part], k[repeat + row, :, part], v[repeat + row, :, part]
             run_sweep(*inputs, out[repeat + row, :, part], lse[repeat + row, :, part, None], sweep, scale, attend)
-        if pattern is not None and plan.gathers:
-            flat = Flat(q.reshape(-1, dim), k.reshape(-1, dim), v.reshape(-1, dim), out.view(-1, dim), lse.view(-1))
-            sizes = queries, k.shape[1], heads
-            run_all(
-                [c for g in plan.gathers for c in gather_calls(flat, sizes, g, repeat, pattern.block_k, scale, attend)]
-            )
+        if pattern is not None:
+            calls: list[Callable[[], None]] = []
+            for rows in plan.gathers:
+                part = repeat + rows.batch, slice(None), rows.head
+                head = Head(q[part], k[part], v[part], out[part], lse[part], pattern.block_k)
+                calls += gather_calls(head, rows, scale, attend)
+            run_all(calls)
     return out, lse.transpose(1, 2).contiguous()
 
 
@@ -215,53 +213,54 @@ def run_sweep(
     groups(lse, *queries).copy_(part_lse[..., None])
 
 
-class Flat(NamedTuple):
-    """Rows `[B * S * H, D]` of q, k, v and of the results out `[.., D]` and lse `[..]`."""
+class Head(NamedTuple):
+    """One head's q, k, v and the results out `[S, D]` and lse `[S]`, as strided views, and the tokens of a key block."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     out: Tensor
     lse: Tensor
+    block_k: int
 
 
-def gather_calls(
-    flat: Flat, sizes: tuple[int, int, int], rows: Gather, first_batch: int, block_k: int, scale: float, attend: Attend
-) -> Iterator[Callable[[], None]]:
-    """Calls that compute a few rows each; sizes: queries, keys and heads of a batch row."""
-    at_once = max(1, GATHER_BYTES // (2 * rows.key_tokens * flat.k.shape[1] * flat.k.element_size()))
-    for start in range(0, len(rows.query), at_once):
-        part = slice(start, start + at_once)
-        yield functools.partial(run_gather, flat, sizes, rows, part, first_batch, block_k, scale, attend)
+def gather_calls(head: Head, rows: Gather, scale: float, attend: Attend) -> Iterator[Callable[[], None]]:
+    """Calls that compute a few rows each."""
+    at_once = max(1, GATHER_BYTES // (2 * rows.key_tokens * head.k.shape[1] * head.k.element_size()))
+    for start in range(0, len(rows.first), at_once):
+        yield functools.partial(run_gather, head, rows, slice(start, start + at_once), scale, attend)
 
 
-def run_gather(
-    flat: Flat,
-    sizes: tuple[int, int, int],
-    rows: Gather,
-    part: slice,
-    first_batch: int,
-    block_k: int,
-    scale: float,
-    attend: Attend,
-) -> None:
-    """Copies the key tokens of a few rows beside each other and attends."""
-    query_tokens, key_tokens, heads = sizes
-    batch, head = first_batch + rows.batch[part, None], rows.head[part, None]
-    in_query, in_block = torch.arange(rows.query_tokens), torch.arange(block_k)
-    queries = ((batch * query_tokens + rows.query[part, None] + in_query) * heads + head).flatten()
-    tokens = rows.blocks[part, :, None] * block_k + in_block
-    keys = (batch[..., None] * key_tokens + tokens) * heads + head[..., None]
-    keys = keys.flatten() if rows.lengths is None else keys[in_block < rows.lengths[part, :, None]]
-    shape = (len(batch), 1, rows.key_tokens, flat.k.shape[1])
-    out, lse = attend(
-        flat.q.index_select(0, queries).view(len(batch), 1, rows.query_tokens, -1),
-        flat.k.index_select(0, keys).view(shape),
-        flat.v.index_select(0, keys).view(shape),
-        scale=scale,
-    )
-    flat.out.index_copy_(0, queries, out.reshape(-1, shape[3]))
-    flat.lse.index_copy_(0, queries, lse.reshape(-1))
+def run_gather(head: Head, rows: Gather, part: slice, scale: float, attend: Attend) -> None:
+    """Copies the keys of a few rows beside each other and attends."""
+    blocks, queries = rows.blocks[part], groups_of(rows.first[part], rows.query_tokens)
+    shape = (len(blocks), 1, rows.key_tokens, head.k.shape[1])
+    if rows.lengths is None:
+        # Whole blocks of a strided view: one copy each, and no transposed copy of all keys before.
+        ids, length = blocks.flatten(), len(head.k) // head.block_k * head.block_k
+        k, v = (x[:length].unflatten(0, (-1, head.block_k)).index_select(0, ids).view(shape) for x in (head.k, head.v))
+    else:
+        in_block = torch.arange(head.block_k)
+        keys = (blocks[..., None] * head.block_k + in_block)[in_block < rows.lengths[part, :, None]]
+        k, v = (x.index_select(0, keys).view(shape) for x in (head.k, head.v))
+    q = [head.q[tokens].unflatten(0, (count, -1)) for tokens, count in queries]
+    out, lse = attend((q[0] if len(q) == 1 else torch.cat(q))[:, None], k, v, scale=scale)
+    done = 0
+    for tokens, count in queries:
+        head.out[tokens] = out[done : done + count].flatten(0, 2)
+        head.lse[tokens] = lse[done : done + count].flatten()
+        done += count
+
+
+def groups_of(first: list[int], tokens: int) -> list[tuple[slice, int]]:
+    """Rows of `tokens` queries that begin at the given ones, as (queries, rows) of those that follow on each other."""
+    runs: list[tuple[slice, int]] = []
+    for query in first:
+        if runs and runs[-1][0].stop == query:
+            runs[-1] = slice(runs[-1][0].start, query + tokens), runs[-1][1] + 1
+        else:
+            runs.append((slice(query, query + tokens), 1))
+    return runs
 
 
 def fp8_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
