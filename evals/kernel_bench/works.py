@@ -293,13 +293,17 @@ def _implementation(point: Point, case: Case) -> Row:
     """The version of a peer, or the tile that our kernel takes here."""
     if peer := PEERS.get(point.operator, {}).get(point.impl):
         return {"impl_version": peer.version}
-    if point.impl != "portable":
-        return {}
-    from diffusers_accel.kernels.attention import portable
+    if point.impl == "portable":
+        from diffusers_accel.kernels.attention import portable
 
-    capability = launch.capability(case.device)
-    tile = portable.config(capability, case.shape.dim, case.dtype, (BLOCK, BLOCK), point.precision)
-    return {"config": dict(tile._asdict())}
+        capability = launch.capability(case.device)
+        tile = portable.config(capability, case.shape.dim, case.dtype, (BLOCK, BLOCK), point.precision)
+        return {"config": dict(tile._asdict())}
+    if point.impl == "hopper":
+        from diffusers_accel.kernels.attention import hopper
+
+        return {"config": dict(hopper.config(case.shape.dim, BLOCK, point.precision)._asdict())}
+    return {}
 
 
 def _order(case: Case) -> Tensor:

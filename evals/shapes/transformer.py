@@ -17,7 +17,7 @@ from diffusers_accel.evals.shapes.denoiser import (
     set_inputs,
 )
 from diffusers_accel.evals.shapes.latents import clip_scene, open_latents
-from diffusers_accel.evals.shapes.models import FLOW_SHIFT, build_text_encoder, build_tokenizer, build_transformer
+from diffusers_accel.evals.shapes.models import build_text_encoder, build_tokenizer, build_transformer
 from diffusers_accel.evals.shapes.render import COLORS, SHAPES, Scene
 from diffusers_accel.evals.shapes.run_state import Average, RunState, scheduled_lr
 

@@ -15,8 +15,9 @@ from diffusers_accel.kernels.quantize import Quantized, quantize
 
 __all__ = ["IMPLEMENTATIONS", "PRECISIONS", "Choice", "attention", "choices", "quantized_attention"]
 
-# Fastest first. No device has two of the first two, save for a cpu under Triton's interpreter, which is slow.
-IMPLEMENTATIONS = ("cpu", "portable", "reference")
+# The first that can run is `auto`'s: fastest first, save that `hopper` has to be asked for until a GPU has measured it.
+IMPLEMENTATIONS = ("cpu", "portable", "hopper", "reference")
+VARIABLE = "DIFFUSERS_ACCEL_KERNEL"  # in the environment: what `auto` means
 # In what the products are computed: the type of q, k, v; scores in INT8; scores in INT8 and weighted values in FP8.
 PRECISIONS = ("input", *QUANTIZED)
 
@@ -30,9 +31,10 @@ def choices(
     blocks: tuple[int, int] = (128, 128),
     precision: str = "input",
 ) -> list[Choice]:
-    """Every implementation with its verdict for such q, k, v, (block_q, block_k) and precision, fastest first."""
+    """Every implementation with its verdict for such q, k, v, (block_q, block_k) and precision, as `auto` tries them."""
     _check_precision(precision)
-    return _operator.choices(torch.device(device), dtype, head_dim, blocks, precision)
+    found = _operator.choices(torch.device(device), dtype, head_dim, blocks, precision)
+    return sorted(found, key=lambda choice: choice.name != _meant("auto"))
 
 
 def attention(
@@ -68,7 +70,7 @@ def attention(
     _check_precision(precision)
     check_qkv(q, k, v)
     _check_pattern(q, k, pattern)
-    module = _operator.choose(impl, q.device, q.dtype, q.shape[3], _blocks(pattern), precision)
+    module = _operator.choose(_meant(impl), q.device, q.dtype, q.shape[3], _blocks(pattern), precision)
     with torch.no_grad():
         if precision == "input":
             return module.attention(q, k, v, pattern, score_scale(scale, q.shape[3]))
@@ -84,9 +86,17 @@ def quantized_attention(
     """As `attention`, of q, k, v that have been quantized; the output is in the dtype that they had."""
     x = operands
     _check_pattern(x.q, x.k, pattern)
-    module = _operator.choose(impl, x.q.device, x.dtype, x.q.shape[3], _blocks(pattern), x.precision)
+    module = _operator.choose(_meant(impl), x.q.device, x.dtype, x.q.shape[3], _blocks(pattern), x.precision)
     with torch.no_grad():
         return module.quantized_attention(x, pattern, score_scale(scale, x.q.shape[3]))
+
+
+def _meant(impl: str) -> str:
+    """What `impl` stands for: `auto` is what the environment names, if it names anything."""
+    asked = os.environ.get(VARIABLE) or "auto"
+    if asked != "auto" and asked not in IMPLEMENTATIONS:
+        raise ValueError(f"{VARIABLE} must be auto or one of {', '.join(IMPLEMENTATIONS)}, found {asked!r}")
+    return asked if impl == "auto" else impl
 
 
 def _blocks(pattern: BlockPattern | None) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Block-sparse attention as one Triton launch for all batch rows, heads and query blocks, on any GPU that Triton knows.
 
-FlashAttention-2's online softmax (Dao 2023, arXiv 2307.08691) over the key blocks that a list names. Pointer loads and
-index lists only and no autotuning: tile sizes come from a table, which ahead-of-time compilation checks in the tests.
+An online softmax over the key blocks that a list names. Pointer loads and index lists only and no autotuning: tile sizes
+come from a table, which ahead-of-time compilation checks in the tests.
 
 Quantized operands take the same path. The scores of INT8 q and k are whole numbers in INT32; the scales of a query, of
 the tile's keys and of the softmax are one factor per row of the tile, where there is a multiplication in any case. For
@@ -12,7 +12,6 @@ mantissa on Hopper, and added to fp32 accumulators outside it (the two levels of
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -21,13 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusers_accel.kernels import launch
+from diffusers_accel.kernels.attention.softmax import LOG2_E, P_LOG2, softmax_tile, store_rows
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.quantize import portable as quantize
-from diffusers_accel.kernels.quantize.quantized import KEY_GROUP, P_MAX, Quantized
-
-LOG2_E = 1.4426950408889634
-# Binary logarithm of the largest weight, which is 1 where the weights are not in FP8.
-P_LOG2 = {"input": 0.0, "int8": 0.0, "int8_fp8": math.log2(P_MAX)}
+from diffusers_accel.kernels.quantize.quantized import KEY_GROUP, Quantized
 
 
 class Config(NamedTuple):
@@ -190,17 +186,7 @@ def attend_tile(
             factor *= tl.load(k_scale_ptr + start // KEY_GROUP, mask=tokens > 0, other=0.0)
         else:
             factor *= tl.load(k_scale_ptr + start // KEY_GROUP)
-    if MASKED:
-        scores = tl.where(exists[None, :], scores * factor[:, None], float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet: any finite maximum will do
-        p = tl.math.exp2(scores - (shift - P_LOG2)[:, None])
-    else:
-        higher = tl.maximum(top, tl.max(scores, 1) * factor)
-        shift = higher
-        p = tl.math.exp2(scores * factor[:, None] - (shift - P_LOG2)[:, None])
-    shrink = tl.math.exp2(top - shift)
-    total = total * shrink + tl.sum(p, 1)
+    p, shrink, total, top = softmax_tile(scores, factor, total, top, exists, P_LOG2, MASKED)
     if MASKED:
         if P_LOG2 != 0.0:  # in whole pieces of FP8_TOKENS: the codes of what does not exist are 0
             exists = token < tl.cdiv(tokens, 16) * 16
@@ -214,7 +200,7 @@ def attend_tile(
     else:
         # Not a sum of its own, which the compiler would move into the matrix unit.
         acc = tl.fma(acc, shrink[:, None], tl.dot(p.to(v.dtype), v))
-    return acc, total, higher
+    return acc, total, top
 
 
 @triton.jit
@@ -294,16 +280,7 @@ def attention_kernel(
             tokens - step % PARTS * BLOCK_N, DIM, PADDED_DIM, BLOCK_N, KEY_GROUP, P_LOG2, True,
         )  # fmt: skip
 
-    seen = total != 0  # NaN included
-    acc = acc / tl.where(seen, total, 1.0)[:, None]
-    lse = (top + tl.math.log2(tl.where(seen, total, 1.0)) - P_LOG2) * 0.6931471805599453
-    if v_scale_ptr is not None:
-        v_scale_at = v_scale_ptr + (batch * heads + head) * DIM + column
-        acc *= tl.load(v_scale_at, mask=column < DIM, other=0.0)[None, :]
-    if offset_ptr is not None:
-        offset = tl.load(offset_ptr + line, mask=row < queries, other=0.0)
-        lse += qk_scale * 0.6931471805599453 * offset
-    lse = tl.where(seen, lse, float("-inf"))
-    out_at = out_ptr + ((batch * queries + row[:, None]) * heads + head) * DIM + column[None, :]
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(lse_ptr + line, lse, mask=row < queries)
+    store_rows(
+        acc, total, top, out_ptr, lse_ptr, v_scale_ptr, offset_ptr, batch, row, head, queries, heads, qk_scale,
+        DIM, PADDED_DIM, P_LOG2,
+    )  # fmt: skip

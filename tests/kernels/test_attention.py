@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
@@ -190,3 +192,20 @@ def test_checks_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("DIFFUSERS_ACCEL_CHECKS", "1")
     with pytest.raises(ValueError, match=r"key blocks 0\.\.0, found 7\.\.7"):
         attention(q, k, v, wrong)
+
+
+def test_the_environment_says_what_auto_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv(1, 130, 130, 1, 64, BF16, "cpu")
+    usual, slow = (attention(q, k, v, impl=impl)[0] for impl in ("cpu", "reference"))
+    assert not torch.equal(usual, slow)
+    monkeypatch.setenv("DIFFUSERS_ACCEL_KERNEL", "reference")
+    assert choices("cpu", BF16, 64)[0].name == "reference"
+    assert torch.equal(attention(q, k, v)[0], slow)
+    assert torch.equal(attention(q, k, v, impl="cpu")[0], usual)
+    monkeypatch.setenv("DIFFUSERS_ACCEL_KERNEL", "portable")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        with pytest.raises(ValueError, match="cannot run impl='portable'"):
+            attention(q, k, v)
+    monkeypatch.setenv("DIFFUSERS_ACCEL_KERNEL", "fast")
+    with pytest.raises(ValueError, match="DIFFUSERS_ACCEL_KERNEL must be auto or one of cpu, .*found 'fast'"):
+        attention(q, k, v)

@@ -23,6 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from diffusers_accel.kernels.attention import hopper  # noqa: E402
 from diffusers_accel.kernels.attention import portable as attention  # noqa: E402
 from diffusers_accel.kernels.merge import portable as merge  # noqa: E402
 from diffusers_accel.kernels.pool import portable as pool  # noqa: E402
@@ -89,6 +90,16 @@ def attention_variant(
     precision: str = "input",
 ) -> str:
     tile = attention.config(arch, dim, dtype, blocks, precision)
+    types, constants = attention_arguments(dim, dtype, blocks, absent, precision)
+    constants |= {"PADDED_DIM": attention.padded_dim(dim, precision), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return compiled(attention.attention_kernel, arch, types, constants, **options)
+
+
+def attention_arguments(
+    dim: int, dtype: torch.dtype, blocks: tuple[int, int], absent: tuple[str, ...], precision: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Types and constants that both attention kernels share."""
     names, scales = ("q_ptr", "k_ptr", "v_ptr", "out_ptr"), ("q_scale_ptr", "k_scale_ptr", "v_scale_ptr", "offset_ptr")
     types = dict.fromkeys(names, "*" + NAMES[dtype]) | {"lse_ptr": "*fp32", "qk_scale": "fp32"}
     types |= dict.fromkeys(("blocks_ptr", "counts_ptr", "valid_ptr"), "*i32")
@@ -102,11 +113,39 @@ def attention_variant(
         types["v_ptr"] = "*fp8e4nv"
         del constants["v_scale_ptr"], constants["v_stride_d"]
         constants["v_stride_s"] = 1
-    constants |= {"DIM": dim, "PADDED_DIM": attention.padded_dim(dim, precision)}
-    constants |= {"BLOCK_Q": blocks[0], "BLOCK_K": blocks[1], "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-    constants |= {"KEY_GROUP": KEY_GROUP, "P_LOG2": attention.P_LOG2[precision]}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    return compiled(attention.attention_kernel, arch, types, constants, **options)
+    constants |= {"DIM": dim, "BLOCK_Q": blocks[0], "BLOCK_K": blocks[1]}
+    return types, constants | {"KEY_GROUP": KEY_GROUP, "P_LOG2": attention.P_LOG2[precision]}
+
+
+@pytest.mark.parametrize("precision", ["input", "int8", "int8_fp8"])
+@pytest.mark.parametrize(
+    ("dim", "blocks", "absent"),
+    [
+        (128, (128, 128), ("valid_ptr",)),
+        (64, (128, 128), ("valid_ptr",)),
+        (96, (128, 64), ("valid_ptr",)),
+        (128, (128, 128), ("blocks_ptr", "counts_ptr", "valid_ptr")),
+        (128, (128, 128), ()),
+    ],
+    ids=["lists", "64 channels", "96 channels, 64 keys a block", "dense", "cut blocks"],
+)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "ragged"])
+def test_hopper_specialises_its_warps(
+    dim: int, blocks: tuple[int, int], absent: tuple[str, ...], precision: str, masked: bool
+) -> None:
+    if not masked and "valid_ptr" not in absent:
+        pytest.skip("blocks with holes always have a mask")
+    types, constants = attention_arguments(dim, BF16, blocks, absent, precision)
+    tile = hopper.config(dim, blocks[1], precision)
+    constants |= {"PADDED_DIM": hopper.padded_dim(dim), "BLOCK_M": hopper.QUERIES, "BLOCK_N": tile.block_n}
+    constants |= {"FP8_TOKENS": hopper.FP8_TOKENS, "MASKED": masked, "STAGES": tile.stages}
+    code = compiled(hopper.attention_kernel, 90, types, constants, num_warps=4, num_stages=tile.stages)
+    # One warp group gives registers away to two that compute; it loads q, k and v by TMA.
+    assert len(re.findall(r"\bUSETMAXREG\b", code)) >= 3
+    assert len(re.findall(r"\bUTMALDG\b", code)) >= 3
+    expected = {"input": ("HGMMA",), "int8": ("IGMMA", "HGMMA"), "int8_fp8": ("IGMMA", "QGMMA")}[precision]
+    assert tuple(x for x in ("IGMMA", "HGMMA", "QGMMA") if re.search(rf"\b{x}\b", code)) == expected
+    assert len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code)) <= 8
 
 
 @every_arch

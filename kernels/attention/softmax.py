@@ -1,0 +1,60 @@
+"""The online softmax of the Triton kernels: what a tile of scores adds to a row, and what is written at its end.
+
+FlashAttention-2's (Dao 2023, arXiv 2307.08691), in powers of two. A row carries the largest score so far (`top`), the sum
+of its weights relative to that (`total`), and their sum of values, which the kernels hold.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from diffusers_accel.kernels.quantize.quantized import P_MAX
+
+LOG2_E = 1.4426950408889634
+# Binary logarithm of the largest weight, which is 1 where the weights are not in FP8.
+P_LOG2 = {"input": 0.0, "int8": 0.0, "int8_fp8": math.log2(P_MAX)}
+
+
+@triton.jit
+def softmax_tile(scores, factor, total, top, exists, P_LOG2: tl.constexpr, MASKED: tl.constexpr):
+    """The weights `[M, N]` of a tile, what they and earlier ones shrink by, and the row's new `total` and `top`.
+
+    `factor` `[M]`, positive, turns products into scores in powers of two; `exists` `[N]` counts only if MASKED.
+    """
+    if MASKED:
+        scores = tl.where(exists[None, :], scores * factor[:, None], float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet: any finite maximum will do
+        p = tl.math.exp2(scores - (shift - P_LOG2)[:, None])
+    else:
+        higher = tl.maximum(top, tl.max(scores, 1) * factor)
+        shift = higher
+        p = tl.math.exp2(scores * factor[:, None] - (shift - P_LOG2)[:, None])
+    shrink = tl.math.exp2(top - shift)
+    return p, shrink, total * shrink + tl.sum(p, 1), higher
+
+
+@triton.jit
+def store_rows(
+    acc, total, top, out_ptr, lse_ptr, v_scale_ptr, offset_ptr, batch, row, head, queries, heads, qk_scale,
+    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, P_LOG2: tl.constexpr,
+):  # fmt: skip
+    """Write the output `[B, S, H, DIM]` and the log-sum-exp `[B, H, S]` of the rows; 0 and -inf of those that read nothing."""
+    column = tl.arange(0, PADDED_DIM)
+    line = (batch * heads + head) * queries + row
+    seen = total != 0  # NaN included
+    acc = acc / tl.where(seen, total, 1.0)[:, None]
+    lse = (top + tl.math.log2(tl.where(seen, total, 1.0)) - P_LOG2) * 0.6931471805599453
+    if v_scale_ptr is not None:
+        v_scale_at = v_scale_ptr + (batch * heads + head) * DIM + column
+        acc *= tl.load(v_scale_at, mask=column < DIM, other=0.0)[None, :]
+    if offset_ptr is not None:
+        offset = tl.load(offset_ptr + line, mask=row < queries, other=0.0)
+        lse += qk_scale * 0.6931471805599453 * offset
+    lse = tl.where(seen, lse, float("-inf"))
+    out_at = out_ptr + ((batch * queries + row[:, None]) * heads + head) * DIM + column[None, :]
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(row[:, None] < queries) & (column[None, :] < DIM))
+    tl.store(lse_ptr + line, lse, mask=row < queries)
