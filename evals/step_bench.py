@@ -2,7 +2,8 @@
 
 The transformers have their real widths, heads and token counts and random weights, so nothing has to be downloaded and no
 picture comes out. A few layers of each kind are run and timed one by one; a whole model is extrapolated from them, its
-layers times their number plus what lies around them. Every method without a plan is measured between two dense runs.
+layers times their number plus what lies around them. Every method without a plan is measured between two runs of the stock
+transformer.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from torch import Tensor, nn
 
 from diffusers_accel.api import Patch, patch
 from diffusers_accel.evals.machine import git_sha, machine, versions
+from diffusers_accel.methods import NAMED
 
-METHODS = ("pattern", "draft", "cached", "reordered")
-DENSE = "dense"
+STOCK = "stock"  # diffusers' own attention, unpatched
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DRIFT = 0.03  # dense runs that differ more make the row doubtful, which it says
+DRIFT = 0.03  # stock runs that differ more make the row doubtful, which it says
 Row = dict[str, Any]
 Size = tuple[int, int, int]
 
@@ -41,9 +42,10 @@ class Model:
     Args:
         build: from the number of layers of each kind, with random weights.
         inputs: of one forward call at (frames, height, width) of latents, on a device.
-        stacks: attribute with the layers -> how many the real model has.
+        stacks: attribute with the layers -> how many the real model has, in the order in which they run.
         size: (frames, height, width) of the usual call's latents.
         passes: forward calls of a step: 2 where guidance is a second call.
+        patch: latent frames, rows and columns of a token.
     """
 
     build: Callable[[int], nn.Module]
@@ -51,6 +53,16 @@ class Model:
     stacks: Mapping[str, int]
     size: Size
     passes: int
+    patch: Size = (1, 2, 2)
+
+    def check(self, size: Size) -> None:
+        """Raises ValueError where latents of this size are not whole tokens."""
+        if any(n < 1 or n % patch for n, patch in zip(size, self.patch, strict=True)):
+            raise ValueError(f"latents must be multiples of {_shown(self.patch)}, found {_shown(size)}")
+
+
+def _shown(size: Size) -> str:
+    return "x".join(map(str, size))
 
 
 def _noise(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -131,7 +143,9 @@ MODELS = {
     "hunyuanvideo 720p": Model(
         _hunyuan, _hunyuan_inputs, {"transformer_blocks": 20, "single_transformer_blocks": 40}, (33, 90, 160), 1
     ),
-    "cogvideox1.5-5b 768p": Model(_cogvideox, _cogvideox_inputs, {"transformer_blocks": 42}, (22, 96, 170), 1),
+    "cogvideox1.5-5b 768p": Model(
+        _cogvideox, _cogvideox_inputs, {"transformer_blocks": 42}, (22, 96, 170), 1, (2, 2, 2)
+    ),
 }
 
 
@@ -147,7 +161,7 @@ class Marks:
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def milliseconds(self, pairs: Sequence[tuple[Any, Any]]) -> list[float]:
@@ -184,43 +198,88 @@ def measure(
     *,
     size: Size | None = None,
     layers: int = 2,
-    steps: int = 10,
-    methods: Sequence[str] = METHODS,
+    steps: int = 20,
+    methods: Sequence[str] = tuple(NAMED),
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
-    """Time the forward calls of a schedule, dense and with each method, and extrapolate them to the whole model.
+    """Time the forward calls of a schedule, as they are and with each method, and extrapolate them to the whole model.
 
     Args:
         size: (frames, height, width) of the latents; None is the model's own.
         layers: of each kind that are built.
-        steps: of the schedule; a method's share of dense steps is part of what it costs.
+        steps: of the schedule. Steps that a method leaves dense, or at which it refreshes, are part of what it costs.
         on_row: called with each row as it is done.
 
     Returns:
-        One row for the first dense run and for each method: medians over layers and means over steps, in ms.
+        One row for the first run of the stock transformer and one for each method; means over layers and steps, in ms.
+
+    Raises:
+        ValueError: an unknown method, or latents that are not whole tokens.
     """
-    torch.manual_seed(0)
-    with torch.device(device), torch.no_grad():
-        transformer = model.build(layers).to(dtype).eval()
-    inputs = model.inputs(size or model.size, device, dtype)
-    place = {"model": name, "latents": list(size or model.size), "dtype": str(dtype).removeprefix("torch.")}
+    size = size or model.size
+    model.check(size)
+    if unknown := [method for method in methods if method not in NAMED]:
+        raise ValueError(f"methods must be among {', '.join(NAMED)}, found {', '.join(unknown)}")
+    transformer = _built(model, layers, device, dtype)
+    inputs = model.inputs(size, device, dtype)
+    place = {"model": name, "latents": list(size), "dtype": str(dtype).removeprefix("torch.")}
     place |= {"layers_measured": layers, "layers": dict(model.stacks), "steps": steps, "passes": model.passes}
     run = partial(_schedule, transformer, inputs, model, device, steps)
     before = run(None)
-    rows = [place | {"method": DENSE} | before]
+    rows = [place | {"method": STOCK} | _whole(model, before, before, 0)]
     on_row(rows[-1])
     for method in methods:
-        with patch(transformer, method) as patched:
+        # Of the few layers none is kept dense; what a recipe keeps is added in the extrapolation.
+        with patch(transformer, method, dense_layers=0) if method != "dense" else patch(transformer, method) as patched:
             times = run(patched)
-            density = patched.report().density
+            done = patched.report()
         after = run(None)
-        dense_ms = (before["ms_step"] + after["ms_step"]) / 2
-        row = place | {"method": method, "density": density, **times, "dense_ms_step": dense_ms}
-        row |= {"speedup": dense_ms / times["ms_step"], "dense_drift": after["ms_step"] / before["ms_step"] - 1}
+        kept = NAMED[method]().dense_layers
+        total = sum(model.stacks.values())
+        stock = {key: _mean(before[key], after[key]) for key in before}
+        row = place | {"method": method, **_whole(model, times, stock, kept)}
+        row["stock_ms_step"] = _whole(model, stock, stock, 0)["ms_step"]
+        row["stock_drift"] = _total(after) / _total(before) - 1
+        row["speedup"] = row["stock_ms_step"] / row["ms_step"]
+        row["density"] = (kept + (total - kept) * (done.density or 0.0)) / total
+        row["cache_bytes"] = done.cache_bytes * (total - kept) // len(done.rows) * model.passes
+        row["kernels"] = sorted({kernel for each in done.rows for kernel in each["kernels"]})
+        row["notes"] = sorted({note for each in done.rows for note in each["notes"]})
         rows.append(row)
         on_row(row)
         before = after
     return rows
+
+
+@torch.no_grad()
+def _built(model: Model, layers: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The transformer in `dtype`, but for what diffusers keeps in fp32 when it loads a checkpoint."""
+    with torch.device(device):
+        transformer = model.build(layers).eval()
+    kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in (*transformer.named_parameters(), *transformer.named_buffers()):
+        if tensor.is_floating_point() and not kept & set(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+    return transformer
+
+
+def _whole(model: Model, times: Row, stock: Row, kept: int) -> Row:
+    """What a pass and a step of the whole model take, its first `kept` layers as in stock."""
+    ms_pass = times["around"]
+    for name, number in model.stacks.items():
+        as_stock = min(kept, number)
+        ms_pass += as_stock * stock[name] + (number - as_stock) * times[name]
+        kept -= as_stock
+    layers = {name: times[name] for name in model.stacks}
+    return {"ms_layer": layers, "ms_around": times["around"], "ms_pass": ms_pass, "ms_step": model.passes * ms_pass}
+
+
+def _mean(a: float, b: float) -> float:
+    return (a + b) / 2
+
+
+def _total(times: Row) -> float:
+    return float(sum(times.values()))
 
 
 @torch.no_grad()
@@ -232,7 +291,10 @@ def _schedule(
     steps: int,
     patched: Patch | None,
 ) -> Row:
-    """Times of a whole schedule, the second one that runs: the first compiles, allocates and warms up."""
+    """Means over a whole schedule in ms: a layer of each stack, and what is `around` the layers of a call.
+
+    Means, as dense steps and refreshes count. Of the second schedule that runs: the first compiles, allocates and warms up.
+    """
     for _ in range(2):
         marks = Marks(device)
         if patched is not None:
@@ -244,45 +306,49 @@ def _schedule(
                 begin = marks.now()
                 transformer(**inputs, return_dict=False)
                 marks.calls.append((begin, marks.now()))
-    whole = sum(marks.milliseconds(marks.calls)) / steps
     layers = {name: marks.milliseconds(pairs) for name, pairs in marks.layers.items()}
-    around = whole - sum(sum(times) for times in layers.values()) / steps
-    each = {name: statistics.fmean(times) for name, times in layers.items()}
-    ms_pass = around + sum(model.stacks[name] * ms for name, ms in each.items())
-    return {"ms_layer": each, "ms_around": around, "ms_pass": ms_pass, "ms_step": model.passes * ms_pass}
+    around = sum(marks.milliseconds(marks.calls)) - sum(sum(times) for times in layers.values())
+    return {"around": around / steps} | {name: statistics.fmean(times) for name, times in layers.items()}
 
 
 def table(rows: Sequence[Row]) -> Table:
     """One line per row; a step is extrapolated."""
-    found = Table("model", "latents", "method", "density", "ms per layer", "ms per step", "speed-up", "dense drift")
+    found = Table("model", "latents", "method", "density", "ms per layer", "ms per step", "speed-up", "drift", "cache")
     for row in rows:
         layer = " / ".join(f"{ms:,.2f}" for ms in row["ms_layer"].values())
-        gains = ["", "", ""]
-        if row["method"] != DENSE:
-            doubtful = "!" if abs(row["dense_drift"]) > DRIFT else ""
-            gains = [f"{row['density']:.2f}", f"{row['speedup']:.2f}x", f"{row['dense_drift']:+.1%}{doubtful}"]
+        density, more = "", ["", "", ""]
+        if row["method"] != STOCK:
+            doubtful = "!" if abs(row["stock_drift"]) > DRIFT else ""
+            cache = f"{row['cache_bytes'] / 2**30:,.1f} GiB" if row["cache_bytes"] else ""
+            density = f"{row['density']:.2f}"
+            more = [f"{row['speedup']:.2f}x", f"{row['stock_drift']:+.1%}{doubtful}", cache]
         latents = "x".join(map(str, row["latents"]))
-        found.add_row(row["model"], latents, row["method"], gains[0], layer, f"{row['ms_step']:,.1f}", *gains[1:])
+        found.add_row(row["model"], latents, row["method"], density, layer, f"{row['ms_step']:,.1f}", *more)
     return found
 
 
 def main(
     models: Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(MODELS)}.")] = ",".join(MODELS),
-    methods: Annotated[str, typer.Option(help="Comma-separated names of methods.")] = ",".join(METHODS),
+    methods: Annotated[str, typer.Option(help="Comma-separated names of methods.")] = ",".join(NAMED),
     size: Annotated[str, typer.Option(help="Latents as FxHxW, the same for all; each model's own by default.")] = "",
     layers: Annotated[int, typer.Option(min=1, help="Layers of each kind to build and time.")] = 2,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the schedule.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the schedule.")] = 20,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bf16",
     device: Annotated[str, typer.Option(help="Where to run; a GPU by default where there is one.")] = "",
     out: Annotated[Path, typer.Option(help="File of JSON lines to which rows are appended.")] = Path("steps.jsonl"),
 ) -> None:
-    """Time a denoising step of real models with random weights, dense and patched."""
+    """Time a denoising step of real models with random weights, stock and patched."""
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    wanted = [name.strip() for name in models.split(",")]
+    wanted, asked = ([name.strip() for name in text.split(",") if name.strip()] for text in (models, methods))
     if unknown := [name for name in wanted if name not in MODELS]:
         raise typer.BadParameter(f"models must be among {', '.join(MODELS)}, found {', '.join(unknown)}")
+    if unknown := [name for name in asked if name not in NAMED]:
+        raise typer.BadParameter(f"methods must be among {', '.join(NAMED)}, found {', '.join(unknown)}")
     if dtype not in DTYPES:
         raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, found {dtype}")
+    latents = _size(size) if size else None
+    for name in wanted:
+        MODELS[name].check(latents or MODELS[name].size)
     made = {"machine": machine(), "versions": versions(), "git_sha": git_sha()}
     console, rows = Console(), []
 
@@ -298,17 +364,20 @@ def main(
             MODELS[name],
             where,
             DTYPES[dtype],
-            size=_size(size) if size else None,
+            size=latents,
             layers=layers,
             steps=steps,
-            methods=[method.strip() for method in methods.split(",") if method.strip()],
+            methods=asked,
             on_row=keep,
         )
         if where.type == "cuda":
             torch.cuda.empty_cache()
     console.print(table(rows))
-    console.print("A step is extrapolated from the layers that were measured; weights are random, so densities of")
-    console.print("methods that look at the content are not those of a trained model.")
+    console.print(
+        "A step and its cache are extrapolated from the layers that were measured. Weights are random, so densities of methods "
+        "that look at the content are not those of a trained model. Where a whole cache does not fit, layers stay dense.",
+        highlight=False,
+    )
 
 
 def _size(text: str) -> Size:

@@ -260,11 +260,18 @@ def test_what_no_kernel_takes_is_refused_with_every_reason(monkeypatch: pytest.M
     before = processors(pipe)
     message = (
         r'"draft 8x16 0\.25 int8" cannot run here: cpu: runs on cpu tensors, found cuda; '
-        r'portable: int8 takes float16 and bfloat16, found torch\.float32\. Use "dense"'
+        r"portable: int8 takes float16 and bfloat16, found torch\.float32; "
+        r'hopper: takes float16 and bfloat16, found torch\.float32\. Use "dense"'
     )
     with pytest.raises(ValueError, match=message):
         patch(pipe, "draft", precision="int8")
     assert processors(pipe) == before
+
+
+def test_a_kernel_that_the_environment_rules_out_is_refused_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFUSERS_ACCEL_KERNEL", "reference")  # skips nothing
+    with pytest.raises(ValueError, match="cpu: DIFFUSERS_ACCEL_KERNEL=reference asks for another"):
+        patch(tiny_wan(), "draft")
 
 
 @pytest.mark.parametrize("name", ["dense", *SPARSE])

@@ -220,7 +220,12 @@ def test_the_objects_are_described_where_the_latent_frames_show_them() -> None:
     assert told.shape == (3, 2, OBJECT_FEATURES) and np.isnan(told[:, 1]).all()
     assert told[:, 0, 0] == pytest.approx(8 * (x - 0.5))
     assert told[0, 0, 3:6] / 3 + 0.5 == pytest.approx(render.COLORS[one.actors[0].color])
-    assert told[0, 0, 6:].tolist() == [2.0 * (one.actors[0].shape == s) for s in render.SHAPES]
+    assert told[0, 0, 6:10].tolist() == [2.0 * (one.actors[0].shape == s) for s in render.SHAPES]
+    turning = next(s for s in scenes(200) if s.actors[0].motion == "turns" and s.actors[0].shape == "square")
+    angle = 4 * turning.actors[0].travel * 15.5 / 32
+    assert describe_objects(turning, np.array([8]))[0, 0, 10:] == pytest.approx(
+        [np.cos(angle), np.sin(angle)], abs=1e-5
+    )
     two = describe_objects(next(s for s in scenes(50) if len(s.actors) == 2), np.array([0]))
     assert not np.isnan(two).any() and not np.array_equal(two[:, 0], two[:, 1])
 
@@ -245,11 +250,11 @@ def test_kinds_are_drawn_by_their_shares_whatever_the_file_holds(tmp_path: Path)
     path.write_bytes(records[:200].tobytes())
     clips = Clips(path, seed=0)
     rng = np.random.default_rng(0)
-    held, picked = clips.draw(rng, 1300)
+    held, picked = clips.draw(rng, 1400)
     assert held.shape[0] == 200 and max(picked) < 200
     kinds = [clip_kind(clips.scenes[i]) for i in picked]
-    assert kinds.count("two objects") / 1300 == pytest.approx(3 / 13, rel=0.2)
-    assert kinds.count("moves left") / 1300 == pytest.approx(1 / 13, rel=0.3)
+    assert kinds.count("two objects") / 1400 == pytest.approx(3 / 14, rel=0.2)
+    assert kinds.count("moves left") / 1400 == pytest.approx(1 / 14, rel=0.3)
     path.write_bytes(records.tobytes())
     assert max(clips.draw(rng, 500)[1]) >= 200
 

@@ -22,7 +22,7 @@ from diffusers_accel.evals.shapes.models import TEXT_ROWS
 from diffusers_accel.kernels.cpu_workers import run_all
 
 SHORT_TEXT_ROWS = 20
-OBJECT_FEATURES = 10  # that the probe asks of an object: place (3), colour (3), shape (4)
+OBJECT_FEATURES = 12  # that the probe asks of an object: place (3), colour (3), shape (4), how far it has turned (2)
 SLICE = 256  # queries of one slice
 
 

@@ -37,7 +37,7 @@ class Part(NamedTuple):
 # (coarse places of all frames, and whole frames at some times), then whole clips.
 STAGES = ((0.85, (Part(8, 17, 2), Part(5, 6, 1))), (1.01, (Part(3, 17, 1), Part(5, 6, 1))))
 # How often a kind of clip is drawn, relative to the others (1), whatever its share of the encoded clips.
-DRAWS = {"bounces": 2, "turns": 2, "two objects": 3}
+DRAWS = {"bounces": 2, "turns": 3, "two objects": 3}
 PEAK_LR = 1e-3
 MUON_SCALE = 3.0  # Muon's learning rate over AdamW's, with steps matched to AdamW's size
 DROP_CAPTION = 0.1
@@ -134,16 +134,19 @@ def latent_time(frames: NDArray[np.int64]) -> NDArray[np.float32]:
 
 
 def describe_objects(scene: Scene, frames: NDArray[np.int64]) -> NDArray[np.float32]:
-    """What the probe asks for, `[frames, 2 objects, 10]`, NaN where there is no second object.
+    """What the probe asks for, `[frames, 2 objects, OBJECT_FEATURES]`, NaN where there is no second object.
 
-    x, y, radius, the colour's channels, and 1 for the object's own shape of four; each scaled to a variance near 1.
+    x, y, radius, the colour's channels, and 1 for the object's own shape of four, each scaled to a variance near 1; cosine
+    and sine of its angle times its corners, so that they return when the object looks as it did.
     """
     told = np.full((len(frames), 2, OBJECT_FEATURES), np.nan, np.float32)
     for index, actor in enumerate(scene.actors):
-        x, y, radius, _ = actor.state(latent_time(frames))
+        x, y, radius, angle = actor.state(latent_time(frames))
         told[:, index, :3] = np.stack([8 * (x - 0.5), 8 * (y - 0.5), 25 * (radius - 0.18)], axis=1)
         told[:, index, 3:6] = 3 * (np.array(COLORS[actor.color]) - 0.5)
-        told[:, index, 6:] = 2 * np.array([actor.shape == name for name in SHAPES])
+        told[:, index, 6:10] = 2 * np.array([actor.shape == name for name in SHAPES])
+        phase = SHAPES[actor.shape][0] * angle
+        told[:, index, 10:] = np.stack([np.cos(phase), np.sin(phase)], axis=1)
     return told
 
 
@@ -185,6 +188,11 @@ def train_transformer(
         model.load_state_dict(held["model"])
         average.load(held["average"])
         if "probe" in held:
+            if held["probe"]["object.bias"].shape != probe.object.bias.shape:
+                raise ValueError(
+                    f"expected a checkpoint of this version in {run.path}, found one whose probe asks other things; "
+                    "begin with exported weights in a new folder: `train start --out FOLDER`"
+                )
             probe.load_state_dict(held["probe"])
         for optimizer, state in zip(optimizers, held.get("optimizers", ()), strict=False):  # none in a started folder
             optimizer.load_state_dict(state)
@@ -233,7 +241,7 @@ def train_transformer(
         # Where the caption alone decides, weights would favour the places that an object may come to: there all are 1.
         shared = torch.where(mix[:, 0] < NOISIEST, torch.from_numpy(weights).to(device), 1)
         shared = shared.repeat_interleave(2, -2).repeat_interleave(2, -1)
-        loss = (error * shared).sum() / shared.sum()
+        loss = ((error * shared).sum((1, 2, 3)) / shared.sum((1, 2, 3))).mean()
         captioned = torch.tensor([float(bool(c)) for c in captions], device=device)
         probe_loss = probe.loss(model.transformer.rope, grid, torch.from_numpy(objects).to(device), captioned)
         for optimizer in optimizers:

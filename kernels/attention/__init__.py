@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +36,10 @@ def choices(
     """Every implementation with its verdict for such q, k, v, (block_q, block_k) and precision, as `auto` tries them."""
     _check_precision(precision)
     found = _operator.choices(torch.device(device), dtype, head_dim, blocks, precision)
-    return sorted(found, key=lambda choice: choice.name != _meant("auto"))
+    if (asked := _meant("auto")) == "auto":
+        return found
+    other = f"{VARIABLE}={asked} asks for another"
+    return [Choice(x.name, x.reason if x.name == asked else x.reason or other) for x in found]
 
 
 def attention(
@@ -70,12 +75,12 @@ def attention(
     _check_precision(precision)
     check_qkv(q, k, v)
     _check_pattern(q, k, pattern)
-    module = _operator.choose(_meant(impl), q.device, q.dtype, q.shape[3], _blocks(pattern), precision)
+    module = _chosen(impl, q.device, q.dtype, q.shape[3], _blocks(pattern), precision)
     with torch.no_grad():
         if precision == "input":
             return module.attention(q, k, v, pattern, score_scale(scale, q.shape[3]))
         block, valid = (pattern.block_k, pattern.valid) if pattern is not None else (128, None)
-        by = "reference" if impl == "reference" else "auto"
+        by = "reference" if _meant(impl) == "reference" else "auto"
         operands = quantize(q, k, v, precision, block=block, valid=valid, impl=by)
         return module.quantized_attention(operands, pattern, score_scale(scale, q.shape[3]))
 
@@ -86,9 +91,15 @@ def quantized_attention(
     """As `attention`, of q, k, v that have been quantized; the output is in the dtype that they had."""
     x = operands
     _check_pattern(x.q, x.k, pattern)
-    module = _operator.choose(_meant(impl), x.q.device, x.dtype, x.q.shape[3], _blocks(pattern), x.precision)
+    module = _chosen(impl, x.q.device, x.dtype, x.q.shape[3], _blocks(pattern), x.precision)
     with torch.no_grad():
         return module.quantized_attention(x, pattern, score_scale(scale, x.q.shape[3]))
+
+
+def refusal(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why this implementation cannot run exact attention there, or None, whatever the environment asks for."""
+    found = _operator.choices(device, dtype, head_dim, (128, 128), "input")
+    return next(choice.reason for choice in found if choice.name == impl)
 
 
 def _meant(impl: str) -> str:
@@ -97,6 +108,15 @@ def _meant(impl: str) -> str:
     if asked != "auto" and asked not in IMPLEMENTATIONS:
         raise ValueError(f"{VARIABLE} must be auto or one of {', '.join(IMPLEMENTATIONS)}, found {asked!r}")
     return asked if impl == "auto" else impl
+
+
+def _chosen(impl: str, *inputs: Any) -> ModuleType:
+    """The module that runs; an error says so if it was the environment that asked for what cannot."""
+    meant = _meant(impl)
+    try:
+        return _operator.choose(meant, *inputs)
+    except ValueError as error:
+        raise ValueError(f"{error}\n{VARIABLE}={meant} asks for it") if meant != impl else error from None
 
 
 def _blocks(pattern: BlockPattern | None) -> tuple[int, int]:

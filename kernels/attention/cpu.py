@@ -191,8 +191,8 @@ def attend_pattern(
             calls: list[Callable[[], None]] = []
             for rows in plan.gathers:
                 part = repeat + rows.batch, slice(None), rows.head
-                head = Head(q[part], k[part], v[part], out[part], lse[part], pattern.block_k)
-                calls += gather_calls(head, rows, scale, attend)
+                one = Head(q[part], k[part], v[part], out[part], lse[part], pattern.block_k)
+                calls += gather_calls(one, rows, scale, attend)
             run_all(calls)
     return out, lse.transpose(1, 2).contiguous()
 

@@ -1,9 +1,9 @@
 """Block-sparse attention for Hopper: one warp group loads keys and values by TMA while two compute.
 
-Triton specialises the warps of one shape of kernel (3.6): a single loop, four warps, tiles of 128 queries, and every tensor
-that it reads loaded through a descriptor made on the device. Pointer loads, a second loop for the ragged end, or a branch
-in the loop fail to compile or silently lose it, which the tests see in the machine code. So a launch has a mask in every tile
-or in none: in every one where the keys end within a tile or blocks have holes.
+Triton specialises the warps of one shape of kernel (3.6): a single loop, four warps, tiles of 128 queries, and every tile
+and vector of a row loaded through a descriptor made on the device (single numbers by pointers). Tiles by pointers, one
+computed before the loop, or a branch in it fail to compile or silently lose it, which the tests see in the machine code. So
+a launch has a mask in every tile or in none: in every one where the keys end within a block or blocks have holes.
 
 What is computed is `portable`'s, and so is the softmax. Not yet run on a GPU.
 """
@@ -90,7 +90,8 @@ def without_holes(v: Tensor, pattern: BlockPattern | None) -> Tensor:
 
 def loadable(x: Tensor) -> Tensor:
     """`x`, copied if TMA cannot read it: it wants channels beside each other and rows that begin at whole 16 bytes."""
-    fits = x.stride(3) == 1 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:3]) and x.data_ptr() % 16 == 0
+    steps = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3]))
+    fits = x.stride(3) == 1 and x.stride(1) > 0 and all(step % 16 == 0 for step in steps)
     return x if fits else x.clone(memory_format=torch.contiguous_format)  # also where only its beginning is odd
 
 

@@ -54,6 +54,7 @@ def store_rows(
     if offset_ptr is not None:
         offset = tl.load(offset_ptr + line, mask=row < queries, other=0.0)
         lse += qk_scale * 0.6931471805599453 * offset
+    acc = tl.where(seen[:, None], acc, 0.0)  # a scale that is not a number is not theirs
     lse = tl.where(seen, lse, float("-inf"))
     out_at = out_ptr + ((batch * queries + row[:, None]) * heads + head) * DIM + column[None, :]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(row[:, None] < queries) & (column[None, :] < DIM))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffusers_accel.kernels.attention import attention, choices
+from diffusers_accel.kernels.attention import attention, refusal
 
 
 def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why this implementation cannot run there, or None."""
-    return next(option.reason for option in choices(device, dtype, head_dim) if option.name == "portable")
+    return refusal("portable", device, dtype, head_dim)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

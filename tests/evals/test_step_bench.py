@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import torch
 import typer
 
 from diffusers_accel.evals import step_bench
-from diffusers_accel.evals.step_bench import MODELS, Model, measure
-from tests.tiny import POOLED_DIM, TEXT_DIM, TEXT_TOKENS, tiny_hunyuan_transformer
+from diffusers_accel.evals.step_bench import MODELS, Model, _built, _whole, measure
+from tests.tiny import POOLED_DIM, TEXT_DIM, TEXT_TOKENS, tiny_hunyuan_transformer, tiny_wan_transformer
 
 CPU = torch.device("cpu")
 
@@ -38,24 +39,46 @@ TINY = Model(
 
 def test_a_step_is_its_layers_times_their_number_and_what_lies_around_them() -> None:
     told: list[dict] = []
-    rows = measure("tiny", TINY, CPU, torch.float32, steps=5, methods=("pattern", "cached"), on_row=told.append)
-    assert rows == told and [row["method"] for row in rows] == ["dense", "pattern", "cached"]
+    methods = ("dense", "pattern", "draft", "cached")
+    rows = measure("tiny", TINY, CPU, torch.float32, steps=5, methods=methods, on_row=told.append)
+    assert rows == told and [row["method"] for row in rows] == ["stock", *methods]
     for row in rows:
         double, single = row["ms_layer"]["transformer_blocks"], row["ms_layer"]["single_transformer_blocks"]
-        assert double > 0 and single > 0 and row["ms_around"] > 0
-        assert row["ms_pass"] == pytest.approx(row["ms_around"] + 20 * double + 40 * single)
-        assert row["ms_step"] == 2 * row["ms_pass"]
+        assert double > 0 and single > 0 and row["ms_around"] > 0 and row["ms_step"] == 2 * row["ms_pass"]
+        if row["method"] != "draft":
+            assert row["ms_pass"] == pytest.approx(row["ms_around"] + 20 * double + 40 * single)
     for row in rows[1:]:
-        assert 0 < row["density"] < 1
-        assert row["speedup"] == pytest.approx(row["dense_ms_step"] / row["ms_step"])
+        assert row["speedup"] == pytest.approx(row["stock_ms_step"] / row["ms_step"])
+        assert (row["density"] < 1) == (row["method"] != "dense")
+    assert [row["cache_bytes"] > 0 for row in rows[1:]] == [False, False, False, True]
+
+
+def test_layers_that_a_method_keeps_dense_are_those_of_the_whole_model() -> None:
+    times, stock = {"around": 1.0, "a": 2.0, "b": 3.0}, {"around": 9.0, "a": 20.0, "b": 30.0}
+    model = dataclasses.replace(TINY, stacks={"a": 4, "b": 2}, passes=1)
+    assert _whole(model, times, stock, 0)["ms_pass"] == 1 + 4 * 2 + 2 * 3
+    assert _whole(model, times, stock, 1)["ms_pass"] == 1 + 20 + 3 * 2 + 2 * 3
+    assert _whole(model, times, stock, 5)["ms_pass"] == 1 + 4 * 20 + 30 + 3
+    # A draft keeps the first of 60 layers dense, and of the few that were built none.
+    (_, row) = measure("tiny", TINY, CPU, torch.float32, steps=4, methods=("draft",))
+    sparse = (row["density"] * 60 - 1) / 59
+    assert 0 < sparse < row["density"] < 1
 
 
 def test_hooks_and_patches_are_taken_off_again() -> None:
     kept = tiny_hunyuan_transformer()
-    stock = [type(block.attn.processor) for block in kept.transformer_blocks]
-    measure("tiny", Model(lambda layers: kept, *list(vars(TINY).values())[1:]), CPU, torch.float32, steps=5)
-    assert [type(block.attn.processor) for block in kept.transformer_blocks] == stock
-    assert not any(block._forward_hooks or block._forward_pre_hooks for block in kept.transformer_blocks)
+    blocks = [*kept.transformer_blocks, *kept.single_transformer_blocks]
+    stock = [type(block.attn.processor) for block in blocks]
+    measure("tiny", dataclasses.replace(TINY, build=lambda layers: kept), CPU, torch.float32, steps=5)
+    assert [type(block.attn.processor) for block in blocks] == stock
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in blocks)
+
+
+def test_what_diffusers_keeps_in_fp32_stays_there() -> None:
+    model = dataclasses.replace(TINY, build=lambda layers: tiny_wan_transformer())
+    built = _built(model, 1, CPU, torch.bfloat16)
+    assert built.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    assert built.rope.freqs_cos.dtype != torch.bfloat16 and built.blocks[0].scale_shift_table.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -81,9 +104,14 @@ def test_rows_are_kept_as_they_are_done(
     out = tmp_path / "steps.jsonl"
     step_bench.main("tiny", "pattern", "", 1, 5, "fp32", "cpu", out)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["method"] for row in rows] == ["dense", "pattern"] and rows[0]["machine"]["cores"] > 0
+    assert [row["method"] for row in rows] == ["stock", "pattern"] and rows[0]["machine"]["cores"] > 0
     assert "extrapolated" in capsys.readouterr().out
     with pytest.raises(typer.BadParameter, match="found '21x60'"):
         step_bench.main("tiny", "pattern", "21x60", 1, 5, "fp32", "cpu", out)
     with pytest.raises(typer.BadParameter, match="models must be among .*found wan9"):
         step_bench.main("wan9", "pattern", "", 1, 5, "fp32", "cpu", out)
+    with pytest.raises(typer.BadParameter, match="methods must be among .*found pattrn"):
+        step_bench.main("tiny", "pattrn", "", 1, 5, "fp32", "cpu", out)
+    with pytest.raises(ValueError, match="multiples of 2x2x2, found 21x60x104"):
+        step_bench.main("tiny,cogvideox1.5-5b 768p", "pattern", "21x60x104", 1, 5, "fp32", "cpu", out)
+    assert len(out.read_text().splitlines()) == 2

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.kernels.attention import attention, choices
+from diffusers_accel.kernels.dense import dense
 from diffusers_accel.kernels.merge import merge
 from diffusers_accel.kernels.pattern import BlockPattern
 from tests.kernels.oracle import ATTENTION, assert_attention, assert_close, eager, qkv, random_pattern
@@ -162,7 +163,7 @@ def test_an_explicit_implementation_is_obeyed_or_refused() -> None:
     q, k, v = qkv(1, 32, 32, 1, 8, torch.float64, "cpu")
     with pytest.raises(ValueError, match=r"(?s)impl='cpu'.*cpu: takes float16.*portable: .*reference: usable"):
         attention(q, k, v, impl="cpu")
-    with pytest.raises(ValueError, match="one of cpu, portable, reference, found 'fast'"):
+    with pytest.raises(ValueError, match="one of cpu, portable, hopper, reference, found 'fast'"):
         attention(q, k, v, impl="fast")
 
 
@@ -199,12 +200,19 @@ def test_the_environment_says_what_auto_means(monkeypatch: pytest.MonkeyPatch) -
     usual, slow = (attention(q, k, v, impl=impl)[0] for impl in ("cpu", "reference"))
     assert not torch.equal(usual, slow)
     monkeypatch.setenv("DIFFUSERS_ACCEL_KERNEL", "reference")
-    assert choices("cpu", BF16, 64)[0].name == "reference"
+    found = choices("cpu", BF16, 64)
+    assert [choice.name for choice in found if choice.reason is None] == ["reference"]
+    assert found[0].reason == "DIFFUSERS_ACCEL_KERNEL=reference asks for another"
+    assert dense(q, k, v)[0].isfinite().all()  # which is another operator
+    ours, theirs = (attention(q, k, v, precision="int8", impl=impl)[0] for impl in ("auto", "reference"))
+    assert torch.equal(ours, theirs)
     assert torch.equal(attention(q, k, v)[0], slow)
     assert torch.equal(attention(q, k, v, impl="cpu")[0], usual)
     monkeypatch.setenv("DIFFUSERS_ACCEL_KERNEL", "portable")
     if os.environ.get("TRITON_INTERPRET") != "1":
-        with pytest.raises(ValueError, match="cannot run impl='portable'"):
+        with pytest.raises(
+            ValueError, match=r"cannot run impl='portable'[\s\S]*DIFFUSERS_ACCEL_KERNEL=portable asks for it"
+        ):
             attention(q, k, v)
     monkeypatch.setenv("DIFFUSERS_ACCEL_KERNEL", "fast")
     with pytest.raises(ValueError, match="DIFFUSERS_ACCEL_KERNEL must be auto or one of cpu, .*found 'fast'"):
