@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from diffusers_accel.api import Patch, patch
 from diffusers_accel.evals.machine import git_sha, machine, versions
 from diffusers_accel.methods import NAMED
+from diffusers_accel.report import PatchReport
 
 STOCK = "stock"  # diffusers' own attention, unpatched
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -234,21 +235,26 @@ def measure(
             times = run(patched)
             done = patched.report()
         after = run(None)
-        kept = NAMED[method]().dense_layers
-        total = sum(model.stacks.values())
-        stock = {key: _mean(before[key], after[key]) for key in before}
-        row = place | {"method": method, **_whole(model, times, stock, kept)}
-        row["stock_ms_step"] = _whole(model, stock, stock, 0)["ms_step"]
-        row["stock_drift"] = _total(after) / _total(before) - 1
-        row["speedup"] = row["stock_ms_step"] / row["ms_step"]
-        row["density"] = (kept + (total - kept) * (done.density or 0.0)) / total
-        row["cache_bytes"] = done.cache_bytes * (total - kept) // len(done.rows) * model.passes
-        row["kernels"] = sorted({kernel for each in done.rows for kernel in each["kernels"]})
-        row["notes"] = sorted({note for each in done.rows for note in each["notes"]})
-        rows.append(row)
-        on_row(row)
+        rows.append(place | {"method": method} | _compared(model, method, times, before, after, done))
+        on_row(rows[-1])
         before = after
     return rows
+
+
+def _compared(model: Model, method: str, times: Row, before: Row, after: Row, done: PatchReport) -> Row:
+    """The whole model under a method, beside the stock runs before and after it."""
+    kept, total = NAMED[method]().dense_layers, sum(model.stacks.values())
+    stock = {key: (before[key] + after[key]) / 2 for key in before}
+    row, stock_row = _whole(model, times, stock, kept), _whole(model, stock, stock, 0)
+    return row | {
+        "stock_ms_step": stock_row["ms_step"],
+        "stock_drift": sum(after.values()) / sum(before.values()) - 1,
+        "speedup": stock_row["ms_step"] / row["ms_step"],
+        "density": (kept + (total - kept) * (done.density or 0.0)) / total,
+        "cache_bytes": done.cache_bytes * (total - kept) // len(done.rows) * model.passes,
+        "kernels": sorted({kernel for each in done.rows for kernel in each["kernels"]}),
+        "notes": sorted({note for each in done.rows for note in each["notes"]}),
+    }
 
 
 @torch.no_grad()
@@ -272,14 +278,6 @@ def _whole(model: Model, times: Row, stock: Row, kept: int) -> Row:
         kept -= as_stock
     layers = {name: times[name] for name in model.stacks}
     return {"ms_layer": layers, "ms_around": times["around"], "ms_pass": ms_pass, "ms_step": model.passes * ms_pass}
-
-
-def _mean(a: float, b: float) -> float:
-    return (a + b) / 2
-
-
-def _total(times: Row) -> float:
-    return float(sum(times.values()))
 
 
 @torch.no_grad()
