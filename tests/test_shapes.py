@@ -19,6 +19,7 @@ import torch
 from diffusers_accel.evals import shapes
 from diffusers_accel.evals.shapes import autoencoder, latents, render
 from diffusers_accel.evals.shapes.denoiser import (
+    CAPTION_CLASSES,
     OBJECT_FEATURES,
     SHORT_TEXT_ROWS,
     Probe,
@@ -33,10 +34,9 @@ from diffusers_accel.evals.shapes.run_state import RunState
 from diffusers_accel.evals.shapes.start import start_training
 from diffusers_accel.evals.shapes.transformer import (
     NOISIEST,
-    Clips,
     Denoiser,
     Places,
-    clip_kind,
+    describe_caption,
     describe_objects,
     loss_weights,
     sample_places,
@@ -230,6 +230,39 @@ def test_the_objects_are_described_where_the_latent_frames_show_them() -> None:
     assert not np.isnan(two).any() and not np.array_equal(two[:, 0], two[:, 1])
 
 
+def test_every_text_row_is_asked_for_the_objects_and_its_own() -> None:
+    two = next(s for s in scenes(50) if len(s.actors) == 2)
+    told, words = describe_caption(two), two.caption.split()
+    rows = len(words) + 1
+    assert told.shape == (SHORT_TEXT_ROWS, len(CAPTION_CLASSES)) and (told[rows:] == -1).all()
+    assert (
+        (told[:rows] < CAPTION_CLASSES).all()
+        and (told[:rows] >= 0).all()
+        and len(set(map(tuple, told[:rows, 1:]))) == 1
+    )
+    assert told[:rows, 0].tolist() == [1] * 5 + [0] + [2] * 5 + [0] * 5 and words[5] == "and"
+    for column, palette in ((1, render.BACKGROUNDS), (2, render.COLORS), (3, render.SHAPES), (5, render.COLORS)):
+        word = {1: words[-2], 2: words[1], 3: words[2], 5: words[7]}[column]
+        assert list(palette)[told[0, column]] == word
+    one = next(s for s in scenes(50) if len(s.actors) == 1)
+    assert describe_caption(one)[0, 5:].tolist() == [len(render.COLORS), len(render.SHAPES), len(render.MOTIONS)]
+    assert not (describe_caption(one)[:, 0] == 2).any()
+
+
+def test_the_text_probe_asks_real_rows_only() -> None:
+    probe = Probe(build_transformer(1, 1, 64, 64))
+    answers = torch.from_numpy(np.stack([describe_caption(s) for s in scenes(4)]))
+    rows = torch.zeros(4, SHORT_TEXT_ROWS, TEXT_DIM)
+    with torch.no_grad():
+        probe.text.bias.zero_()
+        even = float(np.mean(np.log(CAPTION_CLASSES)))
+        assert float(probe.text_loss(rows, answers)) == pytest.approx(even, rel=1e-5)
+        rows[answers[..., 0] < 0] = 1e4
+        assert float(probe.text_loss(rows, answers)) == pytest.approx(even, rel=1e-5)
+        rows[0, 0] = 1e4
+        assert float(probe.text_loss(rows, answers)) > 2 * even
+
+
 def test_an_object_of_any_outline_lies_within_its_loss_weights() -> None:
     grid, frames = (17, 16, 16), np.arange(0, 17, 4)
     for scene in scenes(40):
@@ -244,19 +277,13 @@ def test_an_object_of_any_outline_lies_within_its_loss_weights() -> None:
         assert (weights > 1).mean() < 0.5
 
 
-def test_kinds_are_drawn_by_their_shares_whatever_the_file_holds(tmp_path: Path) -> None:
-    records = np.zeros((300, *latents.SHAPE), np.float16)
-    path = tmp_path / "latents.bin"
-    path.write_bytes(records[:200].tobytes())
-    clips = Clips(path, seed=0)
-    rng = np.random.default_rng(0)
-    held, picked = clips.draw(rng, 1400)
-    assert held.shape[0] == 200 and max(picked) < 200
-    kinds = [clip_kind(clips.scenes[i]) for i in picked]
-    assert kinds.count("two objects") / 1400 == pytest.approx(3 / 14, rel=0.2)
-    assert kinds.count("moves left") / 1400 == pytest.approx(1 / 14, rel=0.3)
-    path.write_bytes(records.tobytes())
-    assert max(clips.draw(rng, 500)[1]) >= 200
+def test_training_meets_hard_kinds_more_often_than_prompts_do() -> None:
+    trained = [render.training_scene(np.random.default_rng([1, i])) for i in range(700)]
+    kinds = [scene.kind for scene in trained]
+    assert kinds.count("two objects") / 700 == pytest.approx(3 / 14, rel=0.2)
+    assert kinds.count("turns") / 700 == pytest.approx(3 / 14, rel=0.2)
+    assert kinds.count("moves left") / 700 == pytest.approx(1 / 14, rel=0.4)
+    assert not any(render.is_held_out(scene.caption) for scene in trained)
 
 
 def test_most_noise_levels_show_the_object_and_the_others_are_the_highest() -> None:
@@ -315,7 +342,19 @@ def tiny_folder(tmp_path: Path) -> Path:
     run.save(average={"values": state}, latents_mean=[0.0] * 8, latents_std=[1.0] * 8)
     noise = np.random.default_rng(0).standard_normal((2, *latents.SHAPE)).astype(np.float16)
     (tmp_path / "latents.bin").write_bytes(noise.tobytes())
+    (tmp_path / "latents.json").write_text(json.dumps(latents._record(seed=0)))
     return tmp_path
+
+
+def test_latents_of_other_scenes_are_refused(tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match="Give the seed that it was encoded with"):
+        train_transformer(tiny_folder, 1, seed=1, compile=False, **TINY)
+    with pytest.raises(ValueError, match="captions and clips would not belong together"):
+        latents.encode_latents(tiny_folder, 3, seed=1)
+    (tiny_folder / "latents.json").unlink()
+    with pytest.raises(ValueError, match="no latents.json"):
+        train_transformer(tiny_folder, 1, seed=0, compile=False, **TINY)
+    assert (tiny_folder / "latents.bin").stat().st_size == 2 * latents.RECORD_BYTES
 
 
 def test_training_resumes_after_a_kill(tiny_folder: Path) -> None:

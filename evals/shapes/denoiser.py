@@ -18,11 +18,15 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from diffusers_accel.evals.shapes.models import TEXT_ROWS
+from diffusers_accel.evals.shapes.models import TEXT_DIM, TEXT_ROWS
+from diffusers_accel.evals.shapes.render import BACKGROUNDS, COLORS, MOTIONS, SHAPES
 from diffusers_accel.kernels.cpu_workers import run_all
 
 SHORT_TEXT_ROWS = 20
 OBJECT_FEATURES = 12  # that the probe asks of an object: place (3), colour (3), shape (4), how far it has turned (2)
+# What the probe asks of a text row: whose it is (nobody's, the first object's, the second's), the background, and colour,
+# shape and motion of both objects, each with one more class for an object that is not there.
+CAPTION_CLASSES = (3, len(BACKGROUNDS), *(2 * (len(COLORS) + 1, len(SHAPES) + 1, len(MOTIONS) + 1)))
 SLICE = 256  # queries of one slice
 
 
@@ -160,18 +164,22 @@ attend.register_autograd(_attend_gradient, setup_context=lambda ctx, inputs, out
 
 
 class Probe(torch.nn.Module):
-    """A training aid: every token has to tell its own place after the third block, and the objects after the fourth.
+    """A training aid: every token has to tell its own place after the third block, and the objects after the fourth; every
+    text row has to tell the caption's objects, and which of them it belongs to.
 
     Rotary embeddings are relative, and noise holds no landmark: that a token lies near the left edge or the first frame shows
     only in how much noise its neighbourhood averages out. And "moves left" is a product of three signs: of the motion, of
     the time and of the place; two colours have to find their two objects. The loss of the video teaches all this too slowly
-    for an hour; asked for it directly, the model learns to place its tokens in some dozen steps. The probe itself is not kept.
+    for an hour; asked for it directly, the model learns to place its tokens in some dozen steps. A text encoder taught by the
+    video alone never learns whose colour a colour is: its rows read the same in either half of a caption. The probe itself
+    is not kept.
     """
 
     def __init__(self, transformer: Any) -> None:
         super().__init__()
         width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
         self.own, self.object = torch.nn.Linear(width, 3), torch.nn.Linear(width, 2 * OBJECT_FEATURES)
+        self.text = torch.nn.Linear(TEXT_DIM, sum(CAPTION_CLASSES))
         self.hidden: dict[str, torch.Tensor] = {}
         for name, layer in (("own", 2), ("object", 3)):
             block = transformer.blocks[min(layer, len(transformer.blocks) - 1)]
@@ -198,6 +206,18 @@ class Probe(torch.nn.Module):
         asked = objects.flatten(2)[:, :, None]
         object_error = (told - asked.nan_to_num()).square().masked_fill(asked.isnan(), 0).mean((1, 2)).sum(-1)
         return own_error + (object_error * captioned).mean() / 3
+
+    def text_loss(self, rows: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of what text rows `[B, n, TEXT_DIM]` tell of their captions.
+
+        answers: int64 `[B, n, len(CAPTION_CLASSES)]`, -1 where a row need not tell.
+        """
+        told = self.text(rows.float()).split(CAPTION_CLASSES, dim=-1)
+        losses = [
+            torch.nn.functional.cross_entropy(t.flatten(0, 1), a.flatten(), ignore_index=-1)
+            for t, a in zip(told, answers.unbind(-1), strict=True)
+        ]
+        return torch.stack(losses).mean()
 
     def _seen(self, name: str) -> torch.Tensor:
         hidden = self.hidden[name].float()

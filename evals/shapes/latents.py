@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -39,11 +41,30 @@ def clip_scene(seed: int, index: int) -> Scene:
     return training_scene(np.random.default_rng([seed, 1, index]))
 
 
+def check_latents(folder: Path, seed: int) -> None:
+    """Raises ValueError unless latents.json says that latents.bin shows the scenes of `seed` as this version draws them."""
+    path = folder / "latents.json"
+    found = json.loads(path.read_text()) if path.exists() else "no latents.json"
+    if found != (expected := _record(seed)):
+        raise ValueError(
+            f"expected {folder / 'latents.bin'} to show the scenes of {expected}, found {found}: captions and clips would not "
+            "belong together. Give the seed that it was encoded with, or remove it and run the latents command"
+        )
+
+
+def _record(seed: int) -> dict[str, Any]:
+    scenes = "\n".join(repr(clip_scene(seed, index)) for index in range(20))
+    return {"seed": seed, "scenes": hashlib.sha256(scenes.encode()).hexdigest()}
+
+
 def encode_latents(folder: Path, clips: int, seed: int) -> Path:
     """Append normalised float16 latents of training clips to latents.bin until it holds `clips`; resumes where it ended."""
     vae, path = trained_autoencoder(folder), folder / "latents.bin"
     mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     done = path.stat().st_size // RECORD_BYTES if path.exists() else 0
+    if done == 0:
+        (folder / "latents.json").write_text(json.dumps(_record(seed)) + "\n")
+    check_latents(folder, seed)
     with path.open("r+b" if path.exists() else "wb") as file:
         file.truncate(done * RECORD_BYTES)  # an interrupted write
         file.seek(0, os.SEEK_END)

@@ -52,7 +52,10 @@ _REACH = {"circle": 1.0, "square": 1.2, "triangle": 1.4, "star": 1.45}
 
 TEXTURE = 0.10  # brightness that the background's texture adds at most
 TWO_OBJECTS = 0.08  # share of the scenes with two objects
+_TWO = "two objects"  # a kind of scene beside the motions of one object
 _MOTION_WEIGHTS = dict.fromkeys(DIRECTIONS, 0.16) | {"bounces": 0.10, "grows": 0.10, "shrinks": 0.10, "turns": 0.06}
+# How often training meets a kind of scene: what is hard to learn more often than `sample_scene` draws it.
+_TRAINED = dict.fromkeys(MOTIONS, 1) | {"bounces": 2, "turns": 3, _TWO: 3}
 _SPREAD = 0.06  # of an object's place around where its caption puts it
 _LANES = (0.26, 0.74)  # of two objects: the first named is the upper or the left one
 _EDGE = 1.6 / 128  # width of the antialiased edge
@@ -103,6 +106,11 @@ class Scene:
     @property
     def caption(self) -> str:
         return f"{' and '.join(a.phrase for a in self.actors)} on a {self.background} background"
+
+    @property
+    def kind(self) -> str:
+        """The motion of its object, or "two objects"."""
+        return self.actors[0].motion if len(self.actors) == 1 else _TWO
 
 
 class Asked(NamedTuple):
@@ -184,10 +192,12 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 
 
 def training_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene whose caption is not held out."""
+    """Draw a scene whose caption is not held out, its kind by how hard it is to learn."""
+    weights = np.array(list(_TRAINED.values()), float)
+    kind = str(rng.choice(list(_TRAINED), p=weights / weights.sum()))
     while True:
         scene = sample_scene(rng)
-        if not is_held_out(scene.caption):
+        if scene.kind == kind and not is_held_out(scene.caption):
             return scene
 
 

@@ -16,9 +16,9 @@ from diffusers_accel.evals.shapes.denoiser import (
     prepare_for_training,
     set_inputs,
 )
-from diffusers_accel.evals.shapes.latents import clip_scene, open_latents
+from diffusers_accel.evals.shapes.latents import check_latents, clip_scene, open_latents
 from diffusers_accel.evals.shapes.models import build_text_encoder, build_tokenizer, build_transformer
-from diffusers_accel.evals.shapes.render import COLORS, SHAPES, Scene
+from diffusers_accel.evals.shapes.render import BACKGROUNDS, COLORS, MOTIONS, SHAPES, Scene, training_scene
 from diffusers_accel.evals.shapes.run_state import Average, RunState, scheduled_lr
 
 if TYPE_CHECKING:
@@ -33,11 +33,15 @@ class Part(NamedTuple):
     stride: int
 
 
-# Share of the time budget at which a stage ends, and the parts of clips that its steps take in turn: first the geometry
-# (coarse places of all frames, and whole frames at some times), then whole clips.
-STAGES = ((0.85, (Part(8, 17, 2), Part(5, 6, 1))), (1.01, (Part(3, 17, 1), Part(5, 6, 1))))
-# How often a kind of clip is drawn, relative to the others (1), whatever its share of the encoded clips.
-DRAWS = {"bounces": 2, "turns": 3, "two objects": 3}
+# Share of the time budget at which a stage ends, and the parts of clips that its steps take in turn: first what a caption
+# asks for (many clips, coarse places of some frames), then the geometry (of all frames), then whole clips; whole frames at
+# some times throughout.
+STAGES = (
+    (0.55, (Part(16, 5, 2), Part(16, 5, 2), Part(5, 6, 1))),
+    (0.80, (Part(8, 17, 2), Part(5, 6, 1))),
+    (1.01, (Part(3, 17, 1), Part(5, 6, 1))),
+)
+CAPTIONS = 32  # of a step that only the text encoder's probe sees
 PEAK_LR = 1e-3
 MUON_SCALE = 3.0  # Muon's learning rate over AdamW's, with steps matched to AdamW's size
 DROP_CAPTION = 0.1
@@ -88,30 +92,6 @@ def sample_sigmas(batch: int, generator: torch.Generator) -> torch.Tensor:
     return torch.where(u < EARLY, early, LATE_SHIFT * late / (1 + (LATE_SHIFT - 1) * late))
 
 
-class Clips:
-    """The encoded clips of a file that may still grow, and the scenes that they show."""
-
-    def __init__(self, path: Path, seed: int) -> None:
-        self.path, self.seed = path, seed
-        self.scenes: list[Scene] = []
-        self.kinds: dict[str, list[int]] = {}
-
-    def draw(self, rng: np.random.Generator, n: int) -> tuple[NDArray[np.float16], list[int]]:
-        """The latents of all clips, and the indices of `n` of them, their kinds drawn by `DRAWS`."""
-        latents = open_latents(self.path)
-        for index in range(len(self.scenes), len(latents)):
-            self.scenes.append(clip_scene(self.seed, index))
-            self.kinds.setdefault(clip_kind(self.scenes[-1]), []).append(index)
-        weights = np.array([DRAWS.get(kind, 1) for kind in self.kinds], float)
-        picked = rng.choice(list(self.kinds), n, p=weights / weights.sum())
-        return latents, [int(rng.choice(self.kinds[kind])) for kind in picked]
-
-
-def clip_kind(scene: Scene) -> str:
-    """The motion of a scene's object, or "two objects"."""
-    return scene.actors[0].motion if len(scene.actors) == 1 else "two objects"
-
-
 class Places(NamedTuple):
     """Token indices of the part of a clip that a step trains on."""
 
@@ -150,6 +130,21 @@ def describe_objects(scene: Scene, frames: NDArray[np.int64]) -> NDArray[np.floa
     return told
 
 
+def describe_caption(scene: Scene) -> NDArray[np.int64]:
+    """What the probe asks of the text rows of a scene's caption, `[SHORT_TEXT_ROWS, len(CAPTION_CLASSES)]`, -1 past its end."""
+    names = (list(COLORS), list(SHAPES), list(MOTIONS))
+    asked = [list(BACKGROUNDS).index(scene.background)]
+    for actor in (*scene.actors, None)[:2]:
+        traits = (actor.color, actor.shape, actor.motion) if actor else (None, None, None)
+        asked += [n.index(t) if t else len(n) for n, t in zip(names, traits, strict=True)]
+    lengths = [len(actor.phrase.split()) for actor in scene.actors]
+    whose = [1] * lengths[0] + [0] + [2] * sum(lengths[1:])  # between them "and", or "on" after the only one
+    rows = len(scene.caption.split()) + 1  # and the end of text
+    told = np.full((SHORT_TEXT_ROWS, 1 + len(asked)), -1)
+    told[:rows, 0], told[: len(whose), 0], told[:rows, 1:] = 0, whose, asked
+    return told
+
+
 def loss_weights(scene: Scene, places: Places, grid: tuple[int, int, int]) -> NDArray[np.float32]:
     """Weights of the tokens at the given places, `[frames, rows, columns]`: `NEAR_WEIGHT` around the objects, elsewhere 1.
 
@@ -179,6 +174,7 @@ def train_transformer(
     **sizes: int,
 ) -> Path:
     """Train until the time budget is used up, resuming from the folder's checkpoint; returns the checkpoint's path."""
+    check_latents(folder, seed)
     torch.manual_seed(seed)
     model = Denoiser(**sizes).to(device)
     probe = Probe(model.transformer).to(device)
@@ -209,18 +205,18 @@ def train_transformer(
             **kept,
         )
 
-    losses: list[tuple[float, float]] = []
-    encoded = Clips(folder / "latents.bin", seed)
+    losses: list[tuple[float, float, float]] = []
     while run.progress < 1:
         parts = next(parts for end, parts in stages if run.progress < end)
         batch, frames, stride = parts[run.step % len(parts)]
         rng = np.random.default_rng([seed, 2, run.step])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        latents, clips = encoded.draw(rng, batch)
+        latents = open_latents(folder / "latents.bin")
+        clips = rng.integers(len(latents), size=batch)
         grid = (latents.shape[2], latents.shape[3] // 2, latents.shape[4] // 2)
         places = [sample_places(rng, grid, frames, stride) for _ in range(batch)]
         clean = torch.stack([take(latents[c], p) for c, p in zip(clips, places, strict=True)]).to(device)
-        scenes = [encoded.scenes[c] for c in clips]
+        scenes = [clip_scene(seed, int(c)) for c in clips]
         captions = ["" if rng.random() < DROP_CAPTION else scene.caption for scene in scenes]
         objects = np.stack([describe_objects(s, p.frames) for s, p in zip(scenes, places, strict=True)])
         weights = np.stack([loss_weights(s, p, grid) for s, p in zip(scenes, places, strict=True)])
@@ -231,6 +227,11 @@ def train_transformer(
         for optimizer, scale in zip(optimizers, (MUON_SCALE, 1.0), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = scale * scheduled_lr(PEAK_LR, run.progress, run.step, warmup=100, hold=0.7)
+        asked = [training_scene(rng) for _ in range(CAPTIONS)]
+        text_loss = probe.text_loss(
+            model.encode([scene.caption for scene in asked])[0],
+            torch.from_numpy(np.stack([describe_caption(scene) for scene in asked])).to(device),
+        )
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             text, rows = model.encode(captions)
             set_inputs(
@@ -246,16 +247,16 @@ def train_transformer(
         probe_loss = probe.loss(model.transformer.rope, grid, torch.from_numpy(objects).to(device), captioned)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        (loss + PROBE_WEIGHT * probe_loss).backward()
+        (loss + PROBE_WEIGHT * (probe_loss + text_loss)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         average.update(model)
         run.step += 1
-        losses.append((loss.item(), probe_loss.item()))
+        losses.append((loss.item(), probe_loss.item(), text_loss.item()))
         if run.step % 25 == 0 or run.progress == 1:
-            flow, told = np.mean(losses, axis=0)
-            run.log(loss=float(flow), probe=float(told), tokens=clean[0, 0].numel() // 4, clips=len(latents))
+            flow, told, read = (float(v) for v in np.mean(losses, axis=0))
+            run.log(loss=flow, probe=told, text=read, tokens=clean[0, 0].numel() // 4, clips=len(latents))
             losses.clear()
         if run.save_due:
             save()
