@@ -30,8 +30,9 @@ from diffusers_accel.evals.shapes.denoiser import (
 )
 from diffusers_accel.evals.shapes.models import TEXT_DIM, TEXT_ROWS, build_autoencoder, build_transformer
 from diffusers_accel.evals.shapes.pixels import compare, find, judge
-from diffusers_accel.evals.shapes.run_state import RunState
+from diffusers_accel.evals.shapes.run_state import Average, RunState
 from diffusers_accel.evals.shapes.start import start_training
+from diffusers_accel.evals.shapes.text import train_text
 from diffusers_accel.evals.shapes.transformer import (
     NOISIEST,
     Denoiser,
@@ -261,6 +262,28 @@ def test_the_text_probe_asks_real_rows_only() -> None:
         assert float(probe.text_loss(rows, answers)) == pytest.approx(even, rel=1e-5)
         rows[0, 0] = 1e4
         assert float(probe.text_loss(rows, answers)) > 2 * even
+
+
+def test_a_new_text_encoder_reads_a_word_by_its_place() -> None:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        rows, _ = Denoiser(**TINY).encode(["a red circle moves left and a red circle moves left on a navy background"])
+    assert float((rows[0, 1] - rows[0, 7]).norm() / rows[0, 1].norm()) > 0.1
+
+
+def test_the_text_encoder_learns_alone(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="run the transformer command first"):
+        train_text(tmp_path, 1, seed=0)
+    torch.manual_seed(0)
+    model = Denoiser()
+    RunState(tmp_path, "transformer", 0, seed=0).save(
+        model=model.state_dict(), average=Average(model, 1).state(), optimizers=[], started_from="{}"
+    )
+    held = torch.load(train_text(tmp_path, 2, seed=0), weights_only=True)
+    assert "optimizers" not in held and held["started_from"] == "{}"
+    for name, value in model.state_dict().items():
+        assert torch.equal(held["model"][name], held["average"]["values"][name]), name
+        assert torch.equal(held["model"][name], value) != name.startswith("text_encoder."), name
 
 
 def test_an_object_of_any_outline_lies_within_its_loss_weights() -> None:

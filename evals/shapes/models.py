@@ -125,7 +125,25 @@ def build_text_encoder(vocabulary: int) -> UMT5EncoderModel:
         eos_token_id=1,
         decoder_start_token_id=0,
     )
-    return UMT5EncoderModel(config).eval()
+    model = UMT5EncoderModel(config).eval()
+    aim_text_heads(model)
+    return model
+
+
+@torch.no_grad()
+def aim_text_heads(model: UMT5EncoderModel) -> None:
+    """Start the text encoder's attention by position: a head for the words before, one for those after, one for the nearest.
+
+    At the host's own start the position biases are too small to be noticed, and what little order they tell is lost as soon
+    as attention to content grows.
+    """
+    for block in model.encoder.block:
+        attention = block.layer[0].SelfAttention
+        attention.q.weight.normal_(0, 0.005)
+        bias, half = attention.relative_attention_bias.weight, attention.relative_attention_num_buckets // 2
+        bias.zero_()  # buckets of distance 0, 1, 2 ... before a word, then of those after it
+        bias[1:half, 0] = bias[half:, 1] = 4
+        bias[1:5, 2] = bias[half + 1 : half + 5, 2] = 3
 
 
 def build_scheduler() -> UniPCMultistepScheduler:

@@ -79,6 +79,20 @@ def transformer(
 
 
 @app.command()
+def text(
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 1200,
+    threads: Threads = 2,
+    seed: Seed = 0,
+    out: Out = Path("shapes-training"),
+) -> None:
+    """Train the text encoder alone to tell two objects apart, where the transformer's training has not taught it that."""
+    from diffusers_accel.evals.shapes.text import train_text
+
+    torch.set_num_threads(threads)
+    print(train_text(out, steps, seed))
+
+
+@app.command()
 def export(
     out: Annotated[Path, typer.Option(help="Working folder with checkpoints and logs.")] = Path("shapes-training"),
     weights: Annotated[Path, typer.Option(help="Folder to write; the package's own by default.")] = WEIGHTS,
