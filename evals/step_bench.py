@@ -223,7 +223,7 @@ def measure(
         raise ValueError(f"methods must be among {', '.join(NAMED)}, found {', '.join(unknown)}")
     transformer = _built(model, layers, device, dtype)
     inputs = model.inputs(size, device, dtype)
-    place = {"model": name, "latents": list(size), "dtype": str(dtype).removeprefix("torch.")}
+    place: Row = {"model": name, "latents": list(size), "dtype": str(dtype).removeprefix("torch.")}
     place |= {"layers_measured": layers, "layers": dict(model.stacks), "steps": steps, "passes": model.passes}
     run = partial(_schedule, transformer, inputs, model, device, steps)
     before = run(None)

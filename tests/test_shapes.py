@@ -39,6 +39,7 @@ from diffusers_accel.evals.shapes.transformer import (
     Places,
     describe_caption,
     describe_objects,
+    load_probe,
     loss_weights,
     sample_places,
     sample_sigmas,
@@ -280,10 +281,18 @@ def test_the_text_encoder_learns_alone(tmp_path: Path) -> None:
         model=model.state_dict(), average=Average(model, 1).state(), optimizers=[], started_from="{}"
     )
     held = torch.load(train_text(tmp_path, 2, seed=0), weights_only=True)
-    assert "optimizers" not in held and held["started_from"] == "{}"
+    assert "optimizers" not in held and "text.weight" in held["probe"] and held["started_from"] == "{}"
     for name, value in model.state_dict().items():
         assert torch.equal(held["model"][name], held["average"]["values"][name]), name
         assert torch.equal(held["model"][name], value) != name.startswith("text_encoder."), name
+
+
+def test_a_probe_that_asks_other_things_is_refused(tmp_path: Path) -> None:
+    probe = Probe(build_transformer(1, 1, 64, 64))
+    earlier = {k: v for k, v in probe.state_dict().items() if not k.startswith("text.")}
+    with pytest.raises(ValueError, match="begin with exported weights in a new folder"):
+        load_probe(probe, {"probe": earlier}, tmp_path)
+    load_probe(probe, {}, tmp_path)
 
 
 def test_an_object_of_any_outline_lies_within_its_loss_weights() -> None:

@@ -15,6 +15,7 @@ import torch
 from diffusers_accel.evals.shapes.autoencoder import encode_mean, to_video
 from diffusers_accel.evals.shapes.models import LATENT_CHANNELS, build_autoencoder
 from diffusers_accel.evals.shapes.render import Scene, render, training_scene
+from diffusers_accel.files import write_whole
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -63,7 +64,7 @@ def encode_latents(folder: Path, clips: int, seed: int) -> Path:
     mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     done = path.stat().st_size // RECORD_BYTES if path.exists() else 0
     if done == 0:
-        (folder / "latents.json").write_text(json.dumps(_record(seed)) + "\n")
+        write_whole(folder / "latents.json", f"{json.dumps(_record(seed))}\n".encode())
     check_latents(folder, seed)
     with path.open("r+b" if path.exists() else "wb") as file:
         file.truncate(done * RECORD_BYTES)  # an interrupted write

@@ -1,9 +1,8 @@
 """The text encoder trained alone, on captions only: each word has to know whose it is before a clip can show it.
 
-Left to the video's loss, its attention hardened within an hour into one by content alone (logits of ten times the size of
-any position bias), which reads "a red circle ... and a blue square ..." as a bag of words: every "a" had the same
-embedding. So attention starts anew by position and is asked what the captions say. Embeddings of captions with one object
-stay as the transformer knows them.
+Left to the video's loss, its attention hardened into one by content alone, its logits far larger than any position bias,
+which reads "a red circle ... and a blue square ..." as a bag of words. So attention starts anew by position and is asked
+what the captions say. Embeddings of captions with one object stay as the transformer knows them.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from diffusers_accel.evals.shapes.denoiser import Probe
 from diffusers_accel.evals.shapes.models import aim_text_heads
 from diffusers_accel.evals.shapes.render import training_scene
 from diffusers_accel.evals.shapes.run_state import Average, RunState, scheduled_lr
-from diffusers_accel.evals.shapes.transformer import Denoiser, describe_caption
+from diffusers_accel.evals.shapes.transformer import Denoiser, describe_caption, load_probe
 
 if TYPE_CHECKING:
     from diffusers_accel.evals.shapes.render import Scene
@@ -42,8 +41,7 @@ def train_text(folder: Path, steps: int, seed: int) -> Path:
     model.load_state_dict(held["average"]["values"])
     before = copy.deepcopy(model)
     probe = Probe(model.transformer)
-    if "probe" in held:
-        probe.load_state_dict(held["probe"])
+    load_probe(probe, held, run.path)
     aim_text_heads(model.text_encoder)
     parameters = [*model.text_encoder.parameters(), *probe.text.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.98))
@@ -63,9 +61,7 @@ def train_text(folder: Path, steps: int, seed: int) -> Path:
         optimizer.step()
         if (step + 1) % 100 == 0:
             print(f"text step {step + 1}  told {told.item():.4f}  changed {change.item():.4f}", flush=True)
-    held["model"] = model.state_dict()
-    held["average"] = Average(model, 1).state()
-    held["probe"] = probe.state_dict()
+    held |= {"model": model.state_dict(), "average": Average(model, 1).state(), "probe": probe.state_dict()}
     held.pop("optimizers", None)
     run.save(**held)
     return run.path

@@ -32,7 +32,7 @@ def start(
     seed: Seed = 0,
     out: Out = Path("shapes-training"),
 ) -> None:
-    """Begin with exported weights: go on with `latents`, then `transformer`."""
+    """Begin with exported weights: go on with `latents`, `text`, then `transformer`."""
     from diffusers_accel.evals.shapes.start import start_training
 
     print(start_training(out, weights, seed))

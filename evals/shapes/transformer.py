@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -174,6 +174,18 @@ def take(latent: NDArray[np.float16], places: Places) -> torch.Tensor:
     return torch.from_numpy(latent[:, places.frames][:, :, rows][..., columns].astype(np.float32))
 
 
+def load_probe(probe: Probe, held: dict[str, Any], path: Path) -> None:
+    """Load the probe of a checkpoint, if it holds one; ValueError for that of a version which asked other things."""
+    if "probe" not in held:
+        return
+    if {k: v.shape for k, v in held["probe"].items()} != {k: v.shape for k, v in probe.state_dict().items()}:
+        raise ValueError(
+            f"expected a checkpoint of this version in {path}, found one whose probe asks other things; "
+            "begin with exported weights in a new folder: `train start --out FOLDER`"
+        )
+    probe.load_state_dict(held["probe"])
+
+
 def train_transformer(
     folder: Path,
     minutes: float,
@@ -193,13 +205,7 @@ def train_transformer(
     if held := run.resume():
         model.load_state_dict(held["model"])
         average.load(held["average"])
-        if "probe" in held:
-            if held["probe"]["object.bias"].shape != probe.object.bias.shape:
-                raise ValueError(
-                    f"expected a checkpoint of this version in {run.path}, found one whose probe asks other things; "
-                    "begin with exported weights in a new folder: `train start --out FOLDER`"
-                )
-            probe.load_state_dict(held["probe"])
+        load_probe(probe, held, run.path)
         for optimizer, state in zip(optimizers, held.get("optimizers", ()), strict=False):  # none in a started folder
             optimizer.load_state_dict(state)
     kept = {"started_from": held["started_from"]} if held and "started_from" in held else {}

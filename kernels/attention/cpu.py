@@ -190,8 +190,8 @@ def attend_pattern(
         if pattern is not None:
             calls: list[Callable[[], None]] = []
             for rows in plan.gathers:
-                part = repeat + rows.batch, slice(None), rows.head
-                one = Head(q[part], k[part], v[part], out[part], lse[part], pattern.block_k)
+                place = repeat + rows.batch, slice(None), rows.head
+                one = Head(q[place], k[place], v[place], out[place], lse[place], pattern.block_k)
                 calls += gather_calls(one, rows, scale, attend)
             run_all(calls)
     return out, lse.transpose(1, 2).contiguous()
