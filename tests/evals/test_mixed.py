@@ -60,20 +60,23 @@ def test_budgets_are_corrected_by_what_they_reach() -> None:
     assert better["mixed"].budget["value"] == pytest.approx(1.3 * 1.3 / 1.25)
     assert better["pattern"].budget["value"] == pytest.approx(1.3 * 1.3 / 1.4)
     assert better["draft"] is plans["draft"]  # as much more is out of reach
+    again = mixed.corrected(scores, cost, {"pattern": better["pattern"]}, tried, 1.3)
+    assert again["pattern"].budget["value"] == pytest.approx(1.3 * (1.3 / 1.4) ** 2)
 
 
 def test_the_verdict_says_win_or_lose() -> None:
-    def verdict(mine: float, theirs: float) -> str:
-        values = {("psnr", "mixed"): mine, ("psnr", "draft"): theirs, ("psnr", "cached"): 1.0}
-
-        def row(metric: str, name: str) -> SimpleNamespace:
-            return SimpleNamespace(value=values.get((metric, name), 1.4))
-
-        report: Any = SimpleNamespace(row=row)
+    def verdict(mine: float, theirs: float, my_speedup: float = 1.4) -> str:
+        psnr = {"mixed": mine, "draft": theirs, "cached": 1.0}
+        speedup = {"mixed": my_speedup, "draft": 1.4, "cached": 9.0}
+        values = {"psnr": psnr, "speedup": speedup}
+        report: Any = SimpleNamespace(row=lambda metric, name: SimpleNamespace(value=values[metric][name]))
         return mixed.verdict(report, ["mixed", "draft", "cached"])
 
-    assert "is higher than that of the best single method, draft: 30.00 and 29.00 dB (mixed 1.40x" in verdict(30, 29)
-    assert "is NOT higher" in verdict(29, 29)
+    found = "mixed 30.00 dB at 1.40x and draft 29.00 dB at 1.40x"
+    assert verdict(30, 29) == f"The mixed plan's PSNR is higher than that of the best single method, draft: {found}."
+    assert "is NOT higher" in verdict(29, 29) and "is NOT higher" in verdict(28, 29, 1.38)
+    assert "is higher" in verdict(30, 29, 1.6) and "is higher" in verdict(30, 29, 1.37)
+    assert verdict(30, 29, 1.3).startswith("No verdict") and verdict(28, 29, 1.5).startswith("No verdict")
 
 
 def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
