@@ -30,7 +30,7 @@ Attend: TypeAlias = Callable[..., Any]
 fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 # Keys and values gathered for one call of one thread: more falls out of its cache, less pays for more calls.
-GATHER_BYTES = 3 << 19
+GATHER_BYTES = 2 << 20
 # Scores that the simulation of FP8 holds at once.
 SCORE_BYTES = 32 << 20
 
