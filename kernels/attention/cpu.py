@@ -10,6 +10,7 @@ than not to quantize at all.
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,8 +30,9 @@ Attend: TypeAlias = Callable[..., Any]
 # Kills the process on zero keys and returns 0 for a fully masked row: it is only ever given keys that exist, unmasked.
 fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
-# Keys and values gathered for one call of one thread: more falls out of its cache, less pays for more calls.
-GATHER_BYTES = 2 << 20
+# Keys and values gathered for one call of one thread, or a row more: much more falls out of its cache, less pays for more
+# calls.
+GATHER_BYTES = 3 << 19
 # Scores that the simulation of FP8 holds at once.
 SCORE_BYTES = 32 << 20
 
@@ -226,7 +228,7 @@ class Head(NamedTuple):
 
 def gather_calls(head: Head, rows: Gather, scale: float, attend: Attend) -> Iterator[Callable[[], None]]:
     """Calls that compute a few rows each."""
-    at_once = max(1, GATHER_BYTES // (2 * rows.key_tokens * head.k.shape[1] * head.k.element_size()))
+    at_once = math.ceil(GATHER_BYTES / (2 * rows.key_tokens * head.k.shape[1] * head.k.element_size()))
     for start in range(0, len(rows.first), at_once):
         yield functools.partial(run_gather, head, rows, slice(start, start + at_once), scale, attend)
 
