@@ -147,7 +147,10 @@ def verdict(report: Report, names: list[str]) -> str:
     )
     better, other = (MIXED, best) if won else (best, MIXED)
     if _value(report, "speedup", better) < (1 - SAME_TIME) * _value(report, "speedup", other):
-        return f"No verdict: the better plan is also more than {SAME_TIME:.0%} slower. {found}. Measure on an idle machine."
+        return (
+            f"No verdict: of the mixed plan and the best single method, {best}, the one with the higher PSNR is more than "
+            f"{SAME_TIME:.0%} slower: {found}. Measure on an idle machine."
+        )
     return (
         f"The mixed plan's PSNR is {'' if won else 'NOT '}higher than that of the best single method, {best}: {found}."
     )
