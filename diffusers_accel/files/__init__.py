@@ -1,0 +1,57 @@
+"""Files that are read strictly and written whole.
+
+`whole`: writing that leaves all or nothing, and asking ahead whether it can. `lock`: one writer at a time. `reading`: bytes,
+and the system's errors in our words. `strict_json`: plain data. `safe_tensors`: tensors. `documents`: typed data with a
+format, a version and a checksum, with tensors or without. `side_file`: the tensors of a plan. `errors`: what is raised, and
+how a message quotes what it found. Nothing in a file is ever executed.
+"""
+
+from diffusers_accel.files.documents import (
+    Kind,
+    Schema,
+    checksum,
+    convert,
+    load_document,
+    load_tensor_document,
+    parse_document,
+    save_document,
+    save_tensor_document,
+)
+from diffusers_accel.files.errors import FileError, WriteError, printable, quoted
+from diffusers_accel.files.lock import only_writer
+from diffusers_accel.files.reading import read_bytes
+from diffusers_accel.files.safe_tensors import TensorFile, encode_tensors, read_tensor_file
+from diffusers_accel.files.side_file import read_tensors, write_tensors
+from diffusers_accel.files.strict_json import check_json, parse_json, read_json, write_json
+from diffusers_accel.files.whole import prepare_file, prepare_folder, sync_folder, write_whole
+
+__all__ = [
+    "FileError",
+    "Kind",
+    "Schema",
+    "TensorFile",
+    "WriteError",
+    "check_json",
+    "checksum",
+    "convert",
+    "encode_tensors",
+    "load_document",
+    "load_tensor_document",
+    "only_writer",
+    "parse_document",
+    "parse_json",
+    "prepare_file",
+    "prepare_folder",
+    "printable",
+    "quoted",
+    "read_bytes",
+    "read_json",
+    "read_tensor_file",
+    "read_tensors",
+    "save_document",
+    "save_tensor_document",
+    "sync_folder",
+    "write_json",
+    "write_tensors",
+    "write_whole",
+]

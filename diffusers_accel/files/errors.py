@@ -1,0 +1,39 @@
+"""What goes wrong with files, in the project's words: what was expected, what was found, what to do."""
+
+from __future__ import annotations
+
+import os
+
+LONGEST = 200  # characters of a value that a message quotes
+
+
+class FileError(ValueError):
+    """A file, or data meant for one, is not what it should be: the message says what was expected and what was found."""
+
+
+class WriteError(OSError):
+    """A file or folder cannot be written: the message names it, the reason, and what became of what was there before."""
+
+    def __init__(self, path: str | os.PathLike[str], reason: OSError | str, advice: str) -> None:
+        why = reason if isinstance(reason, str) else reason.strerror or str(reason)
+        super().__init__(f"{printable(path)}: cannot be written: {why}; {advice}")
+        self.errno = None if isinstance(reason, str) else reason.errno
+
+
+def printable(text: object) -> str:
+    """`str(text)` in one line without control characters, so that nobody's text steers a terminal or splits a table.
+
+    Line breaks, escape sequences, lone surrogates and marks that turn the direction of writing become backslash escapes.
+    """
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(text))
+
+
+def quoted(value: object) -> str:
+    """A value as a message quotes it: its `repr`, printable, and cut after 200 characters."""
+    if isinstance(value, str):
+        value, rest = value[: LONGEST + 1], len(value) - LONGEST  # a text of megabytes is not escaped whole
+        return (
+            printable(repr(value)) if rest <= 0 else f"{printable(repr(value[:LONGEST]))} and {rest:,} characters more"
+        )
+    text = printable(repr(value))
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text):,} characters)"

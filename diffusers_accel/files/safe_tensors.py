@@ -1,0 +1,97 @@
+"""Tensors and texts in a safetensors file, read only where the file is whole: what its header tells, no more and no less."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from diffusers_accel.files.errors import FileError, printable, quoted
+from diffusers_accel.files.reading import read_bytes
+from diffusers_accel.files.strict_json import MAX_JSON_BYTES, parse_json
+
+MAX_BYTES = 64 * 2**30
+# Those with which PyTorch compares and counts on every device; float8 and sub-byte types it can only cast.
+DTYPES = ("BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64")
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """What a safetensors file holds, and the sha256 of its bytes."""
+
+    tensors: dict[str, Tensor]
+    texts: dict[str, str]
+    sha256: str
+
+
+def encode_tensors(tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors file of tensors and, in its header, texts."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(plain, dict(texts) if texts else None)
+
+
+def read_tensor_file(path: Path) -> TensorFile:
+    """Reads a safetensors file; the size that its header tells is compared with the file's before the tensors are read.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        FileError: it is no such file, is cut off, or holds tensors of another type than those of `DTYPES`.
+    """
+    shown = printable(path)
+    try:
+        texts, expected = _header(_start(path))
+        size = path.stat().st_size
+        if size != expected:
+            raise FileError(f"expected {expected:,} bytes, as its header says, found {size:,}; is it cut off?")
+    except FileError as error:
+        raise FileError(f"{shown}: {error}") from error
+    data = read_bytes(path, MAX_BYTES, "a safetensors file")
+    try:
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
+        raise FileError(f"{shown}: expected a safetensors file, found {printable(error)[:200]}") from error
+    return TensorFile(tensors, texts, hashlib.sha256(data).hexdigest())
+
+
+def _start(path: Path) -> bytes:
+    """The header's length and its JSON."""
+    start = read_bytes(path, 8, "a safetensors file", whole=False)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if not 0 < length <= MAX_JSON_BYTES:
+        raise FileError("expected a safetensors file, found another kind of file")
+    return read_bytes(path, 8 + length, "a safetensors file", whole=False)
+
+
+def _header(start: bytes) -> tuple[dict[str, str], int]:
+    """The texts, and how long the file is that belongs to this header."""
+    header = parse_json(start[8:])
+    if not isinstance(header, dict):
+        raise FileError("expected a safetensors file, found another kind of file")
+    texts = header.pop("__metadata__", {})
+    if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+        raise FileError("expected texts as the metadata of a safetensors file, found something else")
+    return texts, len(start) + max((_stop(name, entry) for name, entry in header.items()), default=0)
+
+
+def _stop(name: str, entry: Any) -> int:
+    """Where a tensor ends behind the header."""
+    dtype = entry.get("dtype") if isinstance(entry, dict) else None
+    if dtype not in DTYPES:
+        raise FileError(
+            f"{quoted(name)}: expected a tensor of one of the types {', '.join(DTYPES)}, found {quoted(dtype)}"
+        )
+    offsets = entry.get("data_offsets")
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(type(each) is int and each >= 0 for each in offsets)
+    ):
+        raise FileError(f"{quoted(name)}: expected where the tensor begins and ends, found {quoted(offsets)}")
+    return int(offsets[1])

@@ -1,0 +1,145 @@
+"""Files that hold either all of what was written or what they held before, whoever else writes and whenever it is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from diffusers_accel.files.errors import WriteError
+
+UNTOUCHED = "what was there before is as it was. Free space, or name another place"
+STALE_SECONDS = 60.0  # a temporary file that is younger may be one that its writer has not locked yet
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes `data` to a new file in the same folder, then renames it to `path`; file and folder are on the disk on return.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        WriteError: it cannot be written (no permission, full disk, a folder of that name); `path` is as it was.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{path.parent}: expected a folder to write {path.name} into, found none; make it first"
+        )
+    try:
+        _sweep(path)
+        with _temporary(path) as file:
+            file.write(data)
+            _finish(file)
+            os.replace(file.name, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise WriteError(path, error, UNTOUCHED) from error
+
+
+def prepare_file(path: Path) -> None:
+    """Makes sure, before the work whose result it is to hold, that `path` can be written; makes its folder.
+
+    Raises:
+        WriteError: it cannot; the message says why. Nothing of what is there was changed.
+    """
+    if path.is_dir():
+        raise WriteError(path, "it is a folder", "name a file")
+    if path.exists() and not path.is_file():
+        raise WriteError(path, "it is a device, pipe or socket", "name a regular file")
+    _prepare(path.parent, path)
+
+
+def prepare_folder(path: Path) -> None:
+    """Makes sure, before the work whose result it is to hold, that files can be written into the folder; makes it.
+
+    Raises:
+        WriteError: they cannot; the message says why.
+    """
+    if path.exists() and not path.is_dir():
+        raise WriteError(path, "there is a file of that name", "name a folder, or move the file away")
+    _prepare(path, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Has the names in a folder on the disk; nothing on Windows, which cannot open one."""
+    if sys.platform != "win32":
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _prepare(folder: Path, path: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _temporary(folder / "probe") as file:
+            file.write(bytes(4096))
+            _finish(file)
+    except FileExistsError as error:
+        raise WriteError(path, f"{error.filename} is a file, not a folder", "name another place") from error
+    except OSError as error:
+        raise WriteError(path, error, "nothing was begun. Free space, or name another place") from error
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[BinaryIO]:
+    """A new, locked file beside `path`, open for writing; gone at the end, where it was not renamed.
+
+    Its name is nobody else's, and is refused where something stands in its place: neither threads nor containers that share
+    a folder meet, and a planted link is not followed.
+    """
+    name = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+    with name.open("xb") as file:
+        _try_lock(file.fileno())
+        try:
+            with contextlib.suppress(OSError):  # nothing to replace, or a file system without permissions
+                name.chmod(path.stat().st_mode & 0o777)
+            yield file
+        finally:
+            with contextlib.suppress(OSError):  # what a full disk did not take is tried once more, and is of no use now
+                file.close()  # Windows removes no open file
+            name.unlink(missing_ok=True)
+
+
+def _finish(file: BinaryIO) -> None:
+    """Has all of a file on the disk and closes it, which Windows asks for before it is renamed."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def _sweep(path: Path) -> None:
+    """Removes the temporary files that killed writers of `path` have left: those whose lock nobody holds."""
+    if sys.platform == "win32":
+        return
+    prefix = f".{path.name[:100]}."
+    for entry in os.scandir(path.parent):
+        with contextlib.suppress(OSError):  # somebody else swept it
+            named = entry.name.startswith(prefix) and entry.name.endswith(".tmp")
+            if not named or not entry.is_file(follow_symlinks=False):
+                continue
+            if time.time() - entry.stat(follow_symlinks=False).st_mtime < STALE_SECONDS:
+                continue
+            descriptor = os.open(entry.path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                if _try_lock(descriptor):
+                    os.unlink(entry.path)
+            finally:
+                os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Whether this process has the file's lock now; it goes with the descriptor, also when the process is killed."""
+    if sys.platform == "win32":
+        return False
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # somebody has it, or the file system has none
+        return False
+    return True

@@ -1,0 +1,281 @@
+"""Files: whole or not at all, one writer at a time, and no change of a document goes unnoticed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffusers_accel.files import (
+    FileError,
+    Kind,
+    Schema,
+    WriteError,
+    load_document,
+    load_tensor_document,
+    only_writer,
+    parse_json,
+    prepare_file,
+    prepare_folder,
+    printable,
+    quoted,
+    read_json,
+    read_tensors,
+    save_document,
+    save_tensor_document,
+    write_json,
+    write_tensors,
+    write_whole,
+)
+
+KIND = Kind("test.notes", 1, "write them again")
+
+
+class Note(Schema):
+    name: str
+    counts: dict[str, tuple[int, ...]]
+    share: float = 0.5
+
+
+NOTE = Note(name="a", counts={"x": (1, 2)}, share=0.25)
+
+
+def test_threads_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
+    path, failures = tmp_path / "plan.json", []
+    texts = [str(number).encode() * 5000 for number in range(8)]
+
+    def write(data: bytes) -> None:
+        for _ in range(25):
+            try:
+                write_whole(path, data)
+            except Exception as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=write, args=(data,)) for data in texts]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        if path.exists():
+            assert path.read_bytes() in texts
+    assert not failures
+    assert [each.name for each in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_planted_link_is_not_followed_and_permissions_stay(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "plan.json"
+    victim.write_bytes(b"mine")
+    (tmp_path / f".plan.json.{os.getpid()}.tmp").symlink_to(victim)
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    write_whole(path, b"new")
+    assert victim.read_bytes() == b"mine"
+    assert path.read_bytes() == b"new" and path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file locks of POSIX")
+def test_what_a_killed_writer_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from diffusers_accel.files import whole\n"
+        "with whole._temporary(Path(sys.argv[1])) as file:\n"
+        "    file.write(b'half'); file.flush(); print(file.name, flush=True); time.sleep(60)"
+    )
+    path = tmp_path / "plan.json"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) for _ in "ab"
+    ]
+    names = [Path(writer.stdout.readline().strip()) for writer in writers if writer.stdout]
+    writers[0].send_signal(signal.SIGKILL)
+    writers[0].wait()
+    for name in names:
+        os.utime(name, (time.time() - 3600,) * 2)
+    try:
+        write_whole(path, b"new")
+        assert not names[0].exists() and names[1].exists()
+    finally:
+        writers[1].kill()
+        writers[1].wait()
+
+
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"x")
+    with pytest.raises(WriteError, match="cannot be written: it is a folder; name a file"):
+        prepare_file(tmp_path)
+    with pytest.raises(WriteError, match="there is a file of that name"):
+        prepare_folder(file)
+    for prepare in (prepare_file, prepare_folder):
+        with pytest.raises(WriteError, match="cannot be written"):
+            prepare(file / "below" / "it")
+    prepare_file(tmp_path / "new" / "plan.json")
+    prepare_folder(tmp_path / "report")
+    assert sorted(each.name for each in tmp_path.rglob("*")) == ["file", "new", "report"]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys; from pathlib import Path; from diffusers_accel.files import write_whole\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "write_whole(Path(sys.argv[1]), bytes(5000))"
+    )
+    path = tmp_path / "plan.json"
+    path.write_bytes(b"old")
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert f"{path}: cannot be written: File too large; what was there before is as it was" in done.stderr
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_one_writer_at_a_time_and_the_next_one_after_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "scores.safetensors"
+    code = (
+        "import sys, time; from pathlib import Path; from diffusers_accel.files import only_writer\n"
+        "with only_writer(Path(sys.argv[1]), 'a test holds it'): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout and holder.stdout.readline() == "held\n"
+    with (
+        pytest.raises(FileError, match="another search measures into it; wait"),
+        only_writer(path, "another search measures into it"),
+    ):
+        pass
+    holder.kill()
+    holder.wait()
+    with only_writer(path, "another"), pytest.raises(FileError, match="another"), only_writer(path, "another"):
+        pass
+    with only_writer(path, "another"):
+        pass
+
+
+def test_a_document_comes_back_and_no_changed_byte_goes_unnoticed(tmp_path: Path) -> None:
+    path = tmp_path / "note.json"
+    save_document(path, KIND, NOTE)
+    assert load_document(path, KIND, Note) == NOTE
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for bit in (0, 4):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            try:
+                assert load_document(path, KIND, Note) == NOTE
+            except FileError as error:
+                assert str(error).startswith(f"{path}: ") and len(str(error)) < 500
+    reordered = dict(reversed(json.loads(whole).items()))
+    path.write_text(json.dumps(reordered))
+    assert load_document(path, KIND, Note) == NOTE, "indentation and order are not content"
+
+
+def test_a_tensor_document_comes_back_and_no_changed_byte_goes_unnoticed(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "note.safetensors", {"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(0, 2)}
+    save_tensor_document(path, KIND, NOTE, tensors)
+
+    def same() -> bool:
+        note, found = load_tensor_document(path, KIND, Note)
+        return note == NOTE and found.keys() == tensors.keys() and all(torch.equal(found[n], tensors[n]) for n in found)
+
+    assert same()
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            assert same()
+        except FileError as error:
+            assert str(error).startswith(f"{path}: ") and len(str(error)) < 500
+    path.write_bytes(whole[:-1])
+    with pytest.raises(FileError, match="is it cut off"):
+        same()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "expected the format test.notes, found 'other'"),
+        ({"version": 2}, "expected version 1 of test.notes, found 2"),
+        ({"version": True}, "expected version 1 of test.notes, found True"),
+        ({"name": 3}, "name: expected str, found int"),
+        ({"counts": {"x": [1, "2"]}}, "counts"),
+        ({"more": 1}, "found the unknown key more"),
+        ({"share": None}, "share: expected float, found null"),
+    ],
+)
+def test_a_document_of_another_shape_says_where(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    from diffusers_accel.files import checksum
+
+    path = tmp_path / "note.json"
+    save_document(path, KIND, NOTE)
+    data = {**json.loads(path.read_bytes()), **change}
+    data.pop("sha256")
+    write_json(path, {**data, "sha256": checksum(data)})
+    with pytest.raises(FileError, match=message) as caught:
+        load_document(path, KIND, Note)
+    assert str(caught.value).endswith("; write them again")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'\xef\xbb\xbf{"a": 1}', "byte order mark"),
+        (b'{"a": "\\ud800"}', "half a character"),
+        (b'{"\\udfff": 1}', "half a character"),
+        (b'{"a": 1e999}', "finite"),
+        (b'{"a": 9223372036854775808}', "64 bits"),
+        (b'{"a": %s}' % (b"9" * 5000), "cannot be read"),
+        (b"[" * 40 + b"]" * 40, "32 levels"),
+        (b"[" * 100_000, "cannot be read"),
+        (b'{"a": 1, "a": 2}', "'a' twice"),
+        (b'{"%s": 1, "%s": 2}' % (b"k" * 5_000_000, b"k" * 5_000_000), "characters more"),
+        (b"\x80\x04K\x01.", "pickle"),
+        (b"{", "cut off"),
+    ],
+)
+def test_what_json_must_not_hold(data: bytes, message: str) -> None:
+    with pytest.raises(FileError, match=message) as caught:
+        parse_json(data)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="named pipes of POSIX")
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path, message in (
+        (pipe, "device, pipe or socket"),
+        (tmp_path, "found a folder"),
+        (tmp_path / ("n" * 300), "cannot be read"),
+        (tmp_path / "no\0thing", "no system takes"),
+    ):
+        with pytest.raises(FileError, match=message):
+            read_json(path)
+    with pytest.raises(FileNotFoundError, match="found nothing there"):
+        read_json(tmp_path / "absent.json")
+
+
+def test_a_side_file_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    reference = write_tensors(path, {"a": torch.ones(3)})
+    assert reference and torch.equal(read_tensors(path, reference)["a"], torch.ones(3))
+    os.truncate(tmp_path / reference["file"], 3 * 2**30)
+    begin = time.monotonic()
+    with pytest.raises(FileError, match="as its header says, found 3,221,225,472"):
+        read_tensors(path, reference)
+    assert time.monotonic() - begin < 1
+
+
+def test_tensors_of_types_that_cannot_be_checked_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    reference = write_tensors(path, {"a": torch.ones(3).to(torch.float8_e4m3fn)})
+    with pytest.raises(FileError, match="expected a tensor of one of the types .*F8_E4M3"):
+        read_tensors(path, reference)
+
+
+def test_values_in_messages_are_short_and_steer_no_terminal() -> None:
+    assert len(quoted("x" * 5_000_000)) < 300 and len(quoted(["x"] * 100_000)) < 300
+    assert printable("a\x1b[31mb\nc\u202ed\ud800") == "a\\x1b[31mb\\nc\\u202ed\\ud800"
+    assert printable("Grüße, 世界 🎈") == "Grüße, 世界 🎈"
