@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusers_accel.clock import Clock
+from diffusers_accel.clock import Clock, tells_steps
 from diffusers_accel.engine import Deals, PlanEngine
 from diffusers_accel.families import find
 from diffusers_accel.log import LOG
@@ -35,7 +35,7 @@ class Attachment:
         self.sites = sites
         self._models = models
         self._clock = clock
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = [self._restore_processors]
 
     def step(self, index: int, steps: int) -> None:
         """For your own denoising loop: says that step `index` (from 0) of `steps` runs next."""
@@ -54,9 +54,25 @@ class Attachment:
                 site.timer = None
 
     def unpatch(self) -> None:
-        """Gives every module its own processor back, bit for bit; harmless when done already."""
+        """Gives every module its own processor back, bit for bit; harmless when done already.
+
+        A module whose processor was replaced in the meantime keeps the one that it has.
+        """
         while self._undo:
             self._undo.pop()()
+
+    def _restore_processors(self) -> None:
+        left = [site for site in self.sites if site.replaced]
+        for site in self.sites:
+            replaced, stock = site.replaced, restore(site.processor)
+            if not replaced:
+                site.module.set_processor(stock)
+        if left:
+            LOG.warning(
+                "%d processors were replaced since patching and are left as they are: %s",
+                len(left),
+                ", ".join(sorted({type(site.module.processor).__name__ for site in left})),
+            )
 
     def __enter__(self) -> Any:
         return self
@@ -159,17 +175,20 @@ def attach(pipe: Any, make_engine: Callable[[Site], Engine]) -> Attachment:
     """
     found = find(pipe)
     _check_free(found)
+    if not tells_steps(pipe):
+        raise ValueError(
+            f"this {type(pipe).__name__} is a modular pipeline with no guider, so nothing says which step runs: give it one, or "
+            "patch(pipe.transformer, ...) and call Patch.step(i, steps) before each step"
+        )
     clock = Clock(None if isinstance(pipe, nn.Module) else pipe)
-    models: list[Model] = []
-    sites: list[Site] = []
-    attachment = Attachment(models, sites, clock)
+    attachment = Attachment([], [], clock)
     try:
         for name, (module, family) in found.items():
             model = Model(name, module, family, clock)
-            models.append(model)
+            attachment._models.append(model)
             for layer, (path, attention) in enumerate(family.self_attention(module)):
-                sites.append(_attach_site(model, layer, path, attention, make_engine, attachment))
-            hook = module.register_forward_pre_hook(_Observer(model), with_kwargs=True)
+                _attach_site(model, layer, path, attention, make_engine, attachment)
+            hook = module.register_forward_pre_hook(_Observer(model, attachment), with_kwargs=True)
             attachment._undo += [hook.remove, clock.listen(module)]
     except BaseException:
         attachment.unpatch()
@@ -183,18 +202,19 @@ def unpatch(pipe: Any) -> None:
     Raises:
         ValueError: when nothing of ours is attached to it.
     """
-    attachments = {id(site.attachment): site.attachment for _, site in _sites(find(pipe))}
+    attachments = _attachments(find(pipe))
     if not attachments:
         raise ValueError(f"this {type(pipe).__name__} is not patched: nothing to take off")
-    for attachment in attachments.values():
+    for attachment in attachments:
         attachment.unpatch()
 
 
 class _Observer:
-    """The forward pre-hook; in a copy or pickle of the model it does nothing."""
+    """The forward pre-hook, by which a patch is found; in a copy or pickle of the model it does nothing."""
 
-    def __init__(self, model: Model | None = None) -> None:
+    def __init__(self, model: Model | None = None, attachment: Attachment | None = None) -> None:
         self.model = model
+        self.attachment = attachment
 
     # Inside a larger compiled function its effects would come after the graph, a call too late.
     @torch.compiler.disable(reason="notes how the tokens of this call lie")
@@ -208,7 +228,7 @@ class _Observer:
 
 def _attach_site(
     model: Model, layer: int, path: str, attention: Any, make_engine: Callable[[Site], Engine], attachment: Attachment
-) -> Site:
+) -> None:
     stock = attention.processor
 
     def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -217,17 +237,9 @@ def _attach_site(
     site = Site(model, layer, path, attention, dense)
     site.engine = make_engine(site)
     site.attachment = attachment
-    processor = redirect(site, stock)
+    site.processor = processor = redirect(site, stock)
+    attachment.sites.append(site)
     attention.set_processor(processor)
-
-    def undo() -> None:
-        if attention.processor is processor:
-            attention.set_processor(restore(processor))
-        else:
-            LOG.warning("%s: its processor was replaced since patching and is left as it is", path)
-
-    attachment._undo.append(undo)
-    return site
 
 
 def _choose(
@@ -290,15 +302,19 @@ def _refusals(pipe: Any, methods: tuple[Method, ...], found: dict[str, Any]) -> 
                 yield method, reason
 
 
-def _sites(found: dict[str, Any]) -> Iterator[tuple[Any, Site]]:
+def _attachments(found: dict[str, Any]) -> list[Attachment]:
+    """Whatever of ours is on these transformers, also where the user has replaced every processor since."""
+    attached: dict[int, Attachment] = {}
     for module, family in found.values():
-        for _, attention in family.self_attention(module):
-            if site := site_of(attention.processor):
-                yield attention, site
+        ours = [hook.attachment for hook in module._forward_pre_hooks.values() if isinstance(hook, _Observer)]
+        processors = [attention.processor for _, attention in family.self_attention(module)]
+        ours += [site.attachment for site in map(site_of, processors) if site is not None]
+        attached |= {id(each): each for each in ours if each is not None}
+    return list(attached.values())
 
 
 def _check_free(found: dict[str, Any]) -> None:
-    if next(_sites(found), None):
+    if _attachments(found):
         raise ValueError("it is patched already: call diffusers_accel.unpatch on it first")
     for name, (module, family) in found.items():
         for _, attention in family.self_attention(module):

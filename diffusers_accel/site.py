@@ -70,6 +70,7 @@ class Model:
 
     def observe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Takes note of a forward that begins."""
+        self.clock.follow(self.module)
         self._call.sizes = self.family.observe(args, kwargs)
         self._call.branch = self.clock.branch or self._pass(self.family.text(args, kwargs))
         self._call.text = None
@@ -181,6 +182,7 @@ class Site:
         self.dense = dense
         self.engine: Engine
         self.attachment: Any = None
+        self.processor: Any = None
         self.timer: Timer | None = None
 
     @property
@@ -196,6 +198,11 @@ class Site:
     def branch(self) -> str:
         """Which pass of a step is running: what is kept of an earlier step is that pass's alone."""
         return self.model.branch
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the module has got another processor since: it then attends without us."""
+        return self.module.processor is not self.processor
 
     def layout(self) -> TokenLayout:
         """How the tokens of the running call lie."""
