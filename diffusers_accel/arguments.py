@@ -38,7 +38,7 @@ def check_parameters(name: str, parameters: Mapping[str, Any]) -> None:
     for parameter, value in parameters.items():
         if parameter not in known:
             raise TypeError(
-                f"{name!r} has no parameter {parameter!r}: {meant(parameter, known)}It has {', '.join(known) or 'none'}"
+                f"{name!r} has no parameter {parameter!r}; {meant(parameter, known)}it has {', '.join(known) or 'none'}"
             )
         try:
             msgspec.convert(value, types[parameter])
