@@ -11,7 +11,7 @@ import torch
 
 from diffusers_accel import Plan, patch
 from diffusers_accel.families import find
-from diffusers_accel.methods import NAMED, Draft, Method, Recipe
+from diffusers_accel.methods import NAMED, Band, Draft, Method, Recipe
 from tests.tiny import LAYERS, tiny_wan
 
 
@@ -39,7 +39,7 @@ class Budget:
         (Budget(), {}, TypeError, r"found a Budget: a budget is what a search is asked for"),
         (Draft(0.3), {}, TypeError, r"found a Draft: give it as Method\(select=\.\.\.\)"),
         ({}, {}, TypeError, r"found a dict: write it as a plan file"),
-        ("draft", {"dense_layers": 99}, ValueError, rf"dense_layers=99 .* {LAYERS} self-attention layers: give at most {LAYERS - 1}"),
+        ("draft", {"dense_layers": 99}, ValueError, rf"=99 .* {LAYERS} self-attention layers: give at most {LAYERS - 1}"),
         ("draft", {"dense_layers": LAYERS}, ValueError, rf"dense_layers={LAYERS} leaves nothing"),
         ("draft", {"dense_steps": 1.0}, ValueError, r"dense_steps=1 leaves all steps dense"),
         (Recipe((Method(select=Draft(0.3)),), dense_layers=99), {}, ValueError, "dense_layers=99"),
@@ -52,6 +52,20 @@ def test_wrong_plans_and_parameters(plan: Any, parameters: Any, error: Any, mess
     with pytest.raises(error, match=message) as caught:
         patch(pipe, plan, **parameters)
     assert _state(pipe) == before and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Draft("0.3"), r"density is .* expected in \(0, 1\], found '0\.3'"),
+        (lambda: Band(True), r"density .* found True"),
+        (lambda: Recipe((Method(),), dense_steps="0.2"), r"dense_steps .* found '0\.2'"),
+        (lambda: Recipe((Method(),), dense_layers=1.5), r"dense_layers .* found 1\.5"),
+    ],
+)
+def test_stages_of_the_wrong_type(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:

@@ -60,7 +60,9 @@ def test_realised_density_is_held_against_what_was_asked_for() -> None:
         run(pipe)
         report = done.report()
     (note,) = (note for note in report.notes if "was asked for" in note)
-    assert f"density 0.3 was asked for, {report.density:.2f} was read" in note and "6 blocks of 128 tokens in 768" in note
+    assert (
+        f"density 0.3 was asked for, {report.density:.2f} was read" in note and "6 blocks of 128 tokens in 768" in note
+    )
     with patch(pipe, "draft", density=0.9) as done:
         run(pipe)
         assert not any("was asked for" in note for note in done.report().notes)
@@ -128,7 +130,9 @@ def test_mag_cache_beside_cached_is_named() -> None:
     pipe = tiny_wan()
     with patch(pipe, "cached", every=2) as done:
         pipe.transformer.enable_cache(
-            MagCacheConfig(num_inference_steps=6, mag_ratios=[1.0] * 6, threshold=1.0, max_skip_steps=1, retention_ratio=0.0)
+            MagCacheConfig(
+                num_inference_steps=6, mag_ratios=[1.0] * 6, threshold=1.0, max_skip_steps=1, retention_ratio=0.0
+            )
         )
         run(pipe, num_inference_steps=6)
         report = done.report()
@@ -189,7 +193,11 @@ def stored_plan(provenance: dict[str, Any]) -> Plan:
 @pytest.mark.parametrize(
     ("provenance", "size", "message"),
     [
-        ({}, {"height": 96}, r"are for 6 blocks of 128 tokens; this call has 3 x 24 x 16 tokens .* 9 blocks.*search a plan"),
+        (
+            {},
+            {"height": 96},
+            r"are for 6 blocks of 128 tokens; this call has 3 x 24 x 16 tokens .* 9 blocks.*search a plan",
+        ),
         (
             {"layout": {"frames": 3, "height": 16, "width": 16}},
             {"num_frames": 9},
