@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-import inspect
+import itertools
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffusers_accel.clock import Clock
+from diffusers_accel.arguments import check_parameters, plan_path, wrong_plan
+from diffusers_accel.clock import Clock, tells_steps
 from diffusers_accel.engine import Deals, PlanEngine
 from diffusers_accel.families import find
+from diffusers_accel.files import quoted
+from diffusers_accel.host_caches import caches_on
+from diffusers_accel.kernels.kept import forget_kept
 from diffusers_accel.log import LOG
 from diffusers_accel.memory import MAX_CACHE, Memories
-from diffusers_accel.methods import AUTO, NAMED, Method, Recipe
+from diffusers_accel.methods import AUTO, NAMED, All, Method, Recipe
 from diffusers_accel.plan import Plan
+from diffusers_accel.plan_size import check_size, planned_size
 from diffusers_accel.processor import attend_densely, redirect, restore, site_of
-from diffusers_accel.report import PatchReport
+from diffusers_accel.remarks import Remarks
+from diffusers_accel.report import PatchReport, strangers
+from diffusers_accel.shape import ModelShape
 from diffusers_accel.site import Engine, Model, Site, Timer
 
 PRESET = "pattern"
-PRESET_MIN_TOKENS = 4096  # 32 blocks: below that a band has too few blocks to leave out
+FEW_TOKENS = 4096  # 32 blocks: below that a method has too few blocks to leave any out
 
 
 class Attachment:
@@ -35,7 +43,7 @@ class Attachment:
         self.sites = sites
         self._models = models
         self._clock = clock
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = [self._restore_processors]
 
     def step(self, index: int, steps: int) -> None:
         """For your own denoising loop: says that step `index` (from 0) of `steps` runs next."""
@@ -54,9 +62,18 @@ class Attachment:
                 site.timer = None
 
     def unpatch(self) -> None:
-        """Gives every module its own processor back, bit for bit; harmless when done already."""
+        """Gives every module its own processor back, bit for bit; harmless when done already.
+
+        A module whose processor was replaced in the meantime keeps the one that it has.
+        """
         while self._undo:
             self._undo.pop()()
+
+    def _restore_processors(self) -> None:
+        for site in self.sites:
+            site.take_off(restore)
+        for remark in strangers(self.sites):
+            LOG.warning("%s", remark)
 
     def __enter__(self) -> Any:
         return self
@@ -68,25 +85,23 @@ class Attachment:
 class Patch(Attachment):
     """A pipeline at work under a plan. `repr` says what was done, `report()` what has run since."""
 
-    def __init__(self, attachment: Attachment, plan: Plan, engines: list[PlanEngine]) -> None:
+    def __init__(self, attachment: Attachment, plan: Plan, engines: list[PlanEngine], remarks: Remarks) -> None:
         super().__init__(attachment._models, attachment.sites, attachment._clock)
         self._undo = attachment._undo
         self.plan = plan
         self._engines = engines
+        self._remarks = remarks
 
     def report(self) -> PatchReport:
         """What ran since patching or `clear`: per layer, methods, kernels, realised density and notes."""
-        return PatchReport.of(self._engines)
+        caches = [remark for model in self._models for remark in caches_on(model.module)]
+        return PatchReport.of(self._engines, [*strangers(self.sites), *caches, *self._remarks.said])
 
     def clear(self) -> None:
         """Sets the counters of `report` to zero."""
         for engine in self._engines:
             engine.clear()
-
-    def unpatch(self) -> None:
-        super().unpatch()
-        for engine in self._engines:
-            engine.forget()
+        self._remarks.clear()
 
     def __repr__(self) -> str:
         mix = ", ".join(
@@ -96,7 +111,9 @@ class Patch(Attachment):
         layers = "; ".join(
             f"{model.name}: {self._count(model)} self-attention layers patched" for model in self._models
         )
-        return f"<Patch {self.plan.family}{state}: {layers}; heads over the schedule: {mix}>"
+        size = planned_size(self.plan)
+        made_for = f"; plan made for {size}" if size else ""
+        return f"<Patch {self.plan.family}{state}: {layers}; heads over the schedule: {mix}{made_for}>"
 
     def _count(self, model: Model) -> str:
         return f"{sum(site.model is model for site in self.sites)}/{model.shape.layers}"
@@ -126,27 +143,38 @@ def patch(
         The Patch. As a context manager it unpatches at the end of the block; otherwise `unpatch(pipe)` does.
 
     Raises:
-        TypeError: for a transformer of no supported family, or a parameter that the method does not have.
-        ValueError: for a plan that does not fit the model, a method that nothing here can run, or a patched pipeline.
+        TypeError: for what is no pipeline or has no transformer of a supported family, for what is no plan, and for a parameter
+            that the method does not have or of another type.
+        ValueError: for a plan that does not fit the model or leaves all of it dense, a method that nothing here can run, a
+            patched pipeline, or a modular one that does not say its step.
+        FileNotFoundError: for a plan file that does not exist.
     """
+    memories = Memories(max_cache)
     found = find(pipe)
     shapes = {name: family.shape(module) for name, (module, family) in found.items()}
     family = next(iter(found.values()))[1].name
     chosen, min_tokens = _choose(pipe, plan, parameters, found)
+    if isinstance(chosen, Recipe):
+        _check_leaves_something(chosen, shapes)
     chosen = _with_precision(chosen, pipe, found)
     resolved = chosen if isinstance(chosen, Plan) else Plan.uniform(chosen, family=family, models=shapes)
     resolved.check(shapes, family=family)
     if plan is not None:
         _check_kernels(pipe, resolved, found)
     deals: Deals = {}
-    memories = Memories(max_cache)
     engines: list[PlanEngine] = []
+    remarks = Remarks()
+    few_tokens = FEW_TOKENS if isinstance(plan, str) and plan in NAMED and _leaves_out(resolved) else 0
 
     def make_engine(site: Site) -> PlanEngine:
-        engines.append(PlanEngine(site, resolved, deals, min_tokens, memories))
+        engines.append(PlanEngine(site, resolved, deals, min_tokens, memories, remarks, few_tokens))
         return engines[-1]
 
-    done = Patch(attach(pipe, make_engine), resolved, engines)
+    attachment = attach(pipe, make_engine)
+    attachment._undo += [memories.clear, deals.clear]
+    for model in attachment._models:
+        model.expects = partial(check_size, resolved, model.name)
+    done = Patch(attachment, resolved, engines, remarks)
     LOG.info("%r", done)
     return done
 
@@ -159,17 +187,21 @@ def attach(pipe: Any, make_engine: Callable[[Site], Engine]) -> Attachment:
     """
     found = find(pipe)
     _check_free(found)
+    if not tells_steps(pipe):
+        raise ValueError(
+            f"this {type(pipe).__name__} is a modular pipeline with no guider, so nothing says which step runs: give it one, or "
+            "patch(pipe.transformer, ...) and call Patch.step(i, steps) before each step"
+        )
     clock = Clock(None if isinstance(pipe, nn.Module) else pipe)
-    models: list[Model] = []
-    sites: list[Site] = []
-    attachment = Attachment(models, sites, clock)
+    attachment = Attachment([], [], clock)
+    attachment._undo.insert(0, _at_work(attachment))
     try:
         for name, (module, family) in found.items():
             model = Model(name, module, family, clock)
-            models.append(model)
+            attachment._models.append(model)
             for layer, (path, attention) in enumerate(family.self_attention(module)):
-                sites.append(_attach_site(model, layer, path, attention, make_engine, attachment))
-            hook = module.register_forward_pre_hook(_Observer(model), with_kwargs=True)
+                _attach_site(model, layer, path, attention, make_engine, attachment)
+            hook = module.register_forward_pre_hook(_Observer(model, attachment), with_kwargs=True)
             attachment._undo += [hook.remove, clock.listen(module)]
     except BaseException:
         attachment.unpatch()
@@ -183,18 +215,41 @@ def unpatch(pipe: Any) -> None:
     Raises:
         ValueError: when nothing of ours is attached to it.
     """
-    attachments = {id(site.attachment): site.attachment for _, site in _sites(find(pipe))}
+    attachments = _attachments(find(pipe))
     if not attachments:
         raise ValueError(f"this {type(pipe).__name__} is not patched: nothing to take off")
-    for attachment in attachments.values():
+    for attachment in attachments:
         attachment.unpatch()
 
 
-class _Observer:
-    """The forward pre-hook; in a copy or pickle of the model it does nothing."""
+_AT_WORK: set[int] = set()
+_TICKETS = itertools.count()
 
-    def __init__(self, model: Model | None = None) -> None:
+
+def _at_work(attachment: Attachment) -> Callable[[], object]:
+    """Counts an attachment as at work until the function that this returns is called, or nobody holds it any more.
+
+    What is kept for the process is dropped when none is left.
+    """
+    ticket = next(_TICKETS)
+    _AT_WORK.add(ticket)
+    done = weakref.finalize(attachment, _off_work, ticket)
+    done.atexit = False
+    return done
+
+
+def _off_work(ticket: int) -> None:
+    _AT_WORK.discard(ticket)
+    if not _AT_WORK:
+        forget_kept()
+
+
+class _Observer:
+    """The forward pre-hook, by which a patch is found; in a copy or pickle of the model it does nothing."""
+
+    def __init__(self, model: Model | None = None, attachment: Attachment | None = None) -> None:
         self.model = model
+        self.attachment = attachment
 
     # Inside a larger compiled function its effects would come after the graph, a call too late.
     @torch.compiler.disable(reason="notes how the tokens of this call lie")
@@ -208,7 +263,7 @@ class _Observer:
 
 def _attach_site(
     model: Model, layer: int, path: str, attention: Any, make_engine: Callable[[Site], Engine], attachment: Attachment
-) -> Site:
+) -> None:
     stock = attention.processor
 
     def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -217,17 +272,9 @@ def _attach_site(
     site = Site(model, layer, path, attention, dense)
     site.engine = make_engine(site)
     site.attachment = attachment
-    processor = redirect(site, stock)
+    site.processor = processor = redirect(site, stock)
     attention.set_processor(processor)
-
-    def undo() -> None:
-        if attention.processor is processor:
-            attention.set_processor(restore(processor))
-        else:
-            LOG.warning("%s: its processor was replaced since patching and is left as it is", path)
-
-    attachment._undo.append(undo)
-    return site
+    attachment.sites.append(site)
 
 
 def _choose(
@@ -235,28 +282,42 @@ def _choose(
 ) -> tuple[Plan | Recipe | Method, int]:
     """What to run, and from how many tokens on."""
     if plan is None:
+        check_parameters(PRESET, parameters)
         reason = next((reason for _, reason in _refusals(pipe, NAMED[PRESET]().heads, found)), None)
         if reason is None:
-            return NAMED[PRESET](**parameters), PRESET_MIN_TOKENS
+            return NAMED[PRESET](**parameters), FEW_TOKENS
         LOG.warning("staying dense: no sparse kernel can run here (%s)", reason)
         return NAMED["dense"](), 0
     if isinstance(plan, str) and plan in NAMED:
-        known = inspect.signature(NAMED[plan]).parameters
-        if unknown := sorted(set(parameters) - set(known)):
-            raise TypeError(f"{plan!r} has no parameter {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+        check_parameters(plan, parameters)
         return NAMED[plan](**parameters), 0
+    path = plan_path(plan) if isinstance(plan, (str, os.PathLike)) else None
+    if path is None and not isinstance(plan, (Plan, Recipe, Method)):
+        raise wrong_plan(plan)
     if parameters:
         raise TypeError(
-            f"parameters go with a named method ({', '.join(NAMED)}), found {sorted(parameters)} beside {plan!r}"
+            f"parameters go with a named method ({', '.join(NAMED)}), found {sorted(parameters)} beside {quoted(plan)}"
         )
-    if isinstance(plan, (Plan, Recipe, Method)):
-        return plan, 0
-    if isinstance(plan, (str, os.PathLike)):
-        path = Path(plan)
-        if isinstance(plan, str) and not path.exists() and path.suffix != ".json":
-            raise ValueError(f"{plan!r} is neither a method ({', '.join(NAMED)}) nor a plan file that exists")
-        return Plan.load(path), 0
-    raise TypeError(f"expected a Plan, a path, a method's name, a Method or a Recipe, found {type(plan).__name__}")
+    return (Plan.load(path) if path is not None else plan), 0
+
+
+def _check_leaves_something(recipe: Recipe, shapes: dict[str, ModelShape]) -> None:
+    """Refuses dense steps and layers that leave the methods of a recipe nothing to do."""
+    if all(method.dense for method in recipe.heads):
+        return
+    if recipe.dense_steps == 1:
+        raise ValueError('dense_steps=1 leaves all steps dense: give a share below 1, or take the method "dense"')
+    for name, shape in shapes.items():
+        if recipe.dense_layers >= shape.layers:
+            raise ValueError(
+                f"dense_layers={recipe.dense_layers} leaves nothing of {name}, which has {shape.layers} self-attention layers: "
+                f'give at most {shape.layers - 1}, or take the method "dense"'
+            )
+
+
+def _leaves_out(plan: Plan) -> bool:
+    """Whether any method of a plan reads less than everything."""
+    return any(not isinstance(method.select, All) for method in plan.methods.values())
 
 
 def _with_precision(chosen: Plan | Recipe | Method, pipe: Any, found: dict[str, Any]) -> Plan | Recipe | Method:
@@ -290,15 +351,19 @@ def _refusals(pipe: Any, methods: tuple[Method, ...], found: dict[str, Any]) -> 
                 yield method, reason
 
 
-def _sites(found: dict[str, Any]) -> Iterator[tuple[Any, Site]]:
+def _attachments(found: dict[str, Any]) -> list[Attachment]:
+    """Whatever of ours is on these transformers, also where the user has replaced every processor since."""
+    attached: dict[int, Attachment] = {}
     for module, family in found.values():
-        for _, attention in family.self_attention(module):
-            if site := site_of(attention.processor):
-                yield attention, site
+        ours = [hook.attachment for hook in module._forward_pre_hooks.values() if isinstance(hook, _Observer)]
+        processors = [attention.processor for _, attention in family.self_attention(module)]
+        ours += [site.attachment for site in map(site_of, processors) if site is not None]
+        attached |= {id(each): each for each in ours if each is not None}
+    return list(attached.values())
 
 
 def _check_free(found: dict[str, Any]) -> None:
-    if next(_sites(found), None):
+    if _attachments(found):
         raise ValueError("it is patched already: call diffusers_accel.unpatch on it first")
     for name, (module, family) in found.items():
         for _, attention in family.self_attention(module):

@@ -1,24 +1,42 @@
-"""Which step, of how many, on which branch: one clock for a pipeline, read at run time and never counted.
+"""Which step, of how many, on which branch: one clock for a transformer's pipelines, read at run time and never counted.
 
-Sources, in order of trust: what the pipeline says through `transformer.cache_context(name, step_index=...)`; the position of
-`pipe._current_timestep` inside `scheduler.timesteps`, of which it is a view; `Clock.set`, for people with their own loop.
-Nothing is counted, so a second call, another number of steps or an exception in mid-run leave nothing to reset.
+Sources, in order of trust: `Clock.set`, for people with their own loop; what the pipeline says through
+`transformer.cache_context(name, step_index=...)`; the position of `pipe._current_timestep` inside `scheduler.timesteps`, of
+which it is a view; the step of a modular pipeline's guider. The pipeline is the one that runs, which need not be the one that
+was patched: `from_pipe` makes siblings that share the transformer. Steps are those that run: video-to-video with a strength
+below 1 runs only the last part of the schedule. Nothing is counted, so a second call, another number of steps or an exception
+in mid-run leave nothing to reset.
 """
 
 from __future__ import annotations
 
+import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
 
+from diffusers_accel.families import COMPONENTS
+
+GUIDERS = ("guider", "guider_2")  # of modular pipelines: one for each transformer
+
+
+class _Running(threading.local):
+    """The pipeline that runs in this thread; no reference, so that a sibling is not kept alive."""
+
+    pipe: Callable[[], Any] | None = None
+
 
 class Clock:
-    """The time of one pipeline (`pipe`), or of a bare transformer (`pipe` None)."""
+    """The time of the pipelines that run a transformer: the one that was patched (`pipe`), or any (`pipe` None)."""
 
     def __init__(self, pipe: Any = None) -> None:
         self._pipe = pipe
+        self._running = _Running()
         self._context: tuple[str, int | None, int | None] | None = None
         self._set: tuple[int, int] | None = None
 
@@ -31,11 +49,25 @@ class Clock:
     @property
     def branch(self) -> str:
         """The pipeline's name for the running pass, such as "cond" or "uncond"; "" where it has none."""
-        return self._context[0] if self._context else ""
+        if self._context:
+            return self._context[0]
+        guider = _running_guider(self._running_pipe)
+        return f"guided {guider._count_prepared}" if guider is not None else ""
 
     def now(self) -> tuple[int, int] | None:
-        """(step, steps) of the running call, or None where no source knows."""
-        return self._set or self._from_context() or self._from_timestep()
+        """(step, steps) of the running call, of the steps that run, or None where no source knows."""
+        return self._set or self._from_context() or self._from_timestep() or self._from_guider()
+
+    def follow(self, transformer: Any) -> None:
+        """Called where a forward of `transformer` begins: finds the pipeline that calls it."""
+        pipe = _calling_pipeline(sys._getframe(1), transformer)
+        self._running.pipe = weakref.ref(pipe) if pipe is not None else None
+
+    @property
+    def _running_pipe(self) -> Any:
+        """Whoever called the transformer; the patched pipeline where that is not to be seen, as from another thread."""
+        running = self._running.pipe() if self._running.pipe else None
+        return self._pipe if running is None else running
 
     def _from_context(self) -> tuple[int, int] | None:
         if self._context is None:
@@ -44,15 +76,24 @@ class Clock:
         return None if step is None or steps is None else (step, steps)
 
     def _from_timestep(self) -> tuple[int, int] | None:
-        timestep = getattr(self._pipe, "_current_timestep", None)
-        timesteps = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
-        if not isinstance(timestep, torch.Tensor) or not isinstance(timesteps, torch.Tensor) or timesteps.dim() != 1:
+        pipe = self._running_pipe
+        timesteps = _timesteps(pipe)
+        place = _place(getattr(pipe, "_current_timestep", None), timesteps)
+        if timesteps is None or place is None:
             return None
-        if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        steps = getattr(pipe, "_num_timesteps", None)
+        if not isinstance(steps, int) or not len(timesteps) - place <= steps <= len(timesteps):
+            return place, len(timesteps)
+        return place - (len(timesteps) - steps), steps  # what runs is the last part
+
+    def _from_guider(self) -> tuple[int, int] | None:
+        guider = _running_guider(self._running_pipe)
+        if guider is None:
             return None
-        offset = int(timestep.storage_offset()) - int(timesteps.storage_offset())
-        step, rest = divmod(offset, max(timesteps.stride(0), 1))
-        return (step, len(timesteps)) if rest == 0 and 0 <= step < len(timesteps) else None
+        step, steps = guider._step, guider._num_inference_steps
+        if not step < steps:  # a scheduler of higher order runs more
+            steps = len(self._running_pipe.scheduler.timesteps)
+        return (step, steps) if 0 <= step < steps else None
 
     def listen(self, transformer: Any) -> Callable[[], None]:
         """Hears what the pipeline says through `transformer.cache_context`; returns the function that stops it."""
@@ -73,6 +114,53 @@ class Clock:
             yield
         finally:
             self._context = before
+
+
+def tells_steps(pipe: Any) -> bool:
+    """Whether the clock can follow a pipeline: a modular one, which has no `_current_timestep`, needs a guider."""
+    modular = any(cls.__name__ == "ModularPipeline" for cls in type(pipe).__mro__)
+    return not modular or any(hasattr(getattr(pipe, name, None), "set_state") for name in GUIDERS)
+
+
+def _calling_pipeline(frame: FrameType | None, transformer: Any) -> Any:
+    """The innermost owner of the transformer and of a scheduler whose `__call__` runs, up the stack; None without one.
+
+    Only frames of `__call__` are looked into: reading the variables of a frame keeps them alive until it ends.
+    """
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__call__" and code.co_argcount and code.co_varnames[0] == "self":
+            owner = frame.f_locals.get("self")
+            parts = [getattr(owner, name, None) for name in COMPONENTS] if hasattr(owner, "scheduler") else []
+            if any(getattr(part, "_orig_mod", part) is transformer for part in parts):
+                return owner
+        frame = frame.f_back
+    return None
+
+
+def _timesteps(pipe: Any) -> torch.Tensor | None:
+    timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+    return timesteps if isinstance(timesteps, torch.Tensor) and timesteps.dim() == 1 else None
+
+
+def _place(timestep: Any, timesteps: torch.Tensor | None) -> int | None:
+    """Where in `timesteps` the timestep lies, of which it is a view: so repeated values are told apart, and old ones."""
+    if not isinstance(timestep, torch.Tensor) or timesteps is None:
+        return None
+    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        return None
+    offset = int(timestep.storage_offset()) - int(timesteps.storage_offset())
+    step, rest = divmod(offset, max(timesteps.stride(0), 1))
+    return step if rest == 0 and 0 <= step < len(timesteps) else None
+
+
+def _running_guider(pipe: Any) -> Any:
+    """The guider of a modular pipeline that has been set last in the running schedule, or None."""
+    timesteps = _timesteps(pipe)
+    guiders = [getattr(pipe, name, None) for name in GUIDERS]
+    places = [(_place(getattr(guider, "_timestep", None), timesteps), guider) for guider in guiders]
+    running = [(place, guider) for place, guider in places if place is not None]
+    return max(running, key=lambda entry: entry[0])[1] if running else None
 
 
 class _Listener:

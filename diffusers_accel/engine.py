@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from diffusers_accel.kernels.attention import choices
-from diffusers_accel.launch import Deal, deal, run
+from diffusers_accel.host_caches import caches_on
+from diffusers_accel.launch import Deal, Ran, deal, run
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.memory import Layer, Memories
-from diffusers_accel.methods import DENSE, Context, Method, Reuse, Stored
+from diffusers_accel.methods import BLOCK, DENSE, Context, Method, Reuse, Stored
 from diffusers_accel.plan import Plan
+from diffusers_accel.remarks import Remarks
 from diffusers_accel.site import DenseAttention, Site
 
 # The last entry: the layer, where its own tensors are read, and the part of the schedule that each stored mask is of.
@@ -34,6 +35,10 @@ class Tally:
     notes: Counter[str] = field(default_factory=Counter)  # reason -> calls
     reused: int = 0  # heads x calls that merged a kept part
     cache_bytes: int = 0  # most that was kept at once
+    reads: dict[Method, tuple[int, float | Tensor]] = field(
+        default_factory=dict
+    )  # heads x calls, density summed over them
+    tokens: int = 0  # of the last call
 
 
 class PlanEngine:
@@ -45,9 +50,20 @@ class PlanEngine:
         deals: shared by the sites of one patch, so that layers with equal heads share their block lists.
         min_tokens: shorter sequences stay dense (and a note says so); 0 for a plan or method that was asked for.
         memories: what is kept for later steps, shared by the sites of one patch.
+        remarks: where to say what holds for the whole patch.
+        few_tokens: below so many tokens a remark says that the plan's methods lose too much; 0 for never.
     """
 
-    def __init__(self, site: Site, plan: Plan, deals: Deals, min_tokens: int, memories: Memories) -> None:
+    def __init__(
+        self,
+        site: Site,
+        plan: Plan,
+        deals: Deals,
+        min_tokens: int,
+        memories: Memories,
+        remarks: Remarks | None = None,
+        few_tokens: int = 0,
+    ) -> None:
         self.site = site
         self.plan = plan
         self.clear()
@@ -55,6 +71,8 @@ class PlanEngine:
         self._deals = deals
         self._min_tokens = min_tokens
         self._memories = memories
+        self._remarks = remarks or Remarks()
+        self._few_tokens = few_tokens
         self._layer: Layer = (site.transformer, site.layer)
         heads = range(site.model.shape.heads)
         self._methods = [tuple(self._method(span, head) for head in heads) for span in range(len(plan.spans))]
@@ -69,22 +87,23 @@ class PlanEngine:
         """Starts the tally anew."""
         self.tally = Tally()
 
-    def forget(self) -> None:
-        """Drops what is kept for later steps, at all sites that share it."""
-        self._memories.clear()
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
         now = self.site.clock.now()
         if now is not None:
             self._memories.at(self.site.transformer, now)
+        self.tally.tokens = q.shape[1]
+        if self.site.layer == 0:
+            self._look_around(now)
         methods = self._uncached(self._methods_now(q, now), q)
         if all(method.dense for method in methods):
-            self._count(methods, "dense", 1.0, 0)
+            self._count(methods, Ran(q, 1.0, 0, ("dense",)))
             return dense(q, k, v)
+        if q.shape[1] < self._few_tokens:
+            self._remarks.say(_too_few(next(m.label for m in methods if not m.dense), q.shape[1], self._few_tokens))
         dealt = self._deal(methods, q.device, now)
         memory = self._memories.of(self._layer, self._branch()) if dealt.remembering else None
         ran = run(dealt, q, k, v, dense, memory, now or (0, 1))
-        self._count(methods, _kernels(dealt, q), ran.density, ran.reused)
+        self._count(methods, ran)
         if q.device.type == "cpu" and any(launch.precision != "input" for launch in dealt.launches):
             self.tally.notes["quantized products are simulated on a CPU: their numbers, not their speed"] += 1
         if memory is not None and now is not None:
@@ -92,6 +111,26 @@ class PlanEngine:
             if now[0] == now[1] - 1:
                 memory.clear()
         return ran.out
+
+    def _look_around(self, now: tuple[int, int] | None) -> None:
+        """Says what of this call keeps the plan from doing what was asked for."""
+        if getattr(self.site.model.module, "is_cache_enabled", False):
+            for remark in caches_on(self.site.model.module):
+                self._remarks.say(remark)
+        if now is not None and len(self._methods) > 1 and now[0] == 0:
+            ran = {self.plan.span_at(step, now[1]) for step in range(now[1])}
+            sparse = {span for span in range(len(self.plan.spans)) if self._sparse(span)}
+            if sparse and not ran & sparse:
+                start = self.plan.spans[min(sparse)].start
+                self._remarks.say(
+                    f"all {now[1]} steps of this call are dense: the plan is sparse from {start:.0%} of the schedule on, "
+                    "which no step reaches. Give dense_steps a smaller share, or run more steps"
+                )
+
+    def _sparse(self, span: int) -> bool:
+        """Whether any head of any layer of this transformer is not dense in a span."""
+        rows = self.plan.spans[span].heads[self.site.transformer]
+        return any(not self.plan.methods[symbol].dense for symbol in set("".join(rows)))
 
     def _method(self, span: int, head: int) -> Method:
         """The method of a head; one that a gate refreshes at every step of the span is dense."""
@@ -162,26 +201,27 @@ class PlanEngine:
             if of and parts and (of[0] != self.site.transformer or (of == self._layer and parts != running)):
                 del self._deals[key]
 
-    def _count(self, methods: tuple[Method, ...], kernel: str, density: float | Tensor, reused: int) -> None:
-        self.tally.calls += 1
-        self.tally.density = self.tally.density + density
-        self.tally.kernels[kernel] += 1
-        self.tally.heads.update(method.label for method in methods)
-        self.tally.reused += reused
+    def _count(self, methods: tuple[Method, ...], ran: Ran) -> None:
+        tally = self.tally
+        tally.calls += 1
+        tally.density = tally.density + ran.density
+        tally.kernels[" + ".join(ran.kernels) or "none"] += 1
+        tally.heads.update(method.label for method in methods)
+        tally.reused += ran.reused
+        for method, heads, density in ran.read:
+            before, summed = tally.reads.get(method, (0, 0.0))
+            tally.reads[method] = before + heads, summed + density * heads
 
 
 def _by_layer(method: Method) -> bool:
     return method.calibrated or (method.reuse is not None and method.reuse.gated)
 
 
-def _kernels(dealt: Deal, q: Tensor) -> str:
-    used = ["dense"] if dealt.dense else []
-    for launch in dealt.launches:
-        found = choices(q.device, q.dtype, q.shape[-1], precision=launch.precision)
-        name = next(option.name for option in found if option.reason is None)
-        simulated = " simulated" if q.device.type == "cpu" and launch.precision != "input" else ""
-        used.append(name if launch.precision == "input" else f"{name} {launch.precision}{simulated}")
-    return " + ".join(used) or "none"
+def _too_few(label: str, tokens: int, few: int) -> str:
+    return (
+        f"{label}: {tokens:,} tokens are {-(-tokens // BLOCK)} blocks of {BLOCK}, too few to leave any out without harm: below "
+        f'{few:,} tokens expect another clip and no speed-up. Generate more frames or a larger picture, or take "dense"'
+    )
 
 
 def _no_clock(why: str) -> RuntimeError:

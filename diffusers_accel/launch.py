@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffusers_accel.kernels.attention import attention, quantized_attention
+from diffusers_accel.kernels.attention import attention, chosen, quantized_attention
+from diffusers_accel.kernels.kept import kept
 from diffusers_accel.kernels.merge import merge
 from diffusers_accel.kernels.pattern import BlockPattern, head_flags, head_index
 from diffusers_accel.kernels.pool import pool
@@ -118,13 +119,25 @@ class Turn(NamedTuple):
     selects: bool
 
 
+Reads = tuple[tuple[Method, int, float | Tensor], ...]
+
+
 class Ran(NamedTuple):
-    """The output [B, S, H, D] of a layer, the share of block pairs that was computed (a 0-d tensor where only the device
-    knows it), and how many heads reused a kept part."""
+    """What a layer, or one launch of it, has done.
+
+    Args:
+        out: [B, S, H, D].
+        density: the share of block pairs that was computed; a 0-d tensor where only the device knows it.
+        reused: how many heads reused a kept part.
+        kernels: names of what ran, such as "portable int8".
+        read: (method, heads, density) of the groups that computed just what their method selects.
+    """
 
     out: Tensor
     density: float | Tensor
     reused: int
+    kernels: tuple[str, ...] = ()
+    read: Reads = ()
 
 
 def deal(methods: tuple[Method, ...], ctx: Context, device: torch.device) -> Deal:
@@ -170,7 +183,7 @@ def _static_pattern(method: Method, ctx: Context, device: torch.device) -> Block
     return BlockPattern.from_mask(mask[None], ctx.layout.tokens, ctx.layout.keys, BLOCK, BLOCK)
 
 
-@lru_cache(maxsize=256)
+@kept(256)
 def _layout_mask(method: Method, layout: TokenLayout) -> Tensor:
     """The mask of a method that knows no layers: one for all heads and layers that take it."""
     return method.mask(Context(layout, transformer="", layer=0, heads=(0,)))
@@ -200,6 +213,8 @@ def run(
         return _attend(deal.launches[0], q, k, v, None, deal.layout, memory, now)
     out = v.new_zeros(q.shape) if deal.skipped else v.new_empty(q.shape)
     density: float | Tensor = float(len(deal.dense))
+    kernels: tuple[str, ...] = ("dense",) if deal.dense else ()
+    read: Reads = ()
     reused = 0
     if deal.dense:
         index = head_index(deal.dense, q.device)
@@ -209,7 +224,8 @@ def run(
         ran = _attend(launch, q, k, v, rows, deal.layout, memory, now)
         out.view(out.shape[0], -1, out.shape[-1]).index_copy_(1, rows, ran.out.flatten(1, 2))
         density, reused = density + ran.density * len(launch.heads), reused + ran.reused
-    return Ran(out, density / len(deal.methods), reused)
+        kernels, read = kernels + ran.kernels, read + ran.read
+    return Ran(out, density / len(deal.methods), reused, kernels, read)
 
 
 def _attend(
@@ -229,23 +245,34 @@ def _attend(
     prepared = _prepare(launch, q, k, v, rows, pooled)
     reads = [_read(group, turn, prepared.means, layout) for group, turn in zip(launch.groups, turns, strict=True)]
     together = _together(launch, reads)
+    kernel = chosen(q.device, q.dtype, q.shape[3], (BLOCK, BLOCK), launch.precision)
     if isinstance(prepared.operands, Quantized):
-        out, lse = quantized_attention(prepared.operands, together)
+        out, lse = quantized_attention(prepared.operands, together, impl=kernel)
     else:
-        out, lse = attention(*prepared.operands, together, precision=launch.precision)
+        out, lse = attention(*prepared.operands, together, precision=launch.precision, impl=kernel)
     density: float | Tensor = 0.0
+    read: Reads = ()
     reused = 0
     for group, turn, own in zip(launch.groups, turns, reads, strict=True):
-        density = density + _density(own, turn.refresh) * len(group.heads)
+        share = _density(own, turn.refresh)
+        density = density + share * len(group.heads)
+        if not any(turn.refresh):
+            read += ((group.method, len(group.heads), share),)
         if not group.method.timed:
             continue
         place = group.place
-        held = _remember(group, turn, own, prepared.operands, launch.precision, now[0])
+        held = _remember(group, turn, own, prepared.operands, launch.precision, kernel, now[0])
         if held.out is not None and held.lse is not None:
             out[:, :, place] = merge([(out[:, :, place], lse[:, place]), (held.out, held.lse)])[0]
         memory.held[group.key] = held
         reused += len(turn.refresh) - sum(turn.refresh)
-    return Ran(out, density / len(launch.heads), reused)
+    return Ran(out, density / len(launch.heads), reused, (_named(kernel, launch.precision, q.device),), read)
+
+
+def _named(kernel: str, precision: str, device: torch.device) -> str:
+    if precision == "input":
+        return kernel
+    return f"{kernel} {precision}" + (" simulated" if device.type == "cpu" else "")
 
 
 def _prepare(launch: Launch, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, pooled: bool) -> Prepared:
@@ -299,6 +326,7 @@ def _remember(
     pattern: BlockPattern,
     operands: tuple[Tensor, Tensor, Tensor] | Quantized,
     precision: str,
+    kernel: str,
     step: int,
 ) -> Held:
     """What a group remembers after this step; where heads refresh, their unread blocks are computed."""
@@ -316,7 +344,7 @@ def _remember(
             index = head_index(tuple(heads), pattern.device)
             q, k, v = (x.index_select(2, index) for x in (q, k, v))
             unread = pattern.take(heads).complement()
-        out, lse = attention(q, k, v, unread, precision=precision)
+        out, lse = attention(q, k, v, unread, precision=precision, impl=kernel)
     if held is None or len(heads) == len(refresh) > 0:
         return Held(pattern, step, [step] * len(refresh), out, lse)
     if out is not None and lse is not None:

@@ -9,6 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from diffusers_accel.files import quoted
 from diffusers_accel.kernels.pattern import BlockPattern, head_flags
 
 LSE_BYTES = 4
@@ -80,8 +81,8 @@ class CacheBudget:
     """
 
     def __init__(self, share: float, free: Callable[[torch.device], int] | None = None) -> None:
-        if not (isinstance(share, (int, float)) and 0 <= share <= 1):
-            raise ValueError(f"max_cache is a share of the free memory, expected in [0, 1], found {share!r}")
+        if isinstance(share, bool) or not (isinstance(share, (int, float)) and 0 <= share <= 1):
+            raise ValueError(f"max_cache is a share of the free memory, expected in [0, 1], found {quoted(share)}")
         self.share = share
         self._free = free or free_bytes
         self._rank: list[tuple[float, Layer, int]] = []  # (saving, layer, heads), best first

@@ -86,9 +86,16 @@ def redirect(site: Site, stock: Any) -> Any:
 
 
 def restore(processor: Any) -> Any:
-    """The stock processor that `redirect` was given, with whatever settings its stand-in got since."""
+    """The stock processor that `redirect` was given, with whatever settings its stand-in got since.
+
+    The stand-in becomes a plain processor of the stock class: the host may have kept it (`fuse_qkv_projections` does) and may
+    set it again, and it then runs exactly stock, with nothing to decide at run time.
+    """
     stock = processor._accel_stock
     vars(stock).update(_settings(processor))
+    for name in _OURS:
+        delattr(processor, name)
+    processor.__class__ = type(stock)
     return stock
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from diffusers_accel.engine import PlanEngine
+from diffusers_accel.methods import BLOCK
+from diffusers_accel.site import Site
+
+EXCEEDED = 1.2  # times the density that was asked for, from which on the report says why
 
 
 @dataclass(frozen=True)
@@ -18,13 +22,14 @@ class PatchReport:
     """Rows per (transformer, layer), each with: transformer, layer, calls, methods {label: heads x calls}, kernels {name:
     calls}, density (computed share of block pairs, mean over calls and heads, or None before the first call), reused (heads x
     calls that merged a kept part), cache_bytes (most that was kept at once, on all branches), notes {reason: calls}. `str()`
-    gives a table in which layers that did the same share a line.
+    gives a table in which layers that did the same share a line, then `notes`: what is to be said of the patch as a whole.
     """
 
     rows: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
 
     @staticmethod
-    def of(engines: Sequence[PlanEngine]) -> PatchReport:
+    def of(engines: Sequence[PlanEngine], remarks: Sequence[str] = ()) -> PatchReport:
         rows = []
         for engine in engines:
             tally = engine.tally
@@ -41,7 +46,7 @@ class PatchReport:
                     "notes": dict(tally.notes),
                 }
             )
-        return PatchReport(rows)
+        return PatchReport(rows, list(dict.fromkeys([*remarks, *_exceeded(engines)])))
 
     @property
     def density(self) -> float | None:
@@ -80,7 +85,41 @@ class PatchReport:
         whole = "nothing has run yet" if self.density is None else f"density of the whole run {self.density:.3f}"
         if self.cache_bytes:
             whole += f", cache {self.cache_bytes / 2**20:,.0f} MiB"
-        return f"{capture.get()}{whole}"
+        return "\n".join([f"{capture.get()}{whole}", *(f"note: {note}" for note in self.notes)])
+
+
+def strangers(sites: Sequence[Site]) -> list[str]:
+    """What to say of modules whose processor the user has replaced since patching."""
+    left: dict[tuple[str, str], list[int]] = {}
+    for site in sites:
+        if site.stranger:
+            left.setdefault((site.transformer, site.stranger), []).append(site.layer)
+    return [
+        f"{transformer} layers {_ranges(layers)}: their processors were replaced since patching, by {name}, and stay; these "
+        "layers no longer run what the patch says. To have both, unpatch, set the processors, and patch then"
+        for (transformer, name), layers in left.items()
+    ]
+
+
+def _exceeded(engines: Sequence[PlanEngine]) -> list[str]:
+    """Methods that read clearly more than was asked for, and why."""
+    asked: dict[str, float] = {}
+    reads: dict[str, list[float]] = {}
+    tokens: dict[str, int] = {}
+    for tally in (engine.tally for engine in engines):
+        for method, (heads, summed) in tally.reads.items():
+            density = getattr(method.select, "density", None)
+            if density is not None:
+                asked[method.label], tokens[method.label] = density, tally.tokens
+                total = reads.setdefault(method.label, [0.0, 0.0])
+                total[0], total[1] = total[0] + heads, total[1] + float(summed)
+    found = {label: summed / heads for label, (heads, summed) in reads.items()}
+    return [
+        f"{label}: density {density:g} was asked for, {found[label]:.2f} was read: of the {-(-tokens[label] // BLOCK):,} "
+        f"blocks of {BLOCK} tokens in {tokens[label]:,}, its own, the first frame's and those with text are always read"
+        for label, density in asked.items()
+        if found[label] > EXCEEDED * density
+    ]
 
 
 def _shares(counts: dict[str, int]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count, groupby
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,8 @@ class Model:
         self.family = family
         self.clock = clock
         self.shape: ModelShape = family.shape(module)
+        self.expects: Callable[[TokenLayout], None] | None = None  # refuses calls of another size, where a size matters
+        self._expected: set[tuple[int, ...]] = set()
         self._call = _Call()
         self._layouts: dict[tuple[tuple[int, ...], int | None], TokenLayout] = {}
         self._passes = WeakTensorKeyDictionary()  # text embeddings -> a name for the pass that they belong to
@@ -70,7 +72,11 @@ class Model:
 
     def observe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Takes note of a forward that begins."""
+        self.clock.follow(self.module)
         self._call.sizes = self.family.observe(args, kwargs)
+        if self.expects is not None and self._call.sizes not in self._expected:
+            self.expects(self.family.layout(self.module.config, self._call.sizes))
+            self._expected.add(self._call.sizes)
         self._call.branch = self.clock.branch or self._pass(self.family.text(args, kwargs))
         self._call.text = None
         self._call.rows = None
@@ -181,6 +187,8 @@ class Site:
         self.dense = dense
         self.engine: Engine
         self.attachment: Any = None
+        self.processor: Any = None  # ours, while it is attached
+        self._stranger: str | None = None
         self.timer: Timer | None = None
 
     @property
@@ -196,6 +204,21 @@ class Site:
     def branch(self) -> str:
         """Which pass of a step is running: what is kept of an earlier step is that pass's alone."""
         return self.model.branch
+
+    @property
+    def stranger(self) -> str | None:
+        """The class of the processor that the user has set instead of ours, with which the module attends without us."""
+        if self.processor is None:  # taken off
+            return self._stranger
+        return None if self.module.processor is self.processor else type(self.module.processor).__name__
+
+    def take_off(self, restore: Callable[[Any], Any]) -> None:
+        """Gives the module its stock processor back, which `restore` gets out of ours; one that the user has set stays."""
+        self._stranger = self.stranger
+        stock, module = restore(self.processor), cast(Any, self.module)
+        self.processor = None
+        if self._stranger is None:
+            module.set_processor(stock)
 
     def layout(self) -> TokenLayout:
         """How the tokens of the running call lie."""

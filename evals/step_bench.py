@@ -253,7 +253,7 @@ def _compared(model: Model, method: str, times: Row, before: Row, after: Row, do
         "density": (kept + (total - kept) * (done.density or 0.0)) / total,
         "cache_bytes": done.cache_bytes * (total - kept) // len(done.rows) * model.passes,
         "kernels": sorted({kernel for each in done.rows for kernel in each["kernels"]}),
-        "notes": sorted({note for each in done.rows for note in each["notes"]}),
+        "notes": sorted({note for each in done.rows for note in each["notes"]} | set(done.notes)),
     }
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from diffusers_accel.kernels.kept import kept
 
 T = TypeVar("T")
 
@@ -21,13 +23,13 @@ def block_lengths(tokens: int, block: int, valid: Tensor | None, device: torch.d
 
 
 # As many as a gate may name: a set of heads for each layer and step of a large model.
-@lru_cache(maxsize=1 << 14)
+@kept(1 << 14)
 def head_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
     """int64 `[len(heads)]` on a device. Made once: copying a list to a GPU waits for it."""
     return torch.tensor(heads, dtype=torch.int64, device=device)
 
 
-@lru_cache(maxsize=1 << 14)
+@kept(1 << 14)
 def head_flags(flags: tuple[bool, ...], device: torch.device) -> Tensor:
     """bool `[len(flags)]` on a device, made once as `head_index`."""
     return torch.tensor(flags, dtype=torch.bool, device=device)

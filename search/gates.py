@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from diffusers_accel.drift import Calibration
 from diffusers_accel.families import find
 from diffusers_accel.kernels.attention import attention
+from diffusers_accel.kernels.kept import kept
 from diffusers_accel.kernels.pattern import BlockPattern, head_index
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.memory import mixed
@@ -280,7 +281,7 @@ def watched_blocks(layout: TokenLayout) -> Tensor:
     return first + torch.arange(count) * (stop - first) // count
 
 
-@lru_cache(maxsize=16)
+@kept(16)
 def _sequence(order: Order, layout: TokenLayout, device: torch.device) -> Tensor:
     return order.index(layout).to(device)
 

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch._dynamo.testing import CompileCounter
 
 from diffusers_accel import Plan, patch, unpatch
 from diffusers_accel.api import attach
 from diffusers_accel.engine import MAX_LAYOUTS
-from diffusers_accel.families import WAN, find, list_families
+from diffusers_accel.families import COGVIDEOX, WAN, find, list_families
 from diffusers_accel.kernels.attention import attention
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.layout import TokenLayout
@@ -28,7 +29,17 @@ from diffusers_accel.plan import PlanError
 from diffusers_accel.processor import SITES
 from diffusers_accel.shape import ModelShape
 from diffusers_accel.site import Site
-from tests.tiny import HEAD_DIM, HEADS, LAYERS, TEXT_DIM, tiny_wan, tiny_wan_call, tiny_wan_transformer
+from tests.tiny import (
+    HEAD_DIM,
+    HEADS,
+    LAYERS,
+    TEXT_DIM,
+    tiny_cogvideox,
+    tiny_cogvideox_call,
+    tiny_wan,
+    tiny_wan_call,
+    tiny_wan_transformer,
+)
 
 BAND = Method(select=Band(0.34))
 MIXED = Recipe(heads=(DENSE, BAND, Method(AxisOrder("hwf"), Band(0.34)), Method(select=Skip())), dense_steps=0.4)
@@ -373,7 +384,7 @@ def test_cross_attention_and_the_rest_are_not_touched() -> None:
         (("pattern",), {"densty": 0.3}, TypeError, "no parameter 'densty'"),
         (("pattern",), {"density": 1.5}, ValueError, "density"),
         (("missing.json",), {}, FileNotFoundError, "missing.json"),
-        ((7,), {}, TypeError, "found int"),
+        ((7,), {}, TypeError, "found an int"),
         ((BAND,), {"density": 0.3}, TypeError, "parameters go with a named method"),
     ],
 )
@@ -419,6 +430,71 @@ def test_foreign_processors_are_refused_and_nothing_is_left_behind() -> None:
     with pytest.raises(TypeError, match="Foreign"):
         patch(transformer, "dense")
     assert snapshot(transformer) == before
+
+
+@pytest.mark.parametrize("unfused", ["before unpatch", "after unpatch"])
+def test_fusing_projections_inside_a_patch_leaves_nothing_sparse(unfused: str) -> None:
+    """The host keeps the processors that it finds, ours, and sets them again when it unfuses."""
+    pipe = tiny_cogvideox()
+    call = tiny_cogvideox_call(output_type="latent")
+    stock = pipe(**call).frames
+    done = patch(pipe, Recipe(heads=(BAND,)))
+    pipe.fuse_qkv_projections()
+    fused = {type(attention.processor) for _, attention in COGVIDEOX.self_attention(pipe.transformer)}
+    assert fused == {FusedCogVideoXAttnProcessor2_0}
+    assert "FusedCogVideoXAttnProcessor2_0" in str(done.report()) and "layers 0-2" in str(done.report())
+    if unfused == "before unpatch":
+        pipe.unfuse_qkv_projections()
+        assert "FusedCogVideoX" not in str(done.report()), "ours are back"
+        assert not torch.equal(pipe(**tiny_cogvideox_call(output_type="latent")).frames, stock)
+    unpatch(pipe)
+    if unfused == "after unpatch":
+        pipe.unfuse_qkv_projections()
+    processors = [attention.processor for _, attention in COGVIDEOX.self_attention(pipe.transformer)]
+    assert {type(processor) for processor in processors} == {CogVideoXAttnProcessor2_0}
+    assert not pipe.transformer._forward_pre_hooks and "cache_context" not in vars(pipe.transformer)
+    assert torch.equal(pipe(**tiny_cogvideox_call(output_type="latent")).frames, stock)
+    with patch(pipe, "dense"):
+        assert torch.equal(pipe(**tiny_cogvideox_call(output_type="latent")).frames, stock)
+
+
+def test_a_processor_that_outlives_its_patch_runs_stock_and_compiles_to_one_graph() -> None:
+    transformer = tiny_wan_transformer()
+    with torch.no_grad():
+        stock = transformer(**model_inputs()).sample
+        with patch(transformer, Recipe(heads=(BAND,))) as done:
+            kept = transformer.attn_processors
+            counter = CompileCounter()
+            compiled = torch.compile(transformer, backend=counter, fullgraph=True)
+            assert not torch.allclose(compiled(**model_inputs()).sample, stock)
+            transformer.set_attention_backend("_native_math")
+        ran = [row["calls"] for row in done.report().rows]
+        transformer.set_attn_processor(dict(kept))
+        for _, attention in WAN.self_attention(transformer):
+            assert type(attention.processor) is WanAttnProcessor
+            assert attention.processor._attention_backend.value == "_native_math", "with the settings that it got"
+        transformer.set_attention_backend("native")
+        assert torch.equal(transformer(**model_inputs()).sample, stock)
+        assert torch.allclose(compiled(**model_inputs()).sample, stock, atol=1e-5)
+        assert counter.frame_count == 2, "one graph while patched, and one since"
+        assert [row["calls"] for row in done.report().rows] == ran
+
+
+def test_unpatch_cleans_up_after_all_processors_were_replaced() -> None:
+    transformer = tiny_wan_transformer()
+    before = snapshot(transformer)
+    done = patch(transformer, Recipe(heads=(BAND,)))
+    theirs = WanAttnProcessor()
+    transformer.set_attn_processor(theirs)
+    assert "layers 0-2" in str(done.report()) and "no longer" in str(done.report())
+    with pytest.raises(ValueError, match="already"):
+        patch(transformer, "dense")
+    unpatch(transformer)
+    after = snapshot(transformer)
+    assert after["hooks"] == before["hooks"] and after["attributes"] == before["attributes"]
+    assert all(attention.processor is theirs for _, attention in WAN.self_attention(transformer)), "theirs stays"
+    with pytest.raises(ValueError, match="not patched"):
+        unpatch(transformer)
 
 
 def test_a_processor_replaced_since_patching_is_left_as_it_is() -> None:

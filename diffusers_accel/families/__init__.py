@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from diffusers_accel.families.cogvideox import COGVIDEOX
 from diffusers_accel.families.family import Family
 from diffusers_accel.families.hunyuan_video import HUNYUAN_VIDEO
 from diffusers_accel.families.wan import WAN
+from diffusers_accel.files import quoted
 
 FAMILIES: dict[str, Family] = {family.transformer: family for family in (WAN, HUNYUAN_VIDEO, COGVIDEOX)}
 
@@ -22,6 +24,11 @@ def find(pipe_or_transformer: Any) -> dict[str, tuple[nn.Module, Family]]:
     Raises:
         TypeError: when there is no transformer of a supported class; the message lists those that are.
     """
+    if isinstance(pipe_or_transformer, (str, os.PathLike)):
+        raise TypeError(
+            f"expected a loaded pipeline or its transformer, found the text {quoted(str(pipe_or_transformer))}: load it first, "
+            f"pipe = DiffusionPipeline.from_pretrained({quoted(str(pipe_or_transformer))}). {_supported()}"
+        )
     if isinstance(pipe_or_transformer, nn.Module):
         candidates = {"transformer": pipe_or_transformer}
     else:
@@ -37,7 +44,12 @@ def find(pipe_or_transformer: Any) -> dict[str, tuple[nn.Module, Family]]:
         else:
             raise TypeError(f"{name} is a {type(module).__name__}, {_supported()}")
     if not found:
-        raise TypeError(f"{type(pipe_or_transformer).__name__} has no {' or '.join(COMPONENTS)}; {_supported()}")
+        missing = any(hasattr(pipe_or_transformer, name) for name in COMPONENTS)
+        raise TypeError(
+            f"expected a loaded pipeline or its transformer, found a {type(pipe_or_transformer).__name__} "
+            + (f"whose {COMPONENTS[0]} is not loaded" if missing else f"with no {' or '.join(COMPONENTS)}")
+            + f"; {_supported()}"
+        )
     return found
 
 

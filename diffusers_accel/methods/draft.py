@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from diffusers_accel.kernels.kept import kept
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.pool import pool
 from diffusers_accel.kernels.select import select
@@ -102,7 +102,7 @@ def video_blocks(layout: TokenLayout) -> tuple[int, int]:
     return 0, layout.text_start // BLOCK if layout.text_tokens else layout.blocks(BLOCK)
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def _forced(layout: TokenLayout, order: Order, diagonal: bool, first_frame: bool, device: torch.device) -> Tensor:
     """bool [query blocks, key blocks]: what is read whatever the map says."""
     always, _ = always_read(layout, first_frame and order.frame_major)

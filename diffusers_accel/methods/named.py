@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from diffusers_accel.files import quoted
 from diffusers_accel.methods.draft import Draft
 from diffusers_accel.methods.method import AUTO, DENSE, Method
 from diffusers_accel.methods.orders import AxisOrder, Patches
@@ -29,10 +30,14 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.heads:
             raise ValueError("a recipe needs at least one method to deal out, found none")
-        if not 0 <= self.dense_steps <= 1:
-            raise ValueError(f"dense_steps is a share of the schedule, expected in [0, 1], found {self.dense_steps}")
-        if self.dense_layers < 0:
-            raise ValueError(f"dense_layers is a number of layers, expected 0 or more, found {self.dense_layers}")
+        if not (isinstance(self.dense_steps, (int, float)) and 0 <= self.dense_steps <= 1):
+            raise ValueError(
+                f"dense_steps is a share of the schedule, expected in [0, 1], found {quoted(self.dense_steps)}"
+            )
+        if not (isinstance(self.dense_layers, int) and self.dense_layers >= 0):
+            raise ValueError(
+                f"dense_layers is a number of layers, expected 0 or more, found {quoted(self.dense_layers)}"
+            )
 
     def method(self, layer: int, head: int) -> Method:
         return DENSE if layer < self.dense_layers else self.heads[head % len(self.heads)]

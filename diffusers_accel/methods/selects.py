@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from diffusers_accel.files import quoted
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods.context import Context
 from diffusers_accel.methods.orders import Order
@@ -138,8 +139,10 @@ class Stripe:
 
 
 def check_density(density: float) -> None:
-    if not 0 < density <= 1:
-        raise ValueError(f"density is the share of key blocks that are read, expected in (0, 1], found {density}")
+    if isinstance(density, bool) or not (isinstance(density, (int, float)) and 0 < density <= 1):
+        raise ValueError(
+            f"density is the share of key blocks that are read, expected in (0, 1], found {quoted(density)}"
+        )
 
 
 def _spread(blocks: int) -> Tensor:

@@ -15,7 +15,7 @@ from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.quantize import PRECISIONS as QUANTIZED
 from diffusers_accel.kernels.quantize import Quantized, quantize
 
-__all__ = ["IMPLEMENTATIONS", "PRECISIONS", "Choice", "attention", "choices", "quantized_attention"]
+__all__ = ["IMPLEMENTATIONS", "PRECISIONS", "Choice", "attention", "choices", "chosen", "quantized_attention"]
 
 # The first that can run is `auto`'s: fastest first, save that `hopper` has to be asked for until a GPU has measured it.
 IMPLEMENTATIONS = ("cpu", "portable", "hopper", "reference")
@@ -40,6 +40,23 @@ def choices(
         return found
     other = f"{VARIABLE}={asked} asks for another"
     return [Choice(x.name, x.reason if x.name == asked else x.reason or other) for x in found]
+
+
+def chosen(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    blocks: tuple[int, int] = (128, 128),
+    precision: str = "input",
+) -> str:
+    """The implementation that `auto` means for such q, k, v: pass it as `impl`, and it is what runs.
+
+    Raises:
+        ValueError: none can run, or the environment asks for one that cannot.
+    """
+    _check_precision(precision)
+    module = _chosen("auto", torch.device(device), dtype, head_dim, blocks, precision)
+    return module.__name__.rpartition(".")[2]
 
 
 def attention(

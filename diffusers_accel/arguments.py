@@ -1,0 +1,99 @@
+"""What `patch` is given, checked before anything is touched: names, types, and what was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import msgspec
+
+from diffusers_accel.files import quoted
+from diffusers_accel.methods import NAMED, SELECTS, Recipe
+
+_INSTEAD = {
+    "Budget": "a budget is what a search is asked for: give it to search_plan, and patch with the plan that comes back",
+    "Patch": "give its .plan",
+    "dict": "write it as a plan file, or build a Plan",
+}
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Such as "did you mean 'draft'? ", with a blank behind it; "" where nothing is near."""
+    near = difflib.get_close_matches(name[:100], list(known), n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def check_parameters(name: str, parameters: Mapping[str, Any]) -> None:
+    """Refuses what the named method `name` has not, or has with another type.
+
+    Raises:
+        TypeError: an unknown parameter, or a value of the wrong type.
+    """
+    recipe: Callable[..., Recipe] = NAMED[name]
+    known, types = inspect.signature(recipe).parameters, get_type_hints(recipe)
+    for parameter, value in parameters.items():
+        if parameter not in known:
+            raise TypeError(
+                f"{name!r} has no parameter {parameter!r}; {meant(parameter, known)}it has {', '.join(known) or 'none'}"
+            )
+        try:
+            msgspec.convert(value, types[parameter])
+        except msgspec.ValidationError:
+            usual = known[parameter]
+            raise TypeError(
+                f"{parameter} of {name!r}: expected {usual.annotation}, as in {parameter}={usual.default!r}, found "
+                f"{quoted(value)}, {_kind(value)}"
+            ) from None
+
+
+def plan_path(plan: str | os.PathLike[str]) -> Path:
+    """The plan file that is meant.
+
+    Raises:
+        ValueError: a word that is neither a method nor a file, or a folder.
+        FileNotFoundError: there is no such file; the message names one that is spelt alike.
+    """
+    path = Path(plan)
+    if os.path.isdir(path):  # unlike those of Path, these take any text
+        raise ValueError(f"expected a plan file, found the folder {quoted(str(path))}: {_files_in(path)}")
+    if os.path.exists(path):
+        return path
+    if isinstance(plan, str) and path.suffix != ".json" and len(path.parts) == 1:
+        raise ValueError(
+            f"{quoted(plan)} is neither a method nor a plan file that exists: {meant(plan, [*NAMED, *_plans(path.parent)])}"
+            f"The methods are {', '.join(NAMED)}"
+        )
+    folder = "" if os.path.isdir(path.parent) else f"there is no folder {quoted(str(path.parent))} either; "
+    raise FileNotFoundError(
+        f"no plan file {quoted(str(path))}: {folder}{meant(path.name, _plans(path.parent))}"
+        f"A method would be one of {', '.join(NAMED)}; a search writes plan files"
+    )
+
+
+def wrong_plan(plan: object) -> TypeError:
+    """The error for something that is no plan at all."""
+    instead = _INSTEAD.get(type(plan).__name__, "")
+    if isinstance(plan, tuple(SELECTS.values())):
+        instead = "give it as Method(select=...)"
+    return TypeError(
+        "expected a Plan, a path, a method's name, a Method or a Recipe, found "
+        f"{_kind(plan)}{': ' if instead else ''}{instead}"
+    )
+
+
+def _plans(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.json")) if os.path.isdir(folder) else []
+
+
+def _files_in(folder: Path) -> str:
+    names = _plans(folder)[:5]
+    return f"in it are {', '.join(map(repr, names))}" if names else 'there is no ".json" file in it'
+
+
+def _kind(value: object) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

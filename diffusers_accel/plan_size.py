@@ -1,0 +1,50 @@
+"""For which size of video a plan was made, and whether a call is of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers_accel.layout import TokenLayout
+from diffusers_accel.methods import BLOCK, Stored
+from diffusers_accel.plan import Plan, PlanError
+
+SIZES = ("frames", "height", "width")
+
+
+def planned_size(plan: Plan) -> str:
+    """Such as "21 x 30 x 52 tokens", frames x rows x columns, as the plan's search says; "" where it says nothing."""
+    grid = _planned_grid(plan)
+    return f"{' x '.join(map(str, grid))} tokens" if grid else ""
+
+
+def check_size(plan: Plan, transformer: str, layout: TokenLayout) -> None:
+    """Refuses a call for which the plan's stored masks were not made.
+
+    Raises:
+        PlanError: with the size that was planned, the size of the call, and what to do.
+    """
+    used = {symbol for span in plan.spans for row in span.heads[transformer] for symbol in row}
+    for symbol in sorted(used):
+        method = plan.methods[symbol]
+        if not isinstance(method.select, Stored):
+            continue
+        bits = plan.tensors[method.select.names(method.order, transformer)[0]]
+        grid, here = _planned_grid(plan), (layout.frames, layout.height, layout.width)
+        if bits.shape[2] == layout.blocks(BLOCK) and grid in (None, here):
+            continue
+        size = f"{planned_size(plan)}, " if grid else ""
+        text = f" and {layout.text_tokens} of text" if layout.text_tokens else ""
+        raise PlanError(
+            f"the plan's stored masks are for {size}{bits.shape[2]} blocks of {BLOCK} tokens; this call has "
+            f"{' x '.join(map(str, here))} tokens (frames x rows x columns){text}, {layout.blocks(BLOCK)} blocks. Stored masks "
+            "hold for the size that was searched: generate at that size, or search a plan for this one"
+        )
+
+
+def _planned_grid(plan: Plan) -> tuple[int, int, int] | None:
+    found: Any = plan.provenance.get("layout")
+    if not isinstance(found, Mapping) or not all(isinstance(found.get(name), int) for name in SIZES):
+        return None
+    frames, height, width = (found[name] for name in SIZES)
+    return frames, height, width

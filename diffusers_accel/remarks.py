@@ -1,0 +1,28 @@
+"""What a patch has to say about itself as a whole: said once in the log, and kept for its report."""
+
+from __future__ import annotations
+
+from diffusers_accel.log import LOG
+
+
+class Remarks:
+    """The remarks of one patch, in the order in which they came up."""
+
+    def __init__(self) -> None:
+        self._logged: set[str] = set()
+        self._said: dict[str, None] = {}
+
+    def say(self, text: str) -> None:
+        """Keeps the remark for the report; the first time it is a warning in the log too."""
+        self._said[text] = None
+        if text not in self._logged:
+            self._logged.add(text)
+            LOG.warning("%s", text)
+
+    def clear(self) -> None:
+        """What still holds at the next call is said again, but not logged again."""
+        self._said.clear()
+
+    @property
+    def said(self) -> list[str]:
+        return list(self._said)

@@ -1,0 +1,196 @@
+"""The clock follows the pipeline that runs, and counts the steps that run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    CogVideoXVideoToVideoPipeline,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanVideoToVideoPipeline,
+)
+from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
+
+from diffusers_accel import patch
+from diffusers_accel.api import attach
+from diffusers_accel.methods import Method, Recipe, Skip
+from diffusers_accel.site import Site
+from tests.tiny import (
+    HEADS,
+    TEXT_DIM,
+    TEXT_TOKENS,
+    tiny_cogvideox,
+    tiny_cogvideox_call,
+    tiny_wan,
+    tiny_wan_call,
+    tiny_wan_transformer,
+)
+
+QUARTER = Recipe(heads=(Method(select=Skip()),), dense_steps=0.25)
+VIDEO = [np.zeros((64, 64, 3), dtype=np.uint8)] * 5
+
+
+class Watch:
+    """An engine that notes what the clock says at the first layer."""
+
+    def __init__(self, site: Site, seen: list[tuple[Any, str]]) -> None:
+        self.site = site
+        self.seen = seen
+
+    def attend(self, q: Any, k: Any, v: Any, dense: Any) -> torch.Tensor:
+        if self.site.layer == 0:
+            self.seen.append((self.site.clock.now(), self.site.branch))
+        return dense(q, k, v)
+
+
+def watched(target: Any, run: Any) -> list[tuple[Any, str]]:
+    seen: list[tuple[Any, str]] = []
+    with attach(target, lambda site: Watch(site, seen)):
+        run()
+    return seen
+
+
+def video_to_video(pipe: WanPipeline) -> WanVideoToVideoPipeline:
+    sibling = WanVideoToVideoPipeline.from_pipe(pipe)
+    sibling.set_progress_bar_config(disable=True)
+    return sibling
+
+
+def edit(pipe: Any, strength: float = 0.5, steps: int = 8, **overrides: Any) -> None:
+    """Half of the schedule, from the middle of it."""
+    tokens = TEXT_TOKENS if isinstance(pipe, CogVideoXVideoToVideoPipeline) else 8
+    call = {
+        "video": VIDEO,
+        "prompt_embeds": torch.ones(1, tokens, TEXT_DIM),
+        "negative_prompt_embeds": torch.zeros(1, tokens, TEXT_DIM),
+        "height": 64,
+        "width": 64,
+        "num_inference_steps": steps,
+        "strength": strength,
+        "guidance_scale": 1.0,
+        "output_type": "latent",
+    }
+    pipe(**{**call, **overrides})
+
+
+@pytest.mark.parametrize("made", ["before the patch", "after the patch"])
+@pytest.mark.parametrize("patched", ["the pipeline", "the sibling", "the transformer"])
+def test_shares_of_the_schedule_are_shares_of_the_steps_that_run(made: str, patched: str) -> None:
+    """Whichever of the pipelines around a transformer is patched, and whichever runs."""
+    pipe = tiny_wan()
+    sibling = video_to_video(pipe)
+    target = {"the pipeline": pipe, "the sibling": sibling, "the transformer": pipe.transformer}[patched]
+    with patch(target, QUARTER) as done:
+        runs = video_to_video(pipe) if made == "after the patch" else sibling
+        edit(runs)
+        assert done.report().rows[0]["methods"] == {"dense": HEADS, "skip": 3 * HEADS}, "4 of 8 steps run"
+        done.clear()
+        pipe(**tiny_wan_call(output_type="latent", num_inference_steps=8, guidance_scale=1.0))
+        assert done.report().rows[0]["methods"] == {"dense": 2 * HEADS, "skip": 6 * HEADS}
+
+
+def test_cogvideox_video_to_video() -> None:
+    pipe = tiny_cogvideox()
+    sibling = CogVideoXVideoToVideoPipeline.from_pipe(pipe)
+    sibling.set_progress_bar_config(disable=True)
+    assert [now for now, _ in watched(pipe, lambda: edit(sibling))] == [(i, 4) for i in range(4)]
+    whole = watched(sibling, lambda: pipe(**tiny_cogvideox_call(output_type="latent", num_inference_steps=3)))
+    assert [now for now, _ in whole] == [(i, 3) for i in range(3)]
+
+
+def test_steps_said_by_the_pipeline_itself_are_those_that_run() -> None:
+    """A Wan pipeline numbers its steps for `cache_context`; that wins over where the timestep stands."""
+    pipe = tiny_wan()
+
+    def run() -> None:
+        with torch.no_grad(), pipe.transformer.cache_context("cond", step_index=1, num_inference_steps=4):
+            pipe.transformer(
+                hidden_states=torch.zeros(1, 4, 3, 16, 16),
+                timestep=torch.tensor([500]),
+                encoder_hidden_states=torch.zeros(1, 8, TEXT_DIM),
+            )
+
+    assert watched(pipe, run) == [((1, 4), "cond")]
+
+
+def test_a_scheduler_of_second_order_repeats_timesteps() -> None:
+    sibling = video_to_video(tiny_wan())
+    sibling.scheduler = FlowMatchHeunDiscreteScheduler()
+    seen = [now for now, _ in watched(sibling, lambda: edit(sibling, strength=1.0, steps=4))]
+    assert seen == [(i, 7) for i in range(7)], "each step but the last is taken twice"
+    half = [now for now, _ in watched(sibling, lambda: edit(sibling, strength=0.5, steps=4))]
+    assert half == [(i, 3) for i in range(3)]
+
+
+def test_an_interrupted_sibling_is_not_taken_for_the_one_that_runs() -> None:
+    """It leaves its last timestep standing; its scheduler is its own here, so the timestep still looks valid."""
+    pipe = tiny_wan()
+    sibling = video_to_video(pipe)
+    sibling.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+
+    def stop(pipe: Any, step: int, *_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    other = video_to_video(pipe)
+
+    def run() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            edit(sibling, callback_on_step_end=stop)
+        edit(other)
+
+    assert [now for now, _ in watched(sibling, run)] == [(0, 4), *((i, 4) for i in range(4))]
+
+
+def test_a_modular_pipeline_is_followed_by_its_guider() -> None:
+    pipe = modular()
+    seen = watched(pipe, lambda: run_modular(pipe, 4))
+    assert seen == [((i, 4), f"guided {branch}") for i in range(4) for branch in (1, 2)]
+    with patch(pipe, QUARTER) as done:
+        run_modular(pipe, 8)
+        assert done.report().rows[0]["methods"] == {"dense": 4 * HEADS, "skip": 12 * HEADS}
+
+
+def test_a_cache_is_used_under_a_modular_pipeline() -> None:
+    """Its passes are told apart by the guider: text embeddings may be converted anew at each step."""
+    pipe = modular()
+    with patch(pipe, "cached", every=2) as done:
+        run_modular(pipe, 4)
+    assert done.report().rows[0]["reused"] == 2 * 2 * HEADS
+
+
+def test_a_modular_sibling_is_followed() -> None:
+    pipe = tiny_wan()
+    other = modular(pipe.transformer)
+    assert [now for now, _ in watched(pipe, lambda: run_modular(other, 2))] == [(0, 2)] * 2 + [(1, 2)] * 2
+
+
+def test_a_modular_pipeline_without_a_guider_is_refused_at_patch() -> None:
+    pipe = modular()
+    pipe.guider = None
+    with pytest.raises(ValueError, match=r"no guider.*patch\(pipe\.transformer.*Patch\.step"):
+        patch(pipe, QUARTER)
+    assert not pipe.transformer._forward_pre_hooks
+
+
+def modular(transformer: Any = None) -> Any:
+    pipe = WanCoreDenoiseStep().init_pipeline()
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    pipe.update_components(transformer=transformer or tiny_wan_transformer(), scheduler=scheduler)
+    return pipe
+
+
+def run_modular(pipe: Any, steps: int) -> None:
+    pipe(
+        prompt_embeds=torch.ones(1, 8, TEXT_DIM),
+        negative_prompt_embeds=torch.zeros(1, 8, TEXT_DIM),
+        latents=torch.ones(1, 4, 3, 32, 32),
+        height=256,
+        width=256,
+        num_frames=9,
+        num_inference_steps=steps,
+    )
