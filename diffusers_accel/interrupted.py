@@ -1,14 +1,10 @@
-"""Ctrl-C during hours of work, with what is left of them."""
+"""Ctrl-C in work that keeps what it has done."""
 
 from __future__ import annotations
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user stopped the work.
-
-    Args:
-        kept: what was finished before and where it is kept, and how to go on; a sentence for the user.
-    """
+    """Ctrl-C in work that can be taken up again. `kept` says in one sentence what is kept and where."""
 
     def __init__(self, kept: str) -> None:
         super().__init__(kept)
