@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 # Stand-ins that become CSS variables once the SVG is inside the page.
 INK, LINE = "#000001", "#000002"
 SERIES = tuple(f"#00001{i}" for i in range(6))
+SHORT, LONGEST = 14, 28  # characters of a name in a legend of two columns, and in any
 MARKERS = ("o", "s", "D", "^", "v", "P")
 _VARIABLES = {INK: "var(--ink)", LINE: "var(--line)"} | {c: f"var(--series-{i})" for i, c in enumerate(SERIES)}
 _STYLE: dict[Any, Any] = {
@@ -125,12 +127,15 @@ def _density_chart(report: Report, transformer: str) -> str:
 
 def _legend(axes: Axes) -> None:
     """Above the axes, where it hides nothing."""
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+    _, labels = axes.get_legend_handles_labels()
+    columns = 2 if all(len(label) <= SHORT for label in labels) else 1
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
 
 
 def _label(name: str) -> str:
-    """A subject's name as matplotlib shows it: one that begins with an underscore it would leave out."""
+    """A subject's name as a legend shows it. One that begins with an underscore matplotlib would leave out."""
     shown = printable(name)
+    shown = shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
     return f"\u200b{shown}" if shown.startswith("_") else shown
 
 
@@ -143,7 +148,9 @@ def _svg(name: str, description: str, draw: Callable[[Axes], None], inches: tupl
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # Names are text in the page, in the reader's fonts; matplotlib's own only estimate their width.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure = Figure(figsize=inches, layout="constrained")
         figure.patch.set_alpha(0.0)
         axes = figure.add_subplot()
