@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import nn
 
 from diffusers_accel.families import Family
@@ -35,14 +36,20 @@ def fingerprint(found: Found) -> str:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON data that is equal for equal values: tensors and arrays by their hash."""
+    """`value` as JSON data that is equal for equal values: tensors, arrays and images by their hash."""
     if isinstance(value, torch.Tensor):
         data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return f"{value.dtype} {list(value.shape)} sha256 {hashlib.sha256(data).hexdigest()[:16]}"
     if isinstance(value, np.ndarray):
         return plain(torch.from_numpy(value))
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (torch.dtype, torch.device)):
+        return str(value)
+    if isinstance(value, Image):
+        return plain(np.array(value))
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in sorted(value.items())}
+        return {str(key): plain(item) for key, item in sorted(value.items(), key=lambda pair: str(pair[0]))}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):

@@ -180,8 +180,8 @@ class Plan:
         return counts
 
     def show(self) -> str:
-        """The plan as text: its methods with their share of heads, then a row of symbols per layer and span."""
-        return "\n".join(_lines(self))
+        """The plan as text for a terminal: its methods with their share of heads, then a row of symbols per layer and span."""
+        return "\n".join(printable(line) for line in _lines(self))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
@@ -198,26 +198,23 @@ def _same_tensors(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> b
 
 def _short(value: Any) -> str:
     text = str(value)
-    shown = printable(text[:SHOWN])
-    return shown if len(text) <= SHOWN else f"{shown} ... ({len(text):,} characters, all of them in the file)"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text):,} characters, all of them in the file)"
 
 
 def _lines(plan: Plan) -> list[str]:
-    shapes = [
-        f"{printable(name)}: {s.layers} layers x {s.heads} heads x {s.head_dim}" for name, s in plan.models.items()
-    ]
+    shapes = [f"{name}: {s.layers} layers x {s.heads} heads x {s.head_dim}" for name, s in plan.models.items()]
     lines = [
-        f"plan for {printable(plan.family)} ({'; '.join(shapes)})",
+        f"plan for {plan.family} ({'; '.join(shapes)})",
         "",
         "methods, with the share of heads over the whole schedule",
     ]
     for symbol, share in plan.shares().items():
-        lines.append(f"  {symbol}  {printable(plan.methods[symbol].label):<24} {share:>6.1%}")
+        lines.append(f"  {symbol}  {plan.methods[symbol].label:<24} {share:>6.1%}")
     for span in plan.spans:
         for name, rows in span.heads.items():
-            lines += ["", f"{span.start:.0%} to {span.stop:.0%} of the steps, {printable(name)}"]
+            lines += ["", f"{span.start:.0%} to {span.stop:.0%} of the steps, {name}"]
             lines += [f"  layer {layer:>2}  {row}" for layer, row in enumerate(rows)]
     for title, data in (("budget", plan.budget), ("provenance", plan.provenance)):
         if data:
-            lines += ["", title, *(f"  {_short(key)}: {_short(value)}" for key, value in data.items())]
+            lines += ["", title, *(f"  {key}: {_short(value)}" for key, value in data.items())]
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,32 @@ from diffusers_accel.suggest import did_you_mean
 LONGEST_NAME, LONGEST_PROMPT = 100, 10_000  # characters
 LARGEST_SEED = 2**63 - 1
 MOST_ROWS = 25_000  # in 16 MiB of JSON, what stands beside the numbers included
+
+
+def check_asked(
+    subjects: Any, texts: Sequence[str], *, metrics: Any, seeds: Any, rounds: Any, show: Any = 4, fps: Any = 16
+) -> tuple[tuple[str, ...], list[int]]:
+    """All that can be said before a pipeline is loaded; `texts` are those of its prompts.
+
+    Returns:
+        The metrics and the seeds, as tuple and list.
+    """
+    check_installed()
+    check_subjects(subjects)
+    metrics, seeds = check_metrics(metrics), check_seeds(seeds)
+    for name, value, least in (("rounds", rounds, 1), ("show", show, 0), ("fps", fps, 1)):
+        check_whole(name, value, least)
+    for number, text in enumerate(texts):
+        _check_text(text, f"prompts[{number}]")
+    check_clips(texts, seeds, len(subjects), len(metrics))
+    return metrics, seeds
+
+
+def check_installed() -> None:
+    """Refuses before the first clip what would otherwise fail after the last."""
+    needed = ("imageio_ffmpeg", "jinja2", "matplotlib", "psutil", "scipy", "skimage")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"a report needs {', '.join(missing)}, found none: pip install 'diffusers-accel[eval]'")
 
 
 def check_pipeline(pipe: Any) -> None:

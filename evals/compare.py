@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -96,18 +95,15 @@ def compare(
         OSError: `keep` cannot be written.
         Interrupted: a KeyboardInterrupt that says what is kept.
     """
-    _check_installed()
     arguments.check_pipeline(pipe)
-    arguments.check_subjects(subjects)
     arguments.check_call(pipe, call)
     prompts = arguments.check_prompts(pipe, prompts, call)
-    metrics, seeds = arguments.check_metrics(metrics), arguments.check_seeds(seeds)
-    for name, value, least in (("rounds", rounds, 1), ("show", show, 0), ("fps", fps, 1)):
-        arguments.check_whole(name, value, least)
     arguments.check_keep(keep)
     texts = [prompt_text(prompt, number) for number, prompt in enumerate(prompts)]
-    arguments.check_clips(texts, seeds, len(subjects), len(metrics))
-    plans = {name: _plan(pipe, name, subject) for name, subject in subjects.items()}
+    metrics, seeds = arguments.check_asked(
+        subjects, texts, metrics=metrics, seeds=seeds, rounds=rounds, show=show, fps=fps
+    )
+    plans = {name: _plan(pipe, subject) for name, subject in subjects.items()}
     options = {name: _options(subject) for name, subject in subjects.items()}
     kept = None if keep is None else Kept(Path(keep))
     opened: AbstractContextManager[None] = nullcontext()
@@ -313,13 +309,6 @@ def largest_difference(a: np.ndarray, b: np.ndarray) -> float:
     return difference if np.isfinite(difference) else 1.0
 
 
-def _check_installed() -> None:
-    """Refuses before the first clip what would otherwise fail after the last."""
-    needed = ("imageio_ffmpeg", "jinja2", "matplotlib", "psutil", "scipy", "skimage")
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise ImportError(f"a report needs {', '.join(missing)}, found none: pip install 'diffusers-accel[eval]'")
-
-
 def _finished(kept: Kept, clips: Sequence[tuple[Prompt, int, str]]) -> dict[int, ClipRecord]:
     """The clips that an earlier start of this comparison has finished, by their numbers."""
     found = {number: kept.load(number, text, seed) for number, (_, seed, text) in enumerate(clips)}
@@ -333,7 +322,7 @@ def _left(done: int, clips: int, kept: Kept | None) -> str:
     return f"{done} of {clips} clips are kept in {printable(kept.folder)}; the same comparison, started again, goes on after them"
 
 
-def _plan(pipe: Any, name: str, subject: PlanLike) -> Plan:
+def _plan(pipe: Any, subject: PlanLike) -> Plan:
     """The plan of a subject, read once; one that does not fit is refused now, not after the first clip."""
     plan, parameters = subject if isinstance(subject, tuple) else (subject, {})
     with patch(pipe, plan, **parameters) as patched:

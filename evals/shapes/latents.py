@@ -15,7 +15,7 @@ import torch
 from diffusers_accel.evals.shapes.autoencoder import encode_mean, to_video
 from diffusers_accel.evals.shapes.models import LATENT_CHANNELS, build_autoencoder
 from diffusers_accel.evals.shapes.render import Scene, render, training_scene
-from diffusers_accel.files import prepare_file, quoted, read_json, write_whole
+from diffusers_accel.files import write_whole
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -45,11 +45,11 @@ def clip_scene(seed: int, index: int) -> Scene:
 def check_latents(folder: Path, seed: int) -> None:
     """Raises ValueError unless latents.json says that latents.bin shows the scenes of `seed` as this version draws them."""
     path = folder / "latents.json"
-    found = read_json(path) if path.exists() else "no latents.json"
+    found = json.loads(path.read_text()) if path.exists() else "no latents.json"
     if found != (expected := _record(seed)):
         raise ValueError(
-            f"expected {folder / 'latents.bin'} to show the scenes of {expected}, found {quoted(found)}: captions and clips "
-            "would not belong together. Give the seed that it was encoded with, or remove it and run the latents command"
+            f"expected {folder / 'latents.bin'} to show the scenes of {expected}, found {found}: captions and clips would not "
+            "belong together. Give the seed that it was encoded with, or remove it and run the latents command"
         )
 
 
@@ -60,9 +60,7 @@ def _record(seed: int) -> dict[str, Any]:
 
 def encode_latents(folder: Path, clips: int, seed: int) -> Path:
     """Append normalised float16 latents of training clips to latents.bin until it holds `clips`; resumes where it ended."""
-    path = folder / "latents.bin"
-    prepare_file(path)
-    vae = trained_autoencoder(folder)
+    vae, path = trained_autoencoder(folder), folder / "latents.bin"
     mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     done = path.stat().st_size // RECORD_BYTES if path.exists() else 0
     if done == 0:

@@ -6,6 +6,8 @@ failure of the judge or of the autoencoder is not taken for one of the denoiser.
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +24,6 @@ from diffusers_accel.evals.shapes.autoencoder import encode_mean, to_video
 from diffusers_accel.evals.shapes.pixels import judge
 from diffusers_accel.evals.shapes.render import held_out_scene, render
 from diffusers_accel.evals.shapes.weights_folder import WEIGHTS, verify_weights, weights_digest
-from diffusers_accel.files import FileError, prepare_file, printable, quoted, read_json, write_json
 
 ATTRIBUTES = ("background", "color", "motion", "shape")
 
@@ -67,34 +68,6 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def part_of(text: str) -> tuple[int, int]:
-    """(first, step) of "i/n"; raises ValueError for anything else."""
-    first, separator, step = text.partition("/")
-    if not (separator and first.isdecimal() and step.isdecimal() and int(first) < int(step)):
-        raise ValueError(f"--part: expected i/n with i from 0 to n - 1, such as 0/2, found {quoted(text)}")
-    return int(first), int(step)
-
-
-def held_rows(out: Path, what: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an unfinished measurement of the same things; none where there is no file.
-
-    Raises:
-        FileError: the file holds something else, which is not replaced.
-    """
-    try:
-        held = read_json(out)
-    except FileNotFoundError:
-        return []
-    if not isinstance(held, dict) or not isinstance(held.get("rows"), list) or not isinstance(held.get("what"), dict):
-        raise FileError(f"{printable(out)}: expected an unfinished measurement, found another file: name another --out")
-    if differing := sorted(key for key in {*what, *held["what"]} if held["what"].get(key) != what.get(key)):
-        raise FileError(
-            f"{printable(out)}: holds a measurement with other {', '.join(map(printable, differing))[:200]}: name another "
-            "--out, or move it away"
-        )
-    return held["rows"]
-
-
 def print_table(found: dict[str, dict[str, float]]) -> None:
     table = Table("clips", "number", *ATTRIBUTES, "passed", "PSNR (dB)", title="asked and found, share of clips")
     for source, values in found.items():
@@ -114,8 +87,10 @@ def main(
     ),
 ) -> None:
     """Generate held-out prompts and print how often the pixels show what was asked for."""
-    first, step = part_of(part)
-    prepare_file(out)
+    torch.set_num_threads(threads)
+    pipe = load_pipeline(folder=weights)
+    pipe.set_progress_bar_config(disable=True)
+    first, step = (int(v) for v in part.split("/"))
     what = {
         "weights": weights_digest(verify_weights(weights)),
         "prompts": prompts,
@@ -123,11 +98,8 @@ def main(
         "part": part,
         "call": CALL,
     }
-    rows = held_rows(out, what)
-    torch.set_num_threads(threads)
-    pipe = load_pipeline(folder=weights)
-    pipe.set_progress_bar_config(disable=True)
-    rows = rows or reference_rows(pipe.vae, 16, seed)
+    held = json.loads(out.read_text()) if out.exists() else {}
+    rows = held["rows"] if held.get("what") == what else reference_rows(pipe.vae, 16, seed)
     done = {r["caption"] for r in rows if r["source"] == "generated"}
     for i, prompt in list(enumerate(held_out_prompts(prompts, seed)))[first::step]:
         if prompt in done:
@@ -136,6 +108,13 @@ def main(
         write_json(out, {"what": what, "summary": summary(rows), "rows": rows})
         print(f"{i + 1}/{prompts} {'found' if rows[-1]['passed'] else 'missed'}: {prompt}", flush=True)
     print_table(summary(rows))
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write under a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 if __name__ == "__main__":
