@@ -1,5 +1,5 @@
 # The two commands of a newcomer, each of which makes .venv when it is missing:
-#   make demo    search a plan for the small model of this repository on this machine, compare it and the named methods with dense, write demo/report.html
+#   make demo    search a plan for the small model of this repository on this machine, compare it and the named methods with dense, write demo/report/report.html
 #   make test    lint, types and tests
 # Another interpreter or another build of torch (.venv is then brought up to date):
 #   make test PYTHON=python3.12

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,21 +16,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffusers_accel.api import patch
+from diffusers_accel.evals import arguments
+from diffusers_accel.evals.clip_record import ClipNumbers, ClipRecord, Seen
 from diffusers_accel.evals.generate import (
     Prompt,
     Run,
     SharedNoise,
     attribute,
-    check_call,
     device_of,
     generate,
     memory_kind,
     prompt_text,
 )
+from diffusers_accel.evals.kept import Kept, identify
 from diffusers_accel.evals.machine import git_sha, machine, versions
 from diffusers_accel.evals.metrics import METRICS, Metric, MetricUnavailable, Score, score_clip
-from diffusers_accel.evals.report import Clip, Media, Report, Subject
-from diffusers_accel.evals.report.video import GAIN, encode, encode_difference
+from diffusers_accel.evals.report import Clip, Report, Subject
+from diffusers_accel.evals.report.video import encode, encode_difference
 from diffusers_accel.evals.tally import (
     BASELINE,
     WARM_UP_STEPS,
@@ -41,10 +43,14 @@ from diffusers_accel.evals.tally import (
     quality_rows,
     speed_rows,
 )
-from diffusers_accel.methods import Method, Recipe
+from diffusers_accel.files import printable, quoted
+from diffusers_accel.interrupted import Interrupted
+from diffusers_accel.layout import TokenLayout
+from diffusers_accel.methods import BLOCK, Method, Recipe, Stored
 from diffusers_accel.plan import Plan
 
 DISTRIBUTIONS = ("torch", "triton", "diffusers", "diffusers-accel", "numpy", "scikit-image", "lpips")
+LONGEST_REASON = 300  # characters of why a metric is missing, which each of its rows repeats
 # What a subject may be; a pair gives the parameters of `patch`: of a named method, and max_cache.
 Patchable = Plan | Recipe | Method | str | os.PathLike[str]
 PlanLike = Patchable | tuple[Patchable, Mapping[str, Any]]
@@ -62,6 +68,7 @@ def compare(
     show: int = 4,
     fps: int = 16,
     progress: bool = True,
+    keep: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Measure what patching wins and what it costs, against the same pipeline unpatched.
 
@@ -80,36 +87,59 @@ def compare(
         show: at most so many clips are kept as video for the report's page.
         fps: of those videos.
         progress: show a progress bar.
+        keep: a folder in which each clip is kept as soon as it is finished. The same comparison, started again after whatever
+            stopped it, measures the others only; `Report.save` removes the folder. None keeps nothing.
 
     Raises:
         ValueError, TypeError: an argument is not as expected, or the pipeline is patched already; before any clip is made.
+        OSError: `keep` cannot be written.
+        Interrupted: a KeyboardInterrupt that says what is kept.
     """
-    _check_installed()
-    if isinstance(prompts, str):
-        raise TypeError(f"prompts: expected a list of texts, found one text: give [{prompts!r}]")
-    prompts = list(prompts)
-    check_call(pipe, call, prompts)
+    arguments.check_pipeline(pipe)
+    arguments.check_call(pipe, call)
+    prompts = arguments.check_prompts(pipe, prompts, call)
+    arguments.check_keep(keep)
     texts = [prompt_text(prompt, number) for number, prompt in enumerate(prompts)]
-    if len(set(texts)) != len(texts):
-        raise ValueError(f"prompts: expected each once (`seeds` gives several clips of one), found {texts}")
-    _check(subjects, metrics, seeds, rounds, fps)
+    metrics, seeds = arguments.check_asked(
+        subjects, texts, metrics=metrics, seeds=seeds, rounds=rounds, show=show, fps=fps
+    )
     plans = {name: _plan(pipe, subject) for name, subject in subjects.items()}
     options = {name: _options(subject) for name, subject in subjects.items()}
-    scores = {name: _load(METRICS[name]) for name in metrics}
-    session = _Session(pipe, plans, options, dict(call), scores, fps)
+    kept = None if keep is None else Kept(Path(keep))
+    opened: AbstractContextManager[None] = nullcontext()
+    if kept:
+        identity = identify(
+            pipe,
+            plans,
+            options,
+            call=call,
+            prompts=prompts,
+            seeds=seeds,
+            rounds=rounds,
+            metrics=list(metrics),
+            show=show,
+            fps=fps,
+        )
+        opened = kept.opened(identity)
     clips = [(prompt, seed, text) for prompt, text in zip(prompts, texts, strict=True) for seed in seeds]
-    quiet = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
-    steps = session.steps * session.runs(len(clips), rounds)
-    with attribute(pipe, "_progress_bar_config", quiet), _bar(progress, steps) as session.bar:
-        session.warm_up(*clips[0][:2])
-        for number, (prompt, seed, text) in enumerate(clips):
-            session.clip(prompt, seed, rounds, text, media=number < show)
-        session.dense_attention(*clips[0][:2])
-    return session.report(texts, list(seeds), rounds)
+    with opened:
+        done = {} if kept is None else _finished(kept, clips)
+        scores = {name: _load(METRICS[name]) for name in metrics}
+        session = _Session(pipe, plans, options, dict(call), scores, fps)
+        try:
+            with closing(session.clips(clips, rounds, show, progress, done)) as finished:
+                for number, record in finished:
+                    if kept:
+                        kept.save(number, record)
+                    done[number] = record
+        except KeyboardInterrupt as stop:
+            raise Interrupted(_left(len(done), len(clips), kept)) from stop
+    records = [done[number] for number in range(len(clips))]
+    return session.report(records, texts, seeds, rounds, kept)
 
 
 class _Session:
-    """The state of one comparison."""
+    """The runs of one comparison."""
 
     def __init__(
         self,
@@ -125,65 +155,88 @@ class _Session:
         self.bar: Callable[[str | None], None]
         stock = inspect.signature(type(pipe).__call__).parameters
         self.steps = int(call.get("num_inference_steps", stock["num_inference_steps"].default))
-        self.tallies = {name: Tally() for name in (BASELINE, *plans)}
-        self.repeat: list[float] = []
-        self.patch_difference = 0.0
-        self.clips: list[Clip] = []
-        self.first_frames: np.ndarray
-        self.tokens: dict[str, Any] = {}
+        self.tokens: dict[str, int] = {}
 
-    def runs(self, clips: int, rounds: int) -> int:
-        """Full runs; the warm-up is not counted."""
-        return clips * (1 + rounds * (1 + len(self.plans))) + 1
+    def clips(
+        self,
+        clips: Sequence[tuple[Prompt, int, str]],
+        rounds: int,
+        show: int,
+        progress: bool,
+        done: Mapping[int, ClipRecord],
+    ) -> Generator[tuple[int, ClipRecord]]:
+        """Each clip that is not `done`, with its number, as soon as it is finished."""
+        left = [number for number in range(len(clips)) if number not in done]
+        if not left:
+            return
+        steps = self.steps * (len(left) * (1 + rounds * (1 + len(self.plans))) + (0 in left))
+        quiet = {**getattr(self.pipe, "_progress_bar_config", {}), "disable": True}
+        with attribute(self.pipe, "_progress_bar_config", quiet), _bar(progress, steps) as self.bar:
+            self.warm_up(*clips[left[0]][:2])
+            for number in left:
+                yield number, self.clip(*clips[number], rounds, media=number < show, first=number == 0)
 
     def warm_up(self, prompt: Prompt, seed: int) -> None:
-        """A few steps of everything, so that compilation and first allocations fall outside the timed runs."""
+        """A few steps of everything, so that compilation and first allocations fall outside the timed runs, and what cannot
+        run at this size is refused before any clip."""
         call = {**self.call, "num_inference_steps": min(WARM_UP_STEPS, self.steps)}
         self.bar("warm-up")
         generate(self.pipe, prompt, SharedNoise(seed), call)
         for name, plan in self.plans.items():
-            with patch(self.pipe, plan, **self.options[name]) as patched:
-                generate(self.pipe, prompt, SharedNoise(seed), call)
-                layout = patched.sites[0].layout()
+            try:
+                with patch(self.pipe, plan, **self.options[name]) as patched:
+                    generate(self.pipe, prompt, SharedNoise(seed), call)
+                    layout = patched.sites[0].layout()
+                _check_size(plan, layout)
+            except ValueError as error:
+                raise ValueError(f"subjects[{quoted(name)}]: {error}") from error
         video = {"frames": layout.frames, "height": layout.height, "width": layout.width}
         self.tokens = {**video, "text": layout.text_tokens}
 
-    def clip(self, prompt: Prompt, seed: int, rounds: int, text: str, media: bool) -> None:
+    def clip(self, prompt: Prompt, seed: int, text: str, rounds: int, media: bool, first: bool) -> ClipRecord:
+        """A dense run, then rounds of a run with each subject and a dense one; after the `first` clip dense under a patch."""
         noise = SharedNoise(seed)
-        first = self._run(BASELINE, prompt, noise, text)
-        dense = [first.milliseconds]
-        times: dict[str, list[float]] = {name: [] for name in self.plans}
-        if not self.clips:
-            self.first_frames = first.frames
-        videos = {BASELINE: encode(first.frames, self.fps)} if media else {}
+        seen = {name: Seen() for name in (BASELINE, *self.plans)}
+        dense = self._run(BASELINE, prompt, noise, text, seen)
+        films = {BASELINE: encode(dense.frames, self.fps)} if media else {}
         differences: dict[str, bytes] = {}
+        repeat: list[float] = []
         for number in range(rounds):
             for name in self.plans:
-                run = self._run(name, prompt, noise, text)
-                times[name].append(run.milliseconds)
+                run = self._run(name, prompt, noise, text, seen)
                 if number == 0:
-                    self._score(name, first.frames, run.frames)
+                    for metric, score in self.scores.items():
+                        seen[name].scores[metric] = score_clip(METRICS[metric], score, dense.frames, run.frames)
                     if media:
-                        videos[name] = encode(run.frames, self.fps)
-                        differences[name] = encode_difference(first.frames, run.frames, self.fps)
-            again = self._run(BASELINE, prompt, noise, text)
-            dense.append(again.milliseconds)
-            self.repeat.append(largest_difference(first.frames, again.frames))
-        for name, found in {BASELINE: dense, **times}.items():
-            self.tallies[name].times.append(found)
-        self.clips.append(Clip(text, seed, Media(videos, differences, self.fps, GAIN) if media else None))
+                        films[name] = encode(run.frames, self.fps)
+                        differences[name] = encode_difference(dense.frames, run.frames, self.fps)
+            again = self._run(BASELINE, prompt, noise, text, seen)
+            repeat.append(largest_difference(dense.frames, again.frames))
+        patched = self._dense_attention(prompt, noise, text, seen[BASELINE]) if first else None
+        numbers = ClipNumbers(
+            prompt=text,
+            seed=seed,
+            shape=dense.frames.shape[:3],
+            tokens=self.tokens,
+            seen=seen,
+            repeat=repeat,
+            patch_difference=None if patched is None else largest_difference(dense.frames, patched.frames),
+            fps=self.fps,
+        )
+        return ClipRecord(numbers, films, differences)
 
-    def dense_attention(self, prompt: Prompt, seed: int) -> None:
-        """Attention's share of a dense run, seen through an all-dense patch; and what that patch changes in the frames."""
+    def _dense_attention(self, prompt: Prompt, noise: SharedNoise, text: str, seen: Seen) -> Run:
+        """Attention's share of a dense run, seen through an all-dense patch."""
+        self.bar(f"dense under a patch · {text}")
         with patch(self.pipe, "dense") as patched, patched.timed() as timer:
-            run = generate(self.pipe, prompt, SharedNoise(seed), self.call, lambda: self.bar(None))
-        self.tallies[BASELINE].attention.append(timer.attention_ms)
-        self.tallies[BASELINE].shares.append(timer.attention_ms / run.milliseconds)
-        self.patch_difference = largest_difference(self.first_frames, run.frames)
+            run = generate(self.pipe, prompt, noise, self.call, lambda: self.bar(None))
+        seen.attention.append(timer.attention_ms)
+        seen.shares.append(timer.attention_ms / run.milliseconds)
+        return run
 
-    def _run(self, name: str, prompt: Prompt, noise: SharedNoise, text: str) -> Run:
+    def _run(self, name: str, prompt: Prompt, noise: SharedNoise, text: str, seen: Mapping[str, Seen]) -> Run:
         self.bar(f"{name} · {text}")
-        tally = self.tallies[name]
+        into = seen[name]
         if name == BASELINE:
             run = generate(self.pipe, prompt, noise, self.call, lambda: self.bar(None))
         else:
@@ -192,38 +245,44 @@ class _Session:
             report = patched.report()
             if report.density is None:
                 raise RuntimeError(f"{name}: the pipeline ran, but no patched self-attention did; nothing to compare")
-            tally.attention.append(timer.attention_ms)
-            tally.shares.append(timer.attention_ms / run.milliseconds)
-            tally.densities.append(report.density)
-            tally.layers = report.rows
-        tally.peaks.append(run.peak_bytes)
+            into.attention.append(timer.attention_ms)
+            into.shares.append(timer.attention_ms / run.milliseconds)
+            into.densities.append(report.density)
+            into.layers[:] = report.rows
+        into.times.append(run.milliseconds)
+        into.peaks.append(run.peak_bytes)
         return run
 
-    def _score(self, name: str, reference: np.ndarray, frames: np.ndarray) -> None:
-        for metric, score in self.scores.items():
-            result = score_clip(METRICS[metric], score, reference, frames)
-            self.tallies[name].scores.setdefault(metric, []).append(result)
-
-    def report(self, prompts: list[str], seeds: list[int], rounds: int) -> Report:
-        provenance = self._provenance(prompts, seeds, rounds)
-        dense = self.tallies[BASELINE]
-        rows = [*cost_rows(BASELINE, dense, None, provenance, memory_kind(self.pipe))]
-        rows += noise_rows(dense, self.repeat, self.patch_difference, provenance)
+    def report(
+        self, records: Sequence[ClipRecord], prompts: list[str], seeds: list[int], rounds: int, kept: Kept | None
+    ) -> Report:
+        numbers = [record.numbers for record in records]
+        clips = tuple(Clip(record.numbers.prompt, record.numbers.seed, record.media) for record in records)
+        tallies = {name: Tally.of(name, numbers) for name in (BASELINE, *self.plans)}
+        provenance = self._provenance(numbers, prompts, seeds, rounds)
+        dense, memory = tallies[BASELINE], memory_kind(self.pipe)
+        repeat = [value for clip in numbers for value in clip.repeat]
+        patch_difference = numbers[0].patch_difference
+        if patch_difference is None:
+            raise RuntimeError("expected the first clip to hold a dense run under a patch, found none")
+        rows = [*cost_rows(BASELINE, dense, None, provenance, memory)]
+        rows += noise_rows(dense, repeat, patch_difference, provenance)
         for name in self.plans:
-            tally = self.tallies[name]
-            rows += cost_rows(name, tally, BASELINE, provenance, memory_kind(self.pipe))
-            rows += speed_rows(name, tally, dense, self.clips, provenance)
-            rows += quality_rows(name, tally, self.clips, provenance)
-        subjects = tuple(Subject(name, plan, self.tallies[name].layers) for name, plan in self.plans.items())
-        return Report(tuple(rows), tuple(self.clips), subjects, provenance)
+            rows += cost_rows(name, tallies[name], BASELINE, provenance, memory)
+            rows += speed_rows(name, tallies[name], dense, clips, provenance)
+            rows += quality_rows(name, tallies[name], clips, provenance)
+        subjects = tuple(Subject(name, plan, tallies[name].layers) for name, plan in self.plans.items())
+        return Report(tuple(rows), clips, subjects, provenance, kept)
 
-    def _provenance(self, prompts: list[str], seeds: list[int], rounds: int) -> dict[str, Any]:
+    def _provenance(
+        self, clips: Sequence[ClipNumbers], prompts: list[str], seeds: list[int], rounds: int
+    ) -> dict[str, Any]:
         transformers = {}
         for name, shape in next(iter(self.plans.values())).models.items():
             model = getattr(self.pipe, name)
             kind = {"class": type(model).__name__, "dtype": str(model.dtype).removeprefix("torch.")}
             transformers[name] = {**kind, **asdict(shape)}
-        frames, height, width, _ = self.first_frames.shape
+        frames, height, width = clips[0].shape
         return {
             "machine": machine(),
             "versions": {**versions(DISTRIBUTIONS), **({"revision": sha} if (sha := git_sha()) else {})},
@@ -234,11 +293,11 @@ class _Session:
             },
             "call": {key: _plain(value) for key, value in self.call.items()},
             "clip": {"frames": frames, "height": height, "width": width},
-            "tokens": self.tokens,
+            "tokens": clips[0].tokens,
             "prompts": prompts,
             "seeds": seeds,
             "rounds": rounds,
-            "protocol": protocol(self.scores, len(self.clips), rounds, memory_kind(self.pipe)),
+            "protocol": protocol(self.scores, len(clips), rounds, memory_kind(self.pipe)),
         }
 
 
@@ -250,39 +309,17 @@ def largest_difference(a: np.ndarray, b: np.ndarray) -> float:
     return difference if np.isfinite(difference) else 1.0
 
 
-def _check_installed() -> None:
-    """Refuses before the first clip what would otherwise fail after the last."""
-    needed = ("imageio_ffmpeg", "jinja2", "matplotlib", "psutil", "scipy", "skimage")
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise ImportError(f"a report needs {', '.join(missing)}, found none: pip install 'diffusers-accel[eval]'")
+def _finished(kept: Kept, clips: Sequence[tuple[Prompt, int, str]]) -> dict[int, ClipRecord]:
+    """The clips that an earlier start of this comparison has finished, by their numbers."""
+    found = {number: kept.load(number, text, seed) for number, (_, seed, text) in enumerate(clips)}
+    return {number: record for number, record in found.items() if record is not None}
 
 
-def _check(
-    subjects: Mapping[str, PlanLike], metrics: Sequence[str], seeds: Sequence[int], rounds: int, fps: int
-) -> None:
-    if not subjects:
-        raise ValueError('subjects: expected one or more, such as {"plan": "plan.json"}, found none')
-    seen: dict[str, str] = {}
-    for name in subjects:
-        key = " ".join(str(name).split()).casefold()
-        if not isinstance(name, str) or not key:
-            raise ValueError(f"subjects: expected names with letters in them, found {name!r}")
-        if key == BASELINE:
-            raise ValueError(f"subjects: {name!r} is the baseline's name; give the subject another")
-        if key in seen:
-            raise ValueError(
-                f"subjects: {seen[key]!r} and {name!r} would look the same in a table; give each its own name"
-            )
-        seen[key] = name
-    for metric in metrics:
-        if metric not in METRICS:
-            raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, found {metric!r}")
-    if len(set(metrics)) != len(metrics):
-        raise ValueError(f"metrics: expected each once, found {list(metrics)}")
-    if not seeds or len(set(seeds)) != len(seeds) or not all(isinstance(seed, int) for seed in seeds):
-        raise ValueError(f"seeds: expected one or more different whole numbers, found {list(seeds)}")
-    if rounds < 1 or fps < 1:
-        raise ValueError(f"rounds and fps: expected 1 or more, found {rounds} and {fps}")
+def _left(done: int, clips: int, kept: Kept | None) -> str:
+    """What a user who stopped a comparison has of it."""
+    if kept is None:
+        return "nothing is kept of this comparison: give it a folder to keep its clips in (keep=...)"
+    return f"{done} of {clips} clips are kept in {printable(kept.folder)}; the same comparison, started again, goes on after them"
 
 
 def _plan(pipe: Any, subject: PlanLike) -> Plan:
@@ -290,6 +327,20 @@ def _plan(pipe: Any, subject: PlanLike) -> Plan:
     plan, parameters = subject if isinstance(subject, tuple) else (subject, {})
     with patch(pipe, plan, **parameters) as patched:
         return patched.plan
+
+
+def _check_size(plan: Plan, layout: TokenLayout) -> None:
+    """Refuses stored masks of another size also where no step of the warm-up reads them."""
+    blocks = layout.blocks(BLOCK)
+    for method in plan.methods.values():
+        if isinstance(method.select, Stored):
+            for name in plan.models:
+                bits = plan.tensors.get(method.select.names(method.order, name)[0])
+                if bits is not None and bits.shape[2] != blocks:
+                    raise ValueError(
+                        f"the plan's stored masks are for {bits.shape[2]} blocks of {BLOCK} tokens, this call has {blocks}: "
+                        "stored masks hold for the size that was searched; search a plan for this one"
+                    )
 
 
 def _options(subject: PlanLike) -> dict[str, Any]:
@@ -303,7 +354,7 @@ def _load(metric: Metric) -> Score | str:
     try:
         return metric.load()
     except MetricUnavailable as reason:
-        return str(reason)
+        return printable(reason)[:LONGEST_REASON]
 
 
 def _plain(value: Any) -> Any:
@@ -311,14 +362,14 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, torch.Tensor):
         return f"tensor {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-    return repr(value)
+    return quoted(value)
 
 
 @contextmanager
 def _bar(shown: bool, steps: int) -> Iterator[Callable[[str | None], None]]:
     """A function that says what runs next, or (None) that a step is done."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("steps"),
@@ -332,6 +383,7 @@ def _bar(shown: bool, steps: int) -> Iterator[Callable[[str | None], None]]:
             if what is None:
                 bar.advance(task)
             else:
-                bar.update(task, description=what if len(what) <= 48 else what[:47] + "…")
+                what = printable(what[:48])
+                bar.update(task, description=what if len(what) < 48 else what[:47] + "…")
 
         yield say

@@ -18,14 +18,16 @@ from diffusers_accel import __version__
 from diffusers_accel.evals import shapes
 from diffusers_accel.evals.compare import PlanLike, compare
 from diffusers_accel.evals.generate import SharedNoise, attribute, generate
-from diffusers_accel.evals.report import Report
+from diffusers_accel.evals.report import Report, check_report_folder
 from diffusers_accel.evals.shapes.weights_folder import weights_digest
 from diffusers_accel.evals.tally import WARM_UP_STEPS
+from diffusers_accel.files import prepare_folder, printable
 from diffusers_accel.plan import Plan
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.plan_search import search_plan
 
 MINUTES = 8.0
+REPORT = "report"  # folder in the demo's: it is replaced as a whole
 SPEEDUP = 1.4  # asked of the search
 DENSITY = 0.35  # asked instead, where that is out of reach
 SEARCH_PROMPTS = 2
@@ -40,15 +42,20 @@ PATCHED = 0.8  # of a dense clip's time, its metrics and films included
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for plan.json and the report")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo"), help="folder for plan.json and, in report/, the report"
+    )
     parser.add_argument(
         "--minutes", type=float, default=MINUTES, help="time budget; fewer clips are made where it is short"
     )
     options = parser.parse_args(arguments)
-    console = Console(highlight=False)
+    prepare_folder(options.out)
+    check_report_folder(options.out / REPORT)
+    console = Console(highlight=False, markup=False)
     start = time.monotonic()
+    console.print("diffusers_accel demo", style="bold")
     console.print(
-        f"[bold]diffusers_accel demo[/bold]: search a plan (3 to 4 minutes), then dense against that plan and the methods "
+        f"Search a plan (3 to 4 minutes), then dense against that plan and the methods "
         f"{', '.join(NAMES)}; at most about {options.minutes:g} minutes on 2 idle cores.",
         soft_wrap=True,
     )
@@ -61,19 +68,17 @@ def main(arguments: list[str] | None = None) -> None:
     plan = find_plan(pipe, options.out, console)
     left = options.minutes * 60 - (time.monotonic() - start) - RESERVE_S
     report = measure(pipe, plan, left, console)
-    page = report.save(options.out)
+    page = report.save(options.out / REPORT)
     minutes = (time.monotonic() - start) / 60
     console.print(report.table())
-    console.print(report.headline, soft_wrap=True, markup=False)
-    console.print(
-        f"{minutes:.1f} of {options.minutes:g} minutes. Plan: {options.out / 'plan.json'}  Page: {page}", soft_wrap=True
-    )
+    console.print(report.headline, soft_wrap=True)
+    plan_file, page_file = printable(options.out / "plan.json"), printable(page)
+    console.print(f"{minutes:.1f} of {options.minutes:g} minutes. Plan: {plan_file}  Page: {page_file}", soft_wrap=True)
 
 
 def find_plan(pipe: Any, out: Path, console: Console) -> Plan:
     """Searches a plan and saves it as `out`/plan.json; what an interrupted search measured is used again."""
     digest = weights_digest(shapes.verify_weights())
-    out.mkdir(parents=True, exist_ok=True)
     scores = out / f"search-{__version__}-{digest[:12]}.safetensors"
     prompts = shapes.held_out_prompts(8, seed=0)[:SEARCH_PROMPTS]
 
@@ -85,7 +90,7 @@ def find_plan(pipe: Any, out: Path, console: Console) -> Plan:
     except ValueError as reason:
         if "out of reach" not in str(reason):
             raise
-        console.print(f"{reason}. Taking the best plan at density {DENSITY:g} instead.", soft_wrap=True, markup=False)
+        console.print(f"{printable(reason)}. Taking the best plan at density {DENSITY:g} instead.", soft_wrap=True)
         plan = search(Budget.density(DENSITY))
     plan.save(out / "plan.json")
     return plan
@@ -103,7 +108,6 @@ def measure(pipe: Any, plan: Plan, seconds: float, console: Console) -> Report:
     console.print(
         f"Comparing on {prompts} prompt{'s' * (prompts > 1)}: dense, {', '.join(subjects)}, dense again.",
         soft_wrap=True,
-        markup=False,
     )
     if left_out := NAMES[names:]:
         console.print(

@@ -42,30 +42,6 @@ class Run:
     peak_bytes: int
 
 
-def check_call(pipe: Any, call: Mapping[str, Any], prompts: list[Prompt]) -> None:
-    """Refuses keys that the pipeline does not take or that a report sets itself."""
-    accepted = set(inspect.signature(type(pipe).__call__).parameters) - {"self"}
-    for key in call:
-        if key in RESERVED:
-            raise ValueError(f"call: {key!r} is set by compare; {RESERVED[key]}")
-        if key not in accepted:
-            known = ", ".join(sorted(accepted - set(RESERVED)))
-            raise ValueError(f"call: {type(pipe).__name__} takes no {key!r}; it takes {known}")
-    if not prompts:
-        raise ValueError("prompts: expected one or more, found none")
-    free = accepted - set(call) - set(RESERVED) | {"prompt", "prompt_embeds"}
-    for number, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            if not prompt.strip():
-                raise ValueError(f"prompts[{number}]: expected text, found an empty string")
-        elif not isinstance(prompt, Mapping) or not prompt or not set(prompt) <= free:
-            found = sorted(prompt) if isinstance(prompt, Mapping) else type(prompt).__name__
-            raise ValueError(
-                f"prompts[{number}]: expected a string, or a mapping of arguments of {type(pipe).__name__} that are not in "
-                f"call (such as prompt_embeds), found {found}"
-            )
-
-
 def prompt_text(prompt: Prompt, number: int) -> str:
     """What a report prints for a prompt."""
     text = prompt if isinstance(prompt, str) else prompt.get("prompt")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 
-from diffusers_accel.files import FileError, read_json, write_json
+from diffusers_accel.files import FileError, Kind, Schema, load_document, printable, save_document
 
-FORMAT = "diffusers_accel.report"
-VERSION = 1
+KIND = Kind("diffusers_accel.report", version=2, remedy="make the report again")
+Index = Annotated[int, msgspec.Meta(ge=0)]  # of a list in the same file
 CONFIDENCE = 0.95
 MIN_FOR_INTERVAL = 3  # a bootstrap of two values only ever draws those two
 
@@ -85,36 +86,93 @@ def summarise(values: Sequence[float], statistic: Literal["mean", "median"]) -> 
     return centre, Spread(data.size, std, float(interval.low), float(interval.high))
 
 
-def write_rows(path: str | os.PathLike[str], rows: Sequence[Measurement], **extra: Any) -> None:
-    """Write rows as strict JSON, each different provenance once, and `extra` beside them; whole or not at all."""
+def write_rows(path: str | os.PathLike[str], rows: Sequence[Measurement], headline: str = "") -> None:
+    """Write rows as a document (`files.documents`), each different provenance and clip once; whole or not at all.
+
+    Raises:
+        FileError: there is more than `read_rows` would read again.
+        WriteError: `path` cannot be written.
+    """
     known: list[Mapping[str, Any]] = []
-    flat = []
-    for row in rows:
-        if row.provenance not in known:
-            known.append(row.provenance)
-        item = {f.name: getattr(row, f.name) for f in fields(row)} | {"provenance": known.index(row.provenance)}
-        item["spread"] = asdict(row.spread) if row.spread else None
-        flat.append({key: value for key, value in item.items() if value is not None or key == "value"})
-    write_json(Path(path), {"format": FORMAT, "version": VERSION, **extra, "provenance": known, "measurements": flat})
+    clips: list[Mapping[str, Any]] = []
+    flat = [_flat(row, _index(row.provenance, known), clips) for row in rows]
+    provenance = [dict(each) for each in known]
+    named = [_Clip(prompt=clip["prompt"], seed=clip["seed"]) for clip in clips]
+    save_document(Path(path), KIND, _Rows(headline=headline, provenance=provenance, clips=named, measurements=flat))
 
 
 def read_rows(path: str | os.PathLike[str]) -> tuple[Measurement, ...]:
-    """The rows that `write_rows` wrote, each with its own provenance again.
+    """The rows that `write_rows` wrote, each with its own provenance and clip again.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        FileError: the file does not hold rows of this version.
+        FileError: the file does not hold rows of this version, or is damaged.
     """
-    document = read_json(Path(path))
-    found = (document.get("format"), document.get("version")) if isinstance(document, dict) else type(document).__name__
-    if found != (FORMAT, VERSION):
-        raise FileError(f"{path}: expected format {FORMAT!r} version {VERSION}, found {found}; make the report again")
+    document = load_document(Path(path), KIND, _Rows)
     try:
-        return tuple(_row(item, document["provenance"]) for item in document["measurements"])
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise FileError(f"{path}: expected rows of measurements, found {error!r}; make the report again") from error
+        return tuple(_row(item, document) for item in document.measurements)
+    except (IndexError, ValueError) as error:
+        raise FileError(f"{printable(path)}: {printable(error)[:300]}; {KIND.remedy}") from error
 
 
-def _row(item: Mapping[str, Any], provenance: Sequence[Mapping[str, Any]]) -> Measurement:
-    spread = Spread(**item["spread"]) if "spread" in item else None
-    return Measurement(**{"baseline": None, **item, "provenance": provenance[item["provenance"]], "spread": spread})
+class _Clip(Schema, frozen=True):
+    prompt: str
+    seed: int
+
+
+class _Spread(Schema, frozen=True):
+    n: Annotated[int, msgspec.Meta(ge=1)]
+    std: float | None
+    low: float | None
+    high: float | None
+
+
+class _Row(Schema, frozen=True, omit_defaults=True):
+    metric: str
+    value: float | None
+    unit: str
+    better: Literal["higher", "lower", "neither"]
+    subject: str
+    provenance: Index
+    baseline: str | None = None
+    spread: _Spread | None = None
+    clip: Index | None = None
+    note: str | None = None
+
+
+class _Rows(Schema, frozen=True):
+    headline: str
+    provenance: list[dict[str, Any]]
+    clips: list[_Clip]
+    measurements: list[_Row]
+
+
+def _index(value: Mapping[str, Any], known: list[Mapping[str, Any]]) -> int:
+    """Its place in the list, at whose end it is put where it is new."""
+    for index, each in enumerate(known):
+        if each is value or each == value:
+            return index
+    known.append(value)
+    return len(known) - 1
+
+
+def _flat(row: Measurement, provenance: int, clips: list[Mapping[str, Any]]) -> _Row:
+    return _Row(
+        metric=row.metric,
+        value=row.value,
+        unit=row.unit,
+        better=row.better,
+        subject=row.subject,
+        provenance=provenance,
+        baseline=row.baseline,
+        spread=_Spread(**asdict(row.spread)) if row.spread else None,
+        clip=None if row.clip is None else _index(row.clip, clips),
+        note=row.note,
+    )
+
+
+def _row(item: _Row, document: _Rows) -> Measurement:
+    fields = msgspec.structs.asdict(item)
+    spread = Spread(**msgspec.structs.asdict(item.spread)) if item.spread else None
+    clip = None if item.clip is None else msgspec.structs.asdict(document.clips[item.clip])
+    return Measurement(**{**fields, "provenance": document.provenance[item.provenance], "spread": spread, "clip": clip})

@@ -21,9 +21,9 @@ from rich.console import Console
 from diffusers_accel import __version__
 from diffusers_accel.evals import shapes
 from diffusers_accel.evals.compare import compare
-from diffusers_accel.evals.report import Report
+from diffusers_accel.evals.report import Report, check_report_folder
 from diffusers_accel.evals.shapes.weights_folder import weights_digest
-from diffusers_accel.files import write_whole
+from diffusers_accel.files import prepare_folder, write_whole
 from diffusers_accel.plan import Plan
 from diffusers_accel.search.assign import assign
 from diffusers_accel.search.budget import Budget
@@ -39,12 +39,15 @@ SEARCH_PROMPTS = 4
 ROUNDS = 2  # of correction
 SAME_TIME = 0.03  # share by which measured times may differ and still be compared
 MIXED = "mixed"
+REPORT = "report"  # folder in that of the plans: it is replaced as a whole
 HEADINGS = ("plan", "expected speed-up", "measured", "density", "PSNR", "SSIM", "methods, by share of heads")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path(MIXED), help="folder for the plans and the report")
+    parser.add_argument(
+        "--out", type=Path, default=Path(MIXED), help="folder for the plans and, in report/, the report"
+    )
     parser.add_argument("--speedup", type=float, default=SPEEDUP, help="of a whole generation, asked of every plan")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="to compare on; none of them is searched with")
     parser.add_argument("--search-prompts", type=int, default=SEARCH_PROMPTS, help="to search with, 2 or more")
@@ -54,11 +57,12 @@ def main(arguments: list[str] | None = None) -> None:
             f"expected 1 prompt or more to compare on and 2 or more to search with, found {options.prompts} and "
             f"{options.search_prompts}"
         )
+    prepare_folder(options.out)
+    check_report_folder(options.out / REPORT)
     pipe = shapes.load_pipeline()
     prompts = shapes.held_out_prompts(options.search_prompts + options.prompts, seed=0)
     known, held_out = prompts[: options.search_prompts], prompts[options.search_prompts :]
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    options.out.mkdir(parents=True, exist_ok=True)
     scores, cost = measured(pipe, known, options.out, options.speedup)
     plans, missing = find_plans(scores, cost, dict.fromkeys((MIXED, *SETS), options.speedup))
     if MIXED not in plans:
@@ -70,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, plan in plans.items():
         plan.save(options.out / f"{name}.json")
     report = compare(pipe, plans, held_out, call=shapes.CALL)
-    report.save(options.out)
+    report.save(options.out / REPORT)
     text = summary(report, plans, missing, options.speedup)
     write_whole(options.out / "mixed.md", text.encode())
     console.print(text)

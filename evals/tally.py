@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusers_accel.evals.clip_record import ClipNumbers
 from diffusers_accel.evals.measurement import Measurement, Spread, summarise
 from diffusers_accel.evals.metrics import METRICS, Score
 from diffusers_accel.evals.report import Clip
@@ -28,6 +29,21 @@ class Tally:
     densities: list[float] = field(default_factory=list)
     scores: dict[str, list[tuple[float | None, str | None]]] = field(default_factory=dict)  # metric -> per clip
     layers: list[dict[str, Any]] = field(default_factory=list)  # rows of `Patch.report()`, of the last run
+
+    @staticmethod
+    def of(name: str, clips: Sequence[ClipNumbers]) -> Tally:
+        """Of all clips of one subject."""
+        tally = Tally()
+        for seen in (clip.seen[name] for clip in clips):
+            tally.times.append(seen.times)
+            tally.attention += seen.attention
+            tally.shares += seen.shares
+            tally.peaks += seen.peaks
+            tally.densities += seen.densities
+            for metric, score in seen.scores.items():
+                tally.scores.setdefault(metric, []).append(score)
+            tally.layers = seen.layers
+        return tally
 
     @property
     def notes(self) -> str | None:

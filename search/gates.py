@@ -22,6 +22,7 @@ from torch import Tensor
 
 from diffusers_accel.drift import Calibration
 from diffusers_accel.families import find
+from diffusers_accel.identity import plain
 from diffusers_accel.kernels.attention import attention
 from diffusers_accel.kernels.kept import kept
 from diffusers_accel.kernels.pattern import BlockPattern, head_index
@@ -30,7 +31,7 @@ from diffusers_accel.memory import mixed
 from diffusers_accel.methods import BLOCK, Context, Draft, Method, Order, Reuse, Stored
 from diffusers_accel.methods.draft import video_blocks
 from diffusers_accel.plan import Plan
-from diffusers_accel.search.running import Prompt, SiteEngine, check_call, now, plain, prompt_label, run_pipeline
+from diffusers_accel.search.running import Prompt, SiteEngine, check_call, now, prompt_label, run_pipeline
 from diffusers_accel.search.screen import Screen
 from diffusers_accel.site import DenseAttention, Engine, Site
 

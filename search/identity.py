@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from torch import nn
 
 import diffusers_accel
-from diffusers_accel.families import Family
+from diffusers_accel.identity import Found, fingerprint, model_name, plain
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.search.cost import describe_device
-from diffusers_accel.search.running import plain
 from diffusers_accel.search.schedule import Settings
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.shape import ModelShape
-
-Found = Mapping[str, tuple[nn.Module, Family]]
 
 
 def configuration(pipe: Any, found: Found, call: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
@@ -35,24 +29,6 @@ def configuration(pipe: Any, found: Found, call: Mapping[str, Any], settings: Se
         "rows": settings.rows,
         "probe_steps": settings.probe_steps,
     }
-
-
-def model_name(pipe: Any) -> str:
-    """The hub id that the pipeline was loaded from, or the name of its folder: a plan is shared, a path is private."""
-    name = str(getattr(pipe.config, "_name_or_path", None) or "")
-    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
-
-
-def fingerprint(found: Found) -> str:
-    """Tells one set of weights from another: a hash of the vectors (norms, biases) and of LoRA's matrices."""
-    digest = hashlib.sha256()
-    for name, (module, _) in found.items():
-        for path, parameter in module.named_parameters():
-            if parameter.is_meta or (parameter.dim() > 1 and "lora_" not in path):
-                continue
-            digest.update(f"{name}.{path}".encode())
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def check_same_search(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -10,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diffusers_accel.api import attach
+from diffusers_accel.identity import plain
 from diffusers_accel.site import DenseAttention, Engine, Site
 
 Prompt = str | Mapping[str, Any]
@@ -98,22 +97,6 @@ def check_callback(pipe: Any) -> None:
             f"{type(pipe).__name__} has no callback_on_step_end, by which a search measures how much each span matters: "
             "say it yourself with span_weights, one number per span"
         )
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON data that is equal for equal values: tensors and arrays by their hash."""
-    if isinstance(value, torch.Tensor):
-        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return f"{value.dtype} {list(value.shape)} sha256 {hashlib.sha256(data).hexdigest()[:16]}"
-    if isinstance(value, np.ndarray):
-        return plain(torch.from_numpy(value))
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in sorted(value.items())}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def prompt_label(prompt: Prompt) -> str:

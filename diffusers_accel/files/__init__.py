@@ -1,9 +1,10 @@
 """Files that are read strictly and written whole.
 
-`whole`: writing that leaves all or nothing, and asking ahead whether it can. `lock`: one writer at a time. `reading`: bytes,
-and the system's errors in our words. `strict_json`: plain data. `safe_tensors`: tensors. `documents`: typed data with a
-format, a version and a checksum, with tensors or without. `side_file`: the tensors of a plan. `errors`: what is raised, and
-how a message quotes what it found. Nothing in a file is ever executed.
+`whole`: writing that leaves all or nothing, and asking ahead whether it can; `whole_folder`: the same of several files that
+belong together. `lock`: one writer at a time. `reading`: bytes, and the system's errors in our words. `strict_json`: plain
+data. `safe_tensors`: tensors. `documents`: typed data with a format, a version and a checksum, with tensors or without.
+`side_file`: the tensors of a plan. `errors`: what is raised, and how a message quotes what it found. Nothing in a file is
+ever executed.
 """
 
 from diffusers_accel.files.documents import (
@@ -24,6 +25,7 @@ from diffusers_accel.files.safe_tensors import TensorFile, encode_tensors, read_
 from diffusers_accel.files.side_file import read_tensors, write_tensors
 from diffusers_accel.files.strict_json import check_json, parse_json, read_json, write_json
 from diffusers_accel.files.whole import prepare_file, prepare_folder, sync_folder, write_whole
+from diffusers_accel.files.whole_folder import prepare_whole_folder, whole_folder
 
 __all__ = [
     "FileError",
@@ -42,6 +44,7 @@ __all__ = [
     "parse_json",
     "prepare_file",
     "prepare_folder",
+    "prepare_whole_folder",
     "printable",
     "quoted",
     "read_bytes",
@@ -51,6 +54,7 @@ __all__ = [
     "save_document",
     "save_tensor_document",
     "sync_folder",
+    "whole_folder",
     "write_json",
     "write_tensors",
     "write_whole",

@@ -94,7 +94,7 @@ def _temporary(path: Path) -> Iterator[BinaryIO]:
     """
     name = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
     with name.open("xb") as file:
-        _try_lock(file.fileno())
+        try_lock(file.fileno())
         try:
             with contextlib.suppress(OSError):  # nothing to replace, or a file system without permissions
                 name.chmod(path.stat().st_mode & 0o777)
@@ -126,13 +126,13 @@ def _sweep(path: Path) -> None:
                 continue
             descriptor = os.open(entry.path, os.O_RDWR | os.O_NOFOLLOW)
             try:
-                if _try_lock(descriptor):
+                if try_lock(descriptor):
                     os.unlink(entry.path)
             finally:
                 os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
     """Whether this process has the file's lock now; it goes with the descriptor, also when the process is killed."""
     if sys.platform == "win32":
         return False

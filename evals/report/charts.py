@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from diffusers_accel.evals.measurement import Measurement
 from diffusers_accel.evals.metrics import METRICS
+from diffusers_accel.files import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 # Stand-ins that become CSS variables once the SVG is inside the page.
 INK, LINE = "#000001", "#000002"
 SERIES = tuple(f"#00001{i}" for i in range(6))
+SHORT, LONGEST = 14, 28  # characters of a name in a legend of two columns, and in any
 MARKERS = ("o", "s", "D", "^", "v", "P")
 _VARIABLES = {INK: "var(--ink)", LINE: "var(--line)"} | {c: f"var(--series-{i})" for i, c in enumerate(SERIES)}
 _STYLE: dict[Any, Any] = {
@@ -85,7 +88,7 @@ def _quality_chart(name: str, points: Sequence[Any]) -> str:
             axes.plot([x for x, _ in dots], [y for _, y in dots], markersize=3.5, alpha=0.55, **style)
             spread: dict[str, Any] = {"xerr": _std(speed), "yerr": _std(quality)}
             axes.errorbar(speed.value, quality.value, fmt="none", ecolor=style["color"], capsize=3, **spread)
-            axes.plot(speed.value, quality.value, markersize=9, label=subject, **style)
+            axes.plot(speed.value, quality.value, markersize=9, label=_label(subject), **style)
         axes.margins(0.18)
         at: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "va": "top"}
         axes.annotate("dense", (1.0, 1.0), xytext=(4, 0), **at)
@@ -110,7 +113,7 @@ def _density_chart(report: Report, transformer: str) -> str:
 
         for i, (subject, (x, y)) in enumerate(lines.items()):
             style: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
-            axes.plot(x, y, markersize=5 if layers <= 24 else 3, linewidth=1.2, label=subject, **style)
+            axes.plot(x, y, markersize=5 if layers <= 24 else 3, linewidth=1.2, label=_label(subject), **style)
         axes.set_ylim(0, 1.04)
         axes.set_xlim(-0.5, layers - 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -124,7 +127,16 @@ def _density_chart(report: Report, transformer: str) -> str:
 
 def _legend(axes: Axes) -> None:
     """Above the axes, where it hides nothing."""
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+    _, labels = axes.get_legend_handles_labels()
+    columns = 2 if all(len(label) <= SHORT for label in labels) else 1
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
+
+
+def _label(name: str) -> str:
+    """A subject's name as a legend shows it. One that begins with an underscore matplotlib would leave out."""
+    shown = printable(name)
+    shown = shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
+    return f"\u200b{shown}" if shown.startswith("_") else shown
 
 
 def _std(row: Measurement) -> float | None:
@@ -136,7 +148,9 @@ def _svg(name: str, description: str, draw: Callable[[Axes], None], inches: tupl
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # Names are text in the page, in the reader's fonts; matplotlib's own only estimate their width.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure = Figure(figsize=inches, layout="constrained")
         figure.patch.set_alpha(0.0)
         axes = figure.add_subplot()
@@ -147,8 +161,14 @@ def _svg(name: str, description: str, draw: Callable[[Axes], None], inches: tupl
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
-    svg = re.sub(r'\bid="|(?<=url\()#|(?<=href=")#', lambda m: f"{m.group()}{name}-", svg)
+    svg = re.sub(r"<[^>]+>", lambda tag: _tag(tag.group(), name), svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(printable(description))}"', 1)
+
+
+def _tag(tag: str, name: str) -> str:
+    """A tag with ids of this chart's own and the page's colours. What stands between tags is text, such as a subject's name."""
+    tag = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", tag)
+    tag = re.sub(r'\bid="|(?<=url\()#|(?<=href=")#', lambda m: f"{m.group()}{name}-", tag)
     for stand_in, variable in _VARIABLES.items():
-        svg = svg.replace(stand_in, variable)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)
+        tag = tag.replace(stand_in, variable)
+    return tag

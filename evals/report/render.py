@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from diffusers_accel.evals.metrics import METRICS
 from diffusers_accel.evals.report import charts, words
 from diffusers_accel.evals.report.colours import Colour, asked_density, method_colours
 from diffusers_accel.evals.report.report import Clip, Report, Subject
+from diffusers_accel.files import printable
 from diffusers_accel.methods import Method
 
 FOLDER = Path(__file__).parent
@@ -41,16 +43,32 @@ def html(report: Report) -> str:
 def markdown(report: Report) -> str:
     """The numbers, without plans and clips."""
     environment = _environment(autoescape=False)
-    environment.filters["cell"] = lambda text: str(text).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+    environment.filters["text"] = as_markdown_text
     return environment.get_template("report.md.j2").render(**_shared(report)).rstrip() + "\n"
 
 
+def as_markdown_text(text: object) -> str:
+    """Anybody's text as Markdown that shows it as it is, in one line: in a heading, a table, a list or a paragraph."""
+    line = printable(text).strip().replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    line = re.sub(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
+    line = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line)  # at its start: an ordered list,
+    return re.sub(r"^[-+=#]", r"\\\g<0>", line)  # another list, a rule or a heading
+
+
 def _environment(autoescape: bool) -> jinja2.Environment:
-    loader = jinja2.FileSystemLoader(FOLDER)
-    strict = jinja2.StrictUndefined
     return jinja2.Environment(
-        loader=loader, autoescape=autoescape, undefined=strict, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=autoescape,
+        undefined=jinja2.StrictUndefined,
+        finalize=_visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+
+
+def _visible(value: object) -> object:
+    """What is put into a template, in one line and without control characters; `Markup` is ours and stays as it is."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _shared(report: Report) -> dict[str, Any]:

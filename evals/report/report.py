@@ -6,17 +6,22 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from diffusers_accel.evals.measurement import Measurement, write_rows
 from diffusers_accel.evals.report import words
-from diffusers_accel.files import write_whole
+from diffusers_accel.files import prepare_whole_folder, printable, whole_folder, write_whole
 from diffusers_accel.plan import Plan
+
+if TYPE_CHECKING:
+    from diffusers_accel.evals.kept import Kept
+
+NAMES = ("report.html", "report.json", "report.md")
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Report:
     clips: tuple[Clip, ...]
     subjects: tuple[Subject, ...]
     provenance: Mapping[str, Any] = field(repr=False)
+    kept: Kept | None = field(default=None, repr=False)
 
     def row(self, metric: str, subject: str, clip: Clip | None = None) -> Measurement | None:
         """The row of a metric of a subject, over all clips or of one; None where there is none."""
@@ -68,15 +74,14 @@ class Report:
 
     @property
     def headline(self) -> str:
-        """What was found, a line per subject."""
-        return "\n".join(words.sentence(self, subject.name) for subject in self.subjects)
+        """What was found, a line per subject; names are made printable, so that a line stays one."""
+        return "\n".join(printable(words.sentence(self, subject.name)) for subject in self.subjects)
 
     def table(self) -> Table:
         """For the terminal: a column per subject, so that it fits into 80 characters."""
         columns = [words.cells(self, name) for name in ("dense", *(subject.name for subject in self.subjects))]
-        table = Table(
-            "", *(escape(column[0]) for column in columns), box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False
-        )
+        headings = [Column(Text(printable(column[0]))) for column in columns]  # as texts, in which nothing is markup
+        table = Table("", *headings, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
         for heading, *cells in list(zip(words.HEADINGS, *columns, strict=True))[1:]:
             table.add_row(heading, *cells)
         return table
@@ -88,13 +93,33 @@ class Report:
         return f"{capture.get()}{self.headline}"
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write report.json, report.md and report.html into `folder`, each whole or not at all; returns the page's path."""
+        """Write report.json, report.md and report.html into a folder of their own, which replaces an older report as a whole.
+
+        What `compare` kept clip by clip (`keep`) is removed then: it is in the report.
+
+        Returns:
+            The page's path.
+
+        Raises:
+            WriteError: the folder cannot be written, or holds other files than a report's; it is as it was.
+        """
         from diffusers_accel.evals.report.render import html, markdown
 
         folder = Path(folder)
-        page, text = html(self), markdown(self)  # before anything is written
-        folder.mkdir(parents=True, exist_ok=True)
-        write_rows(folder / "report.json", self.rows, headline=self.headline)
-        write_whole(folder / "report.md", text.encode())
-        write_whole(folder / "report.html", page.encode())
+        page, text = html(self).encode(), markdown(self).encode()  # before anything is written
+        with whole_folder(folder, NAMES) as new:
+            write_rows(new / "report.json", self.rows, headline=self.headline)
+            write_whole(new / "report.md", text)
+            write_whole(new / "report.html", page)
+        if self.kept is not None:
+            self.kept.remove()
         return folder / "report.html"
+
+
+def check_report_folder(folder: str | os.PathLike[str]) -> None:
+    """Makes sure, before anything is measured, that `Report.save` can write into `folder`; makes the folder around it.
+
+    Raises:
+        WriteError: it cannot, or the folder holds other files than a report's; the message says what to do.
+    """
+    prepare_whole_folder(Path(folder), NAMES)

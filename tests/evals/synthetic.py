@@ -39,6 +39,7 @@ def report(
     heads: int = 6,
     lpips: str | None = None,
     notes: dict[str, str] | None = None,
+    prompt: str = "a red <square> | moves",
 ) -> Report:
     """A report of these speed-ups per subject and clip; LPIPS is missing, with that note, where one is given.
 
@@ -47,7 +48,7 @@ def report(
     provenance: dict[str, Any] = {
         "machine": {"cpu": "a processor", "cores": 2},
         "versions": {"torch": "2.13.0"},
-        "prompts": ["a red <square> | moves"],
+        "prompts": [prompt],
         "protocol": ["first sentence", "second sentence"],
     }
     count = len(next(iter(ratios.values())))
@@ -55,7 +56,7 @@ def report(
     for seed in range(count):
         films = {"dense": encode(frames(0), 8)} | {name: encode(frames(seed + 1), 8) for name in ratios}
         differences = {name: encode_difference(frames(0), frames(seed + 1), 8) for name in ratios}
-        clips.append(Clip("a red <square> | moves", seed, Media(films, differences, 8, 4) if seed < 2 else None))
+        clips.append(Clip(prompt, seed, Media(films, differences, 8, 4) if seed < 2 else None))
 
     def row(metric: str, value: float | None, subject: str, **more: Any) -> Measurement:
         unit = {"time": "ms", "attention_time": "ms", "peak_memory": "bytes", "speedup": "x", "psnr": "dB"}.get(

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from diffusers_accel.api import patch
+from diffusers_accel.evals import compare as comparing
 from diffusers_accel.evals import generate as generating
 from diffusers_accel.evals.compare import compare
 from diffusers_accel.evals.generate import SharedNoise, generate
 from diffusers_accel.evals.metrics import METRICS
-from diffusers_accel.methods import Band, Method
-from diffusers_accel.plan import Plan
+from diffusers_accel.methods import Band, Method, Stored
+from diffusers_accel.plan import Plan, Span
 from diffusers_accel.shape import ModelShape
 from tests.tiny import HEAD_DIM, HEADS, LAYERS, tiny_wan, tiny_wan_call
 
@@ -152,30 +153,57 @@ def test_shown_clips_have_films(found: dict[str, Any], tmp_path: Path) -> None:
     report = found["report"]
     assert [bool(clip.media) for clip in report.clips] == [True, False, False]
     assert list(report.clips[0].media.videos) == ["dense", "file", "all dense", "named"]
-    report.save(tmp_path)
-    assert (tmp_path / "report.html").read_text().count("data-mp4=") == 4 + 3
+    report.save(tmp_path / "new")
+    assert (tmp_path / "new" / "report.html").read_text().count("data-mp4=") == 4 + 3
 
 
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
         ({"subjects": {}}, ValueError, "subjects: expected one or more"),
+        ({"subjects": "draft"}, TypeError, r"subjects: expected a mapping of names, such as .*, found 'draft'"),
         ({"subjects": {"dense": "pattern"}}, ValueError, "baseline's name"),
         ({"subjects": {"Plan a": "pattern", " plan  A": "dense"}}, ValueError, "would look the same"),
+        ({"subjects": {3: "pattern"}}, ValueError, "expected names with letters"),
+        ({"subjects": {"a" * 101: "pattern"}}, ValueError, "names of at most 100 characters"),
+        ({"subjects": {"\ud800": "pattern"}}, ValueError, "half a character"),
+        ({"subjects": {"a": ("pattern", 0.3)}}, TypeError, r"subjects\['a'\]: expected .*its parameters"),
         ({"subjects": {"a": "nonsense"}}, ValueError, "neither a method"),
         ({"subjects": {"a": ("pattern", {"sparsity": 0.5})}}, TypeError, "no parameter 'sparsity'"),
         ({"prompts": []}, ValueError, "prompts: expected one or more"),
         ({"prompts": "a red circle"}, TypeError, "expected a list of texts"),
+        ({"prompts": 3}, TypeError, "prompts: expected a list of texts, found 3"),
+        ({"prompts": {"prompt_embeds": 1}}, TypeError, "prompts: expected a list of texts"),
         ({"prompts": [" "]}, ValueError, "empty string"),
+        ({"prompts": ["x" * 5_000_000]}, ValueError, r"prompts\[0\]: expected at most 10,000 characters"),
+        ({"prompts": ["half \udfff"]}, ValueError, r"prompts\[0\]: expected Unicode"),
+        ({"prompts": [3]}, ValueError, r"prompts\[0\]: expected a string, .*found 3"),
         ({"prompts": [{"nonsense": 1}]}, ValueError, r"prompts\[0\]: .*found \['nonsense'\]"),
         ({"prompts": [{**PROMPT, "generator": None}]}, ValueError, r"prompts\[0\]: .*'generator'"),
         ({"prompts": ["a", "a"]}, ValueError, "expected each once"),
+        ({"prompts": [str(n) for n in range(9000)]}, ValueError, "found 45,000 .*compare fewer clips"),
+        ({"metrics": "psnr"}, TypeError, "metrics: expected a list of names"),
         ({"metrics": ("psnr", "vmaf")}, ValueError, "psnr, ssim, lpips, found 'vmaf'"),
+        ({"metrics": ["pnsr"]}, ValueError, "found 'pnsr'; did you mean \"psnr\"?"),
         ({"metrics": ("psnr", "psnr")}, ValueError, "metrics: expected each once"),
+        ({"metrics": [None]}, ValueError, "metrics: expected some of .*found None"),
         ({"seeds": (1, 1)}, ValueError, "seeds: expected one or more different"),
-        ({"rounds": 0}, ValueError, "rounds and fps"),
+        ({"seeds": "0"}, TypeError, "seeds: expected a list of whole numbers"),
+        ({"seeds": 5}, TypeError, "seeds: expected a list of whole numbers.*found 5"),
+        ({"seeds": ["0"]}, ValueError, "seeds: expected .*found \\['0'\\]"),
+        ({"seeds": [True]}, ValueError, "seeds: expected .*found \\[True\\]"),
+        ({"seeds": [2**63]}, ValueError, "seeds: expected"),
+        ({"rounds": 0}, ValueError, "rounds: expected a whole number from 1 .*found 0"),
+        ({"rounds": True}, ValueError, "rounds: expected a whole number .*found True"),
+        ({"rounds": 1.5}, ValueError, "rounds: .*found 1.5"),
+        ({"show": -1}, ValueError, "show: expected a whole number from 0"),
+        ({"fps": "16"}, ValueError, "fps: expected a whole number .*found '16'"),
+        ({"keep": 3}, TypeError, "keep: expected the path of a folder"),
+        ({"call": 3}, TypeError, "call: expected a mapping of arguments"),
         ({"call": {**CALL, "generator": None}}, ValueError, "'generator' is set by compare; give `seeds`"),
-        ({"call": {**CALL, "frames": 5}}, ValueError, "takes no 'frames'; it takes .*num_frames"),
+        ({"call": {**CALL, "num_frame": 5}}, ValueError, "no 'num_frame'; .*did you mean \"num_frames\"?"),
+        ({"call": {**CALL, "guidance_scale": float("nan")}}, ValueError, "guidance_scale: expected a finite number"),
+        ({"call": {**CALL, "num_inference_steps": "4"}}, ValueError, "num_inference_steps: expected a whole number"),
     ],
 )
 def test_wrong_arguments_are_refused_before_any_clip(
@@ -184,8 +212,43 @@ def test_wrong_arguments_are_refused_before_any_clip(
     arguments: dict[str, Any] = {"subjects": {"a": "pattern"}, "prompts": [PROMPT], "call": CALL, **change}
     subjects, prompts = arguments.pop("subjects"), arguments.pop("prompts")
     monkeypatch.setattr(type(pipe), "prepare_latents", None)  # no clip can be made
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=says) as refused:
         compare(pipe, subjects, prompts, progress=False, **arguments)
+    assert len(str(refused.value)) < 1000 and str(refused.value).isprintable()
+
+
+def test_what_is_no_pipeline_is_refused(pipe: Any) -> None:
+    for wrong, says in (
+        (pipe.transformer, "found a bare WanTransformer3DModel: give the pipeline"),
+        ("x", "found str"),
+    ):
+        with pytest.raises(TypeError, match=f"pipe: expected a .*{says}"):
+            compare(wrong, {"a": "pattern"}, [PROMPT], call=CALL, progress=False)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "in the last tenth of the schedule"])
+def test_stored_masks_for_another_size_are_refused_before_the_first_clip(
+    late: bool, pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {"transformer": ModelShape(LAYERS, HEADS, HEAD_DIM)}
+    stored, row = Method(select=Stored(0.5)), ("S" * HEADS,) * LAYERS
+    bits_name, heads_name = stored.select.names(stored.order, "transformer")
+    tensors = {
+        bits_name: torch.full((1, 1, 9, 2), 255, dtype=torch.uint8),  # of 9 blocks, where the call has 6
+        heads_name: torch.zeros(LAYERS, HEADS, dtype=torch.int32),
+    }
+    spans = (Span(0.0, 1.0, {"transformer": row}),)
+    if late:
+        spans = (
+            Span(0.0, 0.9, {"transformer": ("." * HEADS,) * LAYERS}),
+            Span(0.9, 1.0, {"transformer": row}),
+        )
+    methods = {".": Method(), "S": stored} if late else {"S": stored}
+    plan = Plan("wan", models, methods, spans, tensors=tensors)
+    monkeypatch.setattr(comparing._Session, "clip", None)
+    says = r"subjects\['other size'\]: the plan's stored masks are for 9 blocks of 128 tokens, this call has 6"
+    with pytest.raises(ValueError, match=says):
+        compare(pipe, {"a": "pattern", "other size": plan}, [PROMPT], call=CALL, metrics=(), progress=False)
 
 
 def test_patched_pipeline_is_refused() -> None:
@@ -239,3 +302,9 @@ def test_missing_metric_gives_rows_that_say_so(pipe: Any, tmp_path: Path, monkey
 def test_progress_counts_every_step(pipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
     compare(pipe, {"a": "pattern"}, [PROMPT], call=CALL, metrics=(), show=0, progress=True)
     assert "16/16" in capsys.readouterr().err  # dense, patched, dense, and dense under a patch: 4 runs of 4 steps
+
+
+def test_progress_shows_any_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with comparing._bar(True, 1) as say:
+        say("a sign says [/b] :smile: \x1b[31m" + "\n" * 50)
+    assert "a sign says [/b] :smile: \\x1b[31m\\n\\n" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from diffusers_accel import Plan
 from diffusers_accel.evals import demo, shapes
 from diffusers_accel.evals.generate import Run
 from diffusers_accel.evals.measurement import read_rows
+from diffusers_accel.files import WriteError
 from diffusers_accel.methods import NAMED
 from diffusers_accel.search import plan_search
 
@@ -99,7 +100,7 @@ def test_demo_from_end_to_end(
     plan = Plan.load(out / "plan.json")
     assert plan.budget["value"] == demo.DENSITY
     assert "out of reach" in said and f"density {demo.DENSITY:g} instead" in said
-    rows = read_rows(out / "report.json")
+    rows = read_rows(out / "report" / "report.json")
     speedup = next(row for row in rows if row.metric == "speedup" and row.clip is None)
     assert f"{speedup.value:.2f}x" in said and "0.1 minutes" in said
     assert "No time left for pattern, draft, cached, reordered: run it again" in said
@@ -113,8 +114,23 @@ def test_demo_from_end_to_end(
     again = capsys.readouterr()
     assert "finished before" in again.err  # the search goes on from what it had measured
     assert "No time left" not in again.out
-    assert {path.name for path in out.iterdir()} >= {"plan.json", "report.html", "report.json", "report.md"}
-    rows = read_rows(out / "report.json")
+    assert {path.name for path in out.iterdir()} >= {"plan.json", "report"}
+    assert {path.name for path in (out / "report").iterdir()} == {"report.html", "report.json", "report.md"}
+    assert f"Page: {out / 'report' / 'report.html'}" in again.out
+    rows = read_rows(out / "report" / "report.json")
     assert list(dict.fromkeys(row.subject for row in rows)) == ["dense", "searched plan", *demo.NAMES]
     densities = {row.subject: row.value for row in rows if row.metric == "density"}
     assert all(0 < densities[name] < 1 for name in demo.NAMES)  # none of them stayed dense
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shapes, "load_pipeline", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="file: .*there is a file of that name"):
+        demo.main(["--out", str(tmp_path / "file")])
+    (tmp_path / "demo" / "report").mkdir(parents=True)
+    (tmp_path / "demo" / "report" / "notes.txt").touch()
+    with pytest.raises(WriteError, match=r"report: .*other files \(notes.txt\)"):
+        demo.main(["--out", str(tmp_path / "demo")])

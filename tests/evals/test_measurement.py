@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from diffusers_accel.evals.machine import machine, versions
 from diffusers_accel.evals.measurement import Measurement, Spread, read_rows, summarise, write_rows
-from diffusers_accel.files import FileError
+from diffusers_accel.files import FileError, checksum
 
 
 def row(value: float | None = 1.5, **more: object) -> Measurement:
@@ -72,16 +73,75 @@ def test_rows_come_back_from_a_file(tmp_path: Path) -> None:
     assert document["provenance"] == [{"machine": "one"}, other]  # each once
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "report.json"
-    path.write_text('{"format": "diffusers_accel.report", "version": 2}')
-    with pytest.raises(FileError, match="version 1, found"):
+def saved(path: Path, **changes: Any) -> Path:
+    """A file of one row with parts of it replaced, its checksum right."""
+    write_rows(path, [row(spread=Spread(4, 0.5, 1.0, 2.0), clip={"prompt": "a", "seed": 3})])
+    data = json.loads(path.read_text())
+    del data["sha256"]
+    for place, value in changes.items():
+        *parents, last = place.split("__")
+        parent = data
+        for each in parents:
+            parent = parent[int(each) if each.isdigit() else each]
+        parent[last] = value
+    path.write_text(json.dumps({**data, "sha256": checksum(data)}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"version": 1}, "expected version 2 of diffusers_accel.report, found 1"),
+        ({"format": "diffusers_accel.cost"}, "expected the format diffusers_accel.report"),
+        ({"measurements": 3}, "measurements: expected array, found int"),
+        ({"measurements__0__value": "1.5"}, r"measurements\[0\].value: expected float"),
+        ({"measurements__0__value": None}, "a missing value needs a note"),
+        ({"measurements__0__better": "more"}, r"measurements\[0\].better"),
+        ({"measurements__0__provenance": 1}, "list index out of range"),
+        ({"measurements__0__provenance": -1}, r"measurements\[0\].provenance: expected int >= 0"),
+        ({"measurements__0__clip": 7}, "list index out of range"),
+        ({"measurements__0__spread": [1]}, r"measurements\[0\].spread"),
+        ({"measurements__0__more": 1}, "found the unknown key more"),
+        ({"provenance": {}}, "provenance: expected array"),
+        ({"clips": [{"prompt": "a", "seed": "3"}]}, r"clips\[0\].seed: expected int"),
+        ({"headline": "x" * 5_000_000, "measurements": "x" * 5_000_000}, "measurements: expected array"),
+    ],
+)
+def test_other_files_are_refused(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    path = saved(tmp_path / "report.json", **changes)
+    with pytest.raises(FileError, match=f"report.json: .*{says}.*; make the report again") as refused:
         read_rows(path)
-    path.write_text(
-        '{"format": "diffusers_accel.report", "version": 1, "provenance": [], "measurements": [{"provenance": 0}]}'
-    )
-    with pytest.raises(FileError, match="expected rows"):
+    assert len(str(refused.value)) < 500
+
+
+def test_a_changed_number_is_noticed(tmp_path: Path) -> None:
+    path = saved(tmp_path / "report.json")
+    assert read_rows(path)[0].value == 1.5
+    path.write_text(path.read_text().replace("1.5", "2.5"))
+    with pytest.raises(FileError, match="damaged; make the report again"):
         read_rows(path)
+
+
+def test_the_largest_report_that_compare_makes_is_read_again(tmp_path: Path) -> None:
+    """As many rows as its arguments allow, with prompts as long as a metric's note."""
+    from diffusers_accel.evals.arguments import MOST_ROWS
+
+    one: dict[str, Any] = {"machine": "one"}
+    note = "not measured: " + "y" * 300
+    rows = [
+        Measurement(
+            "lpips", None, "", "lower", "p" * 30, "dense", one, clip={"prompt": "x" * 300, "seed": n // 25}, note=note
+        )
+        for n in range(MOST_ROWS)
+    ]
+    write_rows(tmp_path / "report.json", rows)
+    assert read_rows(tmp_path / "report.json") == tuple(rows)
+
+
+def test_more_than_can_be_read_again_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="expected at most 16,777,216 bytes of JSON"):
+        write_rows(tmp_path / "report.json", [row(None, note="x" * 2**24)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_provenance_names_no_host() -> None:

@@ -17,6 +17,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from diffusers_accel.evals.metrics import METRICS, MetricUnavailable, lpips, lpips_weights, score_clip
+from diffusers_accel.files import encode_tensors
 
 CHANNELS = (3, 5, 7, 6, 4, 8)
 KERNELS = (11, 5, 3, 3, 3)
@@ -206,6 +207,52 @@ def test_changed_cache_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(lpips_weights, "TENSORS_SHA256", "0" * 64)
     with pytest.raises(MetricUnavailable, match="delete it"):
         lpips_weights.load(said.append)
+
+
+@pytest.mark.parametrize(
+    "broken", ["cut off", "other bytes", "a pickle", "empty", "a folder", "half precision", "a fifo"]
+)
+def test_a_broken_cache_is_a_reason(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = lpips_weights.convert(checkpoint())
+    said = use_cache(monkeypatch, tmp_path, weights)
+    lpips_weights.load(said.append)
+    path = lpips_weights.cache_file()
+    data = path.read_bytes()
+    path.unlink()
+    match broken:
+        case "a folder":
+            path.mkdir()
+        case "a fifo":
+            os.mkfifo(path)
+        case "half precision":
+            path.write_bytes(encode_tensors({name: tensor.bfloat16() for name, tensor in weights.items()}))
+        case _:
+            contents = {"cut off": data[:-9], "other bytes": b"\xff" * 999, "a pickle": pickle.dumps({}), "empty": b""}
+            path.write_bytes(contents[broken])
+    with pytest.raises(MetricUnavailable, match="lpips_alex.safetensors.*delete it to fetch them again") as reason:
+        METRICS["lpips"].load()
+    assert len(str(reason.value)) < 500
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MetricUnavailable("no index")])
+def test_what_cannot_be_fetched_is_a_reason(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch() -> bytes:
+        raise error
+
+    use_cache(monkeypatch, tmp_path, lpips_weights.convert(checkpoint()))
+    monkeypatch.setattr(lpips_weights, "_fetch", fetch)
+    with pytest.raises(MetricUnavailable, match="No space left on device|no index"):
+        lpips_weights.load(lambda _: None)
+
+
+def test_weights_that_cannot_be_kept_are_used_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = use_cache(monkeypatch, tmp_path / "file" / "cache", lpips_weights.convert(checkpoint()))
+    (tmp_path / "file").touch()
+    with pytest.raises(MetricUnavailable, match="cannot be read"):  # what is no folder is no cache
+        lpips_weights.load(said.append)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(lpips_weights, "write_whole", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    assert lpips_weights.load(said.append) and "could not be kept" in said[-1]
 
 
 def test_offline_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 from diffusers_accel import Plan
 from diffusers_accel.evals import mixed, shapes
 from diffusers_accel.evals.measurement import read_rows
+from diffusers_accel.files import WriteError
 from diffusers_accel.methods import DENSE
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.candidates import SETS, candidates
@@ -90,10 +91,19 @@ def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     mixed.main(["--out", str(out), "--prompts", "1", "--search-prompts", "2", "--speedup", "1.0001"])
     text = (out / "mixed.md").read_text()
     assert "| mixed |" in text and text in capsys.readouterr().out
-    rows = read_rows(out / "report.json")
+    rows = read_rows(out / "report" / "report.json")
     compared = {row.subject for row in rows} - {"dense"}
     assert compared >= {"mixed", "pattern"} and compared <= {"mixed", *SETS}
     assert all(Plan.load(out / f"{name}.json").models["transformer"].layers == 2 for name in compared)
     assert any(f"best single method, {name}" in text for name in compared)
     with pytest.raises(ValueError, match="2 or more to search with, found 4 and 1"):
         mixed.main(["--out", str(out), "--search-prompts", "1"])
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shapes, "load_pipeline", None)
+    (tmp_path / "report").touch()
+    with pytest.raises(WriteError, match="report: .*there is a file of that name"):
+        mixed.main(["--out", str(tmp_path)])

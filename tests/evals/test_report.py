@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -11,11 +12,14 @@ from typing import Any
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
+from rich.console import Console
 
 from diffusers_accel.evals.measurement import read_rows
-from diffusers_accel.evals.report import render, words
+from diffusers_accel.evals.report import charts, check_report_folder, render, words
 from diffusers_accel.evals.report.colours import asked_density, method_colours
 from diffusers_accel.evals.report.video import GAIN, encode, encode_difference
+from diffusers_accel.files import WriteError, printable
 from diffusers_accel.methods import (
     NAMED,
     AxisOrder,
@@ -30,7 +34,9 @@ from diffusers_accel.methods import (
 )
 from tests.evals import synthetic
 
-NAME = "<script>alert('$x$')</script> | plan"
+# What would be a tag, math, a cell's end, a heading, a style, code, a link, another direction, or a command of a terminal.
+NAME = """<script>alert('$x$')</script> | $\\frac plan\n\n# [b]b[/b] `c` *d* [e](f) \u202e \x1b[31m" onload="g"""
+PROMPT = NAME.replace("plan", "a sign says [/b]") + "\n| <img src=x onerror=alert(1)>\n---\n- h ~~i~~ &lt; _j_"
 
 
 class Page(HTMLParser):
@@ -43,6 +49,7 @@ class Page(HTMLParser):
         self.addresses: list[str] = []
         self.open: list[str] = []
         self.text: list[str] = []
+        self.attributes: dict[str, str] = {}
         self.feed(text)
         self.close()
 
@@ -51,6 +58,7 @@ class Page(HTMLParser):
         if tag not in {"meta", "link", "input", "br"}:
             self.open.append(tag)
         for name, value in attributes:
+            self.attributes[name] = self.attributes.get(name, "") + (value or "")
             if name == "id":
                 self.ids.append(value or "")
             if name in {"src", "href", "xlink:href", "action", "poster", "srcset", "data"}:
@@ -70,7 +78,8 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def report() -> Any:
-    return synthetic.report({NAME: [1.4, 1.5, 1.45], "second": [0.8, 0.9, 0.85]}, lpips="not measured: no weights")
+    ratios = {NAME: [1.4, 1.5, 1.45], "second": [0.8, 0.9, 0.85]}
+    return synthetic.report(ratios, lpips="not measured: no weights", prompt=PROMPT)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +105,59 @@ def test_page_is_whole_and_needs_nothing_else(folder: Path) -> None:
     assert len(page.ids) == len(set(page.ids))
     assert all(address.startswith(("#", "data:")) for address in page.addresses), page.addresses
     assert not re.search(r"https?://|//\w+\.\w|@import|url\((?!#)", text)
-    assert page.tags.count("script") == 1  # the hostile name is text
-    assert NAME in "".join(page.text)
+
+
+def test_hostile_texts_are_shown_as_they_are_on_the_page(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    assert page.tags.count("script") == 1 and "img" not in page.tags and page.tags.count("h1") == 1
+    known = {"data-mp4", "data-fps", "data-action"}
+    assert all(name in known or not name.startswith(("on", "data-")) for name in page.attributes)
+    assert {"aria-label"} == {name for name, value in page.attributes.items() if "alert" in value}
+    shown = "".join(page.text)
+    assert printable(NAME) in shown and printable(PROMPT) in shown
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\u202a-\u202e]", text)
+
+
+def test_hostile_texts_are_shown_as_they_are_in_markdown(report: Any, folder: Path) -> None:
+    text = (folder / "report.md").read_text()
+    assert "<script" not in text and "\x1b" not in text
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
+    assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1", "h2", "h2", "h2"]
+    inline = [each for token in tokens for each in token.children or []]
+    assert {each.type for each in inline} <= {"text", "text_special"}
+    shown = ["".join(each.content for each in token.children or []) for token in tokens if token.type == "inline"]
+    assert shown.count(printable(NAME)) == 1 + 3  # in the table, and once for each clip
+    assert shown.count(printable(PROMPT)) == 3 * 2
+    assert any(cell.startswith(f"{printable(NAME)} ran 1.45x") for cell in shown)
+    assert not any(token.type in ("hr", "fence", "code_block", "html_block") for token in tokens)
+
+
+def test_hostile_texts_are_shown_as_they_are_on_a_terminal(report: Any) -> None:
+    console = Console(width=400, file=io.StringIO(), force_terminal=True)
+    console.print(report.table())
+    assert printable(NAME) in re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue())  # type: ignore[attr-defined]
+    assert len(report.headline.splitlines()) == 2 and report.headline.startswith(f"{printable(NAME)} ran")
+    assert "\x1b" not in report.headline + str(report) and "[b]b[/b]" in report.headline
+
+
+@pytest.mark.parametrize(
+    "name", ["_hidden", "$\\frac", '#000001 id="x" xmlns="y"', "\u6f22\u5b57", "<metadata>a</metadata>"]
+)
+def test_charts_show_any_name(name: str) -> None:
+    report = synthetic.report({name: [1.4, 1.5]})
+    drawn = [*charts.quality_speed(report), *charts.density_per_layer(report)]
+    assert len(drawn) == 4
+    for svg in drawn:
+        page = Page(svg)
+        assert page.open == [] and name in [text.removeprefix("\u200b") for text in page.text]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_long_name_leaves_room_for_the_chart() -> None:
+    report = synthetic.report({"a long name " * 8: [1.4, 1.5], "m" * 90: [1.2, 1.3], "\u6f22" * 90: [1.1, 1.2]})
+    for svg in [*charts.quality_speed(report), *charts.density_per_layer(report)]:
+        assert "a long name a long name a l…" in Page(svg).text
 
 
 def test_page_refers_only_to_ids_it_has(folder: Path) -> None:
@@ -127,7 +187,7 @@ def test_markdown_tables_are_whole(folder: Path) -> None:
 def test_missing_metric_says_why(folder: Path) -> None:
     text = (folder / "report.md").read_text()
     assert "LPIPS not measured" in text
-    assert f"{NAME}, second: LPIPS: not measured: no weights." in text
+    assert ", second: LPIPS: not measured: no weights." in text
 
 
 @pytest.mark.parametrize(
@@ -166,7 +226,7 @@ def all_named(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The text of each file of a report on every named method, as the demo makes it."""
     names = ["searched plan", *(name for name in NAMED if name != "dense")]
     report = synthetic.report({name: [1.3, 1.4] for name in names}, notes={"reordered": SIMULATED})
-    folder = tmp_path_factory.mktemp("named")
+    folder = tmp_path_factory.mktemp("named") / "report"
     report.save(folder)
     return {path.suffix: path.read_text() for path in folder.iterdir()} | {"headline": report.headline}
 
@@ -206,12 +266,27 @@ def test_failure_leaves_nothing(report: Any, tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "out").exists()
 
 
-def test_save_replaces_an_older_report(report: Any, tmp_path: Path) -> None:
-    (tmp_path / "report.html").write_text("old")
+def test_save_replaces_an_older_report_as_a_whole(report: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "report.html").write_text("old")
+    report.save(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.json", "report.md"]
+    assert (folder / "report.html").read_text() != "old" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_cannot_be_written_is_refused_before_and_at_saving(report: Any, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("kept")
-    report.save(tmp_path)
-    assert (tmp_path / "report.html").read_text() != "old"
-    assert (tmp_path / "mine.txt").read_text() == "kept"
+    for path, says in (
+        (tmp_path, r"holds other files \(mine.txt\); name a folder of its own"),
+        (tmp_path / "mine.txt", "there is a file of that name"),
+        (tmp_path / "mine.txt" / "report", "there is a file of that name"),
+    ):
+        for refuse in (check_report_folder, report.save):
+            with pytest.raises(WriteError, match=says):
+                refuse(path)
+    check_report_folder(tmp_path / "new" / "report")
+    assert (tmp_path / "mine.txt").read_text() == "kept" and not (tmp_path / "new" / "report").exists()
 
 
 def test_terminal_table_has_a_column_per_subject(report: Any) -> None:

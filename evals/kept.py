@@ -1,0 +1,174 @@
+"""A folder in which a comparison keeps each clip that is finished, so that an interrupted one goes on where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from diffusers_accel import plan_file
+from diffusers_accel.evals.clip_record import ClipRecord
+from diffusers_accel.evals.machine import machine, versions
+from diffusers_accel.families import find
+from diffusers_accel.files import (
+    FileError,
+    Kind,
+    Schema,
+    WriteError,
+    checksum,
+    load_document,
+    only_writer,
+    prepare_folder,
+    printable,
+    quoted,
+    save_document,
+)
+from diffusers_accel.identity import fingerprint, model_name, plain
+from diffusers_accel.plan import Plan
+
+KIND = Kind("diffusers_accel.comparison", version=1, remedy="delete its folder to measure again, or name another")
+RUN, LOCK = "comparison.json", ".comparison.json.lock"
+CLIPS = "clip-*.safetensors"
+WHICH = ("torch", "triton", "diffusers", "diffusers-accel")
+
+
+class Identity(Schema, frozen=True):
+    """What makes two comparisons the same, so that one may go on with the clips of the other.
+
+    prompts: texts, or hashes of what stands in their place. subjects: name -> hash of the plan and the parameters beside it.
+    """
+
+    pipeline: str
+    model: str
+    weights: str
+    device: str
+    versions: dict[str, str]
+    call: dict[str, Any]
+    prompts: list[Any]
+    seeds: list[int]
+    subjects: dict[str, str]
+    rounds: int
+    metrics: list[str]
+    show: int
+    fps: int
+
+
+def identify(
+    pipe: Any,
+    plans: Mapping[str, Plan],
+    options: Mapping[str, Mapping[str, Any]],
+    *,
+    call: Mapping[str, Any],
+    prompts: list[Any],
+    **settings: Any,
+) -> Identity:
+    """The identity of a comparison on this machine; `settings` are its other fields, as `compare` takes them."""
+    found = machine()
+    cuda = torch.device(pipe._execution_device).type == "cuda"
+    return Identity(
+        pipeline=type(pipe).__name__,
+        model=model_name(pipe),
+        weights=fingerprint(find(pipe)),
+        device=found["gpu"] if cuda else f"{found['cpu']}, {found['torch_threads']} threads",
+        versions=versions(WHICH),
+        call=plain(call),
+        prompts=plain(prompts),
+        subjects={name: _digest(plan, options[name]) for name, plan in plans.items()},
+        **settings,
+    )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The clips of one comparison in a folder."""
+
+    folder: Path
+
+    @contextlib.contextmanager
+    def opened(self, identity: Identity) -> Iterator[None]:
+        """Makes the folder, or takes up the comparison in it; nobody else writes into it meanwhile.
+
+        Raises:
+            FileError: another comparison is kept there, or runs; the message says what differs and what to do.
+            WriteError: it cannot be written, or holds other files.
+        """
+        prepare_folder(self.folder)
+        with only_writer(self.folder / RUN, "another comparison writes into this folder"):
+            self._begin(identity)
+            yield
+
+    def load(self, number: int, prompt: str, seed: int) -> ClipRecord | None:
+        """A clip that was finished before, or None.
+
+        Raises:
+            FileError: the file is damaged, or of another clip.
+        """
+        path = self._path(number)
+        try:
+            record = ClipRecord.load(path)
+        except FileNotFoundError:
+            return None
+        if (record.numbers.prompt, record.numbers.seed) != (prompt, seed):
+            raise FileError(
+                f"{printable(path)}: expected the clip of {quoted(prompt)[:100]} with seed {seed}, found that of "
+                f"{quoted(record.numbers.prompt)[:100]} with seed {record.numbers.seed}; was it renamed? Delete it"
+            )
+        return record
+
+    def save(self, number: int, record: ClipRecord) -> None:
+        record.save(self._path(number))
+
+    def remove(self) -> None:
+        """Removes what a comparison has written, and the folder where it holds nothing else."""
+        with contextlib.suppress(OSError):
+            for path in (*self.folder.glob(CLIPS), *self.folder.glob(".*.tmp"), self.folder / RUN, self.folder / LOCK):
+                path.unlink(missing_ok=True)
+            self.folder.rmdir()
+
+    def _path(self, number: int) -> Path:
+        return self.folder / CLIPS.replace("*", f"{number:04}")
+
+    def _begin(self, identity: Identity) -> None:
+        try:
+            found = load_document(self.folder / RUN, KIND, Identity)
+        except FileNotFoundError:
+            others = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
+            if others:
+                reason = f"it holds other files ({printable(others[0])[:60]}) and no {RUN}"
+                raise WriteError(self.folder, reason, "name a folder of its own") from None
+            save_document(self.folder / RUN, KIND, identity)
+            return
+        _check_same(self.folder, found, identity)
+
+
+def _check_same(folder: Path, kept: Identity, asked: Identity) -> None:
+    """Of msgspec's plain data, in which a list is a list however it was given."""
+    theirs, mine = msgspec.to_builtins(kept), msgspec.to_builtins(asked)
+    differing = [key for key in mine if mine[key] != theirs[key]]
+    if differing:
+        key = differing[0]
+        raise FileError(
+            f"{printable(folder)}: keeps clips of a comparison with {key} {quoted(theirs[key])[:120]}, this one has "
+            f"{quoted(mine[key])[:120]}: their numbers cannot be mixed. Give the same {', '.join(differing)}, name another "
+            "folder, or delete this one"
+        )
+
+
+def _digest(plan: Plan, options: Mapping[str, Any]) -> str:
+    """Of what a plan does; not of how it was found."""
+    data = {key: value for key, value in plan_file.plain(plan).items() if key not in ("budget", "provenance")}
+    return checksum(
+        {"plan": data, "tensors": {name: _bytes(each) for name, each in sorted(plan.tensors.items())}, **plain(options)}
+    )
+
+
+def _bytes(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data.data).hexdigest()}"
