@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,15 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from diffusers_accel.api import attach
 from diffusers_accel.site import DenseAttention, Engine, Site
 
 Prompt = str | Mapping[str, Any]
-
-# What a search gives to the call itself.
-OURS = ("prompt", "generator", "latents", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,19 @@ class SiteEngine:
 
 class Enough(Exception):
     """Raised in mid-run by what has seen what it came for: the rest of the generation is not needed."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a search or a calibration, whose pipeline is as it was.
+
+    Args:
+        kept: what of the work is kept, and where; the message of the exception says beside that how to go on in Python.
+        go_on: how.
+    """
+
+    def __init__(self, kept: str, go_on: str) -> None:
+        super().__init__(f"interrupted: {kept}. {go_on}")
+        self.kept = kept
 
 
 def run_pipeline(
@@ -61,9 +71,11 @@ def run_pipeline(
         try:
             pipe(**arguments)
             return True
-        except Enough:
+        except BaseException as reason:
             if hasattr(pipe, "maybe_free_model_hooks"):
                 pipe.maybe_free_model_hooks()  # what an offloaded pipeline does at the end of a call
+            if not isinstance(reason, Enough):
+                raise
             return False
 
 
@@ -82,33 +94,21 @@ def as_arguments(prompt: Prompt) -> dict[str, Any]:
     return {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
 
 
-def check_call(call: Mapping[str, Any], prompts: tuple[Prompt, ...]) -> None:
-    """Refuses what a search gives itself, and an empty list of prompts."""
-    for name in OURS:
-        if name in call:
-            raise ValueError(f'call: "{name}" is set by the search (from prompts and seed), take it out')
-    if not prompts:
-        raise ValueError("prompts: expected at least one calibration prompt, found none")
-
-
-def check_callback(pipe: Any) -> None:
-    """Refuses a pipeline that does not show its latents, by which the spans are weighed."""
-    if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
-        raise ValueError(
-            f"{type(pipe).__name__} has no callback_on_step_end, by which a search measures how much each span matters: "
-            "say it yourself with span_weights, one number per span"
-        )
-
-
 def plain(value: Any) -> Any:
-    """`value` as JSON data that is equal for equal values: tensors and arrays by their hash."""
+    """`value` as JSON data that is equal for equal values: tensors, arrays and images by their hash."""
     if isinstance(value, torch.Tensor):
         data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return f"{value.dtype} {list(value.shape)} sha256 {hashlib.sha256(data).hexdigest()[:16]}"
     if isinstance(value, np.ndarray):
         return plain(torch.from_numpy(value))
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (torch.dtype, torch.device)):
+        return str(value)
+    if isinstance(value, Image):
+        return plain(np.asarray(value))
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in sorted(value.items())}
+        return {str(key): plain(item) for key, item in sorted(value.items(), key=lambda pair: str(pair[0]))}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
