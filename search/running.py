@@ -106,7 +106,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, (torch.dtype, torch.device)):
         return str(value)
     if isinstance(value, Image):
-        return plain(np.asarray(value))
+        return plain(np.array(value))
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in sorted(value.items(), key=lambda pair: str(pair[0]))}
     if isinstance(value, (list, tuple)):
