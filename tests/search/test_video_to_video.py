@@ -34,18 +34,15 @@ def tiny_wan_video_to_video() -> WanVideoToVideoPipeline:
 
 
 def video_call() -> dict[str, Any]:
-    # Latents of the noised video: the tiny VAE's encoder is of no interest here.
-    return {**a_call(num_inference_steps=STEPS, output_type="latent"), "strength": STRENGTH} | {
-        "video": torch.rand(1, 3, 5, 64, 64, generator=torch.Generator().manual_seed(0))
-    }
-
-
-def without_frames(call: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in call.items() if name != "num_frames"}  # the video says how many
+    """Of 5 frames, which the video says."""
+    call = a_call(num_inference_steps=STEPS, output_type="latent")
+    del call["num_frames"]
+    video = torch.rand(1, 5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return {**call, "strength": STRENGTH, "video": video}
 
 
 def test_a_whole_search_of_the_steps_that_run(tmp_path: Path) -> None:
-    pipe, call = tiny_wan_video_to_video(), without_frames(video_call())
+    pipe, call = tiny_wan_video_to_video(), video_call()
     plan = search(pipe, None, prompts=1, call=call, dense_steps=0.5, spans=(0.5,), out=tmp_path / "plan.json")
     scores = Scores.load(tmp_path / "plan.scores.safetensors")
     assert scores.steps("transformer").tolist() == [RUN / 2, RUN / 2], "shares of the steps that run"
