@@ -9,7 +9,6 @@ penalty with the opposite sign; Eq. 2 is taken, the only reading that rewards sp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,11 +17,19 @@ import numpy as np
 
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.knapsack import cheapest, knapsack
+from diffusers_accel.search.schedule import is_border, is_open
 from diffusers_accel.search.scores import DENSE, Array, Scores
 
 if TYPE_CHECKING:
     from diffusers_accel.methods import Method
     from diffusers_accel.search.cost import Cost
+
+
+SHARE_MARGIN = 0.1  # by so much attention's measured share is raised before a budget is refused before its time
+
+
+class OutOfReach(ValueError):
+    """No plan keeps the budget; the message says what can be reached."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,8 @@ def assign(
         among: the candidates that may be taken beside dense; None: all.
 
     Raises:
-        ValueError: the budget is out of reach (the message says what can be reached), or an argument does not fit.
+        OutOfReach: no plan keeps the budget.
+        ValueError: an argument does not fit.
     """
     if not scores.passes:
         raise ValueError("the scores hold no finished pass: probe at least one prompt first")
@@ -79,6 +87,39 @@ def assign(
     else:
         choice = _within(budget, scores, tables)
     return _summary(scores, tables, choice)
+
+
+def check_reach(budget: Budget, share: float, open_share: float, of: str) -> None:
+    """Refuses a budget that no plan can keep, as far as that is clear before any candidate was timed or measured.
+
+    Sparse attention that took no time at all would make a generation 1 / (1 - share x open share) times as fast. The share
+    is one measurement of a noisy machine, so it is raised by `SHARE_MARGIN` of itself first: what is refused would have to be
+    that far off.
+
+    Args:
+        share: attention's share of the time of `of`, 0..1; of a step, without what comes before and after the steps, it is an
+            upper bound for that of a generation.
+        open_share: share of the steps at which heads may be sparse, 0..1.
+        of: "a step" or "a generation", for the message.
+
+    Raises:
+        OutOfReach: see above.
+    """
+    if budget.kind == "density" and budget.value < 1 - open_share - 1e-9:
+        raise OutOfReach(_density_out_of_reach(budget, 1 - open_share))
+    if budget.kind == "speedup" and budget.value > largest_speedup((1 + SHARE_MARGIN) * share, open_share):
+        most = largest_speedup(share, open_share)
+        stays = f" and {1 - open_share:.0%} of the steps stay dense" if open_share < 1 else ""
+        raise OutOfReach(
+            f"a speed-up of {budget.value:g} is out of reach: self-attention takes {share:.0%} of {of} here{stays}, so that "
+            f"{most:.2f} is the most even if it took no time at all; ask for less{', or for fewer dense steps' if stays else ''}"
+        )
+
+
+def largest_speedup(share: float, open_share: float) -> float:
+    """Of a generation of which attention takes `share`, if at `open_share` of the steps it took no time."""
+    left = 1 - min(share, 1.0) * open_share
+    return 1 / left if left > 0 else float("inf")
 
 
 @dataclass(frozen=True)
@@ -139,7 +180,7 @@ def _within(budget: Budget, scores: Scores, tables: Mapping[str, _Table]) -> dic
         choice = knapsack(error, cost, limit)
     except ValueError:
         least = float(np.where(np.isfinite(error), cost, np.inf).min(1).sum()) / dense
-        raise ValueError(_out_of_reach(scores, budget, least)) from None
+        raise OutOfReach(_out_of_reach(scores, budget, least)) from None
     sizes = np.cumsum([tables[name].error[..., 0].size for name in names])[:-1]
     return {name: part.reshape(tables[name].error.shape[:-1]) for name, part in zip(names, np.split(choice, sizes))}
 
@@ -152,14 +193,18 @@ def _attention_ratio(scores: Scores, speedup: float) -> float:
 
 def _out_of_reach(scores: Scores, budget: Budget, least: float) -> str:
     if budget.kind == "density":
-        found = f"the sparsest plan has {least:.3f}"
-        return f"a density of {budget.value:g} is out of reach: {found}; allow more, or fewer dense steps"
+        return _density_out_of_reach(budget, least)
     share = scores.attention_share
     most = 1 / (1 - share + share * least)
     return (
         f"a speed-up of {budget.value:g} is out of reach: self-attention takes {share:.0%} of a generation here and the "
         f"fastest plan leaves {least:.0%} of that, so that {most:.2f} is the most; ask for less, or for fewer dense steps"
     )
+
+
+def _density_out_of_reach(budget: Budget, least: float) -> str:
+    found = f"the sparsest plan has {least:.3f}"
+    return f"a density of {budget.value:g} is out of reach: {found}; allow more, or fewer dense steps"
 
 
 def _summary(scores: Scores, tables: Mapping[str, _Table], choice: dict[str, Array]) -> Assignment:
@@ -184,9 +229,9 @@ def _span_weights(scores: Scores, weights: Sequence[float] | None) -> Array:
 
 
 def _open_spans(scores: Scores, dense_steps: float) -> Array:
-    borders = [start for start, _ in scores.spans] + [1.0]
-    if not any(math.isclose(dense_steps, border, abs_tol=1e-9) for border in borders):
+    if not is_border(scores.spans, dense_steps):
+        borders = [start for start, _ in scores.spans] + [1.0]
         raise ValueError(
             f"dense_steps must be a border of the probed spans {borders}, found {dense_steps}; probe again"
         )
-    return np.array([start >= dense_steps - 1e-9 for start, _ in scores.spans])
+    return np.array([is_open(span, dense_steps) for span in scores.spans])

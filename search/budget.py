@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from diffusers_accel.files import quoted
+from diffusers_accel.search.checks import real_number
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -18,10 +21,19 @@ class Budget:
     cost: Literal["time", "blocks"] = "blocks"
 
     def __post_init__(self) -> None:
+        for name, allowed in _WORDS.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, found {quoted(getattr(self, name))}")
+        for name in ("value", "penalty"):
+            # numpy's numbers become plain ones, for the plan file
+            object.__setattr__(self, name, real_number(f"Budget.{self.kind}", getattr(self, name)))
         if self.kind == "speedup" and not (math.isfinite(self.value) and self.value >= 1):
-            raise ValueError(f"a speed-up is a factor of 1 or more, found {self.value}")
-        if self.kind == "density" and not 0 <= self.value <= 1:
-            raise ValueError(f"a density is a share of block pairs, expected in [0, 1], found {self.value}")
+            raise ValueError(f"a speed-up is a factor, expected 1 or more, found {self.value}")
+        if self.kind == "density" and not 0 < self.value <= 1:
+            raise ValueError(
+                f"a density is a share of block pairs, expected in (0, 1], found {self.value:g}; 0 would leave no attention "
+                "at all, and 0.1 is the least that the candidates are made for"
+            )
         if self.kind == "paper" and not (self.value >= 0 and math.isfinite(self.penalty) and self.penalty >= 0):
             raise ValueError(f"epsilon and lambda are 0 or more, found epsilon {self.value}, lambda {self.penalty}")
 
@@ -35,7 +47,7 @@ class Budget:
 
     @classmethod
     def density(cls, density: float) -> Budget:
-        """Least error at which the mean density of the whole run, dense steps included, is at most `density`."""
+        """Least error at which the mean density of the whole run, dense steps included, is at most `density`, in (0, 1]."""
         return cls("density", density)
 
     @classmethod
@@ -59,7 +71,11 @@ class Budget:
         return cls("paper", epsilon, lam, mse, cost)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for a plan."""
+        """Plain data for a plan; an infinite epsilon, which JSON has no number for, as "infinity"."""
         if self.kind == "paper":
-            return {"kind": "paper", "epsilon": self.value, "lambda": self.penalty, "mse": self.mse, "cost": self.cost}
+            epsilon = self.value if math.isfinite(self.value) else "infinity"
+            return {"kind": "paper", "epsilon": epsilon, "lambda": self.penalty, "mse": self.mse, "cost": self.cost}
         return {"kind": self.kind, "value": self.value}
+
+
+_WORDS = {"kind": ("speedup", "density", "paper"), "mse": ("mean", "relative"), "cost": ("time", "blocks")}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from diffusers_accel.families import find
+from diffusers_accel.files import quoted
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Method, Patches, Reuse, Skip, Stored, Stripe
 
 DENSITIES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
@@ -107,6 +108,14 @@ SETS: dict[str, Callable[[list[float], bool], list[Method]]] = {
 
 def check_candidates(methods: Sequence[Method]) -> tuple[Method, ...]:
     """`methods` as a tuple, once it is clear that the first one and only that is dense and that none repeats."""
+    if isinstance(methods, (str, Method)) or not isinstance(methods, Sequence):
+        raise TypeError(
+            f"candidates: expected a list of methods, the first of them dense, found {quoted(methods)}; "
+            "start from diffusers_accel.search.candidates.candidates()"
+        )
+    for index, method in enumerate(methods):
+        if not isinstance(method, Method):
+            raise TypeError(f"candidates[{index}]: expected a Method, found {quoted(method)}")
     if not methods or not methods[0].dense or any(method.dense for method in methods[1:]):
         raise ValueError(
             f"the first candidate, and no other, must be dense, found {[method.label for method in methods]}; "

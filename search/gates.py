@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.drift import Calibration
-from diffusers_accel.families import find
+from diffusers_accel.files import quoted
 from diffusers_accel.identity import plain
+from diffusers_accel.interrupted import Interrupted
 from diffusers_accel.kernels.attention import attention
 from diffusers_accel.kernels.kept import kept
 from diffusers_accel.kernels.pattern import BlockPattern, head_index
@@ -31,7 +32,9 @@ from diffusers_accel.memory import mixed
 from diffusers_accel.methods import BLOCK, Context, Draft, Method, Order, Reuse, Stored
 from diffusers_accel.methods.draft import video_blocks
 from diffusers_accel.plan import Plan
-from diffusers_accel.search.running import Prompt, SiteEngine, check_call, now, prompt_label, run_pipeline
+from diffusers_accel.search.arguments import check_call, check_pipeline, check_prompts
+from diffusers_accel.search.checks import whole_number
+from diffusers_accel.search.running import Prompt, SiteEngine, now, prompt_label, run_pipeline
 from diffusers_accel.search.screen import Screen
 from diffusers_accel.site import DenseAttention, Engine, Site
 
@@ -71,22 +74,27 @@ def calibrate_gates(
         The plan, its reusing methods gated, with the tensors "refresh/<transformer>" and what `summary` tells in its provenance.
 
     Raises:
-        ValueError: an argument is wrong, the plan does not fit the pipeline, or none of its heads can reuse; the message says
-            what to do.
+        TypeError, ValueError: an argument is wrong, the plan does not fit the pipeline, or none of its heads can reuse; the
+            message says what to do.
+        Interrupted: a KeyboardInterrupt; nothing is kept.
     """
-    prompts = tuple(prompts)
-    arguments = dict(call or {})
-    check_call(arguments, prompts)
+    found = check_pipeline(pipe)
+    prompts = check_prompts(pipe, prompts)
+    arguments = check_call(pipe, {} if call is None else call)
+    seed = whole_number("seed", seed, 0)
     check_gated(plan, gamma, max_lse_change)
-    found = find(pipe)
     shapes = {name: family.shape(module) for name, (module, family) in found.items()}
     plan.check(shapes, family=next(iter(found.values()))[1].name)
     watch = Watch(plan, gamma, max_lse_change)
-    with Screen(progress).bar("gates", 100 * len(prompts)) as advance:
-        for number, prompt in enumerate(prompts):
-            watch.begin(partial(_advance, advance, number))
-            run_pipeline(pipe, watch.engine, prompt, arguments, seed + number)
-            _advance(advance, number, 1.0)
+    try:
+        with Screen(progress).bar("gates", 100 * len(prompts)) as advance:
+            for number, prompt in enumerate(prompts):
+                watch.begin(partial(_advance, advance, number))
+                run_pipeline(pipe, watch.engine, prompt, arguments, seed + number)
+                _advance(advance, number, 1.0)
+    except KeyboardInterrupt as error:
+        kept = "nothing is kept, as a calibration takes all prompts in one go"
+        raise Interrupted(kept, "Call calibrate_gates again with the same arguments; it begins anew") from error
     gates = {name: watch.gate(name) for name in plan.models if _reusing(plan, name)}
     counts = _counts(plan, gates, watch)
     _check_compared(counts)
@@ -110,6 +118,8 @@ def calibrate_gates(
 
 def check_gated(plan: Plan, gamma: float, max_lse_change: float) -> None:
     """Refuses a plan without heads that reuse, and thresholds that are none; needs no pipeline."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a Plan (Plan.load reads one), found {quoted(plan)}")
     Calibration(1, 1, 1, gamma=gamma, max_lse_change=max_lse_change)
     if math.isinf(max_lse_change):
         raise ValueError(

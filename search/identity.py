@@ -10,6 +10,7 @@ import diffusers
 import torch
 
 import diffusers_accel
+from diffusers_accel.files import quoted
 from diffusers_accel.identity import Found, fingerprint, model_name, plain
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.search.cost import describe_device
@@ -44,29 +45,56 @@ def check_same_search(
     theirs = {**scores.config, "models": scores.models, "candidates": scores.candidates, "spans": scores.spans}
     for key in sorted({*mine, *theirs}):
         if mine.get(key) != theirs.get(key):
+            what, other, own = _difference(key, theirs.get(key), mine.get(key))
             raise ValueError(
-                f"{where} was measured with {key} = {theirs.get(key)}, this search has {mine.get(key)}: their scores cannot "
-                f"be mixed. Give the search another scores_path, or the same {key}"
+                f"{where} was measured with {what} = {quoted(other)}, this search has {quoted(own)}: their scores cannot "
+                f"be mixed. Give the search another scores_path, or the same {what}"
             )
     for number, (done, prompt) in enumerate(zip(scores.passes, prompts)):
         if done.prompt != prompt:
             raise ValueError(
-                f"{where}: prompt {number} was {done.prompt!r}, this search has {prompt!r}; prompts can be added at the end "
-                "only. Give the search another scores_path"
+                f"{where}: prompt {number} was {quoted(done.prompt)}, this search has {quoted(prompt)}; prompts can be added "
+                "at the end only. Give the search another scores_path"
             )
     if len(scores.passes) > len(prompts):
         found = f"{where} holds {len(scores.passes)} prompts, this search has {len(prompts)}"
         raise ValueError(f"{found}: give it all of them")
 
 
-def versions(pipe: Any, layout: TokenLayout) -> dict[str, Any]:
-    """What a plan's provenance says beside the configuration."""
+def check_layout(scores: Scores, found: TokenLayout, where: str) -> None:
+    """Refuses to go on at another size, which prompts that bring their own arguments may have."""
+    if scores.layout != found:
+        raise ValueError(
+            f"{where} was measured at {scores.layout}, this call has {found}: their scores cannot be mixed. Give the search "
+            "another scores_path, or the same size"
+        )
+
+
+def _difference(key: str, other: Any, own: Any) -> tuple[str, Any, Any]:
+    """The path of what differs, and both values: of mappings the first entry, of methods their labels."""
+    if isinstance(other, Mapping) and isinstance(own, Mapping):
+        inner = next(name for name in sorted({*other, *own}) if other.get(name, key) != own.get(name, key))
+        return f"{key}.{inner}", other.get(inner), own.get(inner)
+    if key == "candidates":
+        return key, [method.label for method in other], [method.label for method in own]
+    return key, other, own
+
+
+def environment(pipe: Any) -> dict[str, str]:
+    """The versions and the device with which a search measures."""
     return {
         "diffusers_accel": diffusers_accel.__version__,
         "diffusers": diffusers.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": describe_device(torch.device(pipe._execution_device)),
+    }
+
+
+def versions(pipe: Any, layout: TokenLayout) -> dict[str, Any]:
+    """What a plan's provenance says beside the configuration."""
+    return {
+        **environment(pipe),
         "layout": {
             "frames": layout.frames,
             "height": layout.height,

@@ -15,6 +15,7 @@ from diffusers_accel.plan import Plan, Span
 from diffusers_accel.search.assign import Assignment
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.cost import Cost
+from diffusers_accel.search.predicted import latents_error, warnings
 from diffusers_accel.search.schedule import stored_axes, stored_densities
 from diffusers_accel.search.scores import Array, Scores
 from diffusers_accel.search.stored_masks import stored_tensors
@@ -23,7 +24,8 @@ SYMBOLS = string.ascii_letters + string.digits[1:]  # beside "." and "0"
 
 
 def make_plan(scores: Scores, cost: Cost, assignment: Assignment, budget: Budget) -> Plan:
-    """The plan of an assignment, with what its methods read and where it comes from."""
+    """The plan of an assignment, with what its methods read and where it comes from; what speaks against its use stands in
+    its provenance, "warnings"."""
     methods, spans = head_strings(scores, assignment.choice)
     return Plan(
         family=scores.family,
@@ -108,7 +110,9 @@ def _provenance(scores: Scores, cost: Cost, assignment: Assignment) -> dict[str,
             "attention_ratio": assignment.attention_ratio,
             "attention_share": scores.attention_share,
             "speedup": assignment.speedup,
+            "latents_error": latents_error(scores, assignment.choice),
         },
+        **({"warnings": found} if (found := warnings(scores, assignment)) else {}),
     }
 
 

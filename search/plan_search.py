@@ -4,36 +4,57 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from diffusers_accel.families import find
+from diffusers_accel.files import only_writer
+from diffusers_accel.interrupted import Interrupted
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import Method
 from diffusers_accel.plan import Plan
-from diffusers_accel.search.assign import assign
+from diffusers_accel.search.arguments import (
+    borders,
+    check_budget,
+    check_call,
+    check_callback,
+    check_pipeline,
+    check_prompts,
+    check_weights,
+)
+from diffusers_accel.search.assign import OutOfReach, assign, check_reach
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.candidates import candidates_for, check_candidates
+from diffusers_accel.search.checks import whole_number
 from diffusers_accel.search.cost import Cost
-from diffusers_accel.search.identity import check_same_search, configuration, versions
+from diffusers_accel.search.identity import (
+    Found,
+    check_layout,
+    check_same_search,
+    configuration,
+    environment,
+    versions,
+)
+from diffusers_accel.search.keeping import Keeper, cached_scores, check_places, cost_file
 from diffusers_accel.search.plan_making import make_plan
+from diffusers_accel.search.predicted import span_errors
 from diffusers_accel.search.probe import PassProbe, measuring_bytes
-from diffusers_accel.search.running import Prompt, check_call, check_callback, now, prompt_label, run_pipeline
-from diffusers_accel.search.schedule import Schedule, Settings
+from diffusers_accel.search.running import Prompt, now, prompt_label, run_pipeline
+from diffusers_accel.search.schedule import Schedule, Settings, open_share
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.search.screen import Screen, clock
-from diffusers_accel.search.sensitivity import Dense, LastLatents, impact, plan_engine, span_choice, summed_error
+from diffusers_accel.search.sensitivity import Dense, LastLatents, impact, plan_engine, span_choice
 from diffusers_accel.search.trial import CostTimer, Stopwatch, Trial
 from diffusers_accel.site import Engine, Site
 
-SPANS = (0.1, 0.3, 0.6)  # borders: short spans first, where one step differs most from the next
 ROWS = 256
 COST_SECONDS = 10.0
+GO_ON = "Call search_plan again with the same arguments and it goes on from there"
 
 
 def search_plan(
@@ -42,6 +63,7 @@ def search_plan(
     *,
     call: Mapping[str, Any],
     budget: Budget,
+    out: str | os.PathLike[str] | None = None,
     candidates: Sequence[Method] | None = None,
     spans: Sequence[float] | None = None,
     dense_steps: float = 0.0,
@@ -55,12 +77,14 @@ def search_plan(
     """Profiles each head on calibration prompts and returns the plan with the least error inside the budget.
 
     The pipeline is used as it is (LoRA, offload, quantisation, attention backend) and left as it was, also after Ctrl-C.
+    What is measured is kept in a file after each prompt, and the same search goes on from there.
 
     Args:
         pipe: a loaded diffusers video pipeline.
         prompts: calibration prompts, one generation each; a mapping gives other arguments, such as prompt_embeds.
         call: all further arguments of `pipe(...)`: size, frames, steps, guidance. A plan is for this size and schedule.
         budget: `Budget.speedup(1.4)`, `Budget.density(0.3)` or `Budget.paper(epsilon, lam)`.
+        out: the plan file (.json) to write; that it can be written is made sure before the work.
         candidates: methods to choose from, the first of them dense; None: `search.candidates.candidates_for(pipe)`. Stored
             masks among them are chosen on the first prompt and judged on the others, so that one prompt is too few for them.
         spans: inner borders of the stretches of the schedule that are decided separately, ascending in (0, 1); None:
@@ -70,37 +94,70 @@ def search_plan(
         seed: of the noise of prompt i (seed + i) and of the sampled rows.
         rows: sampled query rows per measured call.
         probe_steps: measured steps per span and prompt.
-        scores_path: file (.safetensors) that keeps what was measured. If it exists, the search goes on from there: more
-            prompts can be added, another budget costs seconds. The kernel times are kept beside it as .cost.json.
+        scores_path: file (.safetensors) that keeps what was measured, for this search alone while it runs; None: beside `out`,
+            else in the user's cache. If it exists, the search goes on from there: more prompts can be added, another budget
+            costs seconds. The kernel times are kept beside it as .cost.json.
         progress: print the estimate and show progress on stderr.
 
+    Returns:
+        The plan. What speaks against its use (it is slower than dense, it ruins the result) is said on the screen, or in the
+        log without `progress`, and stands in `provenance["warnings"]`.
+
     Raises:
-        ValueError: an argument is wrong, the budget is out of reach, or `scores_path` holds another search's scores; the
-            message says what to do.
+        TypeError, ValueError: an argument is wrong, or `scores_path` holds another search's scores, or another search measures
+            into it; before anything runs.
+        OSError: a file cannot be written; before anything runs, where that shows by then.
+        OutOfReach: a ValueError, no plan keeps the budget; as soon as that is clear.
+        Interrupted: a KeyboardInterrupt, which says what is kept.
     """
-    prompts = tuple(prompts)
-    check_call(call, prompts)
-    edges = _borders(spans, dense_steps)
+    found = check_pipeline(pipe)
+    prompts = check_prompts(pipe, prompts)
+    call = check_call(pipe, call)
+    check_budget(budget)
+    edges = borders(spans, dense_steps)
+    weights = check_weights(span_weights, len(edges))
     chosen = check_candidates(candidates_for(pipe) if candidates is None else candidates)
-    settings = Settings(chosen, edges, rows, probe_steps, seed)
-    screen = Screen(progress)
-    measures_spans = span_weights is None and budget.kind != "paper" and len(edges) > 1
+    settings = Settings(
+        chosen,
+        edges,
+        whole_number("rows", rows, 2),
+        whole_number("probe_steps", probe_steps, 1),
+        whole_number("seed", seed, 0),
+    )
+    measures_spans = weights is None and budget.kind != "paper" and len(edges) > 1
     if measures_spans:
         check_callback(pipe)
-    search = _Search(pipe, prompts, dict(call), settings, screen, measures_spans)
-    path = None if scores_path is None else Path(scores_path)
-    scores = search.probe(path)
-    cost = search.cost(scores)
-    if path is not None:
-        cost.save(path.with_suffix(".cost.json"))
-    if measures_spans:
-        scores = search.spans(scores, path)
-    assignment = assign(scores, cost, budget, dense_steps=dense_steps, span_weights=span_weights)
-    screen.say(
-        f"plan: expected {assignment.speedup:.2f}x, density {assignment.density:.2f}, "
-        f"attention {assignment.attention_ratio:.0%} of dense, error {assignment.error:.2g}"
-    )
-    return make_plan(scores, cost, assignment, budget)
+    plan_file, scores_file = check_places(out, scores_path)
+    screen = Screen(progress)
+    search = _Search(pipe, found, prompts, call, settings, Ask(budget, dense_steps, weights), screen, measures_spans)
+    path = scores_file or cached_scores(search.identity())
+    keeper = Keeper(path, partial(search.check, str(path)), len(prompts), len(edges))
+    with only_writer(path, "another search measures into it"), _telling(keeper):
+        screen.say(f"measured passes are kept in {path}")
+        plan = search.plan(keeper)
+        if plan_file is not None:
+            plan.save(plan_file)
+    return plan
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is asked of the plan, and of no measurement."""
+
+    budget: Budget
+    dense_steps: float
+    span_weights: tuple[float, ...] | None
+
+
+@contextmanager
+def _telling(keeper: Keeper) -> Iterator[None]:
+    """Whatever ends a search early says what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(keeper.kept(), GO_ON) from error
+    except OutOfReach as error:
+        raise OutOfReach(f"{error}. Of the search, {keeper.kept()}") from error
 
 
 class _Search:
@@ -109,9 +166,11 @@ class _Search:
     def __init__(
         self,
         pipe: Any,
+        found: Found,
         prompts: tuple[Prompt, ...],
         call: dict[str, Any],
         settings: Settings,
+        ask: Ask,
         screen: Screen,
         measures_spans: bool,
     ) -> None:
@@ -119,64 +178,105 @@ class _Search:
         self.prompts = prompts
         self.call = call
         self.settings = settings
+        self.ask = ask
         self.screen = screen
         self.measures_spans = measures_spans
         self.reference: Tensor | None = None  # final latents of the first prompt, dense
-        self.found = find(pipe)
-        self.models = {name: family.shape(module) for name, (module, family) in self.found.items()}
-        self.family = next(iter(self.found.values()))[1].name
-        self.config = configuration(pipe, self.found, call, settings)
+        self.labels = [prompt_label(prompt) for prompt in prompts]
+        self.models = {name: family.shape(module) for name, (module, family) in found.items()}
+        self.family = next(iter(found.values()))[1].name
+        self.config = configuration(pipe, found, call, settings)
 
-    def probe(self, path: Path | None) -> Scores:
-        """The scores of all prompts; passes that `path` holds are not run again."""
-        scores = Scores.load(path) if path is not None and path.exists() else None
-        if scores is not None:
-            labels = [prompt_label(prompt) for prompt in self.prompts]
-            check_same_search(scores, str(path), self.config, self.models, self.settings, labels)
+    def identity(self) -> dict[str, Any]:
+        """JSON data that is equal for searches that go on with each other's scores without being told to."""
+        return {
+            **self.config,
+            "models": {name: asdict(model) for name, model in self.models.items()},
+            "candidates": [method.to_json() for method in self.settings.candidates],
+            "spans": self.settings.spans,
+            "prompts": self.labels,
+            **environment(self.pipe),
+        }
+
+    def check(self, where: str, scores: Scores) -> None:
+        """Refuses scores that another search measured."""
+        check_same_search(scores, where, self.config, self.models, self.settings, self.labels)
+
+    def plan(self, keeper: Keeper) -> Plan:
+        """The whole search; what it measures is kept on the way."""
+        scores = self.probe(keeper)
+        cost = self.cost(scores, keeper.path)
+        cost.save(cost_file(keeper.path))
+        ask = self.ask
+        if self.measures_spans:
+            # How spans are weighed decides nothing about what can be reached, so that is known before they are measured.
+            assign(scores, cost, ask.budget, dense_steps=ask.dense_steps)
+            scores = self.spans(scores, keeper)
+        found = assign(scores, cost, ask.budget, dense_steps=ask.dense_steps, span_weights=ask.span_weights)
+        self.screen.say(
+            f"plan: expected {found.speedup:.2f}x, density {found.density:.2f}, "
+            f"attention {found.attention_ratio:.0%} of dense, error {found.error:.2g}"
+        )
+        plan = make_plan(scores, cost, found, ask.budget)
+        for warning in plan.provenance.get("warnings", ()):
+            self.screen.warn(warning)
+        return plan
+
+    def probe(self, keeper: Keeper) -> Scores:
+        """The scores of all prompts; passes that were kept are not run again."""
+        scores = keeper.load()
         done = len(scores.passes) if scores else 0
         if scores and done >= len(self.prompts):
-            self.screen.say(f"probe: all {done} prompts were finished before, in {path}")
+            self.screen.say(f"probe: all {done} prompts were finished before")
             return scores
         trial = self._trial()
+        self._check_reach(trial.attention_share, trial.steps, "a step")
         if scores is None:
             scores = self._empty(trial.layout, trial.steps)
+        check_layout(scores, trial.layout, str(keeper.path))
         self._estimate(trial, done)
         if self.settings.stores and len(self.prompts) == 1:
             self.screen.say(
                 "stored masks cannot be chosen: the first prompt makes them, it takes a second one to judge them"
             )
-        left = range(done, len(self.prompts))
-        with self.screen.bar("probe", trial.steps * len(left)) as advance:
-            for number in left:
-                scores = self._pass(scores, trial, number, partial(_advance, advance, trial.steps * (number - done)))
-                if path is not None:
-                    scores.save(path)
+        with self.screen.bar("probe", trial.steps * (len(self.prompts) - done)) as advance:
+            while (number := len(scores.passes)) < len(self.prompts):
+                on_step = partial(_advance, advance, trial.steps * (number - done))
+                scores = keeper.save(self._pass(scores, trial, number, on_step))
+                self._check_reach(scores.attention_share, trial.steps, "a generation")
         return scores
 
-    def cost(self, scores: Scores) -> Cost:
+    def cost(self, scores: Scores, path: Path) -> Cost:
         """The time of every candidate on this pipeline's device, at its shape, with its attention backend."""
         with self.screen.bar("cost", 100) as advance:
-            timer = CostTimer(scores, COST_SECONDS, lambda share: advance(int(100 * share)))
+            timer = CostTimer(scores, str(path), COST_SECONDS, lambda share: advance(int(100 * share)))
             run_pipeline(self.pipe, timer.engine, self.prompts[0], self.call, self.settings.seed)
-        assert timer.cost is not None, "the probe has seen self-attention, so the same call has it too"
         return timer.cost
 
-    def spans(self, scores: Scores, path: Path | None) -> Scores:
-        """The scores with the impact of every span; those that `path` holds are not measured again."""
+    def spans(self, scores: Scores, keeper: Keeper) -> Scores:
+        """The scores with the impact of every span; those that were kept are not measured again."""
         first = len(scores.impacts)
         if first == len(scores.spans):
             return scores
         with self.screen.bar("spans", 100 * (len(scores.spans) - first)) as advance:
-            for span in range(first, len(scores.spans)):
+            while (span := len(scores.impacts)) < len(scores.spans):
                 value = self._impact(scores, span, partial(_advance, advance, 100 * (span - first)))
-                scores = replace(scores, impacts=(*scores.impacts, value))
-                if path is not None:
-                    scores.save(path)
+                scores = keeper.save(replace(scores, impacts=(*scores.impacts, value)))
         return scores
+
+    def _check_reach(self, share: float, steps: int, of: str) -> None:
+        check_reach(self.ask.budget, share, open_share(self.settings.spans, steps, self.ask.dense_steps), of)
+
+    def _out_of_reach(self, trial: Trial) -> bool:
+        try:
+            self._check_reach(trial.attention_share, trial.steps, "a step")
+        except OutOfReach:
+            return True
+        return False
 
     def _impact(self, scores: Scores, span: int, on_percent: Callable[[int], None]) -> float:
         choice = span_choice(scores, span)
-        if not summed_error(scores, choice):
+        if not span_errors(scores, choice).any():
             return 1.0  # no call falls into this span
         if self.reference is None:
             self.reference = self._latents(lambda site: Dense(), lambda percent: None)
@@ -186,7 +286,6 @@ class _Search:
         """Final latents of the first prompt."""
         last = LastLatents(stop=True, on_share=lambda share: on_percent(int(100 * share)))
         run_pipeline(self.pipe, make_engine, self.prompts[0], self.call, self.settings.seed, last)
-        assert last.latents is not None
         return last.latents
 
     def _pass(self, scores: Scores, trial: Trial, number: int, on_step: Callable[[int], None]) -> Scores:
@@ -212,7 +311,7 @@ class _Search:
         def make_probe(layout: TokenLayout, steps: int) -> PassProbe:
             return PassProbe(self.settings, self.models, layout, steps, self._empty(layout, steps).sums, 0)
 
-        stopwatch = Stopwatch(make_probe)
+        stopwatch = Stopwatch(make_probe, self._out_of_reach)
         run_pipeline(self.pipe, stopwatch.engine, self.prompts[0], self.call, self.settings.seed)
         return stopwatch.result()
 
@@ -252,13 +351,3 @@ class _Search:
 
 def _advance(advance: Callable[[int], None], before: int, step: int) -> None:
     advance(before + step)
-
-
-def _borders(spans: Sequence[float] | None, dense_steps: float) -> tuple[tuple[float, float], ...]:
-    if not 0 <= dense_steps <= 1:
-        raise ValueError(f"dense_steps is a share of the schedule, expected in [0, 1], found {dense_steps}")
-    inner = sorted({*SPANS, dense_steps} - {0.0, 1.0}) if spans is None else [float(border) for border in spans]
-    if any(not 0 < border < 1 for border in inner) or sorted(set(inner)) != inner:
-        raise ValueError(f"spans are inner borders of the schedule, ascending in (0, 1), found {spans}")
-    edges = [0.0, *inner, 1.0]
-    return tuple(zip(edges, edges[1:]))

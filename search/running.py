@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,9 +16,6 @@ from diffusers_accel.identity import plain
 from diffusers_accel.site import DenseAttention, Engine, Site
 
 Prompt = str | Mapping[str, Any]
-
-# What a search gives to the call itself.
-OURS = ("prompt", "generator", "latents", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
 
 
 @dataclass(frozen=True)
@@ -60,9 +56,11 @@ def run_pipeline(
         try:
             pipe(**arguments)
             return True
-        except Enough:
+        except BaseException as reason:
             if hasattr(pipe, "maybe_free_model_hooks"):
                 pipe.maybe_free_model_hooks()  # what an offloaded pipeline does at the end of a call
+            if not isinstance(reason, Enough):
+                raise
             return False
 
 
@@ -79,24 +77,6 @@ def now(site: Site) -> tuple[int, int]:
 
 def as_arguments(prompt: Prompt) -> dict[str, Any]:
     return {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
-
-
-def check_call(call: Mapping[str, Any], prompts: tuple[Prompt, ...]) -> None:
-    """Refuses what a search gives itself, and an empty list of prompts."""
-    for name in OURS:
-        if name in call:
-            raise ValueError(f'call: "{name}" is set by the search (from prompts and seed), take it out')
-    if not prompts:
-        raise ValueError("prompts: expected at least one calibration prompt, found none")
-
-
-def check_callback(pipe: Any) -> None:
-    """Refuses a pipeline that does not show its latents, by which the spans are weighed."""
-    if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
-        raise ValueError(
-            f"{type(pipe).__name__} has no callback_on_step_end, by which a search measures how much each span matters: "
-            "say it yourself with span_weights, one number per span"
-        )
 
 
 def prompt_label(prompt: Prompt) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -82,6 +83,21 @@ def span_index(spans: Sequence[tuple[float, float]], step: int, steps: int) -> i
     """The span that a step belongs to: the one that holds its middle, as in `Plan.span_at`."""
     middle = (step + 0.5) / steps
     return next(index for index, (_, stop) in enumerate(spans) if middle < stop or index == len(spans) - 1)
+
+
+def is_border(spans: Sequence[tuple[float, float]], share: float) -> bool:
+    """Whether a span begins or ends at that share of the schedule."""
+    return any(math.isclose(share, border, abs_tol=1e-9) for border in (*(start for start, _ in spans), 1.0))
+
+
+def is_open(span: tuple[float, float], dense_steps: float) -> bool:
+    """Whether heads may be sparse in a span where the first `dense_steps` of the schedule stay dense."""
+    return span[0] >= dense_steps - 1e-9
+
+
+def open_share(spans: Sequence[tuple[float, float]], steps: int, dense_steps: float) -> float:
+    """Share of the steps at which heads may be sparse."""
+    return sum(is_open(spans[span_index(spans, step, steps)], dense_steps) for step in range(steps)) / steps
 
 
 def chosen_steps(spans: Sequence[tuple[float, float]], steps: int, per_span: int) -> frozenset[int]:

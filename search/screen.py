@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from diffusers_accel.log import LOG
+
 
 class Screen:
     """Prints nothing when `shown` is False."""
@@ -17,6 +19,13 @@ class Screen:
 
     def say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Says what nobody should miss: in the log where the screen shows nothing."""
+        if self._console.quiet:
+            LOG.warning("%s", text)
+        else:
+            self.say(f"WARNING: {text}")
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:

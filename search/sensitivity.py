@@ -19,6 +19,7 @@ from diffusers_accel.memory import Memories
 from diffusers_accel.plan import Plan
 from diffusers_accel.search.knapsack import knapsack
 from diffusers_accel.search.plan_making import head_strings, joined_spans, plan_tensors
+from diffusers_accel.search.predicted import span_errors
 from diffusers_accel.search.running import Enough
 from diffusers_accel.search.scores import DENSE, Array, Scores
 from diffusers_accel.site import DenseAttention, Engine, Site
@@ -50,15 +51,6 @@ def span_choice(scores: Scores, span: int) -> dict[str, Array]:
     return choice
 
 
-def summed_error(scores: Scores, choice: Mapping[str, Array]) -> float:
-    """What the probe predicts for a choice: its errors, summed over calls, layers and heads."""
-    total = 0.0
-    for name, chosen in choice.items():
-        error = np.nan_to_num(np.take_along_axis(scores.error(name), chosen[..., None], -1)[..., 0])
-        total += float((error.sum((1, 2)) * scores.calls(name)).sum())
-    return total
-
-
 def plan_engine(scores: Scores, choice: Mapping[str, Array]) -> Callable[[Site], Engine]:
     """`make_engine` for the plan of a choice."""
     methods, spans = head_strings(scores, choice)
@@ -77,18 +69,33 @@ class LastLatents:
     """
 
     def __init__(self, stop: bool, on_share: Callable[[float], None] = lambda share: None) -> None:
-        self.latents: Tensor | None = None
+        self._latents: Tensor | None = None
         self._stop = stop
         self._on_share = on_share
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        steps = len(pipe.scheduler.timesteps)
-        self._on_share((step + 1) / steps)
-        if step + 1 == steps:
-            self.latents = tensors["latents"].detach().double().cpu()
-            if self._stop:
-                raise Enough
+        steps = steps_that_run(pipe)
+        self._on_share(min(1.0, (step + 1) / steps))
+        self._latents = tensors["latents"]
+        if step + 1 == steps and self._stop:
+            raise Enough
         return {}
+
+    @property
+    def latents(self) -> Tensor:
+        """fp64, on the CPU; call it after the run."""
+        if self._latents is None:
+            raise RuntimeError(
+                "the pipeline showed no latents at the end of its steps (callback_on_step_end), by which a search measures how "
+                "much each span matters: say it yourself with span_weights, one number per span"
+            )
+        return self._latents.detach().double().cpu()
+
+
+def steps_that_run(pipe: Any) -> int:
+    """Of the schedule of the running call: video to video with a strength below 1 leaves the first ones out."""
+    steps = getattr(pipe, "_num_timesteps", None)
+    return steps if isinstance(steps, int) and steps > 0 else len(pipe.scheduler.timesteps)
 
 
 def impact(scores: Scores, choice: Mapping[str, Array], latents: Tensor, reference: Tensor) -> float:
@@ -96,4 +103,4 @@ def impact(scores: Scores, choice: Mapping[str, Array], latents: Tensor, referen
     drift = float((latents - reference).square().sum() / reference.square().sum())
     if not math.isfinite(drift):
         raise ValueError("the final latents are not finite: does the pipeline give a video without the search?")
-    return drift / summed_error(scores, choice)
+    return drift / float(span_errors(scores, choice).sum())

@@ -13,12 +13,15 @@ from torch import Tensor
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import Context, Stored
 from diffusers_accel.search.cost import Cost, alike, describe_device, launch_all, time_candidates
+from diffusers_accel.search.identity import check_layout
 from diffusers_accel.search.probe import PassProbe
 from diffusers_accel.search.running import Enough, SiteEngine, now
 from diffusers_accel.search.schedule import stored_densities
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.search.stored_masks import stored_tensors
-from diffusers_accel.site import DenseAttention, Engine, Site
+from diffusers_accel.site import DenseAttention, Engine, Site, Timer
+
+MOST_STEPS = 3  # that are timed
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Trial:
         calibrate_seconds: what choosing the stored masks of a layer takes; 0 without such candidates.
         step_seconds: what a dense step takes.
         calls: self-attention calls of a layer in a step, all branches together.
+        attention_share: of a step's time; of several timed steps the largest.
     """
 
     layout: TokenLayout
@@ -40,15 +44,29 @@ class Trial:
     calibrate_seconds: float
     step_seconds: float = 0.0
     calls: int = 0
+    attention_share: float = 0.0
 
 
 class Stopwatch:
-    """Measures one call with `make_probe`'s probe, then times the first step and stops the generation."""
+    """Measures one call with `make_probe`'s probe, then times the first step and stops the generation.
 
-    def __init__(self, make_probe: Callable[[TokenLayout, int], PassProbe]) -> None:
+    Args:
+        make_probe: for a layout and a number of steps.
+        doubt: whether a trial gives reason to time one more step, up to `MOST_STEPS`: the first one may hold what happens once,
+            such as compiling, which makes attention's share look small.
+    """
+
+    def __init__(
+        self,
+        make_probe: Callable[[TokenLayout, int], PassProbe],
+        doubt: Callable[[Trial], bool] = lambda trial: False,
+    ) -> None:
         self._make_probe = make_probe
+        self._doubt = doubt
         self._trial: Trial | None = None
+        self._step = self._timed = 0  # the one that is being timed; how many were
         self._begin = 0.0
+        self._timer = Timer()
 
     def engine(self, site: Site) -> Engine:
         return SiteEngine(self, site)
@@ -64,36 +82,58 @@ class Stopwatch:
             if probe.settings.stores:
                 probe.calibrate(site, 0, q, k, v)
             self._trial = Trial(layout, steps, measure, probe.measuring_seconds - measure)
-            self._begin = time.perf_counter()
-        elif step > 0:
-            self._stop(q.device)
-            raise Enough
-        self._trial.calls += site.layer == 0
-        return dense(q, k, v)
+            self._start(step)
+        elif step != self._step:
+            self._finish(self._trial, q.device)
+            if self._timed == MOST_STEPS or not self._doubt(self._trial):
+                raise Enough
+            self._start(step)
+        self._trial.calls += site.layer == 0 and self._timed == 0
+        return self._timer.run(lambda: dense(q, k, v), q.device)
 
     def result(self) -> Trial:
         """What was seen; call it after the run."""
         if self._trial is None:
             raise RuntimeError("the pipeline never called a self-attention: there is nothing to search for")
-        if not self._trial.step_seconds:  # a schedule of one step ran to its end
-            self._trial.step_seconds = time.perf_counter() - self._begin
+        if not self._timed:  # a schedule of one step ran to its end
+            self._finish(self._trial, torch.device("cpu"))
         return self._trial
 
-    def _stop(self, device: torch.device) -> None:
+    def _start(self, step: int) -> None:
+        self._step = step
+        self._timer = Timer()
+        self._begin = time.perf_counter()
+
+    def _finish(self, trial: Trial, device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        assert self._trial is not None
-        self._trial.step_seconds = time.perf_counter() - self._begin
+        seconds = time.perf_counter() - self._begin
+        trial.step_seconds = min(seconds, trial.step_seconds) if self._timed else seconds
+        trial.attention_share = max(trial.attention_share, self._timer.attention_ms / 1e3 / seconds)
+        self._timed += 1
 
 
 class CostTimer:
-    """Times the candidates on the first call's own q, k and v, with the user's own dense attention, and stops."""
+    """Times the candidates on the first call's own q, k and v, with the user's own dense attention, and stops.
 
-    def __init__(self, scores: Scores, seconds: float, on_round: Callable[[float], None]) -> None:
+    Args:
+        scores: of the candidates; `where` is their file.
+        seconds, on_round: of `time_candidates`.
+    """
+
+    def __init__(self, scores: Scores, where: str, seconds: float, on_round: Callable[[float], None]) -> None:
         self._scores = scores
+        self._where = where
         self._seconds = seconds
         self._on_round = on_round
-        self.cost: Cost | None = None
+        self._cost: Cost | None = None
+
+    @property
+    def cost(self) -> Cost:
+        """What was timed; call it after the run."""
+        if self._cost is None:
+            raise RuntimeError("the pipeline never called a self-attention, so that no candidate could be timed")
+        return self._cost
 
     def engine(self, site: Site) -> Engine:
         return SiteEngine(self, site)
@@ -102,6 +142,7 @@ class CostTimer:
         models, name, shape = self._scores.models, site.transformer, site.model.shape
         if {(each.heads, each.head_dim) for each in models.values()} != {(shape.heads, shape.head_dim)}:
             raise ValueError(f"expected transformers of equal heads, whose kernels cost the same, found {models}")
+        check_layout(self._scores, replace(site.layout(), text_valid=None), self._where)
         ctx = Context(site.layout(), name, 0, tuple(range(shape.heads)), self._tensors(name), (0, 1))
         wanted = [self._sampled(name, index) for index in range(len(self._scores.candidates))]
         kinds = [alike(method) if use else None for method, use in zip(self._scores.candidates, wanted)]
@@ -111,7 +152,7 @@ class CostTimer:
         # What was never measured is never taken: it stands at the time of dense.
         every = np.array([times[distinct.index(kind)] if kind else times[0] for kind in kinds])
         ms, refresh_ms = ({each: tuple(column.tolist()) for each in models} for column in every.T)
-        self.cost = Cost(ms, refresh_ms, describe_device(q.device), q.shape[1], q.shape[0], rounds)
+        self._cost = Cost(ms, refresh_ms, describe_device(q.device), q.shape[1], q.shape[0], rounds)
         raise Enough
 
     def _sampled(self, name: str, index: int) -> bool:

@@ -176,9 +176,12 @@ def test_another_budget_and_more_prompts_reuse_the_passes(tmp_path, monkeypatch)
     ("change", "message"),
     [
         ({"seed": 1}, "with seed = 0, this search has 1"),
-        ({"call": a_call(guidance_scale=4.0)}, "with call ="),
+        ({"call": a_call(guidance_scale=4.0)}, "with call.guidance_scale = 3.0, this search has 4.0"),
         ({"rows": 32}, "with rows = 64"),
-        ({"candidates": METHODS[:3]}, "with candidates ="),
+        (
+            {"candidates": METHODS[:3]},
+            r"with candidates = \['dense', 'skip', .* this search has \['dense', 'skip', 'band 0.4'\]",
+        ),
         ({"spans": (0.5,)}, "with spans ="),
         ({"prompts": 1}, "holds 2 prompts, this search has 1"),
     ],
@@ -310,7 +313,7 @@ def test_quantized_candidates_are_for_devices_that_have_kernels_for_them():
         ({"candidates": (*METHODS, Method(Patches(), Draft(0.3), reuse=Reuse(gated=True)))}, "a gate is not searched"),
         ({"spans": (0.5, 0.2)}, "ascending"),
         ({"dense_steps": 1.5}, r"in \[0, 1\]"),
-        ({"probe_steps": 0}, "probe step"),
+        ({"probe_steps": 0}, "probe_steps: expected a whole number in 1 to"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_runs(options, message):

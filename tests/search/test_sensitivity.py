@@ -8,12 +8,13 @@ import torch
 
 from diffusers_accel.api import patch
 from diffusers_accel.plan import Plan
+from diffusers_accel.search.arguments import check_callback
 from diffusers_accel.search.assign import assign
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.plan_making import head_strings, plan_tensors
-from diffusers_accel.search.running import check_callback
+from diffusers_accel.search.predicted import span_errors
 from diffusers_accel.search.scores import Scores
-from diffusers_accel.search.sensitivity import span_choice, summed_error
+from diffusers_accel.search.sensitivity import span_choice
 from tests.search.test_assign import cost_of, densities_of, random_scores
 from tests.search.test_search import a_call, a_prompt, search
 from tests.tiny import tiny_wan
@@ -42,7 +43,7 @@ def test_impacts_are_the_drift_of_the_final_latents(tmp_path):
         with patch(pipe, plan):
             drift = (latents() - reference).square().sum() / reference.square().sum()
         assert drift > 0
-        assert scores.impacts[span] == pytest.approx(float(drift) / summed_error(scores, choice), rel=1e-6)
+        assert scores.impacts[span] == pytest.approx(float(drift) / span_errors(scores, choice).sum(), rel=1e-6)
 
 
 def test_span_choice_makes_one_span_sparse():
@@ -51,7 +52,7 @@ def test_span_choice_makes_one_span_sparse():
     density = densities_of(scores)[choice["transformer"]]
     assert (density[0] == 1).all() and 0.2 < density[1].mean() <= 0.3 + 1e-9
     error = np.take_along_axis(scores.error("transformer"), choice["transformer"][..., None], -1)
-    assert summed_error(scores, choice) == pytest.approx(6 * error[1].sum())
+    assert span_errors(scores, choice).sum() == pytest.approx(6 * error[1].sum())
 
 
 def test_assign_weighs_spans_as_measured():

@@ -1,0 +1,66 @@
+"""What the measured errors say about a choice as a whole, and when that is reason for a warning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from diffusers_accel.search.scores import Array, Scores
+
+if TYPE_CHECKING:
+    from diffusers_accel.search.assign import Assignment
+
+# Relative squared errors from which on a result is called ruined: half of the amplitude of the final latents, and, where the
+# spans were not measured, half of the energy of what attention gives.
+RUINED_LATENTS = 0.25
+RUINED_LAYERS = 0.5
+
+
+def span_errors(scores: Scores, choice: Mapping[str, Array]) -> Array:
+    """[spans]: what the probe predicts for a choice, int [spans, layers, heads]: its errors, summed over calls, layers, heads."""
+    total = np.zeros(len(scores.spans))
+    for name, chosen in choice.items():
+        error = np.nan_to_num(np.take_along_axis(scores.error(name), chosen[..., None], -1)[..., 0])
+        total += error.sum((1, 2)) * scores.calls(name)
+    return total
+
+
+def latents_error(scores: Scores, choice: Mapping[str, Array]) -> float | None:
+    """The relative squared error of the final latents: that of each span, as measured at `sensitivity.DENSITY`, taken to grow
+    with its summed error. None where the spans were not measured."""
+    if len(scores.impacts) < len(scores.spans):
+        return None
+    return float((np.array(scores.impacts) * span_errors(scores, choice)).sum())
+
+
+def warnings(scores: Scores, assignment: Assignment) -> list[str]:
+    """What anybody should know who means to use the plan: that it is slower than dense, that it ruins the result."""
+    found = []
+    if assignment.speedup < 1 - 1e-6:
+        found.append(
+            f"slower than dense: expected {assignment.speedup:.2f}x, as attention takes {assignment.attention_ratio:.0%} of "
+            "dense attention's time. At this size, on this device, sparse attention does not pay: ask for a speed-up "
+            "(Budget.speedup) instead, or search on another device or at a larger size"
+        )
+    if ruin := _ruin(scores, assignment):
+        found.append(
+            f"ruined result: {ruin}. Allow a higher density or less of a speed-up, or look at clips before use"
+        )
+    return found
+
+
+def _ruin(scores: Scores, assignment: Assignment) -> str | None:
+    if assignment.density == 0:
+        return "no head attends to anything, at any step"
+    latents = latents_error(scores, assignment.choice)
+    if latents is not None and latents >= RUINED_LATENTS:
+        return (
+            f"the final latents are expected to have a relative squared error of {latents:.2g}, where {RUINED_LATENTS:g} "
+            "is half of their amplitude"
+        )
+    if latents is None and assignment.error >= RUINED_LAYERS:
+        share = f"{assignment.error:.0%} of its energy"
+        return f"attention's output is expected to be wrong by {share}, on average over calls and layers"
+    return None
