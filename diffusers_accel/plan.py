@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusers_accel import plan_file
-from diffusers_accel.files import FileError, read_json, read_tensors, write_json, write_tensors
+from diffusers_accel.files import FileError, printable, read_json, read_tensors, write_json, write_tensors
 from diffusers_accel.methods import DENSE, Method, Recipe
 from diffusers_accel.plan_check import check_plan, names
 from diffusers_accel.shape import ModelShape
@@ -180,8 +180,8 @@ class Plan:
         return counts
 
     def show(self) -> str:
-        """The plan as text: its methods with their share of heads, then a row of symbols per layer and span."""
-        return "\n".join(_lines(self))
+        """The plan as text for a terminal: its methods with their share of heads, then a row of symbols per layer and span."""
+        return "\n".join(printable(line) for line in _lines(self))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):

@@ -41,8 +41,10 @@ from diffusers_accel.evals.tally import (
     quality_rows,
     speed_rows,
 )
+from diffusers_accel.files import quoted
 from diffusers_accel.methods import Method, Recipe
 from diffusers_accel.plan import Plan
+from diffusers_accel.suggest import did_you_mean
 
 DISTRIBUTIONS = ("torch", "triton", "diffusers", "diffusers-accel", "numpy", "scikit-image", "lpips")
 # What a subject may be; a pair gives the parameters of `patch`: of a named method, and max_cache.
@@ -84,15 +86,12 @@ def compare(
     Raises:
         ValueError, TypeError: an argument is not as expected, or the pipeline is patched already; before any clip is made.
     """
-    _check_installed()
     if isinstance(prompts, str):
         raise TypeError(f"prompts: expected a list of texts, found one text: give [{prompts!r}]")
     prompts = list(prompts)
     check_call(pipe, call, prompts)
     texts = [prompt_text(prompt, number) for number, prompt in enumerate(prompts)]
-    if len(set(texts)) != len(texts):
-        raise ValueError(f"prompts: expected each once (`seeds` gives several clips of one), found {texts}")
-    _check(subjects, metrics, seeds, rounds, fps)
+    check_asked(subjects, texts, metrics=metrics, seeds=seeds, rounds=rounds, fps=fps)
     plans = {name: _plan(pipe, subject) for name, subject in subjects.items()}
     options = {name: _options(subject) for name, subject in subjects.items()}
     scores = {name: _load(METRICS[name]) for name in metrics}
@@ -257,9 +256,21 @@ def _check_installed() -> None:
         raise ImportError(f"a report needs {', '.join(missing)}, found none: pip install 'diffusers-accel[eval]'")
 
 
-def _check(
-    subjects: Mapping[str, PlanLike], metrics: Sequence[str], seeds: Sequence[int], rounds: int, fps: int
+def check_asked(
+    subjects: Mapping[str, PlanLike],
+    texts: Sequence[str],
+    *,
+    metrics: Sequence[str],
+    seeds: Sequence[int],
+    rounds: int,
+    fps: int = 16,
 ) -> None:
+    """What `compare` refuses without a pipeline; `texts` are those of its prompts."""
+    _check_installed()
+    if len(set(texts)) != len(texts):
+        raise ValueError(
+            f"prompts: expected each once (`seeds` gives several clips of one), found {quoted(list(texts))}"
+        )
     if not subjects:
         raise ValueError('subjects: expected one or more, such as {"plan": "plan.json"}, found none')
     seen: dict[str, str] = {}
@@ -276,11 +287,13 @@ def _check(
         seen[key] = name
     for metric in metrics:
         if metric not in METRICS:
-            raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, found {metric!r}")
+            raise ValueError(
+                f"metrics: expected some of {', '.join(METRICS)}, found {quoted(metric)}{did_you_mean(metric, METRICS)}"
+            )
     if len(set(metrics)) != len(metrics):
         raise ValueError(f"metrics: expected each once, found {list(metrics)}")
     if not seeds or len(set(seeds)) != len(seeds) or not all(isinstance(seed, int) for seed in seeds):
-        raise ValueError(f"seeds: expected one or more different whole numbers, found {list(seeds)}")
+        raise ValueError(f"seeds: expected one or more different whole numbers, found {quoted(list(seeds))}")
     if rounds < 1 or fps < 1:
         raise ValueError(f"rounds and fps: expected 1 or more, found {rounds} and {fps}")
 

@@ -1,5 +1,7 @@
-"""`python -m diffusers_accel.evals.kernel_bench`."""
+"""`python -m diffusers_accel.evals.kernel_bench` is `diffusers-accel bench`."""
 
-from diffusers_accel.evals.kernel_bench import main
+import sys
 
-main()
+from diffusers_accel.cli import main
+
+main(["bench", *sys.argv[1:]])
