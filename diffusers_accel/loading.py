@@ -91,7 +91,7 @@ def _check_name(name: str) -> str:
             f"{quoted(name)}: {_FORMS}, found a web address; the hub id is its part of the form owner/name"
         )
     folder = Path(name).expanduser()
-    if os.path.exists(folder) or _LIKE_A_PATH.match(name) or os.path.isdir(os.path.dirname(name)):
+    if name and os.path.exists(folder) or _LIKE_A_PATH.match(name) or os.path.isdir(os.path.dirname(name)):
         _check_folder(folder, printable(name))
         return str(folder)
     try:
@@ -133,8 +133,8 @@ def _check_classes(folder: Path, index: dict[str, Any]) -> None:
     Classes of the user's own, which an index names by the file that defines them, are seen once they are loaded.
     """
     name = index["_class_name"]
-    if isinstance(name, str) and not hasattr(diffusers, name):
-        known = [each for each in dir(diffusers) if each.endswith("Pipeline")]
+    known = [each for each in dir(diffusers) if each.endswith("Pipeline")]  # without importing them
+    if isinstance(name, str) and name not in known:
         raise FileError(
             f"{printable(folder / INDEX)}: expected a pipeline of diffusers {diffusers.__version__}, "
             f"found {quoted(name)}{did_you_mean(name, known)}"
@@ -156,11 +156,11 @@ def _is_named(part: Any) -> bool:
 def _from_pretrained(source: Source) -> Any:
     try:
         return DiffusionPipeline.from_pretrained(source.name, dtype=source.dtype)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise OSError(f"{printable(source.name)}: cannot be loaded: {_why(error, source.name)}") from error
 
 
-def _why(error: OSError, name: str) -> str:
+def _why(error: Exception, name: str) -> str:
     """What went wrong, and what to do, where diffusers leaves that to the stack trace."""
     cause = error.__cause__
     fetched = f"hf download {name} --local-dir FOLDER fetches it where there is a network, and that folder is loaded from here"

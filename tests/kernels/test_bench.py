@@ -254,11 +254,11 @@ def test_flex_reads_the_same_blocks() -> None:
 
 def test_unknown_names_are_refused() -> None:
     for asked, message in (
-        ({"patterns": ["spiral"]}, "patterns must be among .*window.*found spiral"),
+        ({"patterns": ["spiral"]}, "patterns must be among .*window.*found 'spiral'"),
         ({"densities": [0.0]}, r"densities must lie in 0\.\.1"),
-        ({"precisions": ["int4"]}, "precisions must be among input, int8, int8_fp8, found int4"),
-        ({"impls": ["magic"]}, "impls must be among .*portable.*flex.*found magic"),
-        ({"operators": ["sort"]}, "operators must be among attention.*found sort"),
+        ({"precisions": ["int4"]}, "precisions must be among input, int8, int8_fp8, found 'int4'"),
+        ({"impls": ["magic"]}, "impls must be among .*portable.*flex.*found 'magic'"),
+        ({"operators": ["sort"]}, "operators must be among attention.*found 'sort'"),
     ):
         with pytest.raises(ValueError, match=message):
             settings(**asked)
