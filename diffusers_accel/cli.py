@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusers_accel.interrupted import Interrupted
+from diffusers_accel.terminal import Withheld, run_command, safe, say
 
 if TYPE_CHECKING:
     from diffusers_accel.search.budget import Budget
 
 PROGRAM = "diffusers-accel"
-REFUSED, WITHHELD, INTERRUPTED = 2, 3, 130  # exit codes
 # The class of what typer says about options; it brings click along in some versions, and needs it in others.
 UsageError: Any = typer.BadParameter.__base__
 
@@ -64,10 +62,6 @@ PromptFile = Annotated[Path | None, typer.Option("--prompts", help="A text file 
 Seed = Annotated[int, typer.Option("--seed", help="Of the initial noise.")]
 
 
-class Withheld(Exception):
-    """A result that was not written, for the reason that the message gives; --force writes it."""
-
-
 @dataclass(frozen=True)
 class Setup:
     """What a command runs on: the pipeline, how it is loaded, and what it is called with."""
@@ -84,7 +78,7 @@ class Setup:
 
     def check(self) -> Setup:
         """Refuses what can be known before anything is loaded."""
-        from diffusers_accel.arguments import check_finite, check_whole
+        from diffusers_accel.cli_arguments import check_finite, check_whole
         from diffusers_accel.loading import check_source
 
         for flag in ("height", "width", "frames", "steps"):
@@ -202,7 +196,7 @@ def search(
     setup = Setup(pipe, dtype, device, offload, height, width, frames, steps, guidance).check()
     texts = _texts(pipe, prompt, prompts, for_search=True)
     from diffusers_accel import search_plan
-    from diffusers_accel.arguments import (
+    from diffusers_accel.cli_arguments import (
         check_out,
         check_scores,
         check_seed,
@@ -235,7 +229,7 @@ def search(
         raise Withheld(f"{out}: not written: {' '.join(warnings)} What was measured is kept in {kept}")
     plan.save(out)
     for warning in warnings:
-        _say(f"warning: {warning}")
+        say(f"warning: {warning}")
     mix = ", ".join(f"{plan.methods[symbol].label} {share:.0%}" for symbol, share in plan.shares().items())
     _print_plan(out, mix, setup)
 
@@ -264,7 +258,7 @@ def calibrate(
     """Find at which steps each head that reuses has to refresh, from one dense generation per prompt, and write the plan."""
     setup = Setup(pipe, dtype, device, offload, height, width, frames, steps, guidance).check()
     texts = _texts(pipe, prompt, prompts, for_search=True)
-    from diffusers_accel.arguments import check_out, check_seed, read_plan
+    from diffusers_accel.cli_arguments import check_out, check_seed, read_plan
     from diffusers_accel.files import prepare_file
     from diffusers_accel.search.gates import calibrate_gates, check_gated, summary
 
@@ -310,7 +304,7 @@ def report(
     """Compare plans with dense attention, same prompts, seeds and noise: speed, quality, and the clips side by side."""
     setup = Setup(pipe, dtype, device, offload, height, width, frames, steps, guidance).check()
     texts = _texts(pipe, prompt, prompts, for_search=False)
-    from diffusers_accel.arguments import check_seed, check_whole, read_subjects
+    from diffusers_accel.cli_arguments import check_seed, check_whole, read_subjects
     from diffusers_accel.evals.compare import check_asked, compare
     from diffusers_accel.evals.metrics import METRICS
     from diffusers_accel.files import prepare_folder
@@ -342,55 +336,27 @@ def bench(context: typer.Context) -> None:
 @plan_app.command("show")
 def plan_show(file: Annotated[Path, typer.Argument(help="A plan file.")]) -> None:
     """Print a plan: its methods and a row of symbols per layer and span."""
-    from diffusers_accel.arguments import read_plan
+    from diffusers_accel.cli_arguments import read_plan
 
     print(read_plan(file).show())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0 done; 2 refused, with one message; 3 a result withheld; 130 interrupted."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    rest = [argument for argument in given if argument != "--debug"]
-    again = shlex.join([PROGRAM, *given])
-    try:
-        code = _run(rest or ["--help"])
-        sys.stdout.flush()
-    except BrokenPipeError:  # who read our output has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except (KeyboardInterrupt, Withheld, ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        if len(rest) < len(given):
-            raise
-        code = _explain(error, again)
-    sys.exit(code)
+    """Runs a command and exits, as `terminal.run_command` says."""
+    run_command(PROGRAM, sys.argv[1:] if arguments is None else arguments, _run)
 
 
 def _run(arguments: list[str]) -> int:
     """As `app()`, which would answer for errors and Ctrl-C itself."""
     command = typer.main.get_command(app)
     try:
-        with command.make_context(PROGRAM, arguments) as context:
+        with command.make_context(PROGRAM, arguments or ["--help"]) as context:
             command.invoke(context)
     except typer.Exit as ended:
         return ended.exit_code
     except UsageError as error:
         raise ValueError(_usage(error)) from error
     return 0
-
-
-def _explain(error: BaseException, again: str) -> int:
-    """Says what has happened and what to do; returns the exit code."""
-    if isinstance(error, Interrupted):
-        _say(f"\ninterrupted: {error.kept}\ngo on with:  {again}")
-        return INTERRUPTED
-    if isinstance(error, KeyboardInterrupt):
-        _say("\ninterrupted")
-        return INTERRUPTED
-    _say(f"error: {error}")
-    if isinstance(error, Withheld):
-        _say(f"write it all the same:  {again} --force")
-        return WITHHELD
-    return REFUSED
 
 
 def _usage(error: Any) -> str:
@@ -418,7 +384,7 @@ def _load(setup: Setup) -> Any:
 def _texts(pipe: str, prompt: list[str] | None, file: Path | None, *, for_search: bool) -> list[str]:
     """The prompts that were given, else four that no other command takes."""
     from diffusers_accel import prompts
-    from diffusers_accel.arguments import check_prompts, read_prompts
+    from diffusers_accel.cli_arguments import check_prompts, read_prompts
 
     if prompt and file:
         raise ValueError("prompts: expected --prompt or --prompts, found both")
@@ -439,7 +405,7 @@ def _budget(speedup: float | None, density: float | None, epsilon: float | None,
         raise ValueError(f"budget: expected one of --speedup, --density and --epsilon, found {' and '.join(given)}")
     if lam is not None and epsilon is None:
         raise ValueError("--lambda: expected beside --epsilon, found without; leave it out")
-    from diffusers_accel.arguments import check_finite
+    from diffusers_accel.cli_arguments import check_finite
     from diffusers_accel.search.budget import Budget
 
     if speedup is not None:
@@ -463,18 +429,8 @@ def _print(what: Any) -> None:
     from rich.console import Console
 
     if isinstance(what, str):
-        what = _safe(what)
+        what = safe(what)
     Console(soft_wrap=isinstance(what, str), highlight=False, markup=False, emoji=False).print(what)
-
-
-def _say(text: str) -> None:
-    print(_safe(text), file=sys.stderr)
-
-
-def _safe(text: str) -> str:
-    from diffusers_accel.files import printable
-
-    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from diffusers_accel.device import not_there
 from diffusers_accel.evals.kernel_bench import report, rows
 from diffusers_accel.evals.kernel_bench.points import Row, Settings, settings
 from diffusers_accel.evals.kernel_bench.watch import watched
-from diffusers_accel.files import prepare_file, prepare_folder, printable
+from diffusers_accel.files import WriteError, prepare_file, prepare_folder, printable
 from diffusers_accel.interrupted import Interrupted
 from diffusers_accel.suggest import did_you_mean, did_you_mean_file
 
@@ -57,7 +57,7 @@ def run(
 
     Raises:
         FileNotFoundError: `minutes` is 0 and there is no file.
-        WriteError: `out` cannot be written.
+        WriteError: `out` cannot be written, or no more; the rows so far are in it.
         ValueError: an unknown name, a number out of range, rows in `out` from another machine or state of the kernels, or
             another run that measures into it.
         RuntimeError: the process that measures cannot start or cannot be ended; the rows so far are in the file.
@@ -126,10 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words = " ".join(str(row[name]) for name in names if row[name] is not None)
         print(f"{words}: {time_ms}{row['status']}", file=sys.stderr, flush=True)
 
-    failure: RuntimeError | None = None
+    failure: RuntimeError | WriteError | None = None
     try:
         found = run(**options, on_row=on_row)
-    except RuntimeError as error:  # what was measured before it is shown all the same
+    except (RuntimeError, WriteError) as error:  # what was measured before it is shown all the same
+        if isinstance(error, WriteError) and not measured:
+            raise
         failure, found = error, rows.latest(rows.read(out) if out else measured)
     except KeyboardInterrupt:
         if out is None:

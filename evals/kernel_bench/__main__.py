@@ -1,7 +1,14 @@
-"""`python -m diffusers_accel.evals.kernel_bench` is `diffusers-accel bench`."""
+"""`python -m diffusers_accel.evals.kernel_bench`."""
 
 import sys
 
-from diffusers_accel.cli import main
+from diffusers_accel.evals.kernel_bench import main
+from diffusers_accel.terminal import run_command
 
-main(["bench", *sys.argv[1:]])
+
+def work(arguments: list[str]) -> int:
+    main(arguments)
+    return 0
+
+
+run_command("python -m diffusers_accel.evals.kernel_bench", sys.argv[1:], work)

@@ -620,6 +620,20 @@ def test_the_plot_needs_something_to_draw() -> None:
     assert picture is not None and picture.startswith(b"\x89PNG")
 
 
+def test_what_was_measured_is_shown_also_where_it_cannot_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*_: Any, on_row: Any, out: Path, **__: Any) -> list[Row]:
+        out.write_text(json.dumps(row()) + "\n")
+        on_row(row())
+        raise bench.WriteError(out, "No space left on device", "free space")
+
+    monkeypatch.setattr(bench, "run", failing)
+    with pytest.raises(bench.WriteError, match="No space left"):
+        bench.main(["--device", "cpu", "--out", str(tmp_path / "rows.jsonl")])
+    assert "| W13 " in capsys.readouterr().out
+
+
 # The inputs
 
 
