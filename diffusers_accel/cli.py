@@ -2,59 +2,120 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from enum import StrEnum
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusers_accel.terminal import Withheld, run_command, safe, say
+
 if TYPE_CHECKING:
     from diffusers_accel.search.budget import Budget
+
+PROGRAM = "diffusers-accel"
+# The class of what typer says about options; it brings click along in some versions, and needs it in others.
+UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     help="Sparse attention for diffusers' video pipelines: search a plan, report what it wins and costs. "
     "With --debug anywhere, errors show their traceback.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-plan_app = typer.Typer(help="Look at plan files.", no_args_is_help=True)
+plan_app = typer.Typer(help="Look at plan files.")
 app.add_typer(plan_app, name="plan")
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Offload(StrEnum):
-    none = "none"
-    model = "model"
-    group = "group"
 
 
 Pipe = Annotated[
     str, typer.Argument(help="'shapes' (the small model of this package), a pipeline's folder, or a hub id.")
 ]
 DtypeFlag = Annotated[
-    Dtype | None, typer.Option("--dtype", help="Of the weights. (default: bfloat16, on a CPU float32)")
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="[float32|bfloat16|float16]",
+        help="Of the weights. (default: bfloat16, on a CPU float32)",
+    ),
 ]
 DeviceFlag = Annotated[
     str | None, typer.Option("--device", help="Such as cpu or cuda:1. (default: a GPU if there is one)")
 ]
 OffloadFlag = Annotated[
-    Offload, typer.Option("--offload", help="Keep on the GPU all, one model at a time, or one layer at a time.")
+    str,
+    typer.Option(
+        "--offload",
+        metavar="[none|model|group]",
+        help="Keep on the GPU all, one model at a time, or one layer at a time.",
+    ),
 ]
-Height = Annotated[int | None, typer.Option("--height", min=1, help="In pixels. (default: the pipeline's own)")]
-Width = Annotated[int | None, typer.Option("--width", min=1, help="In pixels. (default: the pipeline's own)")]
-Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Of the video. (default: the pipeline's own)")]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps. (default: the pipeline's own)")]
+Height = Annotated[int | None, typer.Option("--height", help="In pixels. (default: the pipeline's own)")]
+Width = Annotated[int | None, typer.Option("--width", help="In pixels. (default: the pipeline's own)")]
+Frames = Annotated[int | None, typer.Option("--frames", help="Of the video. (default: the pipeline's own)")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps. (default: the pipeline's own)")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale. (default: the pipeline's own)")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="May be given several times.")]
 PromptFile = Annotated[Path | None, typer.Option("--prompts", help="A text file with a prompt on each line.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the initial noise.")]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a command runs on: the pipeline, how it is loaded, and what it is called with."""
+
+    pipe: str
+    dtype: str | None
+    device: str | None
+    offload: str
+    height: int | None
+    width: int | None
+    frames: int | None
+    steps: int | None
+    guidance: float | None
+
+    def check(self) -> Setup:
+        """Refuses what can be known before anything is loaded."""
+        from diffusers_accel.cli_arguments import check_finite, check_whole
+        from diffusers_accel.loading import check_source
+
+        for flag in ("height", "width", "frames", "steps"):
+            check_whole(f"--{flag}", getattr(self, flag))
+        check_finite("--guidance", self.guidance)
+        check_source(self.pipe, dtype=self.dtype, device=self.device, offload=self.offload)
+        return self
+
+    def call(self) -> dict[str, Any]:
+        """The arguments of the pipeline's call that were given, on top of those that the shapes model was trained for."""
+        given = {
+            "height": self.height,
+            "width": self.width,
+            "num_frames": self.frames,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+        }
+        base: dict[str, Any] = {}
+        if self.pipe == "shapes":
+            from diffusers_accel.evals.shapes import CALL
+
+            base = CALL
+        return {**base, **{name: value for name, value in given.items() if value is not None}}
+
+    def flags(self) -> list[str]:
+        """The options that were given, for another command on the same pipeline."""
+        given = {
+            "--dtype": self.dtype,
+            "--device": self.device,
+            "--offload": None if self.offload == "none" else self.offload,
+            "--height": self.height,
+            "--width": self.width,
+            "--frames": self.frames,
+            "--steps": self.steps,
+            "--guidance": self.guidance,
+        }
+        return [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
 
 
 @app.command()
@@ -65,7 +126,7 @@ def doctor(
     ] = None,
     dtype: DtypeFlag = None,
     device: DeviceFlag = None,
-    offload: OffloadFlag = Offload.none,
+    offload: OffloadFlag = "none",
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
@@ -73,14 +134,17 @@ def doctor(
     guidance: Guidance = None,
 ) -> None:
     """Say what can run here and, with PIPE, what a sparse call could win: runs two denoising steps, no video."""
-    from diffusers_accel.doctor import DENSITIES, diagnose
+    from diffusers_accel.doctor import DENSITIES, check_densities, diagnose
 
     densities = density or DENSITIES
+    check_densities(densities)
+    setup = Setup(pipe or "", dtype, device, offload, height, width, frames, steps, guidance)
     if pipe is None:
+        if flags := setup.flags():
+            raise ValueError(f"doctor: expected a pipeline beside {flags[0]}, found none; without one leave it out")
         _print(diagnose(densities=densities))
         return
-    call = _call(pipe, height, width, frames, steps, guidance)
-    _print(diagnose(_load(pipe, dtype, device, offload), call, densities=densities))
+    _print(diagnose(_load(setup.check()), setup.call(), densities=densities))
 
 
 @app.command()
@@ -96,7 +160,9 @@ def search(
     epsilon: Annotated[
         float | None, typer.Option("--epsilon", help="Budget: Sparse-vDiT's rule, its threshold.")
     ] = None,
-    lam: Annotated[float, typer.Option("--lambda", help="Sparse-vDiT's weight of the remaining cost.")] = 0.5,
+    lam: Annotated[
+        float | None, typer.Option("--lambda", help="Sparse-vDiT's weight of the remaining cost. (default: 0.5)")
+    ] = None,
     dense_steps: Annotated[float, typer.Option("--dense-steps", help="Share of the steps that stays dense.")] = 0.0,
     methods: Annotated[
         str | None,
@@ -107,12 +173,15 @@ def search(
     scores: Annotated[
         Path | None, typer.Option("--scores", help="Keeps what was measured. (default: OUT with .scores.safetensors)")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write the plan also where the search warns of it. (otherwise exit code 3)")
+    ] = False,
     prompt: Prompts = None,
     prompts: PromptFile = None,
     seed: Seed = 0,
     dtype: DtypeFlag = None,
     device: DeviceFlag = None,
-    offload: OffloadFlag = Offload.none,
+    offload: OffloadFlag = "none",
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
@@ -124,28 +193,45 @@ def search(
     Can be stopped and run again: what was measured is kept beside the plan, and another budget then costs seconds.
     """
     budget = _budget(speedup, density, epsilon, lam)
-    _check_out(out)
+    setup = Setup(pipe, dtype, device, offload, height, width, frames, steps, guidance).check()
     texts = _texts(pipe, prompt, prompts, for_search=True)
-    call = _call(pipe, height, width, frames, steps, guidance)
     from diffusers_accel import search_plan
+    from diffusers_accel.cli_arguments import (
+        check_out,
+        check_scores,
+        check_seed,
+        check_share,
+        prepare_search,
+        scores_beside,
+    )
     from diffusers_accel.search.candidates import candidates_for, check_sets
 
-    sets = check_sets([name.strip() for name in methods.split(",")]) if methods else None
-    out.parent.mkdir(parents=True, exist_ok=True)  # now, not after the search
-    pipeline = _load(pipe, dtype, device, offload)
+    sets = None if methods is None else check_sets([name.strip() for name in methods.split(",")])
+    check_seed(seed)
+    check_share("--dense-steps", dense_steps)
+    check_out(out)
+    kept = scores or scores_beside(out)
+    check_scores(kept, out)
+    prepare_search(out, kept)
+    pipeline = _load(setup)
     plan = search_plan(
         pipeline,
         texts,
-        call=call,
+        call=setup.call(),
         budget=budget,
         candidates=candidates_for(pipeline, sets),
         dense_steps=dense_steps,
         seed=seed,
-        scores_path=scores or out.with_suffix(".scores.safetensors"),
+        scores_path=kept,
     )
+    warnings = [str(each) for each in plan.provenance.get("warnings", ())]
+    if warnings and not force:
+        raise Withheld(f"{out}: not written: {' '.join(warnings)} What was measured is kept in {kept}")
     plan.save(out)
+    for warning in warnings:
+        say(f"warning: {warning}")
     mix = ", ".join(f"{plan.methods[symbol].label} {share:.0%}" for symbol, share in plan.shares().items())
-    _print_plan(out, mix, pipe)
+    _print_plan(out, mix, setup)
 
 
 @app.command()
@@ -162,7 +248,7 @@ def calibrate(
     seed: Seed = 0,
     dtype: DtypeFlag = None,
     device: DeviceFlag = None,
-    offload: OffloadFlag = Offload.none,
+    offload: OffloadFlag = "none",
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
@@ -170,19 +256,23 @@ def calibrate(
     guidance: Guidance = None,
 ) -> None:
     """Find at which steps each head that reuses has to refresh, from one dense generation per prompt, and write the plan."""
-    _check_out(out)
+    setup = Setup(pipe, dtype, device, offload, height, width, frames, steps, guidance).check()
     texts = _texts(pipe, prompt, prompts, for_search=True)
-    call = _call(pipe, height, width, frames, steps, guidance)
-    from diffusers_accel import Plan
+    from diffusers_accel.cli_arguments import check_out, check_seed, read_plan
+    from diffusers_accel.files import prepare_file
     from diffusers_accel.search.gates import calibrate_gates, check_gated, summary
 
-    before = Plan.load(plan)
+    check_seed(seed)
+    check_out(out)
+    before = read_plan(plan)
     check_gated(before, gamma, max_lse_change)
-    out.parent.mkdir(parents=True, exist_ok=True)  # now, not after the calibration
-    pipeline = _load(pipe, dtype, device, offload)
-    found = calibrate_gates(pipeline, before, texts, call=call, seed=seed, gamma=gamma, max_lse_change=max_lse_change)
+    prepare_file(out)
+    pipeline = _load(setup)
+    found = calibrate_gates(
+        pipeline, before, texts, call=setup.call(), seed=seed, gamma=gamma, max_lse_change=max_lse_change
+    )
     found.save(out)
-    _print_plan(out, summary(found), pipe)
+    _print_plan(out, summary(found), setup)
 
 
 @app.command()
@@ -198,26 +288,41 @@ def report(
     ] = None,
     prompt: Prompts = None,
     prompts: PromptFile = None,
-    seed: Annotated[list[int] | None, typer.Option("--seed", help="May be given several times. (default: 0)")] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option("--seed", help="May be given several times. (default: 0)"),
+    ] = None,
     dtype: DtypeFlag = None,
     device: DeviceFlag = None,
-    offload: OffloadFlag = Offload.none,
+    offload: OffloadFlag = "none",
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
     steps: Steps = None,
     guidance: Guidance = None,
 ) -> None:
-    """Compare plans with dense attention, same prompts, seeds and noise: speed, quality, and the clips side by side."""
-    subjects = _subjects(plan)
-    texts = _texts(pipe, prompt, prompts, for_search=False)
-    call = _call(pipe, height, width, frames, steps, guidance)
-    from diffusers_accel import compare
-    from diffusers_accel.evals.metrics import METRICS
+    """Compare plans with dense attention, same prompts, seeds and noise: speed, quality, and the clips side by side.
 
-    pipeline = _load(pipe, dtype, device, offload)
-    metrics = metric or tuple(METRICS)
-    found = compare(pipeline, subjects, texts, call=call, seeds=seed or [0], metrics=metrics, rounds=rounds)
+    Can be stopped and run again: finished clips are kept in OUT.partial until the report is saved.
+    """
+    setup = Setup(pipe, dtype, device, offload, height, width, frames, steps, guidance).check()
+    texts = _texts(pipe, prompt, prompts, for_search=False)
+    from diffusers_accel.cli_arguments import check_seed, check_whole, read_subjects
+    from diffusers_accel.evals.arguments import check_asked
+    from diffusers_accel.evals.compare import compare
+    from diffusers_accel.evals.metrics import METRICS
+    from diffusers_accel.evals.report import check_report_folder
+
+    metrics, seeds = metric or tuple(METRICS), seed or [0]
+    check_whole("--rounds", rounds)
+    for each in seeds:
+        check_seed(each)
+    subjects = read_subjects(plan)
+    check_asked(subjects, texts, metrics=metrics, seeds=seeds, rounds=rounds)
+    check_report_folder(out)
+    partial = out.absolute().with_name(f"{out.absolute().name}.partial")  # removed when the report is saved
+    asked = {"call": setup.call(), "seeds": seeds, "metrics": metrics, "rounds": rounds}
+    found = compare(_load(setup), subjects, texts, **asked, keep=partial)
     page = found.save(out)
     _print(found.table())
     _print(f"{found.headline}\n{page}")
@@ -237,114 +342,101 @@ def bench(context: typer.Context) -> None:
 @plan_app.command("show")
 def plan_show(file: Annotated[Path, typer.Argument(help="A plan file.")]) -> None:
     """Print a plan: its methods and a row of symbols per layer and span."""
-    from diffusers_accel import Plan
+    from diffusers_accel.cli_arguments import read_plan
 
-    print(Plan.load(file).show())
+    print(read_plan(file).show())
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs a command; what the library refuses becomes one message and exit code 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command and exits, as `terminal.run_command` says."""
+    run_command(PROGRAM, sys.argv[1:] if arguments is None else arguments, _run)
+
+
+def _run(arguments: list[str]) -> int:
+    """As `app()`, which would answer for errors and Ctrl-C itself."""
+    command = typer.main.get_command(app)
     try:
-        app([argument for argument in arguments if argument != "--debug"], prog_name="diffusers-accel")
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with command.make_context(PROGRAM, arguments or ["--help"]) as context:
+            command.invoke(context)
+    except typer.Exit as ended:
+        return ended.exit_code
+    except UsageError as error:
+        raise ValueError(_usage(error)) from error
+    return 0
 
 
-def _load(pipe: str, dtype: Dtype | None, device: str | None, offload: Offload) -> Any:
+def _usage(error: Any) -> str:
+    """What typer says about an option, with what was meant."""
+    from diffusers_accel.suggest import did_you_mean
+
+    text = error.format_message().strip().rstrip(".")
+    text = text if len(text) <= 300 else f"{text[:300]} ..."
+    context = error.ctx
+    if context is None:
+        return text
+    if option := getattr(error, "option_name", None):
+        known = [each for parameter in context.command.params for each in parameter.opts]
+        if option not in known:
+            return f"{context.command_path}: there is no option {option[:100]}{did_you_mean(option, known)}"
+    return text if text.endswith("?") else f"{text}; {context.command_path} --help lists all"
+
+
+def _load(setup: Setup) -> Any:
     from diffusers_accel.loading import load_pipeline
 
-    return load_pipeline(pipe, dtype=dtype.value if dtype else None, device=device, offload=offload.value)
-
-
-def _call(
-    pipe: str, height: int | None, width: int | None, frames: int | None, steps: int | None, guidance: float | None
-) -> dict[str, Any]:
-    """The arguments of the pipeline's call that were given, on top of those that the shapes model was trained for."""
-    given = {
-        "height": height,
-        "width": width,
-        "num_frames": frames,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-    }
-    base: dict[str, Any] = {}
-    if pipe == "shapes":
-        from diffusers_accel.evals.shapes import CALL
-
-        base = CALL
-    return {**base, **{name: value for name, value in given.items() if value is not None}}
-
-
-def _check_out(out: Path) -> None:
-    if out.suffix != ".json":
-        raise ValueError(f'--out: expected a file name that ends in ".json", found {str(out)!r}')
+    return load_pipeline(setup.pipe, dtype=setup.dtype, device=setup.device, offload=setup.offload)
 
 
 def _texts(pipe: str, prompt: list[str] | None, file: Path | None, *, for_search: bool) -> list[str]:
     """The prompts that were given, else four that no other command takes."""
+    from diffusers_accel import prompts
+    from diffusers_accel.cli_arguments import check_prompts, read_prompts
+
     if prompt and file:
         raise ValueError("prompts: expected --prompt or --prompts, found both")
-    if file:
-        if lines := [line.strip() for line in file.read_text().splitlines() if line.strip()]:
-            return lines
-        raise ValueError(f"{file}: expected a prompt on each line, found none")
-    if prompt:
-        return prompt
+    if given := read_prompts(file) if file else prompt:
+        check_prompts(given)
+        return given
     if pipe == "shapes":
         from diffusers_accel.evals.shapes import held_out_prompts
 
         return held_out_prompts(8, seed=0)[:4] if for_search else held_out_prompts(8, seed=0)[4:]
-    from diffusers_accel import prompts
-
     return list(prompts.SEARCH if for_search else prompts.REPORT)
 
 
-def _budget(speedup: float | None, density: float | None, epsilon: float | None, lam: float) -> Budget:
-    given = [
-        flag
-        for flag, value in (("--speedup", speedup), ("--density", density), ("--epsilon", epsilon))
-        if value is not None
-    ]
+def _budget(speedup: float | None, density: float | None, epsilon: float | None, lam: float | None) -> Budget:
+    flags = {"--speedup": speedup, "--density": density, "--epsilon": epsilon}
+    given = [flag for flag, value in flags.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"budget: expected one of --speedup, --density and --epsilon, found {' and '.join(given)}")
+    if lam is not None and epsilon is None:
+        raise ValueError("--lambda: expected beside --epsilon, found without; leave it out")
+    from diffusers_accel.cli_arguments import check_finite
     from diffusers_accel.search.budget import Budget
 
     if speedup is not None:
+        if not speedup > 1:
+            raise ValueError(f"--speedup: expected a factor above 1, such as 1.4, found {speedup}")
         return Budget.speedup(speedup)
     if epsilon is not None:
-        return Budget.paper(epsilon, lam)
+        check_finite("--epsilon", epsilon)
+        return Budget.paper(epsilon, 0.5 if lam is None else lam)
     return Budget.density(0.4 if density is None else density)
 
 
-def _subjects(plans: list[str]) -> dict[str, str]:
-    """Name -> plan file or method; the name is what stands before "=", else the file's own."""
-    subjects: dict[str, str] = {}
-    for item in plans:
-        name, separator, value = item.partition("=")
-        if not separator:
-            name, value = Path(item).stem, item
-        if name in subjects:
-            raise ValueError(
-                f"--plan: two plans are called {name!r}; give them names: --plan first={subjects[name]} --plan second={value}"
-            )
-        subjects[name] = value
-    return subjects
-
-
-def _print_plan(out: Path, what: str, pipe: str) -> None:
-    look, measure = f"diffusers-accel plan show {out}", f"diffusers-accel report {pipe} --plan {out}"
+def _print_plan(out: Path, what: str, setup: Setup) -> None:
+    look = shlex.join([PROGRAM, "plan", "show", str(out)])
+    measure = shlex.join([PROGRAM, "report", setup.pipe, "--plan", str(out), *setup.flags()])
     _print(f"{out}: {what}\nlook at it:  {look}\nmeasure it:  {measure}")
 
 
 def _print(what: Any) -> None:
+    """On stdout; a text without what would steer a terminal."""
     from rich.console import Console
 
-    Console(soft_wrap=isinstance(what, str), highlight=False, markup=False).print(what)
+    if isinstance(what, str):
+        what = safe(what)
+    Console(soft_wrap=isinstance(what, str), highlight=False, markup=False, emoji=False).print(what)
 
 
 if __name__ == "__main__":

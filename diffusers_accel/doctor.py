@@ -114,9 +114,7 @@ def diagnose(
         TypeError: the pipeline's transformer is of no supported family, or it has no step callback to time steps with.
         ValueError: the pipeline is patched already, or a density is out of range.
     """
-    for density in densities:
-        if not 0 < density <= 1:
-            raise ValueError(f"densities: expected shares of key blocks in (0, 1], found {density}")
+    check_densities(densities)
     if pipe is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         kinds = [(device, dtype, head_dim) for dtype in (torch.bfloat16, torch.float32) for head_dim in (64, 128)]
@@ -144,6 +142,12 @@ def diagnose(
         expectations=tuple(_expect(share, dense_steps, *pair) for pair in efficiencies.items()),
     )
     return Diagnosis(machine(), versions(_DISTRIBUTIONS), kernels, diagnosis)
+
+
+def check_densities(densities: Sequence[float]) -> None:
+    for density in densities:
+        if not 0 < density <= 1:
+            raise ValueError(f"densities: expected shares of key blocks in (0, 1], found {density}")
 
 
 def speedup(share: float, density: float, *, efficiency: float = 1.0, dense: float = 0.0) -> float:

@@ -11,6 +11,7 @@ import torch
 from diffusers_accel.families import find
 from diffusers_accel.files import quoted
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Method, Patches, Reuse, Skip, Stored, Stripe
+from diffusers_accel.suggest import did_you_mean
 
 DENSITIES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 EVERY = 3  # steps from refresh to refresh
@@ -135,7 +136,9 @@ def check_sets(names: Sequence[str]) -> tuple[str, ...]:
     """`names` as a tuple, once it is clear that each is one of `SETS`."""
     for name in names:
         if name not in SETS:
-            raise ValueError(f"methods: expected some of {', '.join(SETS)}, found {name!r}")
+            raise ValueError(
+                f"methods: expected some of {', '.join(SETS)}, found {quoted(name)}{did_you_mean(name, SETS)}"
+            )
     return tuple(names)
 
 

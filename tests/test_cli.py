@@ -9,41 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from diffusers_accel import Plan, cli
 from diffusers_accel.evals import kernel_bench
 from diffusers_accel.evals.shapes import CALL
-from diffusers_accel.loading import load_pipeline
 from diffusers_accel.methods import NAMED
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.shape import ModelShape
+from tests.tiny import save_small_wan
 
 SMALL = ["--height", "128", "--width", "128", "--frames", "5", "--steps", "4", "--guidance", "2"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline of 2 layers x 2 heads in diffusers' own format, with text encoder and random weights."""
-    from diffusers import WanPipeline
-
-    from diffusers_accel.evals.shapes import models
-
-    torch.manual_seed(0)
-    tokenizer = models.build_tokenizer()
-    transformer = models.build_transformer(layers=2, heads=2, head_dim=32, ffn_dim=64)
-    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
-    pipe = WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=models.build_text_encoder(len(tokenizer)),
-        vae=models.build_autoencoder(),
-        scheduler=models.build_scheduler(),
-        transformer=transformer,
-    )
-    path = tmp_path_factory.mktemp("pipeline")
-    pipe.save_pretrained(path)
-    return path
+    return save_small_wan(tmp_path_factory.mktemp("pipeline"))
 
 
 def run(*arguments: object) -> None:
@@ -97,44 +78,18 @@ def test_a_refusal_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "found nothing there" in refused(capsys, "plan", "show", tmp_path / "gone.json")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["search", "shapes", "--out", "plan.txt"], "--out: expected a file name that ends in"),
-        (
-            ["search", "shapes", "--out", "p.json", "--speedup", "1.5", "--density", "0.5"],
-            "expected one of --speedup, --density and --epsilon, found --speedup and --density",
-        ),
-        (["search", "shapes", "--out", "p.json", "--density", "2"], "a density is a share of block pairs"),
-        (
-            ["search", "shapes", "--out", "p.json", "--methods", "draft,magic"],
-            "some of pattern, draft, cached, reordered",
-        ),
-        (["search", "shapes", "--out", "p.json", "--prompt", "a", "--prompts", "b.txt"], "found both"),
-        (["search", "/nowhere/at/all", "--out", "p.json", "--prompts", "/nowhere/prompts.txt"], "/nowhere/prompts.txt"),
-        (["calibrate", "shapes", "--plan", "p.json", "--out", "gated"], "--out: expected a file name that ends in"),
-        (["calibrate", "shapes", "--plan", "/gone/p.json", "--out", "g.json"], "/gone/p.json: expected"),
-        (["report", "shapes", "--plan", "a/plan.json", "--plan", "b/plan.json"], "two plans are called 'plan'"),
-        (["doctor", "--density", "0"], "densities: expected shares of key blocks"),
-    ],
-)
-def test_wrong_arguments_are_refused_before_anything_is_loaded(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("loaded a pipeline"))
-    assert message in refused(capsys, *arguments)
-
-
 def test_budgets() -> None:
-    assert cli._budget(None, None, None, 0.5) == Budget.density(0.4)
-    assert cli._budget(1.5, None, None, 0.5) == Budget.speedup(1.5)
+    assert cli._budget(None, None, None, None) == Budget.density(0.4)
+    assert cli._budget(1.5, None, None, None) == Budget.speedup(1.5)
+    assert cli._budget(None, None, 0.1, None) == Budget.paper(0.1, 0.5)
     assert cli._budget(None, None, 0.1, 0.3) == Budget.paper(0.1, 0.3)
 
 
 def test_calls_hold_what_was_given() -> None:
-    assert cli._call("some/pipeline", None, None, None, None, None) == {}
-    assert cli._call("shapes", None, None, None, None, None) == CALL
-    assert cli._call("shapes", 64, None, 9, 4, 0.0) == {
+    loaded = (None, None, "none")
+    assert cli.Setup("some/pipeline", *loaded, None, None, None, None, None).call() == {}
+    assert cli.Setup("shapes", *loaded, None, None, None, None, None).call() == CALL
+    assert cli.Setup("shapes", *loaded, 64, None, 9, 4, 0.0).call() == {
         **CALL,
         "height": 64,
         "num_frames": 9,
@@ -153,14 +108,6 @@ def test_prompts_of_search_and_report_differ(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"empty\.txt: expected a prompt on each line, found none"):
         cli._texts("shapes", None, tmp_path / "empty.txt", for_search=True)
-
-
-def test_subjects_are_named() -> None:
-    assert cli._subjects(["runs/plan.json", "pattern", "fast=b/plan.json"]) == {
-        "plan": "runs/plan.json",
-        "pattern": "pattern",
-        "fast": "b/plan.json",
-    }
 
 
 def test_bench_hands_its_options_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,25 +188,3 @@ def test_calibration_of_a_pipeline_folder(
     again = ["calibrate", folder, "--out", tmp_path / "again.json", "--plan"]
     assert "a gate is for heads that reuse" in refused(capsys, *again, tmp_path / "draft.json")
     assert "gamma must be" in refused(capsys, *again, tmp_path / "plan.json", "--gamma", "2")
-
-
-def test_loading(folder: Path, tmp_path: Path) -> None:
-    pipe = load_pipeline(str(folder))
-    assert type(pipe).__name__ == "WanPipeline"
-    if not torch.cuda.is_available():
-        assert pipe.transformer.dtype == torch.float32 and pipe.transformer.device.type == "cpu"
-    assert load_pipeline(str(folder), dtype="bfloat16", device="cpu").transformer.dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="dtype: expected one of float32, bfloat16, float16, found 'int8'"):
-        load_pipeline(str(folder), dtype="int8")
-    with pytest.raises(ValueError, match="device: expected a name such as cpu, cuda or cuda:1, found 'gpu'"):
-        load_pipeline(str(folder), device="gpu")
-    with pytest.raises(ValueError, match=r"offload 'model' moves weights .* found device cpu"):
-        load_pipeline(str(folder), device="cpu", offload="model")
-    with pytest.raises(OSError, match=r"expected the folder of a diffusers pipeline, found no model_index\.json"):
-        load_pipeline(str(tmp_path))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
-def test_a_gpu_that_is_not_there_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"device: torch .* sees no GPU, found 'cuda'"):
-        load_pipeline(str(folder), device="cuda")

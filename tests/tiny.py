@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,6 +69,25 @@ def tiny_wan(experts: int = 1, seed: int = 0) -> WanPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def save_small_wan(path: Path) -> Path:
+    """A pipeline of 2 layers x 2 heads in diffusers' own format, with text encoder and random weights; returns the folder."""
+    from diffusers_accel.evals.shapes import models
+
+    torch.manual_seed(0)
+    tokenizer = models.build_tokenizer()
+    transformer = models.build_transformer(layers=2, heads=2, head_dim=32, ffn_dim=64)
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    pipe = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=models.build_text_encoder(len(tokenizer)),
+        vae=models.build_autoencoder(),
+        scheduler=models.build_scheduler(),
+        transformer=transformer,
+    )
+    pipe.save_pretrained(path)
+    return path
 
 
 def tiny_wan_call(seed: int = 0, **overrides: Any) -> dict[str, Any]:

@@ -37,20 +37,24 @@ def find(pipe_or_transformer: Any) -> dict[str, tuple[nn.Module, Family]]:
     found: dict[str, tuple[nn.Module, Family]] = {}
     for name, module in candidates.items():
         module = _uncompiled(module)
-        for cls in type(module).__mro__:
-            if family := FAMILIES.get(f"{cls.__module__}.{cls.__qualname__}"):
-                found[name] = (module, family)
-                break
-        else:
-            raise TypeError(f"{name} is a {type(module).__name__}, {_supported()}")
+        family = family_of(type(module))
+        if family is None:
+            raise TypeError(f"{name} is a {type(module).__name__}, {supported()}")
+        found[name] = (module, family)
     if not found:
         missing = any(hasattr(pipe_or_transformer, name) for name in COMPONENTS)
         raise TypeError(
             f"expected a loaded pipeline or its transformer, found a {type(pipe_or_transformer).__name__} "
             + (f"whose {COMPONENTS[0]} is not loaded" if missing else f"with no {' or '.join(COMPONENTS)}")
-            + f"; {_supported()}"
+            + f"; {supported()}"
         )
     return found
+
+
+def family_of(transformer: type) -> Family | None:
+    """The family of a transformer class, which it shares with the classes that are made from it; None for others."""
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in transformer.__mro__)
+    return next((FAMILIES[name] for name in names if name in FAMILIES), None)
 
 
 def list_families() -> list[str]:
@@ -58,7 +62,8 @@ def list_families() -> list[str]:
     return [f"{family.name} ({family.transformer.rpartition('.')[2]})" for family in FAMILIES.values()]
 
 
-def _supported() -> str:
+def supported() -> str:
+    """The end of a message that refuses a model."""
     return f"supported: {', '.join(list_families())}. Pass a diffusers pipeline or transformer of these."
 
 
@@ -68,4 +73,4 @@ def _uncompiled(module: nn.Module) -> nn.Module:
     return original if isinstance(original, nn.Module) else module
 
 
-__all__ = ["COMPONENTS", "FAMILIES", "Family", "find", "list_families"]
+__all__ = ["COMPONENTS", "FAMILIES", "Family", "family_of", "find", "list_families", "supported"]

@@ -45,9 +45,9 @@ def prepare_file(path: Path) -> None:
     Raises:
         WriteError: it cannot; the message says why. Nothing of what is there was changed.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise WriteError(path, "it is a folder", "name a file")
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise WriteError(path, "it is a device, pipe or socket", "name a regular file")
     _prepare(path.parent, path)
 
@@ -58,7 +58,7 @@ def prepare_folder(path: Path) -> None:
     Raises:
         WriteError: they cannot; the message says why.
     """
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):
         raise WriteError(path, "there is a file of that name", "name a folder, or move the file away")
     _prepare(path, path)
 
@@ -79,6 +79,8 @@ def _prepare(folder: Path, path: Path) -> None:
         with _temporary(folder / "probe") as file:
             file.write(bytes(4096))
             _finish(file)
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # a name that is too long
     except FileExistsError as error:
         raise WriteError(path, f"{error.filename} is a file, not a folder", "name another place") from error
     except OSError as error:

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
+from diffusers_accel.device import not_there
 from diffusers_accel.evals.kernel_bench import report, rows
 from diffusers_accel.evals.kernel_bench.points import Row, Settings, settings
 from diffusers_accel.evals.kernel_bench.watch import watched
+from diffusers_accel.files import WriteError, prepare_file, prepare_folder, printable
+from diffusers_accel.interrupted import Interrupted
+from diffusers_accel.suggest import did_you_mean, did_you_mean_file
 
 MINUTES = 9.0  # leaves one of ten for what is around it
 # Seconds in which a point has to be done, its compilation included.
@@ -51,7 +56,9 @@ def run(
         The rows of the file and the new ones, the last of each point.
 
     Raises:
-        ValueError: an unknown name, a density outside 0..1, rows in `out` from another machine or state of the kernels, or
+        FileNotFoundError: `minutes` is 0 and there is no file.
+        WriteError: `out` cannot be written, or no more; the rows so far are in it.
+        ValueError: an unknown name, a number out of range, rows in `out` from another machine or state of the kernels, or
             another run that measures into it.
         RuntimeError: the process that measures cannot start or cannot be ended; the rows so far are in the file.
     """
@@ -61,10 +68,14 @@ def run(
     if timeout is not None and not timeout > 0:
         raise ValueError(f"timeout must be a positive number of seconds, found {timeout}")
     if minutes == 0:
-        return rows.latest(rows.read(out) if out else [])
+        return _measured(out)
     kind = torch.device(device).type
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device}: PyTorch sees no GPU here; take --device cpu, or --minutes 0 to show rows")
+    if reason := not_there(torch.device(device)):
+        raise ValueError(f"device {device}: {reason}; take another one")
+    if out:
+        prepare_file(out)
     end = time.monotonic() + 60 * minutes
     with rows.appending(out) if out else contextlib.nullcontext() as append:
         there = rows.read(out) if out else []
@@ -82,10 +93,30 @@ def run(
     return rows.latest(found)
 
 
+def _measured(out: Path | None) -> list[Row]:
+    """What a file holds, where nothing is to be measured."""
+    if out is None:
+        raise ValueError("minutes: 0 shows the rows of a file; expected one as out, found none")
+    if not out.exists():
+        raise FileNotFoundError(
+            f"{printable(out)}: expected rows of the benchmark, found nothing there{did_you_mean_file(out)}"
+        )
+    return rows.latest(rows.read(out))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line of `diffusers-accel bench` and `python -m diffusers_accel.evals.kernel_bench`."""
+    """The command line of `diffusers-accel bench`.
+
+    Raises:
+        Interrupted: Ctrl-C, where `--out` keeps what was measured.
+        ValueError: as of `run`, or the options are none.
+        WriteError: `--out` or `--report` cannot be written; before anything is measured.
+    """
     options = vars(_parser().parse_args(sys.argv[1:] if arguments is None else arguments))
     folder: Path | None = options.pop("report")
+    out: Path | None = options["out"]
+    if folder:
+        prepare_folder(folder)
     measured: list[Row] = []
 
     def on_row(row: Row) -> None:
@@ -95,11 +126,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words = " ".join(str(row[name]) for name in names if row[name] is not None)
         print(f"{words}: {time_ms}{row['status']}", file=sys.stderr, flush=True)
 
-    failure: RuntimeError | None = None
+    failure: RuntimeError | WriteError | None = None
     try:
         found = run(**options, on_row=on_row)
-    except RuntimeError as error:  # what was measured before it is shown all the same
-        failure, found = error, rows.latest(rows.read(options["out"]) if options["out"] else measured)
+    except (RuntimeError, WriteError) as error:  # what was measured before it is shown all the same
+        if isinstance(error, WriteError) and not measured:
+            raise
+        failure, found = error, rows.latest(rows.read(out) if out else measured)
+    except KeyboardInterrupt:
+        if out is None:
+            raise
+        raise Interrupted(f"{len(measured)} rows were measured now, and all of them are in {out}") from None
     print(report.markdown(found))
     if folder:
         print(report.save(found, folder), file=sys.stderr)
@@ -108,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="diffusers-accel bench",
         description="Times the attention kernels on this device against its best dense attention.",
         epilog="Lists are separated by commas. Without a GPU the defaults are small enough for a laptop. The most telling "
@@ -133,8 +170,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises what is wrong with the arguments, instead of printing a screen of usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        message = message if len(message) <= 300 else f"{message[:300]} ..."
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        meant = did_you_mean(unknown[1], re.findall(r"--[\w-]+", self.format_help())) if unknown else ""
+        raise ValueError(f"bench: {message}{meant}; diffusers-accel bench --help lists all")
+
+
 def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     def parse(text: str) -> list[Any]:
-        return [kind(word) for word in text.split(",")]
+        return [kind(word.strip()) for word in text.split(",")]
 
+    parse.__name__ = f"list of {kind.__name__}"  # argparse names it in messages
     return parse

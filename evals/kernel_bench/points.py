@@ -10,10 +10,13 @@ from typing import Any, TypeAlias
 
 import torch
 
+from diffusers_accel.device import parse_device
 from diffusers_accel.evals.kernel_bench.inputs import BLOCK, INPUTS, PATTERNS, SHAPES
 from diffusers_accel.evals.kernel_bench.peers import PEERS
+from diffusers_accel.files import quoted
 from diffusers_accel.kernels import dense
 from diffusers_accel.kernels.attention import IMPLEMENTATIONS, PRECISIONS
+from diffusers_accel.suggest import did_you_mean
 
 Row: TypeAlias = dict[str, Any]
 
@@ -22,6 +25,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPERATORS = ("attention", "dense", "selected", "pool", "select", "prep", "quantize", "merge", "block_stats")
 # Densities that are measured before all others, if they are asked for at all.
 HEADLINE = (0.1, 0.3, 1.0)
+MOST_MS, MOST_THREADS = 3_600_000, 4096
 REST = 7  # the first tier that is left out unless it is asked for
 # What two rows of one measurement have in common.
 KEY = ("operator", "impl", "precision", "dtype", "shape", "input_kind", "seed", "pattern", "density_requested")
@@ -119,10 +123,10 @@ def settings(device: torch.device | str, **asked: Any) -> Settings:
     """The settings asked for, with the device's defaults for all that is not given or None.
 
     Raises:
-        ValueError: an unknown name, a density outside 0..1, or a device that is neither a GPU nor a CPU.
+        ValueError: an unknown name, a number out of range, or a device that is neither a GPU nor a CPU.
         TypeError: there is no such setting.
     """
-    kind = torch.device(device).type
+    kind = parse_device(device).type
     if kind not in ("cuda", "cpu"):
         raise ValueError(f"the benchmark runs on cuda and cpu, found {kind}")
     if asked.get("every") is None:
@@ -137,10 +141,17 @@ def settings(device: torch.device | str, **asked: Any) -> Settings:
             value = tuple(option["kind"](x) for x in value)
         given: Sequence[Any] = value if isinstance(value, tuple) else [value]
         if value is not None and option["names"] and (unknown := [x for x in given if x not in option["names"]]):
-            raise ValueError(f"{entry.name} must be among {', '.join(option['names'])}, found {', '.join(unknown)}")
+            words = f"found {quoted(unknown[0])}{did_you_mean(unknown[0], option['names'])}"
+            raise ValueError(f"{entry.name} must be among {', '.join(option['names'])}, {words}")
         found[entry.name] = value
     if wrong := [x for x in found["densities"] if not 0 < x <= 1]:
         raise ValueError(f"densities must lie in 0..1, above 0, found {wrong}")
+    if not 0 <= found["rep_ms"] <= MOST_MS:
+        raise ValueError(f"rep_ms must be milliseconds, 0 to {MOST_MS:,}, found {found['rep_ms']}")
+    if not 0 <= found["seed"] < 2**63:
+        raise ValueError(f"seed must be 0 or more and below 2^63, found {quoted(found['seed'])}")
+    if found["threads"] is not None and not 1 <= found["threads"] <= MOST_THREADS:
+        raise ValueError(f"threads must be 1 to {MOST_THREADS:,}, found {quoted(found['threads'])}")
     return Settings(**found)
 
 

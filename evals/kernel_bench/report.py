@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 from diffusers_accel.evals.kernel_bench.points import Row, given_up, status_word
 from diffusers_accel.evals.kernel_bench.rows import latest
+from diffusers_accel.files import prepare_folder, write_whole
 
 Column: TypeAlias = tuple[str, Callable[[Row], str]]
 
@@ -93,16 +95,16 @@ def not_measured(rows: Sequence[Row]) -> list[str]:
     return list(found.values())
 
 
-def plot(rows: Sequence[Row], path: Path) -> bool:
-    """Draws sparse efficiency over density, a panel per shape; False where there is nothing to draw or no matplotlib."""
+def plot(rows: Sequence[Row]) -> bytes | None:
+    """Sparse efficiency over density as a PNG, a panel per shape; None where there is nothing to draw or no matplotlib."""
     drawn = [row for row in latest(rows) if row["operator"] == "attention" and "eta" in row]
     drawn = [row for row in drawn if all(row[x] == drawn[0][x] for x in ("input_kind", "pattern", "dtype"))]
     if not drawn:
-        return False
+        return None
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return False
+        return None
     shapes, names = _values(drawn, "shape"), list(dict.fromkeys(_impl(row) for row in drawn))
     densities = sorted({row["density_requested"] for row in drawn})
     figure = Figure(figsize=(1.0 + 3.0 * len(shapes), 3.6), layout="constrained")
@@ -120,16 +122,22 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
         panel.grid(linewidth=0.3)
     panels[0].set(ylabel="dense time x density / sparse time", ylim=(0, None))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), fontsize=8)
-    figure.savefig(path, dpi=150)
-    return True
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150)
+    return picture.getvalue()
 
 
 def save(rows: Sequence[Row], folder: Path) -> Path:
-    """Writes `kernels.md`, and `kernels.png` where matplotlib is installed, into a folder that is made; returns the page."""
-    folder.mkdir(parents=True, exist_ok=True)
-    picture = "kernels.png" if plot(rows, folder / "kernels.png") else None
-    page = folder / "kernels.md"
-    page.write_text(markdown(rows, picture), encoding="utf-8")
+    """Writes `kernels.md`, and `kernels.png` where matplotlib is installed, into a folder that is made; returns the page.
+
+    Raises:
+        WriteError: they cannot be written; each is whole or as it was.
+    """
+    prepare_folder(folder)
+    picture, page = plot(rows), folder / "kernels.md"
+    if picture is not None:
+        write_whole(folder / "kernels.png", picture)
+    write_whole(page, markdown(rows, "kernels.png" if picture else None).encode())
     return page
 
 

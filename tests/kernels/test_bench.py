@@ -254,11 +254,11 @@ def test_flex_reads_the_same_blocks() -> None:
 
 def test_unknown_names_are_refused() -> None:
     for asked, message in (
-        ({"patterns": ["spiral"]}, "patterns must be among .*window.*found spiral"),
+        ({"patterns": ["spiral"]}, "patterns must be among .*window.*found 'spiral'"),
         ({"densities": [0.0]}, r"densities must lie in 0\.\.1"),
-        ({"precisions": ["int4"]}, "precisions must be among input, int8, int8_fp8, found int4"),
-        ({"impls": ["magic"]}, "impls must be among .*portable.*flex.*found magic"),
-        ({"operators": ["sort"]}, "operators must be among attention.*found sort"),
+        ({"precisions": ["int4"]}, "precisions must be among input, int8, int8_fp8, found 'int4'"),
+        ({"impls": ["magic"]}, "impls must be among .*portable.*flex.*found 'magic'"),
+        ({"operators": ["sort"]}, "operators must be among attention.*found 'sort'"),
     ):
         with pytest.raises(ValueError, match=message):
             settings(**asked)
@@ -613,11 +613,25 @@ def test_the_last_row_of_a_point_counts() -> None:
     assert bench.rows.latest([row(eta=0.1), row(impl="flex"), row(eta=0.7)])[0]["eta"] == 0.7
 
 
-def test_the_plot_needs_something_to_draw(tmp_path: Path) -> None:
+def test_the_plot_needs_something_to_draw() -> None:
     pytest.importorskip("matplotlib", reason="the plot is drawn by matplotlib")
-    assert not bench.report.plot([row(operator="dense")], tmp_path / "plot.png")
-    assert bench.report.plot([row(), row(density_computed=0.3), row(shape="C2")], tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes()[1:4] == b"PNG"
+    assert bench.report.plot([row(operator="dense")]) is None
+    picture = bench.report.plot([row(), row(density_computed=0.3), row(shape="C2")])
+    assert picture is not None and picture.startswith(b"\x89PNG")
+
+
+def test_what_was_measured_is_shown_also_where_it_cannot_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*_: Any, on_row: Any, out: Path, **__: Any) -> list[Row]:
+        out.write_text(json.dumps(row()) + "\n")
+        on_row(row())
+        raise bench.WriteError(out, "No space left on device", "free space")
+
+    monkeypatch.setattr(bench, "run", failing)
+    with pytest.raises(bench.WriteError, match="No space left"):
+        bench.main(["--device", "cpu", "--out", str(tmp_path / "rows.jsonl")])
+    assert "| W13 " in capsys.readouterr().out
 
 
 # The inputs

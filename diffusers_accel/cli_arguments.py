@@ -1,0 +1,138 @@
+"""What the command line is given, checked before a model is loaded: texts, numbers, plans, and places to write."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers_accel.files import FileError, prepare_file, printable, quoted, read_bytes
+from diffusers_accel.methods import NAMED
+from diffusers_accel.plan import Plan
+from diffusers_accel.search.scores import Scores
+from diffusers_accel.suggest import did_you_mean, did_you_mean_file
+
+MAX_PROMPT_BYTES = 2**20
+
+
+def check_finite(flag: str, number: float | None) -> None:
+    if number is not None and not math.isfinite(number):
+        raise ValueError(f"{flag}: expected a number, found {number}")
+
+
+def check_whole(flag: str, number: int | None, least: int = 1, most: int = 2**16) -> None:
+    if number is not None and not least <= number <= most:
+        raise ValueError(f"{flag}: expected a whole number from {least} to {most:,}, found {quoted(number)}")
+
+
+def check_seed(seed: int) -> None:
+    check_whole("--seed", seed, 0, 2**63 - 1)
+
+
+def check_share(flag: str, number: float) -> None:
+    if not 0 <= number <= 1:
+        raise ValueError(f"{flag}: expected a share in 0..1, found {number}")
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Refuses texts that no text encoder takes."""
+    for prompt in prompts:
+        if not prompt.strip():
+            raise ValueError(f"prompts: expected texts, found the empty one {quoted(prompt)}; leave it out")
+        if "\0" in prompt or any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise ValueError(f"prompts: expected texts in UTF-8, found {quoted(prompt)}")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8 that are not blank."""
+    try:
+        data = read_bytes(path, MAX_PROMPT_BYTES, "a text file with a prompt on each line")
+        text = data.decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{did_you_mean_file(path)}") from error
+    except UnicodeDecodeError as error:
+        raise FileError(
+            f"{printable(path)}: expected text in UTF-8, found the byte 0x{data[error.start]:02x} at {error.start:,}; "
+            "is it another kind of file? A text is saved anew as UTF-8"
+        ) from None
+    if "\0" in text:
+        raise FileError(f"{printable(path)}: expected text in UTF-8, found a zero byte; is it another kind of file?")
+    if prompts := [line.strip() for line in text.splitlines() if line.strip()]:
+        return prompts
+    raise FileError(f"{printable(path)}: expected a prompt on each line, found none")
+
+
+def read_plan(path: Path) -> Plan:
+    try:
+        return Plan.load(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{did_you_mean_file(path)}") from error
+
+
+def read_subjects(plans: Sequence[str]) -> dict[str, Plan | str]:
+    """Name -> plan or name of a method. The name is what stands before "=", else that of the method or the file's stem."""
+    given: dict[str, str] = {}
+    for item in plans:
+        name, separator, value = item.partition("=")
+        if not separator or os.path.isfile(item):
+            name, value = item if item in NAMED else Path(item).stem, item
+        if name in given:
+            first, second = printable(given[name]), printable(value)
+            raise ValueError(
+                f"--plan: two plans are called {quoted(name)}; give them names: --plan first={first} --plan second={second}"
+            )
+        given[name] = value
+    return {name: _subject(value) for name, value in given.items()}
+
+
+def check_out(out: Path) -> None:
+    if out.suffix != ".json":
+        raise ValueError(f'--out: expected a file name that ends in ".json", found {quoted(str(out))}')
+
+
+def check_scores(scores: Path, out: Path) -> None:
+    """Refuses a file of scores that the plan would replace, or that holds something else."""
+    for path, what in ((scores, "the scores"), (cost_beside(scores), "the kernel times beside the scores")):
+        if _same(path, out):
+            raise ValueError(
+                f"--scores: {what} and the plan would be one file, {quoted(str(out))}; name another one, "
+                f"such as {quoted(str(scores_beside(out)))}"
+            )
+    if os.path.isdir(scores):
+        raise FileError(f"--scores: expected a file that ends in .safetensors, found the folder {quoted(str(scores))}")
+    if scores.suffix != ".safetensors":
+        raise ValueError(f'--scores: expected a file name that ends in ".safetensors", found {quoted(str(scores))}')
+    if os.path.exists(scores):
+        Scores.load(scores)
+
+
+def prepare_search(out: Path, scores: Path) -> None:
+    """Makes sure that the plan, the scores and the kernel times can be written."""
+    for path in (out, scores, cost_beside(scores)):
+        prepare_file(path)
+
+
+def scores_beside(out: Path) -> Path:
+    return out.with_suffix(".scores.safetensors")
+
+
+def cost_beside(scores: Path) -> Path:
+    return scores.with_suffix(".cost.json")
+
+
+def _subject(value: str) -> Plan | str:
+    if value in NAMED:
+        return value
+    path = Path(value)
+    if path.suffix == ".json" or os.path.exists(path):
+        return read_plan(path)
+    meant = did_you_mean(value, NAMED) or did_you_mean_file(path)
+    raise ValueError(f"--plan: expected a method ({', '.join(NAMED)}) or a plan file, found {quoted(value)}{meant}")
+
+
+def _same(a: Path, b: Path) -> bool:
+    """Whether two paths name one file, or would."""
+    if os.path.realpath(a) == os.path.realpath(b):
+        return True
+    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
