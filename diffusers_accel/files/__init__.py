@@ -20,7 +20,7 @@ from diffusers_accel.files.documents import (
 from diffusers_accel.files.errors import FileError, WriteError, printable, quoted
 from diffusers_accel.files.lock import only_writer
 from diffusers_accel.files.reading import read_bytes
-from diffusers_accel.files.safe_tensors import TensorFile, encode_tensors, read_tensor_file
+from diffusers_accel.files.safe_tensors import TensorFile, check_tensors, encode_tensors, read_tensor_file
 from diffusers_accel.files.side_file import read_tensors, write_tensors
 from diffusers_accel.files.strict_json import check_json, parse_json, read_json, write_json
 from diffusers_accel.files.whole import prepare_file, prepare_folder, sync_folder, write_whole
@@ -32,6 +32,7 @@ __all__ = [
     "TensorFile",
     "WriteError",
     "check_json",
+    "check_tensors",
     "checksum",
     "convert",
     "encode_tensors",
