@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -169,6 +170,8 @@ def test_a_document_comes_back_and_no_changed_byte_goes_unnoticed(tmp_path: Path
                 assert load_document(path, KIND, Note) == NOTE
             except FileError as error:
                 assert str(error).startswith(f"{path}: ") and len(str(error)) < 500
+    save_document(path, KIND, Note(name=torch.__version__, counts={}, share=np.float64(0.5)))
+    assert load_document(path, KIND, Note) == Note(name=str(torch.__version__), counts={})
     reordered = dict(reversed(json.loads(whole).items()))
     path.write_text(json.dumps(reordered))
     assert load_document(path, KIND, Note) == NOTE, "indentation and order are not content"

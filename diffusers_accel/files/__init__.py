@@ -2,8 +2,8 @@
 
 `whole`: writing that leaves all or nothing, and asking ahead whether it can. `lock`: one writer at a time. `reading`: bytes,
 and the system's errors in our words. `strict_json`: plain data. `safe_tensors`: tensors. `documents`: typed data with a
-format, a version and a checksum, with tensors or without. `side_file`: the tensors of a plan. `errors`: what is raised, and
-how a message quotes what it found. Nothing in a file is ever executed.
+format, a version and a checksum, with tensors or without. `lines`: rows in a file that grows. `side_file`: the
+tensors of a plan. `errors`: what is raised, and how a message quotes what it found. Nothing in a file is ever executed.
 """
 
 from diffusers_accel.files.documents import (
@@ -18,6 +18,7 @@ from diffusers_accel.files.documents import (
     save_tensor_document,
 )
 from diffusers_accel.files.errors import FileError, WriteError, printable, quoted
+from diffusers_accel.files.lines import append_line, encode_line, read_lines
 from diffusers_accel.files.lock import only_writer
 from diffusers_accel.files.reading import read_bytes
 from diffusers_accel.files.safe_tensors import TensorFile, check_tensors, encode_tensors, read_tensor_file
@@ -31,10 +32,12 @@ __all__ = [
     "Schema",
     "TensorFile",
     "WriteError",
+    "append_line",
     "check_json",
     "check_tensors",
     "checksum",
     "convert",
+    "encode_line",
     "encode_tensors",
     "load_document",
     "load_tensor_document",
@@ -47,6 +50,7 @@ __all__ = [
     "quoted",
     "read_bytes",
     "read_json",
+    "read_lines",
     "read_tensor_file",
     "read_tensors",
     "save_document",
