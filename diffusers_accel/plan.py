@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusers_accel import plan_file
-from diffusers_accel.files import FileError, printable, read_json, read_tensors, write_json, write_tensors
+from diffusers_accel.files import FileError, printable, quoted, read_json, read_tensors, write_json, write_tensors
 from diffusers_accel.methods import DENSE, Method, Recipe
 from diffusers_accel.plan_check import check_plan, names
 from diffusers_accel.shape import ModelShape
@@ -89,7 +89,7 @@ class Plan:
             parts["tensors"] = read_tensors(path, parts["tensors"])
             return Plan(**parts)
         except FileError as error:
-            raise PlanError(f"{path}: {error}") from error
+            raise PlanError(f"{printable(path)}: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Writes `path`, which must end in ".json", and beside it `<stem>.<hash>.safetensors` if there are tensors.
@@ -99,13 +99,14 @@ class Plan:
 
         Raises:
             PlanError: the name does not end in ".json".
+            FileError: the plan is longer than `load` would read again.
             OSError: the folder cannot be written.
         """
         path = Path(path)
         if path.suffix != ".json":
-            raise PlanError(f'{path}: expected a file name that ends in ".json", found {path.name!r}')
+            raise PlanError(f'{path}: expected a file name that ends in ".json", found {quoted(path.name)}')
         reference = write_tensors(path, self.tensors)
-        write_json(path, {**plan_file.plain(self), "tensors": reference})
+        write_json(path, plan_file.signed({**plan_file.plain(self), "tensors": reference}))
 
     @staticmethod
     def uniform(method: Method | Recipe, family: str, models: Mapping[str, ModelShape]) -> Plan:
@@ -140,7 +141,7 @@ class Plan:
         """
         if family is not None and family != self.family:
             raise PlanError(
-                f"the plan is for the family {self.family!r}, this pipeline is of {family!r}: search a plan for it"
+                f"the plan is for the family {quoted(self.family)}, this pipeline is of {family!r}: search a plan for it"
             )
         if set(models) != set(self.models):
             raise PlanError(
@@ -155,14 +156,14 @@ class Plan:
                 planned, real = getattr(self.models[name], what), getattr(found, what)
                 if planned != real:
                     raise PlanError(
-                        f"the plan has {planned} {word} in {name!r}, this model has {real}; was it searched on another size of "
-                        f"the model? Search one for this: diffusers-accel search"
+                        f"the plan has {planned} {word} in {quoted(name)}, this model has {real}; was it searched on another "
+                        f"size of the model? Search one for this: diffusers-accel search"
                     )
 
     def span_at(self, step: int, steps: int) -> int:
         """Index of the span that holds the middle of step `step` (0-based) of `steps`."""
         if not 0 <= step < steps:
-            raise PlanError(f"step: expected 0 to {steps - 1} in a schedule of {steps} steps, found {step}")
+            raise PlanError(f"step: expected 0 to {steps - 1} in a schedule of {steps} steps, found {quoted(step)}")
         middle = (step + 0.5) / steps
         return next(index for index, span in enumerate(self.spans) if middle < span.stop)
 
@@ -198,13 +199,14 @@ def _same_tensors(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> b
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text):,} characters, all of them in the file)"
+    shown = printable(text[:SHOWN])  # a plan may come from anybody: its texts steer no terminal
+    return shown if len(text) <= SHOWN else f"{shown} ... ({len(text):,} characters, all of them in the file)"
 
 
 def _lines(plan: Plan) -> list[str]:
-    shapes = [f"{name}: {s.layers} layers x {s.heads} heads x {s.head_dim}" for name, s in plan.models.items()]
+    shapes = [f"{_short(name)}: {s.layers} layers x {s.heads} heads x {s.head_dim}" for name, s in plan.models.items()]
     lines = [
-        f"plan for {plan.family} ({'; '.join(shapes)})",
+        f"plan for {_short(plan.family)} ({'; '.join(shapes)})",
         "",
         "methods, with the share of heads over the whole schedule",
     ]
@@ -212,9 +214,9 @@ def _lines(plan: Plan) -> list[str]:
         lines.append(f"  {symbol}  {plan.methods[symbol].label:<24} {share:>6.1%}")
     for span in plan.spans:
         for name, rows in span.heads.items():
-            lines += ["", f"{span.start:.0%} to {span.stop:.0%} of the steps, {name}"]
+            lines += ["", f"{span.start:.0%} to {span.stop:.0%} of the steps, {_short(name)}"]
             lines += [f"  layer {layer:>2}  {row}" for layer, row in enumerate(rows)]
     for title, data in (("budget", plan.budget), ("provenance", plan.provenance)):
         if data:
-            lines += ["", title, *(f"  {key}: {_short(value)}" for key, value in data.items())]
+            lines += ["", title, *(f"  {_short(key)}: {_short(value)}" for key, value in data.items())]
     return lines

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from diffusers_accel.files import FileError
+from diffusers_accel.files import FileError, checksum, printable, quoted
 from diffusers_accel.methods import Method
 from diffusers_accel.shape import ModelShape
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FORMAT = "diffusers_accel.plan"
 VERSION = 1
 _KEYS = ("format", "version", "family", "models", "methods", "spans", "budget", "provenance", "tensors")
+_SUM = "sha256"  # of all the others; a plan that was written by hand, or before plans had it, has none
 
 
 def plain(plan: Plan) -> dict[str, Any]:
@@ -41,6 +42,11 @@ def plain(plan: Plan) -> dict[str, Any]:
     }
 
 
+def signed(data: dict[str, Any]) -> dict[str, Any]:
+    """A plan file's data with the checksum by which `parse` knows it again."""
+    return {**data, _SUM: checksum(data)}
+
+
 def parse(data: object) -> dict[str, Any]:
     """Checks the shape of a plan file's data, whose values `Plan` checks.
 
@@ -49,15 +55,19 @@ def parse(data: object) -> dict[str, Any]:
         the reference to the side file, as found.
 
     Raises:
-        FileError: a key is unknown or missing or holds another type; the message gives its path.
+        FileError: a key is unknown or missing or holds another type, or the file was changed after it was saved; the message
+            gives the path.
     """
-    _check_format(data)
-    plan = _object(data, "the plan", _KEYS)
+    plan = _check_format(data)
+    _check_sum(plan)
+    plan = _object(plan, "the plan", _KEYS)
     methods = _mapping(plan["methods"], "methods")
     return {
         "family": plan["family"],
-        "models": {name: _shape(item, f"models.{name}") for name, item in _mapping(plan["models"], "models").items()},
-        "methods": {symbol: _method(item, f"methods.{symbol}") for symbol, item in methods.items()},
+        "models": {
+            name: _shape(item, f"models.{_key(name)}") for name, item in _mapping(plan["models"], "models").items()
+        },
+        "methods": {symbol: _method(item, f"methods.{_key(symbol)}") for symbol, item in methods.items()},
         "spans": [_span(item, f"spans[{index}]") for index, item in enumerate(_list(plan["spans"], "spans"))],
         "budget": _mapping(plan["budget"], "budget"),
         "provenance": _mapping(plan["provenance"], "provenance"),
@@ -65,16 +75,29 @@ def parse(data: object) -> dict[str, Any]:
     }
 
 
-def _check_format(data: object) -> None:
+def _check_format(data: object) -> dict[str, Any]:
     """Before anything else, so that a file of another kind or version is not called a plan with unknown keys."""
     plan = _mapping(data, "the file")
     if plan.get("format") != FORMAT:
-        raise FileError(f'format: expected "{FORMAT}", found {plan.get("format")!r}; this is not a plan file')
+        raise FileError(f'format: expected "{FORMAT}", found {quoted(plan.get("format"))}; this is not a plan file')
     version = plan.get("version")
-    if isinstance(version, bool) or version != VERSION:
+    if type(version) is not int or version != VERSION:
         newer = isinstance(version, int) and version > VERSION
         advice = "upgrade diffusers-accel" if newer else "search the plan again"
-        raise FileError(f"version: expected {VERSION}, found {version!r}; {advice}")
+        raise FileError(f"version: expected {VERSION}, found {quoted(version)}; {advice}")
+    return plan
+
+
+def _check_sum(plan: dict[str, Any]) -> None:
+    """Takes the checksum out of a plan's data, if there is one, and compares it with the rest."""
+    if _SUM not in plan:
+        return
+    given = plan.pop(_SUM)
+    if given != (found := checksum(plan)):
+        raise FileError(
+            f"{_SUM}: expected {found}, found {quoted(given)}: the file was changed after it was saved. Copy it again; or, "
+            f'if it was changed on purpose, remove its "{_SUM}" line'
+        )
 
 
 def _shape(data: object, path: str) -> ModelShape:
@@ -91,14 +114,14 @@ def _method(data: object, path: str) -> Method:
 def _span(data: object, path: str) -> tuple[float, float, dict[str, tuple[str, ...]]]:
     span = _object(data, path, ("start", "stop", "heads"))
     heads = _mapping(span["heads"], f"{path}.heads")
-    rows = {name: tuple(_list(item, f"{path}.heads.{name}")) for name, item in heads.items()}
+    rows = {name: tuple(_list(item, f"{path}.heads.{_key(name)}")) for name, item in heads.items()}
     return span["start"], span["stop"], rows
 
 
 def _object(data: object, path: str, keys: tuple[str, ...]) -> dict[str, Any]:
     found = _mapping(data, path)
     if unknown := sorted(set(found) - set(keys)):
-        raise FileError(f"{path}: expected only the keys {', '.join(keys)}, found the unknown key {unknown[0]!r}")
+        raise FileError(f"{path}: expected only the keys {', '.join(keys)}, found the unknown key {quoted(unknown[0])}")
     if missing := [key for key in keys if key not in found]:
         raise FileError(f"{path}: expected the keys {', '.join(keys)}, found none called {missing[0]!r}")
     return found
@@ -117,6 +140,11 @@ def _list(data: object, path: str) -> list[Any]:
 
 
 def _kind(data: object) -> str:
-    return {dict: "an object", list: "a list", str: f"the text {data!r}"[:80], type(None): "null"}.get(
-        type(data), repr(data)
-    )
+    if isinstance(data, str):
+        return f"the text {quoted(data)}"
+    return {dict: "an object", list: "a list", type(None): "null"}.get(type(data), quoted(data))
+
+
+def _key(name: str) -> str:
+    """A key as a path shows it."""
+    return printable(name[:60])

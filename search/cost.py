@@ -9,29 +9,27 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffusers_accel.files import read_json, write_json
+from diffusers_accel.files import Kind, Schema, load_document, printable, quoted, save_document
 from diffusers_accel.launch import Deal, deal, run
 from diffusers_accel.memory import Memory
 from diffusers_accel.methods import AxisOrder, Context, Method, Reuse
 from diffusers_accel.site import DenseAttention
 
-FORMAT, VERSION = "diffusers_accel.cost", 2
+KIND = Kind("diffusers_accel.cost", 3, "delete the file and measure the cost again")
 MIN_ROUNDS = 3
 MIN_SECONDS = 0.002  # calls shorter than this are repeated within one timing
 FOREVER = 1 << 30  # steps
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(Schema, frozen=True):
     """Time per head and call of each candidate.
 
     Args:
@@ -42,6 +40,9 @@ class Cost:
         tokens: sequence length.
         batch: batch rows of a call.
         rounds: how often each candidate was timed; `ms` is the median.
+
+    Raises:
+        ValueError: a time is no finite number of 0 or more, or the tables are not of the same transformers and candidates.
     """
 
     ms: dict[str, tuple[float, ...]]
@@ -51,41 +52,37 @@ class Cost:
     batch: int
     rounds: int
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON under a temporary name and renames it."""
-        write_json(Path(path), {"format": FORMAT, "version": VERSION, **asdict(self), **self._lists()})
+    def __post_init__(self) -> None:
+        if not self.ms or set(self.ms) != set(self.refresh_ms):
+            found = (quoted(sorted(each)) for each in (self.ms, self.refresh_ms))
+            raise ValueError("ms, refresh_ms: expected times of the same transformers, found {} and {}".format(*found))
+        candidates = len(next(iter(self.ms.values())))
+        for kind, times in (("ms", self.ms), ("refresh_ms", self.refresh_ms)):
+            for name, row in times.items():
+                path = f"{kind}.{printable(name[:60])}"
+                if not row or len(row) != candidates:
+                    raise ValueError(
+                        f"{path}: expected {max(1, candidates)} times, one per candidate, found {len(row)}"
+                    )
+                if not np.isfinite(row).all() or min(row) < 0:
+                    raise ValueError(f"{path}: expected finite times of 0 ms or more, found {quoted(row)}")
+        for what in ("tokens", "batch", "rounds"):
+            if getattr(self, what) < 1:
+                raise ValueError(f"{what}: expected 1 or more, found {quoted(getattr(self, what))}")
 
-    def _lists(self) -> dict[str, dict[str, list[float]]]:
-        times = {"ms": self.ms, "refresh_ms": self.refresh_ms}
-        return {kind: {name: list(row) for name, row in each.items()} for kind, each in times.items()}
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes JSON, whole or not at all."""
+        save_document(Path(path), KIND, self)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Cost:
-        """Reads what `save` wrote; anything else is refused with a ValueError."""
-        data: Any = read_json(Path(path))
-        expected = {"format", "version", *(field.name for field in fields(cls))}
-        if (
-            not isinstance(data, dict)
-            or set(data) != expected
-            or (data["format"], data["version"]) != (FORMAT, VERSION)
-        ):
-            what = f"{FORMAT} version {VERSION} with the keys {sorted(expected)}"
-            raise ValueError(f"{path}: expected {what}; measure the cost again")
-        return cls(
-            ms=_times(path, data["ms"]),
-            refresh_ms=_times(path, data["refresh_ms"]),
-            device=data["device"],
-            tokens=data["tokens"],
-            batch=data["batch"],
-            rounds=data["rounds"],
-        )
+        """Reads what `save` wrote.
 
-
-def _times(path: str | os.PathLike[str], data: Any) -> dict[str, tuple[float, ...]]:
-    times = {name: tuple(float(each) for each in row) for name, row in data.items()}
-    if not all(np.isfinite(row).all() and min(row) >= 0 for row in times.values()):
-        raise ValueError(f"{path}: expected times of 0 ms or more, found {times}; measure the cost again")
-    return times
+        Raises:
+            FileNotFoundError: there is nothing at `path`.
+            FileError: it is something else, of another version, or damaged; the message says which and what to do.
+        """
+        return load_document(Path(path), KIND, Cost)
 
 
 def alike(method: Method) -> Method:

@@ -1,51 +1,29 @@
 """Scores: what a probe measured, in one file that is worth keeping, because it holds the GPU hours of a search.
 
-The file is safetensors with JSON in its header, written whole and renamed, so that a kill leaves the passes finished before.
+The file (`search.scores_file`) is written whole or not at all, so that a kill leaves the passes that were finished before.
 It holds sums, not means, so that a search can go on where it stopped with the very same result.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, Method
 from diffusers_accel.search.schedule import mean_age, refresh_share, stored_axes
+from diffusers_accel.search.scores_check import check_scores, check_size
+from diffusers_accel.search.scores_file import Array, Pass, read, refused, write
 from diffusers_accel.shape import ModelShape
 
-FORMAT, VERSION = "diffusers_accel.scores", 2
-HEADER = {"family", "models", "layout", "candidates", "spans", "parts", "config", "provenance", "passes", "impacts"}
+__all__ = ["DENSE", "Array", "Pass", "Scores"]
+
 DENSE = 0  # index of the dense candidate
-
-Array = np.ndarray[Any, np.dtype[Any]]
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One finished generation of a calibration prompt.
-
-    Args:
-        prompt: a label of the prompt (its text, or a hash of its embeddings).
-        seconds: wall time of the pipeline call, without the time spent on measuring.
-        attention_seconds: time of all dense self-attention calls in it.
-        calls: self-attention calls of each layer, per transformer and span.
-        steps: steps at which the transformer ran, per transformer and span.
-    """
-
-    prompt: str
-    seconds: float
-    attention_seconds: float
-    calls: dict[str, tuple[int, ...]]
-    steps: dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -73,6 +51,9 @@ class Scores:
             [parts, L, H, blocks, blocks], see `search.stored_masks`.
         impacts: per span, as far as measured, the relative squared error of the final latents per unit of summed error
             (`search.sensitivity`); 1 for a span without a call.
+
+    Raises:
+        FileError: a part is wrong or does not fit the others; the message begins with its path.
     """
 
     family: str
@@ -88,17 +69,8 @@ class Scores:
     impacts: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.impacts) > len(self.spans) or not all(np.isfinite(each) and each >= 0 for each in self.impacts):
-            raise ValueError(f"scores: expected at most {len(self.spans)} impacts of 0 or more, found {self.impacts}")
-        expected = _arrays(self.models, len(self.spans), self.candidates, self.layout, self.parts)
-        if set(self.sums) != set(expected):
-            raise ValueError(f"scores: expected the arrays {sorted(expected)}, found {sorted(self.sums)}")
-        for name, (shape, kind) in expected.items():
-            array = self.sums[name]
-            if array.shape != shape or array.dtype != np.dtype(kind):
-                raise ValueError(f"scores: {name} must be {kind} {shape}, found {array.dtype} {array.shape}")
-            if kind == "f8" and not np.isfinite(array).all():
-                raise ValueError(f"scores: {name} must be finite, found NaN or infinity; probe again")
+        check_size(self)
+        check_scores(self, _arrays(self.models, len(self.spans), self.candidates, self.layout, self.parts))
 
     @staticmethod
     def zeros(
@@ -188,74 +160,31 @@ class Scores:
         return float(np.median([done.attention_seconds / done.seconds for done in self.passes]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file beside itself and renames it, so that a failed save leaves the old file."""
-        path = Path(path)
-        header = {
-            "family": self.family,
-            "models": {name: asdict(shape) for name, shape in self.models.items()},
-            "layout": asdict(self.layout),
-            "candidates": [method.to_json() for method in self.candidates],
-            "spans": self.spans,
-            "parts": self.parts,
-            "config": self.config,
-            "provenance": self.provenance,
-            "passes": [asdict(done) for done in self.passes],
-            "impacts": self.impacts,
-        }
-        metadata = {"format": FORMAT, "version": str(VERSION), "header": json.dumps(header, allow_nan=False)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file({name: np.ascontiguousarray(array) for name, array in self.sums.items()}, temporary, metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Writes the file whole or not at all, so that a failed save leaves the old one; makes its folder.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write(Path(path), vars(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
         """Reads a file that `save` wrote.
 
         Raises:
-            ValueError: the file is not scores, of another version, or damaged; the message says which and what to do.
+            FileNotFoundError: there is nothing at `path`.
+            FileError: the file is not scores, of another version, or damaged; the message says which and what to do.
         """
+        path = Path(path)
+        parts = read(path)
         try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a safetensors file ({error}); delete it and probe again") from error
-        found = (metadata.get("format"), metadata.get("version"))
-        if found != (FORMAT, str(VERSION)):
-            what = f"expected {FORMAT} version {VERSION}, found {found[0]} version {found[1]}"
-            raise ValueError(f"{path}: {what}; delete the file, or name another one, and probe again")
-        try:
-            header = json.loads(metadata["header"])
-            if not isinstance(header, dict) or set(header) != HEADER:
-                raise ValueError(f"expected the keys {sorted(HEADER)}, found {sorted(header)}")
-            return cls(
-                family=header["family"],
-                models={name: ModelShape(**shape) for name, shape in header["models"].items()},
-                layout=TokenLayout(**header["layout"]),
-                candidates=tuple(Method.from_json(method) for method in header["candidates"]),
-                spans=tuple((float(start), float(stop)) for start, stop in header["spans"]),
-                parts=header["parts"],
-                config=header["config"],
-                provenance=header["provenance"],
-                passes=tuple(_read_pass(done) for done in header["passes"]),
-                sums=sums,
-                impacts=tuple(float(impact) for impact in header["impacts"]),
-            )
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}: damaged scores: {error}; delete the file and probe again") from error
+            return cls(**parts)
+        except ValueError as error:
+            raise refused(path, error) from error
 
     def _mean(self, name: str, transformer: str) -> Array:
         count = self.samples(transformer)
         return self.sums[f"{name}/{transformer}"] / np.where(count, count, np.nan)
-
-
-def _read_pass(data: Mapping[str, Any]) -> Pass:
-    counts = {key: {name: tuple(each) for name, each in data[key].items()} for key in ("calls", "steps") if key in data}
-    return Pass(**{**data, **counts})
 
 
 def _arrays(

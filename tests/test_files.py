@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from diffusers_accel.files import (
@@ -29,6 +31,7 @@ from diffusers_accel.files import (
     printable,
     quoted,
     read_json,
+    read_tensor_file,
     read_tensors,
     save_document,
     save_tensor_document,
@@ -167,6 +170,8 @@ def test_a_document_comes_back_and_no_changed_byte_goes_unnoticed(tmp_path: Path
                 assert load_document(path, KIND, Note) == NOTE
             except FileError as error:
                 assert str(error).startswith(f"{path}: ") and len(str(error)) < 500
+    save_document(path, KIND, Note(name=torch.__version__, counts={}, share=np.float64(0.5)))
+    assert load_document(path, KIND, Note) == Note(name=str(torch.__version__), counts={})
     reordered = dict(reversed(json.loads(whole).items()))
     path.write_text(json.dumps(reordered))
     assert load_document(path, KIND, Note) == NOTE, "indentation and order are not content"
@@ -269,10 +274,25 @@ def test_a_side_file_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path) -
 
 
 def test_tensors_of_types_that_cannot_be_checked_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    reference = write_tensors(path, {"a": torch.ones(3).to(torch.float8_e4m3fn)})
+    path, tensors = tmp_path / "a.safetensors", {"a": torch.ones(3).to(torch.float8_e4m3fn)}
+    safetensors.torch.save_file(tensors, path)
     with pytest.raises(FileError, match="expected a tensor of one of the types .*F8_E4M3"):
-        read_tensors(path, reference)
+        read_tensor_file(path)
+    header = b'{"a": {"dtype": [], "shape": [], "data_offsets": [0, 0]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(FileError, match=r"'a': expected a tensor of one of the types .* found \[\]"):
+        read_tensor_file(path)
+    with pytest.raises(FileError, match="a: expected a tensor of one of the types .* found torch.float8_e4m3fn"):
+        write_tensors(path, tensors)
+    with pytest.raises(FileError, match="half a character"):
+        write_tensors(path, {"\ud800": torch.ones(3)})
+
+
+def test_tensors_that_share_memory_are_written_each(tmp_path: Path) -> None:
+    whole = torch.arange(6.0)
+    tensors = {"a": whole, "b": whole, "c": whole[2:4]}
+    found = read_tensors(tmp_path / "plan.json", write_tensors(tmp_path / "plan.json", tensors))
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
 def test_values_in_messages_are_short_and_steer_no_terminal() -> None:

@@ -325,7 +325,7 @@ def test_orders_come_back_from_their_labels() -> None:
         with pytest.raises(ValueError, match="an? (axis )?order is a permutation"):
             parse_order(wrong)
     for size in (0, -8, 1.5, True, "8"):
-        with pytest.raises(ValueError, match=r"Patches\.height is a number of tokens, expected 1 or more"):
+        with pytest.raises(ValueError, match=r"Patches\.height is a number of tokens, expected 1 to 65,536"):
             Patches(size)  # type: ignore[arg-type]
 
 

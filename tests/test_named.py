@@ -231,7 +231,7 @@ def test_wrong_parameters_are_refused_before_anything_is_touched(
         ("draft", {"hold": 0}, "hold >= 1, found 1 and 0"),
         ("draft", {"density": 0.3, "mass": 0.5}, "either a density or a mass"),
         ("draft", {"rule": "best"}, "found 'best'"),
-        ("draft", {"patch": (0, 16)}, "Patches.height is a number of tokens, expected 1 or more, found 0"),
+        ("draft", {"patch": (0, 16)}, "Patches.height is a number of tokens, expected 1 to 65,536, found 0"),
         ("reordered", {"axes": "hw"}, "permutation"),
         ("dense", {"precision": "fp4"}, "found 'fp4'"),
     ],

@@ -18,13 +18,34 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from diffusers_accel import files
-from diffusers_accel.methods import NAMED, All, AxisOrder, Band, Method, Skip, Stripe
+from diffusers_accel.files import strict_json
+from diffusers_accel.methods import AUTO, NAMED, All, AxisOrder, Band, Draft, Method, Patches, Reuse, Skip, Stripe
 from diffusers_accel.plan import ModelShape, Plan, PlanError, Span
 
+# A plan as version 1 was saved before plans had a checksum.
+EARLIER = """{
+ "format": "diffusers_accel.plan",
+ "version": 1,
+ "family": "wan",
+ "models": {"transformer": {"layers": 2, "heads": 2, "head_dim": 64}},
+ "methods": {".": {"select": {"kind": "all"}},
+  "a": {"order": "8x16", "select": {"kind": "draft", "density": 0.3, "mass": null, "rule": "quantile", "floor": 1,
+   "diagonal": true, "first_frame": true, "hold": 1}, "precision": "int8", "reuse": {"every": 3, "gated": false}}},
+ "spans": [{"start": 0.0, "stop": 0.25, "heads": {"transformer": ["..", ".."]}},
+  {"start": 0.25, "stop": 1, "heads": {"transformer": ["..", ".a"]}}],
+ "budget": {"kind": "speedup", "value": 1.4},
+ "provenance": {"prompts": ["a red circle"]},
+ "tensors": null
+}
+"""
 DENSE, SKIP = Method(), Method(select=Skip())
 BAND, DIAGONAL = Method(select=Band(0.25)), Method(AxisOrder("hwf"), Band(0.5, first_frame=False))
 CALIBRATED = Method(select=Stripe(0.25, calibrated=True))
+METHODS = {".": DENSE, "a": BAND, "b": DIAGONAL, "c": CALIBRATED, "s": SKIP}
+
+
+def stripes() -> dict[str, torch.Tensor]:
+    return {"stripe_mass/transformer": torch.linspace(0, 1, 2 * 3 * 5 * 4).view(2, 3, 5, 4).half()}
 
 
 def plan(**changes: Any) -> Plan:
@@ -32,11 +53,11 @@ def plan(**changes: Any) -> Plan:
     base = Plan(
         family="wan",
         models={"transformer": ModelShape(layers=2, heads=3, head_dim=64)},
-        methods={".": DENSE, "a": BAND, "b": DIAGONAL, "c": CALIBRATED, "s": SKIP},
+        methods=METHODS,
         spans=(Span(0.0, 0.25, {"transformer": ("...", "...")}), Span(0.25, 1.0, {"transformer": ("ab.", "csa")})),
         budget={"speedup": 1.5},
         provenance={"prompts": ["a red circle"], "seed": 0},
-        tensors={"stripe_mass/transformer": torch.linspace(0, 1, 2 * 3 * 5 * 4).view(2, 3, 5, 4).half()},
+        tensors=stripes(),
     )
     return replace(base, **changes)
 
@@ -55,7 +76,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no models": ({"models": {}}, r"models: expected at least one transformer, found none"),
     "zero layers": (
         {"models": {"transformer": ModelShape(0, 3, 64)}},
-        r"models\.transformer\.layers: expected a whole number of at least 1, found 0",
+        r"models\.transformer\.layers: expected a whole number of 1 to 1,000,000, found 0",
     ),
     "bool as heads": ({"models": {"transformer": ModelShape(2, True, 64)}}, r"transformer\.heads: .* found True"),
     "no methods": ({"methods": {}}, r"methods: expected at least one, found none"),
@@ -104,6 +125,24 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"tensors": {"stripe_mass/transformer": torch.ones(2, 4, 5, 4)}},
         r"stripe_mass/transformer: expected a floating \[2 layers, 3 heads, frames, height\], found torch.float32 \[2, 4, 5, 4\]",
     ),
+    "calibration in 8 bits": (
+        {"tensors": {"stripe_mass/transformer": torch.ones(2, 3, 5, 4).to(torch.float8_e4m3fn)}},
+        r"tensors\.stripe_mass/transformer: expected a tensor of one of the types bool, .* found torch\.float8_e4m3fn",
+    ),
+    "a type that nobody reads": (
+        {"tensors": {**stripes(), "more": torch.ones(1, dtype=torch.complex64)}},
+        r"tensors\.more: expected a tensor of one of the types .* found torch\.complex64",
+    ),
+    "precision of no device": (
+        {"methods": {**METHODS, "a": replace(BAND, precision=AUTO)}},
+        r'methods\.a: expected the precision of a device, found "auto"',
+    ),
+    "half a character": ({"family": "\ud800"}, r"family: expected Unicode text, found half a character"),
+    "more than 64 bits": ({"budget": {"a": 2**63}}, r"budget\.a: expected a whole number of at most 64 bits"),
+    "millions of heads": (
+        {"models": {"transformer": ModelShape(2, 2**62, 64)}},
+        r"transformer\.heads: expected .* found 46",
+    ),
     "calibration with nan": (
         {"tensors": {"stripe_mass/transformer": torch.full((2, 3, 5, 4), torch.nan)}},
         r"stripe_mass/transformer: expected finite numbers",
@@ -119,11 +158,12 @@ def test_a_wrong_plan_cannot_be_made(case: str) -> None:
 
 
 def saved(folder: Path, edit: Callable[[dict[str, Any]], None] = lambda data: None) -> Path:
-    """A plan file whose JSON was edited by hand."""
+    """A plan file whose JSON was edited by hand, and its checksum removed."""
     path = folder / "plan.json"
     plan().save(path)
     data = json.loads(path.read_text())
     edit(data)
+    del data["sha256"]
     path.write_text(json.dumps(data))
     return path
 
@@ -150,7 +190,7 @@ EDITED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     ),
     "fractional heads": (
         lambda data: data["models"]["transformer"].update(heads=3.0),
-        r"models\.transformer\.heads: expected a whole number of at least 1, found 3\.0",
+        r"models\.transformer\.heads: expected a whole number of 1 to 1,000,000, found 3\.0",
     ),
     "bool layers": (
         lambda data: data["models"]["transformer"].update(layers=True),
@@ -171,6 +211,31 @@ EDITED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "density of bool": (lambda data: data["methods"]["a"]["select"].update(density=True), r"methods\.a: .*found True"),
     "density of 2": (lambda data: data["methods"]["a"]["select"].update(density=2), r"methods\.a: .*\(0, 1\], found 2"),
     "no such order": (lambda data: data["methods"]["b"].update(order="xyz"), r"methods\.b: .*found 'xyz'"),
+    "order in other digits": (
+        lambda data: data["methods"]["b"].update(order="٣x٤"),
+        r"methods\.b: order: .*found '٣x٤'",
+    ),
+    "order without end": (
+        lambda data: data["methods"]["b"].update(order=f"{2**63}x1"),
+        r"methods\.b: order: .*found '9223372036854775808x1'",
+    ),
+    "order of millions": (
+        lambda data: data["methods"]["b"].update(order="8x9999999"),
+        r"methods\.b: order: .*expected 1 to 65,536, found 9999999",
+    ),
+    "hold of a fraction": (
+        lambda data: data["methods"].update(a={"select": {"kind": "draft", "hold": 1.0}}),
+        r"methods\.a: select\.hold: expected int, found 1\.0",
+    ),
+    "floor without end": (
+        lambda data: data["methods"].update(a={"select": {"kind": "draft", "floor": 2**62}}),
+        r"methods\.a: select\.floor: expected a whole number of at most 2,147,483,647, found 46",
+    ),
+    "interval of bool": (
+        lambda data: data["methods"].update(a={"select": {"kind": "draft"}, "reuse": {"every": True}}),
+        r"methods\.a: reuse\.every: expected int, found True",
+    ),
+    "precision of a list": (lambda data: data["methods"]["a"].update(precision=["int8"]), r"methods\.a: precision: "),
     "meaningless method": (lambda data: data["methods"]["."].update(order="hwf"), r"methods\.\.: .*order"),
     "spans as object": (rewrite(spans={}), r"spans: expected a list, found an object"),
     "span as text": (rewrite(spans=["all"]), r"spans\[0\]: expected an object, found the text 'all'"),
@@ -223,6 +288,71 @@ def test_a_wrong_file_is_refused_by_its_path(case: str, tmp_path: Path) -> None:
         Plan.load(path)
 
 
+HUGE = "x" * 5_000_000
+PLACES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "family": lambda data: data.update(family=[HUGE]),
+    "format": lambda data: data.update(format=HUGE),
+    "version": lambda data: data.update(version=HUGE),
+    "models": lambda data: data.update(models=HUGE),
+    "name of a model": lambda data: data["models"].update({HUGE: {"layers": 0}}),
+    "heads": lambda data: data["models"]["transformer"].update(heads=HUGE),
+    "symbol": lambda data: data["methods"].update({HUGE: data["methods"]["."]}),
+    "kind": lambda data: data["methods"]["a"]["select"].update(kind=HUGE),
+    "key of a stage": lambda data: data["methods"]["a"]["select"].update({HUGE: 1}),
+    "density": lambda data: data["methods"]["a"]["select"].update(density=HUGE),
+    "order": lambda data: data["methods"]["b"].update(order=HUGE),
+    "precision": lambda data: data["methods"]["a"].update(precision=HUGE),
+    "span": lambda data: data["spans"][0].update(start=HUGE),
+    "spans": lambda data: data.update(spans=HUGE),
+    "transformer of a span": lambda data: data["spans"][0]["heads"].update({HUGE: []}),
+    "row": lambda data: data["spans"][0]["heads"]["transformer"].__setitem__(0, HUGE),
+    "unknown key": lambda data: data.update({HUGE: 1}),
+    "budget": lambda data: data.update(budget=HUGE),
+    "deep in provenance": lambda data: data["provenance"].update({HUGE: {HUGE: 1e999}}),
+    "reference": lambda data: data.update(tensors=HUGE),
+    "side file": lambda data: data["tensors"].update(file=HUGE),
+    "hash": lambda data: data["tensors"].update(sha256=HUGE),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_value_of_megabytes_makes_no_message_of_megabytes(place: str, tmp_path: Path) -> None:
+    path = saved(tmp_path, PLACES[place])
+    with pytest.raises(PlanError) as caught:
+        Plan.load(path)
+    assert len(str(caught.value)) < 600 + len(str(path))
+
+
+def test_a_plan_that_was_changed_after_it_was_saved_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    plan().save(path)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 7]) + whole[place + 1 :])
+        try:
+            assert Plan.load(path) == plan()
+        except PlanError as error:
+            assert str(error).startswith(f"{path}: ") and len(str(error)) < 500
+    path.write_bytes(whole.replace(b'"seed": 0', b'"seed": 1'))
+    with pytest.raises(PlanError, match=r'was changed after it was saved.*on purpose, remove its "sha256" line'):
+        Plan.load(path)
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed({**data, "provenance": plan().provenance}.items()))))
+    assert Plan.load(path) == plan(), "indentation and order are not content"
+    del data["sha256"]
+    path.write_text(json.dumps(data))
+    assert Plan.load(path) == plan(provenance={"prompts": ["a red circle"], "seed": 1})
+
+
+def test_a_plan_saved_before_there_was_a_checksum_still_loads(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(EARLIER)
+    found = Plan.load(path)
+    assert found.method(1, "transformer", 1, 1) == Method(Patches(), Draft(0.3), "int8", Reuse(3))
+    found.save(path)
+    assert Plan.load(path) == found and "sha256" in json.loads(path.read_text())
+
+
 class Trap:
     """Unpickling it would leave a trace."""
 
@@ -232,18 +362,22 @@ class Trap:
 
 # What is wrong with a file's bytes.
 BYTES: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", r"expected JSON, found an empty file"),
+    "empty": (b"", r"expected a JSON file, found an empty file"),
     "cut off": (b'{"format": "diffusers_accel.plan", "version', r"expected JSON, found .*; is the file cut off"),
     "pickle": (pickle.dumps(Trap()), r"expected JSON, found a pickle"),
     "archive": (b"PK\x03\x04rest", r"expected JSON, found a pickle or a torch\.save archive"),
-    "binary": (b"\xff\xfe\x00\x01", r"expected JSON in UTF-8, found binary data"),
+    "binary": (b"{\xff\x00\x01", r"expected JSON in UTF-8, found binary data"),
+    "byte order mark": (b"\xef\xbb\xbf{}", r"expected JSON in UTF-8, found a byte order mark"),
+    "UTF-16": (b"\xff\xfe{\x00}\x00", r"expected JSON in UTF-8, found a byte order mark"),
     "nan": (b'{"a": NaN}', r"expected a finite number, found NaN"),
     "infinity": (b'{"a": [-Infinity]}', r"expected a finite number, found -Infinity"),
     "key twice": (b'{"version": 1, "version": 2}', r"expected each key once in an object, found 'version' twice"),
     "list": (b"[]", r"the file: expected an object, found a list"),
     "too deep": (b"[" * 100_000, r"maximum recursion depth|nest"),
     "endless number": (b"[" + b"9" * 10_000 + b"]", r"[Ee]xceeds the limit"),
-    "overflowing number": (b'{"format": 1e999}', r'format: expected "diffusers_accel\.plan", found inf'),
+    "overflowing number": (b'{"format": 1e999}', r"format: expected a finite number, found inf"),
+    "half a character": (b'{"family": "\\ud800"}', r"family: expected Unicode text, found half a character"),
+    "more than 64 bits": (b'{"version": 9223372036854775808}', r"version: expected a whole number of at most 64 bits"),
 }
 
 
@@ -259,20 +393,20 @@ def test_bytes_that_are_no_plan_are_refused(case: str, tmp_path: Path) -> None:
 
 
 def test_what_is_not_a_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(PlanError, match="expected a JSON file, found a directory"):
+    with pytest.raises(PlanError, match="expected a JSON file, found a folder"):
         Plan.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="expected a JSON file, found nothing there"):
         Plan.load(tmp_path / "gone.json")
     path = saved(tmp_path)
-    monkeypatch.setattr(files, "MAX_JSON_BYTES", 100)
-    with pytest.raises(PlanError, match=r"expected at most 100 bytes of JSON, found \d+"):
+    monkeypatch.setattr(strict_json, "MAX_JSON_BYTES", 100)
+    with pytest.raises(PlanError, match=r"expected at most 100 bytes, found [\d,]+"):
         Plan.load(path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are a thing of POSIX")
 def test_a_pipe_is_refused_rather_than_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "plan.json")
-    with pytest.raises(PlanError, match="expected a regular JSON file, found a device, pipe or socket"):
+    with pytest.raises(PlanError, match="expected a JSON file, found a device, pipe or socket"):
         Plan.load(tmp_path / "plan.json")
 
 
@@ -281,7 +415,8 @@ def test_a_side_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     (side,) = tmp_path.glob("*.safetensors")
     side.write_bytes(side.read_bytes()[:-10])
     with pytest.raises(
-        PlanError, match=rf"{re.escape(side.name)}: expected sha256 .* it is cut off or of another version"
+        PlanError,
+        match=rf"{re.escape(side.name)}: expected \d+ bytes, .* found \d+; is it cut off.* copy it again together",
     ):
         Plan.load(path)
 
@@ -300,12 +435,11 @@ def fail(*args: Any, **kwargs: Any) -> None:
     raise OSError("disk full")
 
 
-@pytest.mark.parametrize("broken", ["fsync", "replace"])
-@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize(("broken", "at"), [("fsync", 1), ("fsync", 2), ("fsync", 3), ("replace", 1), ("replace", 2)])
 def test_a_failed_save_keeps_the_old_plan(
     broken: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever write fails, of the side file (1) or of the JSON (2), what was saved before still loads."""
+    """Whichever write fails, of the side file (first) or of the JSON (last), what was saved before still loads."""
     path = tmp_path / "plan.json"
     old = plan()
     old.save(path)
@@ -321,8 +455,7 @@ def test_a_failed_save_keeps_the_old_plan(
         return call
 
     with monkeypatch.context() as patch:
-        home: Any = os if broken == "fsync" else Path
-        patch.setattr(home, broken, sometimes(getattr(home, broken)))
+        patch.setattr(os, broken, sometimes(getattr(os, broken)))
         with pytest.raises(OSError, match="disk full"):
             newer.save(path)
     assert calls == at
@@ -366,7 +499,11 @@ methods = st.one_of(
     st.builds(Method, select=st.builds(Stripe, densities, st.booleans(), st.booleans())),
 )
 json_data = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
@@ -476,3 +613,5 @@ def test_show_is_readable() -> None:
     shares = {line.split()[0]: line.split()[-1] for line in text.splitlines() if line.endswith("%")}
     assert shares == {".": "37.5%", "a": "25.0%", "b": "12.5%", "c": "12.5%", "s": "12.5%"}
     assert "speedup: 1.5" in text and "a red circle" in text
+    hostile = plan(family="wan\x1b[31m", provenance={"a\nb": "\x1b]0;title\x07"}).show()
+    assert hostile.count("\x1b") == hostile.count("\x07") == 0 and "a\\nb: \\x1b]0;title" in hostile

@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from diffusers_accel.evals import shapes
-from diffusers_accel.evals.shapes import autoencoder, latents, render
+from diffusers_accel.evals.shapes import autoencoder, latents, nested, render
 from diffusers_accel.evals.shapes.denoiser import (
     CAPTION_CLASSES,
     OBJECT_FEATURES,
@@ -30,7 +32,7 @@ from diffusers_accel.evals.shapes.denoiser import (
 )
 from diffusers_accel.evals.shapes.models import TEXT_DIM, TEXT_ROWS, build_autoencoder, build_transformer
 from diffusers_accel.evals.shapes.pixels import compare, find, judge
-from diffusers_accel.evals.shapes.run_state import Average, RunState
+from diffusers_accel.evals.shapes.run_state import Average, RunState, load_run, read_log
 from diffusers_accel.evals.shapes.start import start_training
 from diffusers_accel.evals.shapes.text import train_text
 from diffusers_accel.evals.shapes.transformer import (
@@ -47,6 +49,7 @@ from diffusers_accel.evals.shapes.transformer import (
     train_transformer,
 )
 from diffusers_accel.evals.shapes.weights_folder import RECORD, WEIGHTS, verify_weights, weights_digest
+from diffusers_accel.files import FileError, write_json
 
 
 def scenes(n: int, seed: int = 3) -> list[render.Scene]:
@@ -280,7 +283,8 @@ def test_the_text_encoder_learns_alone(tmp_path: Path) -> None:
     RunState(tmp_path, "transformer", 0, seed=0).save(
         model=model.state_dict(), average=Average(model, 1).state(), optimizers=[], started_from="{}"
     )
-    held = torch.load(train_text(tmp_path, 2, seed=0), weights_only=True)
+    train_text(tmp_path, 2, seed=0)
+    held = load_run(tmp_path, "transformer")
     assert "optimizers" not in held and "text.weight" in held["probe"] and held["started_from"] == "{}"
     for name, value in model.state_dict().items():
         assert torch.equal(held["model"][name], held["average"]["values"][name]), name
@@ -328,7 +332,7 @@ def test_most_noise_levels_show_the_object_and_the_others_are_the_highest() -> N
 
 def test_a_run_can_start_from_the_shipped_weights(tmp_path: Path, pipe) -> None:
     folder = start_training(tmp_path / "run", WEIGHTS, seed=3)
-    vae, held = latents.trained_autoencoder(folder), torch.load(folder / "transformer.pt", weights_only=True)
+    vae, held = latents.trained_autoencoder(folder), load_run(folder, "transformer")
     for name, value in pipe.vae.state_dict().items():
         assert torch.equal(vae.state_dict()[name], value), name
     for name, value in pipe.transformer.state_dict().items():
@@ -396,29 +400,159 @@ def test_training_resumes_after_a_kill(tiny_folder: Path) -> None:
         f"transformer.train_transformer(Path(sys.argv[1]), 10, 0, stages=((1.01, ((1, 1, 2),)),), compile=False, **{TINY})"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(tiny_folder)], stdout=subprocess.DEVNULL)
-    checkpoint = tiny_folder / "transformer.pt"
+    checkpoint = tiny_folder / "transformer.safetensors"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600  # importing alone takes a busy machine minutes
         while not checkpoint.exists() and time.monotonic() < deadline and child.poll() is None:
             time.sleep(0.05)
         time.sleep(0.3)
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
-    before = torch.load(checkpoint, weights_only=True)
+    before = load_run(tiny_folder, "transformer")
     assert before["step"] > 0 and before["seconds"] > 0
     minutes = before["seconds"] / 60 + 0.02
     train_transformer(tiny_folder, minutes, 0, stages=((1.01, ((1, 1, 2),)),), compile=False, **TINY)
-    after = torch.load(checkpoint, weights_only=True)
+    after = load_run(tiny_folder, "transformer")
     assert after["step"] > before["step"] and after["seconds"] >= 60 * minutes
     assert after["average"]["count"] == after["step"]
-    rows = [json.loads(line) for line in (tiny_folder / "transformer.jsonl").read_text().splitlines()]
+    rows = read_log(tiny_folder / "transformer.jsonl")
     assert rows[-1]["step"] == after["step"] and np.isfinite(rows[-1]["loss"])
 
 
 def test_another_seed_does_not_continue_a_run(tiny_folder: Path) -> None:
     with pytest.raises(ValueError, match="expected the seed 0"):
         RunState(tiny_folder, "autoencoder", minutes=1, seed=1).resume()
+
+
+def trained() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A module and its optimizer after a step, whose state has numbers as keys, tuples, None and tensors."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.98))
+    module(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    return module, optimizer
+
+
+def saved_run(folder: Path) -> dict[str, Any]:
+    module, optimizer = trained()
+    values = {
+        "model": module.state_dict(),
+        "optimizers": [optimizer.state_dict()],
+        "started_from": "{}",
+        "mean": [0.5, 1],
+    }
+    values["tied"] = {"a": module.weight, "b": module.weight.detach()}
+    run = RunState(folder, "transformer", minutes=1, seed=4)
+    run.step, run.seconds = 7, 60.0
+    run.save(**values)
+    return values
+
+
+def alike(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(alike(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(alike, a, b))
+    return type(a) is type(b) and bool(a == b)
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
+    values = saved_run(tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["transformer.safetensors"]
+    held = load_run(tmp_path, "transformer")
+    assert held is not None and (held["step"], held["seed"]) == (7, 4) and 60 <= held["seconds"] < 70
+    assert alike({name: held[name] for name in values}, values)
+    module, optimizer = trained()
+    optimizer.load_state_dict(held["optimizers"][0])
+    assert alike(optimizer.state_dict(), values["optimizers"][0])
+    run = RunState(tmp_path, "transformer", minutes=2, seed=4)
+    resumed = run.resume()
+    assert resumed is not None and resumed.keys() == values.keys() and run.step == 7 and run.progress >= 0.5
+
+
+def test_no_changed_byte_of_a_checkpoint_goes_unnoticed(tmp_path: Path) -> None:
+    saved_run(tmp_path)
+    path = tmp_path / "transformer.safetensors"
+    expected, whole, random = load_run(tmp_path, "transformer"), path.read_bytes(), np.random.default_rng(0)
+    for place in random.choice(len(whole), 300, replace=False):
+        for data in (
+            whole[:place] + bytes([whole[place] ^ 1 << random.integers(8)]) + whole[place + 1 :],
+            whole[:place],
+        ):
+            path.write_bytes(data)
+            try:
+                assert alike(load_run(tmp_path, "transformer"), expected)
+            except FileError as error:
+                assert str(error).startswith(f"{path}: ") and len(str(error)) < 500
+
+
+def test_a_failed_save_keeps_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved_run(tmp_path)
+    before = load_run(tmp_path, "transformer")
+
+    def dies(*paths: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(OSError, match="disk full"):
+        saved_run(tmp_path)
+    assert alike(load_run(tmp_path, "transformer"), before) and len(list(tmp_path.iterdir())) == 1
+
+
+class Trap:
+    """Unpickling it would leave a trace."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, ("import os; os.environ['DIFFUSERS_ACCEL_TRAP'] = 'sprung'",)
+
+
+def test_a_pickle_in_the_place_of_a_checkpoint_is_never_loaded(tmp_path: Path) -> None:
+    run = RunState(tmp_path, "transformer", minutes=1, seed=0)
+    (tmp_path / "transformer.pt").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(FileError, match=r"transformer\.pt: .*found a pickle.*never read; begin with exported weights"):
+        run.resume()
+    run.path.write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(FileError, match="expected a safetensors file, found another kind of file; begin"):
+        run.resume()
+    assert "DIFFUSERS_ACCEL_TRAP" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("data", "tensors"),
+    [
+        ({"tensor": "gone"}, {}),
+        ({"tensor": ["a"]}, {}),
+        ({"items": [["a"]]}, {}),
+        ({"items": [[None, 1]]}, {}),
+        ({"items": [["a", 1], ["a", 2]]}, {}),
+        ({"tuple": 3}, {}),
+        ({"list": []}, {}),
+        ({}, {}),
+    ],
+)
+def test_states_of_another_form_are_refused(data: Any, tensors: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(FileError, match="expected a tensor of the file, a tuple or items of a dictionary"):
+        nested.unflatten([data], tensors)
+    with pytest.raises(FileError, match="expected tensors, texts, numbers and their collections, found set"):
+        nested.flatten({"a": {1}})
+
+
+def test_a_log_that_was_cut_off_goes_on_and_one_that_was_changed_is_refused(tmp_path: Path) -> None:
+    run = RunState(tmp_path, "transformer", minutes=1, seed=0)
+    for run.step in (1, 2):
+        run.log(loss=0.5)
+    whole = run.log_path.read_bytes()
+    run.log_path.write_bytes(whole[:-20])
+    run.step = 3
+    run.log(loss=0.25)
+    assert [(row["step"], row["loss"]) for row in read_log(run.log_path)] == [(1, 0.5), (3, 0.25)]
+    run.log_path.write_bytes(whole.replace(b"0.5", b"0.7", 1))
+    with pytest.raises(FileError, match="line 1: expected a row of a training log, .*sha256 differs"):
+        read_log(run.log_path)
 
 
 def test_interrupted_latents_are_cut_to_whole_clips_and_continued(tiny_folder: Path) -> None:
@@ -467,6 +601,10 @@ def test_changed_or_missing_weights_are_refused(tmp_path: Path) -> None:
     os.unlink(file)
     with pytest.raises(FileNotFoundError, match="vae"):
         shapes.load_pipeline(folder=folder)
+    for record, message in (([], "expected object, found array"), ({"files": {"a": 1}}, "expected str, found int")):
+        write_json(folder / RECORD, record)
+        with pytest.raises(ValueError, match=f"{RECORD}: .*{message}"):
+            shapes.load_pipeline(folder=folder)
 
 
 def test_the_pipeline_is_the_stock_one(pipe) -> None:

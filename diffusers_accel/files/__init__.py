@@ -3,8 +3,8 @@
 `whole`: writing that leaves all or nothing, and asking ahead whether it can; `whole_folder`: the same of several files that
 belong together. `lock`: one writer at a time. `reading`: bytes, and the system's errors in our words. `strict_json`: plain
 data. `safe_tensors`: tensors. `documents`: typed data with a format, a version and a checksum, with tensors or without.
-`side_file`: the tensors of a plan. `errors`: what is raised, and how a message quotes what it found. Nothing in a file is
-ever executed.
+`lines`: rows in a file that grows. `side_file`: the tensors of a plan. `errors`: what is raised, and how a message quotes what
+it found. Nothing in a file is ever executed.
 """
 
 from diffusers_accel.files.documents import (
@@ -19,9 +19,10 @@ from diffusers_accel.files.documents import (
     save_tensor_document,
 )
 from diffusers_accel.files.errors import FileError, WriteError, printable, quoted
+from diffusers_accel.files.lines import append_line, encode_line, read_lines
 from diffusers_accel.files.lock import only_writer
 from diffusers_accel.files.reading import read_bytes
-from diffusers_accel.files.safe_tensors import TensorFile, encode_tensors, read_tensor_file
+from diffusers_accel.files.safe_tensors import TensorFile, check_tensors, encode_tensors, read_tensor_file
 from diffusers_accel.files.side_file import read_tensors, write_tensors
 from diffusers_accel.files.strict_json import check_json, parse_json, read_json, write_json
 from diffusers_accel.files.whole import prepare_file, prepare_folder, sync_folder, write_whole
@@ -33,9 +34,12 @@ __all__ = [
     "Schema",
     "TensorFile",
     "WriteError",
+    "append_line",
     "check_json",
+    "check_tensors",
     "checksum",
     "convert",
+    "encode_line",
     "encode_tensors",
     "load_document",
     "load_tensor_document",
@@ -49,6 +53,7 @@ __all__ = [
     "quoted",
     "read_bytes",
     "read_json",
+    "read_lines",
     "read_tensor_file",
     "read_tensors",
     "save_document",

@@ -124,7 +124,15 @@ def _plain(content: Schema) -> Any:
             return {key: listed(item) for key, item in value.items()}
         return [listed(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    return listed(msgspec.to_builtins(content))
+    return listed(msgspec.to_builtins(content, enc_hook=_builtin))
+
+
+def _builtin(value: object) -> str | int | float:
+    """A kind of text or number, such as PyTorch's version or a float of numpy, as the plain one."""
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    raise FileError(f"expected plain JSON data, found {type(value).__name__}")
 
 
 def _checksum_of_tensors(text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -158,5 +166,5 @@ def _in_our_words(message: str) -> str:
         "contains unknown key", "found the unknown key"
     )
     place = where.rstrip("`").removeprefix("$").removeprefix(".")
-    text = f"{place}: {what}" if place else what
+    text = printable(f"{place}: {what}" if place else what)
     return text if len(text) <= 300 else f"{text[:300]} ..."

@@ -10,16 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from diffusers_accel.files.errors import FileError, printable, quoted
 from diffusers_accel.files.reading import read_bytes
-from diffusers_accel.files.strict_json import MAX_JSON_BYTES, parse_json
+from diffusers_accel.files.strict_json import MAX_JSON_BYTES, check_json, parse_json
 
 MAX_BYTES = 64 * 2**30
 # Those with which PyTorch compares and counts on every device; float8 and sub-byte types it can only cast.
-DTYPES = ("BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64")
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -32,9 +44,32 @@ class TensorFile:
 
 
 def encode_tensors(tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> bytes:
-    """A safetensors file of tensors and, in its header, texts."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """A safetensors file of tensors and, in its header, texts; a tensor that has several names is written for each of them.
+
+    Raises:
+        FileError: as `check_tensors`.
+    """
+    check_tensors(tensors)
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        place = own.untyped_storage().data_ptr()
+        plain[name] = own.clone() if place in seen else own  # safetensors refuses memory that two tensors share
+        seen.add(place)
     return safetensors.torch.save(plain, dict(texts) if texts else None)
+
+
+def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Refuses what `read_tensor_file` would not read again: another type than those of `DTYPES`, a name that is no text."""
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or name == "__metadata__":
+            raise FileError(f'expected names of tensors, other than "__metadata__", found {quoted(name)}')
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES.values():
+            types = ", ".join(str(each).removeprefix("torch.") for each in DTYPES.values())
+            found = quoted(tensor.dtype if isinstance(tensor, Tensor) else tensor)
+            raise FileError(f"{printable(name)[:100]}: expected a tensor of one of the types {types}, found {found}")
+        check_json(name, "the name of a tensor")
 
 
 def read_tensor_file(path: Path) -> TensorFile:
@@ -83,7 +118,7 @@ def _header(start: bytes) -> tuple[dict[str, str], int]:
 def _stop(name: str, entry: Any) -> int:
     """Where a tensor ends behind the header."""
     dtype = entry.get("dtype") if isinstance(entry, dict) else None
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FileError(
             f"{quoted(name)}: expected a tensor of one of the types {', '.join(DTYPES)}, found {quoted(dtype)}"
         )

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from diffusers_accel.files import quoted
 from diffusers_accel.kernels.kept import kept
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.pool import pool
@@ -56,7 +57,7 @@ class Draft:
         elif not (isinstance(self.mass, (int, float)) and 0 < self.mass <= 1):
             raise ValueError(f"mass is a share of each row's attention, expected in (0, 1], found {self.mass}")
         if self.rule not in ("quantile", "row"):
-            raise ValueError(f'rule is "quantile" or "row", found {self.rule!r}')
+            raise ValueError(f'rule is "quantile" or "row", found {quoted(self.rule)}')
         if self.mass is not None and self.rule != "quantile":
             raise ValueError(f"a mass decides row by row: leave the rule out, found {self.rule!r}")
         if self.floor < 0 or self.hold < 1:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_accel.files import quoted
 from diffusers_accel.kernels.attention import PRECISIONS, choices
 from diffusers_accel.methods.context import Context
 from diffusers_accel.methods.draft import Draft
@@ -136,17 +137,24 @@ class Method:
         select = fields["select"]
         kind = select.get("kind") if isinstance(select, Mapping) else None
         if not isinstance(kind, str) or kind not in SELECTS:
-            raise ValueError(f"select.kind: expected one of {sorted(SELECTS)}, found {kind!r}")
+            raise ValueError(f"select.kind: expected one of {sorted(SELECTS)}, found {quoted(kind)}")
         chosen = _stage(SELECTS[kind], {k: v for k, v in select.items() if k != "kind"}, f"select {kind!r}")
         order, precision = fields.get("order", "fhw"), fields.get("precision", "input")
         _check_type("order", order, "str")
         if precision not in PRECISIONS:
-            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, found {precision!r}")
+            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, found {quoted(precision)}")
         reuse = _stage(Reuse, fields["reuse"], "reuse") if "reuse" in fields else None
-        return Method(order=parse_order(order), select=chosen, precision=precision, reuse=reuse)
+        return Method(order=_parsed_order(order), select=chosen, precision=precision, reuse=reuse)
 
 
 DENSE = Method()
+
+
+def _parsed_order(text: str) -> Order:
+    try:
+        return parse_order(text)
+    except ValueError as error:
+        raise ValueError(f"order: {error}") from error
 
 
 def _stage(cls: type, data: object, what: str) -> Any:
@@ -154,21 +162,26 @@ def _stage(cls: type, data: object, what: str) -> Any:
     known = {field.name: field for field in dataclasses.fields(cls)}
     required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
     arguments = _object(data, what, set(known), required)
+    path = what.split()[0]
     for name, value in arguments.items():
-        _check_type(f"{what.split()[0]}.{name}", value, str(known[name].type))
-    return cls(**arguments)
+        _check_type(f"{path}.{name}", value, str(known[name].type))
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _object(data: object, what: str, known: set[str], required: set[str]) -> dict[str, Any]:
     if not isinstance(data, Mapping):
         raise ValueError(f"{what}: expected an object, found {type(data).__name__}")
-    if unknown := sorted(set(data) - known):
-        raise ValueError(f"{what}: unknown key {unknown[0]!r}, expected only {sorted(known)}")
+    if unknown := sorted(set(data) - known, key=str):
+        raise ValueError(f"{what}: unknown key {quoted(unknown[0])}, expected only {sorted(known)}")
     if missing := sorted(required - set(data)):
         raise ValueError(f"{what}: {missing[0]!r} is missing")
     return dict(data)
 
 
+MOST = 2**31 - 1  # of whole numbers in a file: what kernels count with
 _TYPES: dict[str, tuple[type, ...]] = {
     "float": (float, int),
     "bool": (bool,),
@@ -181,4 +194,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
 def _check_type(path: str, value: object, annotation: str) -> None:
     expected = tuple(each for name in annotation.split(" | ") for each in _TYPES[name])
     if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
-        raise ValueError(f"{path}: expected {annotation}, found {value!r}")
+        raise ValueError(f"{path}: expected {annotation}, found {quoted(value)}")
+    if isinstance(value, int) and not -MOST <= value <= MOST:
+        raise ValueError(f"{path}: expected a whole number of at most {MOST:,}, found {quoted(value)}")

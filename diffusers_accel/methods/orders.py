@@ -14,7 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusers_accel.files import quoted
 from diffusers_accel.layout import TokenLayout
+
+LONGEST_SIDE = 65_536  # tokens of a patch's side: no latent frame is longer
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class AxisOrder:
 
     def __post_init__(self) -> None:
         if sorted(self.axes) != ["f", "h", "w"]:
-            raise ValueError(f'an axis order is a permutation of "fhw" such as "hwf", found {self.axes!r}')
+            raise ValueError(f'an axis order is a permutation of "fhw" such as "hwf", found {quoted(self.axes)}')
 
     @property
     def identity(self) -> bool:
@@ -69,8 +72,10 @@ class Patches:
     def __post_init__(self) -> None:
         for name in ("height", "width"):
             size = getattr(self, name)
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"Patches.{name} is a number of tokens, expected 1 or more, found {size!r}")
+            if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= LONGEST_SIDE:
+                raise ValueError(
+                    f"Patches.{name} is a number of tokens, expected 1 to {LONGEST_SIDE:,}, found {quoted(size)}"
+                )
 
     @property
     def identity(self) -> bool:
@@ -100,10 +105,10 @@ Order = AxisOrder | Patches
 
 def parse_order(text: str) -> Order:
     """The order of a label such as "hwf" or "8x16"."""
-    if match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text):
+    if match := re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", text):
         return Patches(int(match[1]), int(match[2]))
     if "x" in text:
-        raise ValueError(f'an order is a permutation of "fhw" or a patch such as "8x16", found {text!r}')
+        raise ValueError(f'an order is a permutation of "fhw" or a patch such as "8x16", found {quoted(text)}')
     return AxisOrder(text)
 
 

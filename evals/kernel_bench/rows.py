@@ -1,61 +1,105 @@
-"""The file of the kernel benchmark's rows: a line of JSON each, written as soon as it is measured."""
+"""The file of the kernel benchmark's rows: a line of JSON each (`files.lines`), written as soon as it is measured."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
-from diffusers_accel.evals.kernel_bench.points import KEY, Row, key
+import msgspec
+
+from diffusers_accel.evals.kernel_bench.points import Row, key
+from diffusers_accel.files import (
+    FileError,
+    append_line,
+    convert,
+    only_writer,
+    prepare_file,
+    printable,
+    quoted,
+    read_lines,
+)
 
 # Rows that do not agree in these were not measured on the same machine, with the same software and kernels, equally long.
 SAME = ("machine", "versions", "code", "rep_ms")
+REMEDY = "give another --out, or move this file away"
+
+
+class _Required(msgspec.Struct):
+    """What the benchmark and its report read of a row; it may hold more."""
+
+    operator: str
+    impl: str
+    precision: str
+    dtype: str
+    shape: str
+    input_kind: str
+    seed: int
+    pattern: str | None
+    density_requested: float | None
+    machine: dict[str, Any]
+    versions: dict[str, Any]
+    peers: dict[str, Any]
+    code: str
+    rep_ms: float
+    status: str
+    D: int
+    dense: str | msgspec.UnsetType = msgspec.UNSET
+    t_dense_ms: dict[str, float] | msgspec.UnsetType = msgspec.UNSET
+    t_med_ms: float | msgspec.UnsetType = msgspec.UNSET
+    t_p20_ms: float | msgspec.UnsetType = msgspec.UNSET
+    t_p80_ms: float | msgspec.UnsetType = msgspec.UNSET
+    t_kernel_ms: float | None = None
+    t_prep_ms: float | None = None
+    t_select_ms: float | None = None
+    t_graph_ms: float | None = None
+    density_computed: float | None = None
+    eta: float | None = None
+    rel_err: float | None = None
+    overhead_share: float | None = None
+    roofline_share: float | None = None
+    speedup_total: float | None = None
+    tbps: float | None = None
+    tflops_computed: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.t_med_ms is msgspec.UNSET) != (self.t_p20_ms is msgspec.UNSET or self.t_p80_ms is msgspec.UNSET):
+            raise ValueError("expected t_p20_ms and t_p80_ms beside t_med_ms, found none")
+        if self.dense is not msgspec.UNSET and (self.t_dense_ms is msgspec.UNSET or self.dense not in self.t_dense_ms):
+            raise ValueError(f"expected the time of {quoted(self.dense)} in t_dense_ms, found none")
+        if self.eta is not None and None in (self.density_requested, self.density_computed):
+            raise ValueError("expected density_requested and density_computed beside eta, found none")
 
 
 def read(path: Path) -> list[Row]:
     """The rows of a file; none where there is no file. A last line that was cut off does not count.
 
     Raises:
-        ValueError: the file holds something else.
+        FileError: the file holds something else, or a row was changed after it was written.
     """
-    if not path.exists():
-        return []
-    rows = []
-    lines = path.read_bytes().splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        row = _parsed(line)
-        if row is None and number == len(lines) and not line.endswith(b"\n"):
-            break
-        if not isinstance(row, dict) or not {*KEY, *SAME, "peers", "status"} <= row.keys():
-            raise ValueError(
-                f"{path}, line {number}: expected a row of this version's benchmark, found {line[:60]!r}; give another --out"
-            )
-        rows.append(row)
+    kind = "a row of this version's benchmark"
+    rows = read_lines(path, kind, REMEDY)
+    for number, row in enumerate(rows, 1):
+        try:
+            convert(row, _Required)
+        except FileError as error:
+            raise FileError(f"{printable(path)}, line {number}: expected {kind}: {error}; {REMEDY}") from error
     return rows
 
 
 @contextlib.contextmanager
 def appending(path: Path) -> Iterator[Callable[[Row], None]]:
-    """A function that adds a row, and has it on the disk when it returns. The file is made, with its folder.
+    """A function that adds a row, and has it on the disk when it returns. The file's folder is made.
 
     Raises:
-        ValueError: another process measures into the file.
+        FileError: another process measures into the file.
+        WriteError: it cannot be written; rows that were added before are kept.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        _lock(file, path)
-
-        def append(row: Row) -> None:
-            _mend(file)
-            file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-        yield append
+    prepare_file(path)
+    with only_writer(path, "another run measures into it"):
+        yield partial(append_line, path)
 
 
 def check_same(path: Path, rows: Sequence[Row], environment: Row) -> None:
@@ -64,7 +108,7 @@ def check_same(path: Path, rows: Sequence[Row], environment: Row) -> None:
     A peer may have come or gone since: its own rows say with which version they were measured.
 
     Raises:
-        ValueError: the message names what differs, and what to do.
+        FileError: the message names what differs, and what to do.
     """
     for row in rows:
         both = row["peers"].keys() & environment["peers"].keys()
@@ -73,9 +117,9 @@ def check_same(path: Path, rows: Sequence[Row], environment: Row) -> None:
             if name == "peers":
                 there, here = ({peer: versions[peer] for peer in both} for versions in (there, here))
             if there != here:
-                raise ValueError(
-                    f"{path}: its rows were measured with {name} {_difference(there, here)}; such rows do not compare: "
-                    "give another --out, or move this file away"
+                raise FileError(
+                    f"{printable(path)}: its rows were measured with {name} {_difference(there, here)}; such rows do not "
+                    f"compare: {REMEDY}"
                 )
 
 
@@ -84,42 +128,15 @@ def latest(rows: Sequence[Row]) -> list[Row]:
     return list({key(row): row for row in rows}.values())
 
 
-def _parsed(line: bytes) -> object:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
-def _mend(file: BinaryIO) -> None:
-    """Ends a last line that has no end, or removes it where it is half a row, as a power cut leaves it."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 1))
-    if file.read(1) in (b"", b"\n"):
-        return
-    file.seek(0)
-    data = file.read()
-    start = data.rfind(b"\n") + 1
-    if _parsed(data[start:]) is None:
-        file.truncate(start)
-    else:
-        file.write(b"\n")
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """For this process alone, until the file is closed; nothing on Windows."""
-    if sys.platform != "win32":
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path}: another run measures into it; wait for its end or give another --out") from None
-
-
 def _difference(there: object, here: object) -> str:
     """What differs, of two dictionaries only the entries that do."""
     if not (isinstance(there, dict) and isinstance(here, dict)):
-        return f"{there}, this run has {here}"
+        return f"{_shown(there)}, this run has {_shown(here)}"
     names = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
-    return "; ".join(f"{name} {there.get(name)}, this run has {here.get(name)}" for name in names)
+    return "; ".join(
+        f"{_shown(name)} {_shown(there.get(name))}, this run has {_shown(here.get(name))}" for name in names[:4]
+    )
+
+
+def _shown(value: object) -> str:
+    return printable(value)[:60]

@@ -16,8 +16,10 @@ import transformers
 
 from diffusers_accel.evals.shapes.latents import RECORD_BYTES, trained_autoencoder
 from diffusers_accel.evals.shapes.models import build_scheduler
+from diffusers_accel.evals.shapes.run_state import load_run, read_log
 from diffusers_accel.evals.shapes.transformer import Denoiser
 from diffusers_accel.evals.shapes.weights_folder import RECORD, folder_hashes, weights_digest
+from diffusers_accel.files import read_json
 
 MAX_BYTES = 16_000_000
 _MODULE = "python -m diffusers_accel.evals.shapes"
@@ -25,9 +27,8 @@ _MODULE = "python -m diffusers_accel.evals.shapes"
 
 def build_pipeline(folder: Path) -> diffusers.WanPipeline:
     """The stock pipeline of the averaged weights in a training folder's checkpoints, in fp32."""
-    held = torch.load(folder / "transformer.pt", map_location="cpu", weights_only=True)
     model = Denoiser()
-    model.load_state_dict(held["average"]["values"])
+    model.load_state_dict(_run(folder, "transformer")["average"]["values"])
     return diffusers.WanPipeline(
         tokenizer=model.tokenizer,
         text_encoder=model.text_encoder.eval(),
@@ -37,18 +38,26 @@ def build_pipeline(folder: Path) -> diffusers.WanPipeline:
     )
 
 
-def log_summary(path: Path, rows: int = 20) -> list[dict[str, float]]:
+def log_summary(path: Path, rows: int = 20) -> list[dict[str, int | float]]:
     """About `rows` evenly spaced rows of a training log, the last one included."""
-    log = [json.loads(line) for line in path.read_text().splitlines()]
+    if not (log := read_log(path)):
+        raise FileNotFoundError(f"expected the log of a run in {path}, found none; train first")
     picks = np.unique(np.linspace(0, len(log) - 1, rows).round().astype(int))
     return [log[i] for i in picks]
+
+
+def _run(folder: Path, name: str) -> dict[str, Any]:
+    held = load_run(folder, name)
+    if held is None:
+        raise FileNotFoundError(f"expected a checkpoint of the {name} in {folder}, found none; train it first")
+    return held
 
 
 def training_record(folder: Path, weights: Path, measured: dict[str, Any] | None) -> dict[str, Any]:
     """What is needed to know these weights and to make their like again."""
     runs = {}
     for name in ("autoencoder", "transformer"):
-        held = torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)
+        held = _run(folder, name)
         runs[name] = {
             "command": f"{_MODULE}.train {name} --minutes {held['seconds'] / 60:.0f} --seed {held['seed']}",
             "steps": held["step"],
@@ -98,7 +107,7 @@ def export_weights(folder: Path, out: Path, measured: Path | None = None) -> Pat
         size = sum(p.stat().st_size for p in part.rglob("*") if p.is_file())
         if size > MAX_BYTES:
             raise ValueError(f"expected at most {MAX_BYTES} bytes of weights, found {size}; make the model smaller")
-        record = training_record(folder, part, json.loads(measured.read_text()) if measured else None)
+        record = training_record(folder, part, read_json(measured) if measured else None)
         (part / RECORD).write_text(json.dumps(record, indent=1) + "\n")
         part.chmod(0o755)
         for file in part.rglob("*.safetensors"):

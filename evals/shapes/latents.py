@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch
 from diffusers_accel.evals.shapes.autoencoder import encode_mean, to_video
 from diffusers_accel.evals.shapes.models import LATENT_CHANNELS, build_autoencoder
 from diffusers_accel.evals.shapes.render import Scene, render, training_scene
-from diffusers_accel.files import write_whole
+from diffusers_accel.evals.shapes.run_state import load_run
+from diffusers_accel.files import read_json, write_json
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -26,11 +26,10 @@ RECORD_BYTES = int(np.prod(SHAPE)) * 2
 
 def trained_autoencoder(folder: Path) -> AutoencoderKLWan:
     """The averaged autoencoder of a finished run, with its measured latent statistics, in eval mode."""
-    path = folder / "autoencoder.pt"
-    held = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-    if "latents_mean" not in held:
+    held = load_run(folder, "autoencoder")
+    if held is None or "latents_mean" not in held:
         raise FileNotFoundError(
-            f"expected a finished autoencoder in {path}, found none; run the autoencoder command first"
+            f"expected a finished autoencoder in {folder}, found none; run the autoencoder command first"
         )
     vae = build_autoencoder(held["latents_mean"], held["latents_std"])
     vae.load_state_dict(held["average"]["values"])
@@ -45,7 +44,7 @@ def clip_scene(seed: int, index: int) -> Scene:
 def check_latents(folder: Path, seed: int) -> None:
     """Raises ValueError unless latents.json says that latents.bin shows the scenes of `seed` as this version draws them."""
     path = folder / "latents.json"
-    found = json.loads(path.read_text()) if path.exists() else "no latents.json"
+    found = read_json(path) if path.exists() else "no latents.json"
     if found != (expected := _record(seed)):
         raise ValueError(
             f"expected {folder / 'latents.bin'} to show the scenes of {expected}, found {found}: captions and clips would not "
@@ -64,7 +63,7 @@ def encode_latents(folder: Path, clips: int, seed: int) -> Path:
     mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     done = path.stat().st_size // RECORD_BYTES if path.exists() else 0
     if done == 0:
-        write_whole(folder / "latents.json", f"{json.dumps(_record(seed))}\n".encode())
+        write_json(folder / "latents.json", _record(seed))
     check_latents(folder, seed)
     with path.open("r+b" if path.exists() else "wb") as file:
         file.truncate(done * RECORD_BYTES)  # an interrupted write

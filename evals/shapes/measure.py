@@ -6,8 +6,6 @@ failure of the judge or of the autoencoder is not taken for one of the denoiser.
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +22,7 @@ from diffusers_accel.evals.shapes.autoencoder import encode_mean, to_video
 from diffusers_accel.evals.shapes.pixels import judge
 from diffusers_accel.evals.shapes.render import held_out_scene, render
 from diffusers_accel.evals.shapes.weights_folder import WEIGHTS, verify_weights, weights_digest
+from diffusers_accel.files import prepare_file, read_json, write_json
 
 ATTRIBUTES = ("background", "color", "motion", "shape")
 
@@ -88,6 +87,7 @@ def main(
 ) -> None:
     """Generate held-out prompts and print how often the pixels show what was asked for."""
     torch.set_num_threads(threads)
+    prepare_file(out)
     pipe = load_pipeline(folder=weights)
     pipe.set_progress_bar_config(disable=True)
     first, step = (int(v) for v in part.split("/"))
@@ -98,8 +98,9 @@ def main(
         "part": part,
         "call": CALL,
     }
-    held = json.loads(out.read_text()) if out.exists() else {}
-    rows = held["rows"] if held.get("what") == what else reference_rows(pipe.vae, 16, seed)
+    held = read_json(out) if out.exists() else {}
+    same = isinstance(held, dict) and held.get("what") == what and isinstance(held.get("rows"), list)
+    rows = held["rows"] if same else reference_rows(pipe.vae, 16, seed)
     done = {r["caption"] for r in rows if r["source"] == "generated"}
     for i, prompt in list(enumerate(held_out_prompts(prompts, seed)))[first::step]:
         if prompt in done:
@@ -108,13 +109,6 @@ def main(
         write_json(out, {"what": what, "summary": summary(rows), "rows": rows})
         print(f"{i + 1}/{prompts} {'found' if rows[-1]['passed'] else 'missed'}: {prompt}", flush=True)
     print_table(summary(rows))
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write under a temporary name, then rename."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

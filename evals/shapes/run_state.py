@@ -1,16 +1,67 @@
-"""A training run that can be killed at any moment: its clock, its log and its atomic checkpoint."""
+"""A training run that can be killed at any moment: its clock, its log and its checkpoint, which is written whole or not at all.
+
+A checkpoint is a safetensors file whose header holds the rest. It is no pickle, and one in its place is never loaded.
+"""
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta
+
+from diffusers_accel.evals.shapes.nested import flatten, unflatten
+from diffusers_accel.files import (
+    FileError,
+    Kind,
+    Schema,
+    append_line,
+    convert,
+    load_tensor_document,
+    printable,
+    read_lines,
+    save_tensor_document,
+)
 
 SAVE_EVERY_S = 90.0
+KIND = Kind("diffusers_accel.training", 1, "begin with exported weights in a new folder: `train start --out FOLDER`")
+
+
+class _Header(Schema, frozen=True):
+    step: Annotated[int, Meta(ge=0)]
+    seconds: Annotated[float, Meta(ge=0)]
+    seed: int
+    values: dict[str, Any]
+
+
+def load_run(folder: Path, name: str) -> dict[str, Any] | None:
+    """The checkpoint of a named run: "step", "seconds", "seed" and what `RunState.save` was given; None where there is none.
+
+    Raises:
+        FileError: it is something else, of another version or damaged, or a pickle of an earlier version.
+    """
+    path, pickled = folder / f"{name}.safetensors", folder / f"{name}.pt"
+    if not path.exists():
+        if pickled.exists():
+            raise FileError(
+                f"{printable(pickled)}: expected a checkpoint in {path.name}, found a pickle, which could run code and is "
+                f"never read; {KIND.remedy}"
+            )
+        return None
+    header, tensors = load_tensor_document(path, KIND, _Header)
+    try:
+        values = unflatten(header.values, tensors)
+    except FileError as error:
+        raise FileError(f"{printable(path)}: {error}; {KIND.remedy}") from error
+    return {**values, "step": header.step, "seconds": header.seconds, "seed": header.seed}
+
+
+def read_log(path: Path) -> list[dict[str, int | float]]:
+    """The rows of a run's log, without one that was cut off."""
+    rows = read_lines(path, "a row of a training log", KIND.remedy)
+    return convert(rows, list[dict[str, int | float]])
 
 
 class RunState:
@@ -22,7 +73,7 @@ class RunState:
 
     def __init__(self, folder: Path, name: str, minutes: float, seed: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.log_path = folder / f"{name}.pt", folder / f"{name}.jsonl"
+        self.path, self.log_path = folder / f"{name}.safetensors", folder / f"{name}.jsonl"
         self.minutes, self.seed = minutes, seed
         self.step, self.seconds = 0, 0.0
         self._saved = self._started = time.monotonic()
@@ -39,22 +90,21 @@ class RunState:
 
     def resume(self) -> dict[str, Any] | None:
         """Tensors of the last checkpoint, or None for a new run."""
-        if not self.path.exists():
+        if (held := load_run(self.path.parent, self.path.stem)) is None:
             return None
-        held = torch.load(self.path, map_location="cpu", weights_only=True)
         self.step, self.seconds = held.pop("step"), held.pop("seconds")
-        if (seed := held.pop("seed", self.seed)) != self.seed:
+        if (seed := held.pop("seed")) != self.seed:
             raise ValueError(
                 f"expected the seed {seed} of {self.path}, found {self.seed}; give that seed or another folder"
             )
         self._saved = self._started = time.monotonic()
         return held
 
-    def save(self, **tensors: Any) -> None:
-        """Write the checkpoint under a temporary name, then rename it."""
-        part = self.path.with_suffix(".part")
-        torch.save({"step": self.step, "seconds": self.elapsed, "seed": self.seed, **tensors}, part)
-        os.replace(part, self.path)
+    def save(self, **values: Any) -> None:
+        """Write the checkpoint, whole or not at all: tensors, numbers and texts, nested as they are."""
+        data, tensors = flatten(values)
+        header = _Header(step=self.step, seconds=self.elapsed, seed=self.seed, values=data)
+        save_tensor_document(self.path, KIND, header, tensors)
         self._saved = time.monotonic()
 
     @property
@@ -64,8 +114,7 @@ class RunState:
     def log(self, **row: float) -> None:
         """Append a row to the log and print it."""
         row = {"step": self.step, "minutes": round(self.elapsed / 60, 2), **{k: round(v, 6) for k, v in row.items()}}
-        with self.log_path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_line(self.log_path, row)
         print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
 
 

@@ -11,6 +11,7 @@ from transformers import UMT5EncoderModel
 from diffusers_accel.evals.shapes.run_state import Average, RunState
 from diffusers_accel.evals.shapes.transformer import Denoiser
 from diffusers_accel.evals.shapes.weights_folder import verify_weights, weights_digest
+from diffusers_accel.files import encode_line, write_whole
 
 
 def start_training(folder: Path, weights: Path, seed: int) -> Path:
@@ -29,7 +30,7 @@ def start_training(folder: Path, weights: Path, seed: int) -> Path:
 
     run = RunState(folder, "autoencoder", 0, seed)
     log = record["autoencoder"]["log"]
-    run.log_path.write_text("".join(json.dumps(row) + "\n" for row in log))
+    write_whole(run.log_path, b"".join(encode_line(row) for row in log))
     run.step, run.seconds = log[-1]["step"], 60 * log[-1]["minutes"]
     run.save(average=Average(vae, 1).state(), latents_mean=vae.config.latents_mean, latents_std=vae.config.latents_std)
     earlier = {"weights": weights_digest(record), **{k: v for k, v in record["transformer"].items() if k != "log"}}

@@ -7,13 +7,22 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import torch
+
+from diffusers_accel.files import FileError, convert, read_json
 
 if TYPE_CHECKING:
     from diffusers import WanPipeline
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 RECORD = "training.json"
+
+
+class _Record(msgspec.Struct):
+    """What of a training record is read; it holds more."""
+
+    files: dict[str, str]
 
 
 def sha256(path: Path) -> str:
@@ -43,8 +52,12 @@ def verify_weights(folder: Path = WEIGHTS) -> dict:
             f"expected the shapes model's record {path}, found none; reinstall diffusers-accel (the weights are package "
             "data), or train it: python -m diffusers_accel.evals.shapes.train --help"
         )
-    record = json.loads(path.read_text())
-    for name, expected in record["files"].items():
+    record = read_json(path)
+    try:
+        files = convert(record, _Record).files
+    except FileError as error:
+        raise FileError(f"{path}: {error}; reinstall diffusers-accel, or export the weights again") from error
+    for name, expected in files.items():
         file = folder / name
         if not file.is_file():
             raise FileNotFoundError(f"expected {file}, named in {path}, found no such file; reinstall diffusers-accel")

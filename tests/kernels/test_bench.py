@@ -20,6 +20,7 @@ from diffusers_accel.evals.kernel_bench.inputs import PATTERNS, SHAPES, Shape, p
 from diffusers_accel.evals.kernel_bench.peers import PEERS
 from diffusers_accel.evals.kernel_bench.points import Row
 from diffusers_accel.evals.kernel_bench.worker import Bench
+from diffusers_accel.files import WriteError, encode_line
 from diffusers_accel.kernels.attention import cpu
 
 TINY = Shape((3, 16, 20), 5, 64, text=40)
@@ -333,6 +334,13 @@ def test_dense_attention_is_always_there_to_compare_with() -> None:
     assert bench.points.plan(settings(operators=["pool"]))[0].operator == "pool"
 
 
+def changed(line: str, **fields: Any) -> str:
+    """A line of a file of rows with other values and their checksum."""
+    row = {**json.loads(line), **fields}
+    row.pop("sha256")
+    return encode_line(row).decode()
+
+
 # The watchdog, with workers that measure nothing
 
 WORKER = """
@@ -362,7 +370,8 @@ for impl in ("first", "bad", "last"):
         say(row=row | {"status": "missing: not here"})
         continue
     graph = {"graph": "not captured: x"} if impl == "first" and WAY == "spoilt" else {}
-    say(row=row | {"status": "ok", "t_med_ms": 1.0, "n_rep": len(job["dense"]), "graphs": job["graphs"]} | graph)
+    times = {"t_med_ms": 1.0, "t_p20_ms": 1.0, "t_p80_ms": 1.0}
+    say(row=row | times | {"status": "ok", "n_rep": len(job["dense"]), "graphs": job["graphs"]} | graph)
     if graph:
         say(end=False)
         time.sleep(600)
@@ -423,7 +432,7 @@ def test_who_hung_in_an_earlier_run_is_tried_again_only_without_its_row(tmp_path
     out = tmp_path / "rows.jsonl"
     watched(tmp_path, "hang", timeout=2.0, out=out)
     first, bad, last = out.read_text().splitlines(keepends=True)
-    out.write_text(first + bad.replace('"shape": "tiny"', '"shape": "other"') + last)  # another point of that family
+    out.write_text(first + changed(bad, shape="other") + last)  # another point of that family
     assert [row["impl"] for row in watched(tmp_path, "well", out=out)] == ["first", "bad", "last"]
     assert len(out.read_text().splitlines()) == 3
     out.write_text(first + last)
@@ -487,8 +496,9 @@ def test_a_second_run_goes_on_behind_the_first(tmp_path: Path) -> None:
 
 def test_a_whole_last_row_counts_and_only_a_new_one_changes_the_file(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
-    for tail, kept in ((json.dumps(row(impl="last")), ["portable", "last"]), ('{"impl": "la', ["portable"])):
-        text = json.dumps(row()) + "\n" + tail
+    last = encode_line(row(impl="last")).decode().rstrip()
+    for tail, kept in ((last, ["portable", "last"]), ('{"impl": "la', ["portable"]), (f"{last[:-2]}0}}", ["portable"])):
+        text = encode_line(row()).decode() + tail
         out.write_text(text)
         assert [row["impl"] for row in bench.run("cpu", minutes=0, out=out)] == kept
         with bench.rows.appending(out) as append:
@@ -497,10 +507,9 @@ def test_a_whole_last_row_counts_and_only_a_new_one_changes_the_file(tmp_path: P
         assert [row["impl"] for row in bench.rows.read(out)] == [*kept, "new"] and out.read_text().endswith("\n")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
 def test_two_runs_do_not_write_into_one_file(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
-    with bench.rows.appending(out), pytest.raises(ValueError, match="another run measures into it.*give another --out"):
+    with bench.rows.appending(out), pytest.raises(ValueError, match="another run measures into it; wait"):
         watched(tmp_path, "well", out=out)
     assert len(watched(tmp_path, "well", out=out)) == 3
 
@@ -509,16 +518,98 @@ def test_rows_of_two_machines_are_not_mixed(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     watched(tmp_path, "well", out=out)
     text = out.read_text().splitlines(keepends=True)
-    for there, message in (('"gpu": "A"', "machine gpu B, this run has A"), ('"code": "c"', "code B, this run has c")):
-        name, _, _ = there.rpartition(" ")
-        out.write_text("".join(text[:1]).replace(there, f'{name} "B"'))
+    for other, message in (
+        ({"machine": {"gpu": "B"}}, "machine gpu B, this run has A"),
+        ({"code": "B"}, "code B, this run has c"),
+    ):
+        out.write_text(changed(text[0], **other))
         before = out.read_text()
         with pytest.raises(ValueError, match=f"{message}.*give another --out"):
             watched(tmp_path, "well", out=out)
         assert out.read_text() == before
-    out.write_text('{"shape": "W13"}\n')
-    with pytest.raises(ValueError, match="line 1: expected a row of this version's benchmark"):
+    out.write_bytes(encode_line({"shape": "W13"}))
+    with pytest.raises(ValueError, match="line 1: expected a row of this version's benchmark: expected the key"):
         watched(tmp_path, "well", out=out)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"status": None}, "status: expected str, found null"),
+        ({"seed": "0"}, "seed: expected int, found str"),
+        ({"t_med_ms": "2"}, "t_med_ms: expected float, found str"),
+        ({"machine": []}, "machine: expected object, found array"),
+        ({"dense": "fa9"}, "expected the time of 'fa9' in t_dense_ms, found none"),
+        ({"t_dense_ms": {"cudnn": True}}, r"t_dense_ms\[...\]: expected float, found bool"),
+        ({"density_computed": None}, "density_computed beside eta"),
+    ],
+)
+def test_rows_of_other_types_are_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    out = tmp_path / "rows.jsonl"
+    out.write_bytes(encode_line(row()) + encode_line(row(**fields)))
+    with pytest.raises(
+        ValueError, match=f"line 2: expected a row of this version's benchmark: .*{message}.*another --out"
+    ):
+        bench.run("cpu", minutes=0, out=out)
+
+
+def test_what_is_no_line_of_json_is_refused(tmp_path: Path) -> None:
+    out, good = tmp_path / "rows.jsonl", encode_line(row())
+    for line, message in (
+        (json.dumps(row()).encode() + b"\n", "it has no sha256: it was written by an earlier version"),
+        (b'{"a": 1, "a": 2}\n', "'a' twice"),
+        (b'{"a": NaN}\n', "expected a finite number"),
+        (b"[" * 100_000 + b"\n", "cannot be read"),
+        (b"[]\n", "it is no object"),
+        (b"\x80\x04K\x01.\n", "pickle"),
+        (b"x" * 5_000_000 + b"\n", "expected JSON"),
+    ):
+        out.write_bytes(good + line + good)
+        with pytest.raises(ValueError, match=f"line 2: .*{message}") as caught:
+            bench.rows.read(out)
+        assert len(str(caught.value)) < 500
+    with pytest.raises(ValueError, match="found a folder"):
+        bench.rows.read(tmp_path)
+
+
+def test_a_flipped_bit_in_a_row_is_noticed(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    rows = [row(), row(impl="flex"), row(impl="last")]
+    whole = b"".join(encode_line(each) for each in rows)
+    for place in range(0, len(whole), 3):
+        out.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            found = bench.rows.read(out)
+        except ValueError as error:
+            assert str(error).startswith(f"{out}, line ") and len(str(error)) < 500
+        else:
+            assert found in (rows, rows[:2] if place == len(whole) - 1 else rows)
+
+
+def test_a_full_disk_keeps_the_rows_before_it_and_names_the_file(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    script = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from diffusers_accel.files import append_line\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))\n"
+        "for number in range(9): append_line(Path(sys.argv[1]), {'number': number})"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(out)], capture_output=True, text=True)
+    assert f"WriteError: {out}: cannot be written: File too large; the rows before are kept" in done.stderr
+    assert [each["number"] for each in bench.rows.read_lines(out, "a row", "")] == [0, 1, 2]
+    assert out.read_bytes().endswith(b"}\n")
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path, tmp_path / "file" / "rows.jsonl"):
+        with pytest.raises((WriteError, ValueError), match="cannot be written"):
+            watched(tmp_path, "well", out=out)
+
+
+def test_the_rows_of_the_repository_are_readable() -> None:
+    found = list((Path(__file__).parents[2] / "docs" / "results").rglob("rows.jsonl"))
+    assert found and all(bench.run("cpu", minutes=0, out=path) for path in found)
 
 
 def test_a_worker_ends_with_its_parent() -> None:

@@ -29,7 +29,7 @@ BITS, HEADS = STORED.select.names(STORED.order, "transformer")
 LAYOUT = TokenLayout(6, 8, 16)
 
 
-def plan(**tensors: torch.Tensor | None) -> Plan:
+def plan(provenance: dict[str, Any] | None = None, **tensors: torch.Tensor | None) -> Plan:
     """2 layers of 3 heads; head 1 of layer 0 takes a stored mask, head 2 of layer 1 a gated reuse."""
     found = {
         BITS: torch.full((1, 2, 6, 1), 0b11, dtype=torch.uint8),
@@ -42,8 +42,19 @@ def plan(**tensors: torch.Tensor | None) -> Plan:
         models={"transformer": ModelShape(2, 3, 64)},
         methods={".": DENSE, "a": STORED, "b": Method(Patches(), Draft(0.3), reuse=Reuse(gated=True))},
         spans=(Span(0.0, 1.0, {"transformer": (".a.", "..b")}),),
+        provenance=provenance or {},
         tensors={name: tensor for name, tensor in found.items() if tensor is not None},
     )
+
+
+def bits(*rows: int, masks: int = 1, parts: int = 2) -> torch.Tensor:
+    """Stored masks of one byte a row, all alike."""
+    return torch.tensor(rows, dtype=torch.uint8).view(1, 1, -1, 1).repeat(masks, parts, 1, 1)
+
+
+def layout(frames: int, height: int, width: int, text_tokens: int = 0) -> dict[str, Any]:
+    names = ("frames", "height", "width", "text_tokens")
+    return {"layout": dict(zip(names, (frames, height, width, text_tokens), strict=True))}
 
 
 def test_what_fits_is_taken(tmp_path):
@@ -57,7 +68,7 @@ def test_what_fits_is_taken(tmp_path):
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no bits": (
         {BITS: None},
-        f"tensors: expected '{BITS}', which the method 'a' reads, found refresh.*'stored hwf 0.3'",
+        f"tensors: expected '{BITS}', which the method 'a' reads, found 'refresh.*'stored hwf 0.3'",
     ),
     "no heads": ({HEADS: None}, f"tensors: expected '{HEADS}', which the method 'a' reads"),
     "no gate": ({"refresh/transformer": None}, "expected 'refresh/transformer', which the method 'b' reads"),
@@ -91,6 +102,66 @@ def test_what_does_not_fit_is_refused(case):
     tensors, message = WRONG[case]
     with pytest.raises(PlanError, match=message):
         plan(**tensors)
+
+
+def without(row: int, part: int) -> torch.Tensor:
+    found = bits(*[0b11] * 6)
+    found[0, part, row] = 0
+    return found
+
+
+@pytest.mark.parametrize(
+    ("masks", "provenance", "message"),
+    [
+        (bits(*[0] * 6), {}, "found nothing in row 0 of part 0 of mask 0, which head 1 of layer 0 takes"),
+        (without(3, 1), {}, "found nothing in row 3 of part 1 of mask 0"),
+        (without(0, 1), {}, "found nothing in row 0 of part 1"),
+        (without(0, 1), layout(6, 8, 16), "found nothing in row 0 of part 1"),
+        (bits(0, *[3] * 5), layout(6, 8, 16), "found nothing in row 0 of part 0"),
+        (bits(*[3] * 4, 0, 0), layout(5, 8, 16, 30), "found nothing in row 4"),
+        (bits(3, 3, 3, 3, 3, 0b1000011), {}, "expected no bit beyond the last of 6 blocks"),
+        (bits(*[3] * 5), layout(6, 8, 16), r"masks of 6 blocks, for the 768 tokens of provenance.layout, found 5"),
+    ],
+)
+def test_a_row_of_video_that_reads_nothing_is_refused(masks, provenance, message):
+    with pytest.raises(PlanError, match=f"tensors.{BITS}: .*{message}"):
+        plan(provenance, **{BITS: masks})
+
+
+@pytest.mark.parametrize(
+    ("masks", "provenance"),
+    [
+        (bits(*[3] * 5, 0), {}),  # text may be at either end, and reads everything whatever is stored
+        (bits(0, *[3] * 5), {}),
+        (bits(*[3] * 5, 0), layout(5, 8, 16, 30)),
+        (bits(0, *[3] * 5), layout(5, 8, 16, 30)),
+        (bits(*[3] * 6), layout(6, 8, 16)),
+        (bits(*[3] * 6), {"layout": "wide"}),  # as free as all provenance
+        (torch.cat([bits(*[3] * 6), bits(*[0] * 6)]), {}),  # no head takes the second one
+    ],
+)
+def test_rows_of_text_and_masks_that_nobody_takes_may_be_empty(masks, provenance):
+    assert torch.equal(plan(provenance, **{BITS: masks}).tensors[BITS], masks)
+
+
+def test_stored_masks_of_one_plan_are_of_one_size():
+    other = Method(AxisOrder("fhw"), Stored(0.3))
+    names = other.select.names(other.order, "transformer")
+
+    def both(masks: torch.Tensor) -> Plan:
+        one = plan()
+        heads = torch.tensor([[0, -1, -1], [-1, -1, -1]], dtype=torch.int32)
+        return replace(
+            one,
+            methods={**one.methods, "c": other},
+            spans=(Span(0.0, 1.0, {"transformer": ("ca.", "..b")}),),
+            tensors={**one.tensors, names[0]: masks, names[1]: heads},
+        )
+
+    assert both(bits(*[3] * 6))
+    for masks, found in ((bits(*[3] * 5), "2 and 5"), (bits(*[3] * 6, parts=3), "3 and 6")):
+        with pytest.raises(PlanError, match=f"expected 2 parts and 6 blocks, as {BITS} has, found {found}"):
+            both(masks)
 
 
 def test_the_order_of_a_head_is_the_one_that_gathers_its_attention():

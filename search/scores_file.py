@@ -1,0 +1,125 @@
+"""The file of scores: a safetensors file whose header says in JSON what was measured, and whose checksum tells any change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from diffusers_accel.files import (
+    FileError,
+    Kind,
+    Schema,
+    load_tensor_document,
+    prepare_file,
+    printable,
+    save_tensor_document,
+)
+from diffusers_accel.layout import TokenLayout
+from diffusers_accel.methods import Method
+from diffusers_accel.shape import ModelShape
+
+KIND = Kind("diffusers_accel.scores", 3, "delete the file, or name another one, and probe again")
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Pass(Schema, frozen=True):
+    """One finished generation of a calibration prompt.
+
+    Args:
+        prompt: a label of the prompt (its text, or a hash of its embeddings).
+        seconds: wall time of the pipeline call, without the time spent on measuring.
+        attention_seconds: time of all dense self-attention calls in it.
+        calls: self-attention calls of each layer, per transformer and span.
+        steps: steps at which the transformer ran, per transformer and span.
+    """
+
+    prompt: str
+    seconds: float
+    attention_seconds: float
+    calls: dict[str, tuple[int, ...]]
+    steps: dict[str, tuple[int, ...]]
+
+
+class _Shape(Schema, frozen=True):
+    layers: int
+    heads: int
+    head_dim: int
+
+
+class _Layout(Schema, frozen=True):
+    frames: int
+    height: int
+    width: int
+    text_tokens: int
+    text_at: Literal["none", "start", "end"]
+    text_valid: int | None
+
+
+class Header(Schema, frozen=True):
+    """What a file of scores holds beside its arrays; the fields are those of `search.scores.Scores`."""
+
+    family: str
+    models: dict[str, _Shape]
+    layout: _Layout
+    candidates: tuple[dict[str, Any], ...]
+    spans: tuple[tuple[float, float], ...]
+    parts: int
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    passes: tuple[Pass, ...]
+    impacts: tuple[float, ...]
+
+
+def write(path: Path, parts: dict[str, Any]) -> None:
+    """Writes the fields of scores, whole or not at all; makes the folder."""
+    header = Header(
+        **{
+            **{name: parts[name] for name in ("family", "parts", "config", "provenance", "passes")},
+            "models": {name: _Shape(**vars(shape)) for name, shape in parts["models"].items()},
+            "layout": _Layout(**vars(parts["layout"])),
+            "candidates": tuple(method.to_json() for method in parts["candidates"]),
+            "spans": tuple((float(start), float(stop)) for start, stop in parts["spans"]),
+            "impacts": tuple(float(each) for each in parts["impacts"]),
+        }
+    )
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in parts["sums"].items()}
+    prepare_file(path)
+    save_tensor_document(path, KIND, header, tensors)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The fields of scores that `write` wrote, of the right types; `Scores` checks their values.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        FileError: it is something else, of another version, or damaged.
+    """
+    header, tensors = load_tensor_document(path, KIND, Header)
+    try:
+        return {
+            **{name: getattr(header, name) for name in Header.__struct_fields__},
+            "models": {
+                name: ModelShape(shape.layers, shape.heads, shape.head_dim) for name, shape in header.models.items()
+            },
+            "layout": TokenLayout(**{name: getattr(header.layout, name) for name in _Layout.__struct_fields__}),
+            "candidates": tuple(_method(index, data) for index, data in enumerate(header.candidates)),
+            "sums": {name: tensor.numpy() for name, tensor in tensors.items()},
+        }
+    except ValueError as error:
+        raise refused(path, error) from error
+
+
+def refused(path: Path, error: ValueError) -> FileError:
+    """The error for a file whose values are wrong."""
+    return FileError(f"{printable(path)}: {error}; {KIND.remedy}")
+
+
+def _method(index: int, data: dict[str, Any]) -> Method:
+    try:
+        return Method.from_json(data)
+    except ValueError as error:
+        raise ValueError(f"candidates[{index}]: {error}") from error
