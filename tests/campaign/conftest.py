@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.campaign.forks import Forks
 from tests.campaign.tally import Campaign
 
 _running = pytest.StashKey[Campaign]()
@@ -26,6 +28,18 @@ def campaign(pytestconfig: pytest.Config) -> Campaign:
     made = Campaign(pytestconfig.getoption("campaign_seed", 0), pytestconfig.getoption("long", False))
     pytestconfig.stash[_running] = made
     return made
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Forks]:
+    """A process that has imported everything, and works in forks."""
+    if sys.platform != "linux":
+        pytest.skip("forks, and finds out in /proc which files are open")
+    forks = Forks()
+    try:
+        yield forks
+    finally:
+        forks.close()
 
 
 @pytest.fixture

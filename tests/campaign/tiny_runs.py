@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,3 +76,17 @@ def every_kind() -> Plan:
     )
     provenance = {"prompts": ["a red circle", "Grüße, 世界"], "predicted": {"speedup": 1.25, "density": 0.5}, "seed": 0}
     return Plan("wan", dict(MODELS), methods, spans, {"kind": "density", "value": 0.5}, provenance, tensors)
+
+
+def numbered_plans(count: int = 4) -> list[Plan]:
+    """Plans that differ in their JSON, ever longer, and in their tensors; `provenance["number"]` tells which it is."""
+    usual = every_kind()
+    mass = usual.tensors["stripe_mass/transformer"]
+    return [
+        replace(
+            usual,
+            provenance={"number": number, "padding": "x" * 20_000 * number},
+            tensors={**usual.tensors, "stripe_mass/transformer": mass + number},
+        )
+        for number in range(count)
+    ]
