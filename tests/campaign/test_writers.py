@@ -55,7 +55,7 @@ def test_plans_of_many_threads(tmp_path: Path, campaign: Campaign) -> None:
             plan.save(path)
 
     def look() -> None:
-        while not done.is_set():
+        while not read or not done.is_set():
             read.append(Plan.load(path))
 
     reader = threading.Thread(target=lambda: failures.extend(together(look)))
@@ -78,7 +78,7 @@ def test_plans_of_two_processes(tmp_path: Path, warm: Forks, campaign: Campaign)
     seen: list[Plan] = []
 
     def look() -> None:
-        while not done.is_set():
+        while not seen or not done.is_set():
             seen.append(Plan.load(path))
             time.sleep(0.002)
 
