@@ -218,7 +218,9 @@ class Oracle:
             out = merged((out, lse), rest)
         if method.timed:
             last = kept or Kept(step, step, step, mask, rest)
-            self._kept[key] = Kept(step, step if selects else last.selected, step if selects else last.refreshed, mask, rest)
+            self._kept[key] = Kept(
+                step, step if selects else last.selected, step if selects else last.refreshed, mask, rest
+            )
         result = torch.empty_like(out)
         result[:, order] = out
         return result
@@ -277,5 +279,3 @@ def difference(head: Head) -> float:
     if head.method.precision == "input":
         return error / (2e-5 * max(size, 1.0))
     return error / (0.05 * max(size, 0.1))
-
-

@@ -61,7 +61,9 @@ class Forks:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps(orders) + "\n")
         self._process.stdin.flush()
-        return [Ending(**{**each, "notes": tuple(each["notes"])}) for each in json.loads(self._process.stdout.readline())]
+        return [
+            Ending(**{**each, "notes": tuple(each["notes"])}) for each in json.loads(self._process.stdout.readline())
+        ]
 
     def close(self) -> None:
         self._process.communicate()
@@ -111,7 +113,12 @@ class _Running:
         text = self._output.read().decode(errors="replace")
         self._output.close()
         signal = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-        return {"signal": signal, "code": 0 if signal else os.WEXITSTATUS(status), "notes": notes, "output": text[-3000:]}
+        return {
+            "signal": signal,
+            "code": 0 if signal else os.WEXITSTATUS(status),
+            "notes": notes,
+            "output": text[-3000:],
+        }
 
 
 def _serve() -> None:

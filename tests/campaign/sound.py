@@ -122,7 +122,11 @@ def damage_tensors(tensors: dict[str, Tensor], random: Random) -> str:
         flat = tensor.view(-1)
         one = torch.tensor(value, dtype=torch.float64)
         with np.errstate(invalid="ignore"):
-            cast = one.nan_to_num().clamp(-(2**31), 2**31).to(tensor.dtype) if not tensor.is_floating_point() else one.to(tensor.dtype)
+            cast = (
+                one.nan_to_num().clamp(-(2**31), 2**31).to(tensor.dtype)
+                if not tensor.is_floating_point()
+                else one.to(tensor.dtype)
+            )
         if kind == "all":
             flat[:] = cast
         else:
@@ -130,7 +134,9 @@ def damage_tensors(tensors: dict[str, Tensor], random: Random) -> str:
         tensors[name] = tensor
         return f"{name}: {kind} {value}"
     if kind == "type":
-        new = random.choice((torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int64, torch.bool))
+        new = random.choice(
+            (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int64, torch.bool)
+        )
         tensors[name] = tensor.nan_to_num().to(new) if tensor.is_floating_point() else tensor.to(new)
         return f"{name}: as {new}"
     if kind == "shape":
@@ -138,7 +144,9 @@ def damage_tensors(tensors: dict[str, Tensor], random: Random) -> str:
     elif kind == "shorter" and tensor.dim():
         tensors[name] = tensor[: len(tensor) // 2].clone()
     elif kind == "rename":
-        tensors[random.choice((f"{name}x", name.replace("transformer", "transformer_2"), "a\x1b[31m"))] = tensors.pop(name)
+        tensors[random.choice((f"{name}x", name.replace("transformer", "transformer_2"), "a\x1b[31m"))] = tensors.pop(
+            name
+        )
     elif kind == "add":
         tensors["more"] = torch.zeros(3)
     elif kind == "empty":

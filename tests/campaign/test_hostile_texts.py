@@ -32,13 +32,34 @@ def steers(shown: str, own: bool = False) -> list[str]:
     """Characters of a terminal's output that are no text; `own`: rich's own may be there."""
     text = STEERING.sub("", shown) if own else shown
     allowed = "\n\r" if own else "\n"
-    return sorted({repr(each) for each in text if unicodedata.category(each) in ("Cc", "Cf", "Cs", "Zl", "Zp") and each not in allowed})
+    return sorted(
+        {
+            repr(each)
+            for each in text
+            if unicodedata.category(each) in ("Cc", "Cf", "Cs", "Zl", "Zp") and each not in allowed
+        }
+    )
 
 
 class Tags(HTMLParser):
     """Every start tag of a page with its attributes' names, and how many elements stay open."""
 
-    VOID = ("meta", "img", "br", "hr", "input", "link", "source", "path", "rect", "circle", "line", "use", "polygon", "polyline")
+    VOID = (
+        "meta",
+        "img",
+        "br",
+        "hr",
+        "input",
+        "link",
+        "source",
+        "path",
+        "rect",
+        "circle",
+        "line",
+        "use",
+        "polygon",
+        "polyline",
+    )
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -55,7 +76,12 @@ def structure(text: str) -> list[str]:
     """The blocks of a Markdown page: headings, tables, rows, cells, lists; and its inline elements."""
     tokens = MarkdownIt("commonmark").enable("table").parse(text)
     found = [token.type for token in tokens]
-    return found + [child.type for token in tokens for child in token.children or () if child.type not in ("text", "text_special", "softbreak")]
+    return found + [
+        child.type
+        for token in tokens
+        for child in token.children or ()
+        if child.type not in ("text", "text_special", "softbreak")
+    ]
 
 
 def named(name: str) -> Plan:
@@ -117,7 +143,9 @@ def test_half_a_character_is_refused_before_the_work(folder: Path, campaign: Cam
     pipe.transformer.forward = None  # nothing may be generated
     calls = (
         lambda: named(HALF),
-        lambda: plan_search.search_plan(pipe, [HALF, "x"], call=CALL, budget=Budget.density(0.5), candidates=CANDIDATES, progress=False),
+        lambda: plan_search.search_plan(
+            pipe, [HALF, "x"], call=CALL, budget=Budget.density(0.5), candidates=CANDIDATES, progress=False
+        ),
         lambda: compare(pipe, {"p": "pattern"}, [HALF], call=CALL, metrics=(), progress=False),
         lambda: compare(pipe, {HALF: "pattern"}, ["x"], call=CALL, metrics=(), progress=False),
     )
@@ -136,7 +164,13 @@ def report_of(names: list[str], prompts: list[str], terminal: io.StringIO, monke
     monkeypatch.setenv("COLUMNS", "200")
     with redirect_stderr(terminal):
         return compare(
-            reading_wan(), subjects, prompts, call={**CALL, "num_inference_steps": 1}, metrics=("psnr",), show=1, progress=True
+            reading_wan(),
+            subjects,
+            prompts,
+            call={**CALL, "num_inference_steps": 1},
+            metrics=("psnr",),
+            show=1,
+            progress=True,
         )
 
 
@@ -158,7 +192,9 @@ def test_report(folder: Path, campaign: Campaign, monkeypatch: pytest.MonkeyPatc
             assert not steers(str(found), own=True), (texts, steers(str(found), own=True))
             pages[kind] = folder / kind
             clips = [row.clip["prompt"] for row in read_rows(folder / kind / "report.json") if row.clip]
-            assert set(clips) == set(prompts) and {row.subject for row in read_rows(folder / kind / "report.json")} >= set(names)
+            assert set(clips) == set(prompts) and {
+                row.subject for row in read_rows(folder / kind / "report.json")
+            } >= set(names)
         usual, hostile = ((pages[kind] / "report.html").read_text() for kind in ("usual", "hostile"))
         assert sorted(set(Tags(hostile).tags)) == sorted(set(Tags(usual).tags)), texts
         assert len(Tags(hostile).tags) == len(Tags(usual).tags), texts
@@ -176,7 +212,20 @@ def test_commands(folder: Path, campaign: Campaign, monkeypatch: pytest.MonkeyPa
     random = campaign.random("hostile commands")
     texts = random.sample([text for text in TEXTS if "\x00" not in text], 2)
     (folder / "prompts.txt").write_text("\n".join(" ".join(text.split()) for text in texts), encoding="utf-8")
-    options = ["--density", "0.6", "--methods", "pattern", "--height", "32", "--width", "32", "--frames", "5", "--steps", "2"]
+    options = [
+        "--density",
+        "0.6",
+        "--methods",
+        "pattern",
+        "--height",
+        "32",
+        "--width",
+        "32",
+        "--frames",
+        "5",
+        "--steps",
+        "2",
+    ]
     name = "[b]plan[/b].json"
     code, shown, said = command("search", "tiny", "--out", name, "--prompts", "prompts.txt", *options, *force())
     assert not code, said

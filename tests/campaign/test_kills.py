@@ -74,7 +74,9 @@ def test_kills(work: str, short: int, long: int, warm: Forks, tmp_path: Path, ca
     wrong = []
     for number in numbers:
         where = undisturbed.steps[number - 1]
-        wrong += [f"at {number} of {steps}, {where}: {each}" for each in killed(work, warm, tmp_path, number, expected, whole)]
+        wrong += [
+            f"at {number} of {steps}, {where}: {each}" for each in killed(work, warm, tmp_path, number, expected, whole)
+        ]
         campaign.count(f"killed: {work}", "tried")
         campaign.count(f"killed: {work}", "losses" if wrong else "as before")
         assert len(wrong) < 5, "\n".join(wrong)
@@ -111,5 +113,3 @@ def lost(work: str, folder: Path, first: Ending) -> list[str]:
         found = len(Scores.load(folder / "plan.scores.safetensors").passes)
         return [f"lost {kept - found} of {kept} passes"] * (found < kept)
     return []
-
-

@@ -206,7 +206,9 @@ def prompts_say(path: Path) -> list[str]:
 
 
 @pytest.fixture
-def subject(request: pytest.FixtureRequest, searched: Path, pipe: Any, folder: Path, monkeypatch: Any) -> Iterator[Subject]:
+def subject(
+    request: pytest.FixtureRequest, searched: Path, pipe: Any, folder: Path, monkeypatch: Any
+) -> Iterator[Subject]:
     name: str = request.param
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "mutants" / "cache"))
     monkeypatch.setenv(lpips_weights.OFFLINE, "1")
@@ -318,5 +320,3 @@ def judged(subject: Subject, path: Path, before: Any) -> tuple[str, str]:
     if subject.says is not None and same(picture, subject.says(path)):
         return "as before", ""
     return "differences", f"loaded {str(picture)[:300]}"
-
-

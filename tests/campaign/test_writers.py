@@ -65,7 +65,9 @@ def test_plans_of_many_threads(tmp_path: Path, campaign: Campaign) -> None:
     done.set()
     reader.join()
     assert not failures
-    assert read and all(any(plan == each for each in made) for plan in (*read[:: max(1, len(read) // 20)], Plan.load(path)))
+    assert read and all(
+        any(plan == each for each in made) for plan in (*read[:: max(1, len(read) // 20)], Plan.load(path))
+    )
     assert not list(tmp_path.glob(".*.tmp"))
     campaign.count("writers: plan, threads", "tried", rounds * len(made))
     campaign.count("writers: plan, threads", "as before", rounds * len(made))
@@ -85,7 +87,9 @@ def test_plans_of_two_processes(tmp_path: Path, warm: Forks, campaign: Campaign)
     failures: list[BaseException] = []
     reader = threading.Thread(target=lambda: failures.extend(together(look)))
     reader.start()
-    orders = [{"work": "save_plans", "folder": str(tmp_path), "arguments": {"number": n, "times": rounds}} for n in (1, 2)]
+    orders = [
+        {"work": "save_plans", "folder": str(tmp_path), "arguments": {"number": n, "times": rounds}} for n in (1, 2)
+    ]
     endings = warm.together(*orders)
     done.set()
     reader.join()
@@ -96,7 +100,9 @@ def test_plans_of_two_processes(tmp_path: Path, warm: Forks, campaign: Campaign)
     campaign.count("writers: plan, processes", "as before", rounds * 2)
 
 
-def test_two_searches_on_one_file_of_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, campaign: Campaign) -> None:
+def test_two_searches_on_one_file_of_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, campaign: Campaign
+) -> None:
     """Each pass that somebody measured is in the file in the end; who comes second is told so, before its work."""
     monkeypatch.setattr(plan_search, "COST_SECONDS", 0.02)
     path = tmp_path / "s.safetensors"
@@ -113,7 +119,14 @@ def test_two_searches_on_one_file_of_scores(tmp_path: Path, monkeypatch: pytest.
 
     def search(pipe: Any) -> None:
         plan_search.search_plan(
-            pipe, texts, call=CALL, budget=Budget.density(0.6), candidates=CANDIDATES[:4], rows=16, scores_path=path, progress=False
+            pipe,
+            texts,
+            call=CALL,
+            budget=Budget.density(0.6),
+            candidates=CANDIDATES[:4],
+            rows=16,
+            scores_path=path,
+            progress=False,
         )
 
     raised = together(*(lambda pipe=pipe: search(pipe) for pipe in pipes))  # type: ignore[misc]

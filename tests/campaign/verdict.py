@@ -34,7 +34,9 @@ def outcome(call: Callable[[], Any]) -> Outcome:
         if not ours(error):
             return Outcome(raw=f"{type(error).__name__} at {_place(error)}: {message[:200]}")
         if len(message) >= LONGEST:
-            return Outcome(raw=f"{type(error).__name__} at {_place(error)}: {len(message):,} characters: {message[:300]}")
+            return Outcome(
+                raw=f"{type(error).__name__} at {_place(error)}: {len(message):,} characters: {message[:300]}"
+            )
         return Outcome(refused=message)
 
 
