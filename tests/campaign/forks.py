@@ -97,7 +97,7 @@ class _Running:
     """A child that works."""
 
     def __init__(self, order: dict[str, Any]) -> None:
-        self._output = tempfile.TemporaryFile()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115, closed in `ending`
         self._notes, write = os.pipe()
         self._pid = os.fork()
         if self._pid == 0:

@@ -64,9 +64,25 @@ def same(a: Picture, b: Picture) -> bool:
 
 
 def raw_json(path: Path) -> Any:
-    """JSON data without any check of ours, without its checksum."""
-    data = json.loads(path.read_bytes())
-    return {key: value for key, value in data.items() if key != "sha256"} if isinstance(data, dict) else data
+    """JSON data without any check of ours, without its checksum; None where that is of other data."""
+    return unsealed(json.loads(path.read_bytes()))
+
+
+def unsealed(data: Any) -> Any:
+    if not isinstance(data, dict):
+        return data
+    rest = {key: value for key, value in data.items() if key != "sha256"}
+    return rest if data.get("sha256", checksum(rest)) == checksum(rest) else None
+
+
+def raw_lines(path: Path) -> Any:
+    """The rows of a file of lines; the last one counts only if it is whole."""
+    *lines, rest = path.read_bytes().split(b"\n")
+    rows = [unsealed(json.loads(line)) for line in lines]
+    try:
+        return rows + ([unsealed(json.loads(rest))] if rest else [])
+    except ValueError:
+        return rows
 
 
 def raw_tensors(path: Path) -> tuple[dict[str, str], Picture]:
@@ -85,7 +101,10 @@ def raw_tensors(path: Path) -> tuple[dict[str, str], Picture]:
 
 
 def says_document(path: Path) -> Picture:
+    """Content and tensors of a document; None where its checksum is of others."""
     texts, tensors = raw_tensors(path)
+    if texts["sha256"] != _checksum_of_tensors(texts["content"], read_tensor_file(path).tensors):
+        return None
     return json.loads(texts["content"]), tensors
 
 
@@ -96,6 +115,18 @@ def seal_json(path: Path, random: Random) -> str:
         data["sha256"] = checksum(data)
     path.write_bytes(text_of(data, raw))
     return done
+
+
+def seal_line(path: Path, random: Random) -> str:
+    """The same, of one of the rows of a file of lines."""
+    lines = path.read_bytes().splitlines()
+    number = random.randrange(len(lines))
+    done, data, raw = json_of(unsealed(json.loads(lines[number])), random)
+    if isinstance(data, dict) and raw is None:
+        data["sha256"] = checksum(data)
+    lines[number] = b" ".join(text_of(data, raw).split(b"\n"))
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return f"line {number} {done}"
 
 
 def seal_document(path: Path, random: Random) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from diffusers_accel.evals.clip_record import ClipRecord
+from diffusers_accel.evals.kept import CLIPS
 from diffusers_accel.evals.measurement import read_rows
 from diffusers_accel.plan import Plan
 from diffusers_accel.plan_file import plain
@@ -21,7 +23,6 @@ from tests.campaign.sound import picture_of_tensors, same
 from tests.campaign.tally import Campaign
 
 TIMES = re.compile(r"time|speed|seconds|share|ratio|drift|memory|rounds|timestamp|layers|date")
-LEFT = re.compile(r"^\..*\.tmp$|\.part$")
 
 
 def plans(folder: Path) -> Any:
@@ -91,11 +92,12 @@ def killed(work: str, warm: Forks, tmp_path: Path, number: int, expected: list[A
         first = warm.run(work, folder, die=number)
         assert first.signal == 9, first.output
         wrong = lost(work, folder, first)
-        for old in folder.rglob(".*.tmp"):  # an hour later: what is younger might belong to somebody who still writes
+        for old in folder.rglob(".*"):  # an hour later: what is younger might belong to somebody who still writes
             os.utime(old, (time.time() - 3600,) * 2)
         again = warm.run(work, folder)
         if again.code:
             return [*wrong, f"does not go on: {again.output[-600:]}"]
+        wrong += repeated(work, first, again)
         found = [result(folder) for result in RESULTS[work]]
         wrong += ["another result"] * (not all(map(same, found, expected)))
         names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
@@ -109,7 +111,19 @@ def killed(work: str, warm: Forks, tmp_path: Path, number: int, expected: list[A
 
 def lost(work: str, folder: Path, first: Ending) -> list[str]:
     """What the killed run had said to be kept and is not there."""
-    if work == "search" and (kept := first.kept("passes")):
-        found = len(Scores.load(folder / "plan.scores.safetensors").passes)
-        return [f"lost {kept - found} of {kept} passes"] * (found < kept)
+    if work == "search":
+        path = folder / "plan.scores.safetensors"
+        found = len(Scores.load(path).passes) if path.exists() else 0
+        return [f"lost {first.kept('passes') - found} passes"] * (found < first.kept("passes"))
+    if work == "report" and not (folder / "report").exists():
+        found = len([ClipRecord.load(path) for path in folder.glob(f"report.clips/{CLIPS}")])
+        return [f"lost {first.kept('clips') - found} clips"] * (found < first.kept("clips"))
     return []
+
+
+def repeated(work: str, first: Ending, again: Ending) -> list[str]:
+    """What was kept and has been measured once more."""
+    what = {"search": "passes", "report": "clips"}.get(work)
+    numbers = [int(note.split()[2]) for note in again.notes if what and note.startswith(f"kept {what} ")]
+    kept = first.kept(what) if what else 0
+    return [f"{what} {numbers[0]} again, of {kept} that were kept"] * bool(numbers and numbers[0] < kept)

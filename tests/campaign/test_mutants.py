@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
+import pickle
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
-from diffusers_accel import cli, patch
+from diffusers_accel import patch
+from diffusers_accel.arguments import read_prompts
 from diffusers_accel.evals import kernel_bench as bench
+from diffusers_accel.evals.clip_record import ClipRecord
+from diffusers_accel.evals.compare import compare
+from diffusers_accel.evals.kept import KIND as COMPARISON
+from diffusers_accel.evals.kept import RUN, Identity
 from diffusers_accel.evals.measurement import read_rows, write_rows
 from diffusers_accel.evals.metrics import lpips_weights
+from diffusers_accel.evals.report.render import html, markdown
+from diffusers_accel.evals.shapes.nested import flatten
 from diffusers_accel.evals.shapes.run_state import RunState
-from diffusers_accel.files import encode_tensors
+from diffusers_accel.files import encode_tensors, load_document, write_tensors
 from diffusers_accel.plan import Plan
-from diffusers_accel.plan_file import plain
+from diffusers_accel.plan_file import plain, signed
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.assign import assign
 from diffusers_accel.search.budget import Budget
@@ -29,16 +42,19 @@ from diffusers_accel.search.cost import Cost
 from diffusers_accel.search.plan_making import make_plan
 from diffusers_accel.search.scores import Scores
 from tests.campaign.mutate import bytes_of, json_of, text_of
+from tests.campaign.pickles import crafted, in_archive
 from tests.campaign.sound import (
     Subject,
     damage_tensors,
     picture_of_tensors,
     raw_json,
+    raw_lines,
     raw_tensors,
     same,
     says_document,
     seal_document,
     seal_json,
+    seal_line,
 )
 from tests.campaign.tally import Campaign
 from tests.campaign.tiny_runs import CALL, CANDIDATES, SIZE, every_kind, reading_wan
@@ -46,6 +62,9 @@ from tests.campaign.verdict import outcome
 from tests.evals import synthetic
 from tests.kernels.test_bench import row as bench_row
 
+KINDS = (
+    "plan", "scores", "cost", "report", "clips", "comparison", "bench rows", "run state", "LPIPS cache", "prompts",
+)  # fmt: skip
 SLOW = 20.0  # seconds; a damaged file that takes longer is one that hangs
 
 # Sound files, made once
@@ -75,6 +94,14 @@ def searched(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def compared(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a real comparison of one clip keeps."""
+    folder = tmp_path_factory.mktemp("compared")
+    compare_again(pipe, folder)
+    return folder
+
+
 # Plans
 
 
@@ -90,6 +117,8 @@ def picture_of_plan(plan: Plan) -> Any:
 
 def plan_says(path: Path) -> Any:
     data = raw_json(path)
+    if data is None:
+        return None
     reference = data.pop("tensors")
     tensors = raw_tensors(path.with_name(reference["file"]))[1] if reference else {}
     for method in data["methods"].values():
@@ -101,17 +130,16 @@ def plan_says(path: Path) -> Any:
 
 def seal_plan(path: Path, random: Random) -> str:
     """The JSON, or the side file with the reference to it."""
-    data = json.loads(path.read_bytes())
+    data = raw_json(path)
     if random.random() < 0.6:
         reference = data.pop("tensors")
         done, data, raw = json_of(data, random)
-        path.write_bytes(text_of({**data, "tensors": reference} if isinstance(data, dict) else data, raw))
+        data = {**data, "tensors": reference} if isinstance(data, dict) else data
+        path.write_bytes(text_of(signed(data) if isinstance(data, dict) and raw is None else data, raw))
         return done
     tensors = Plan.load(path).tensors
     done = damage_tensors(tensors, random)
-    from diffusers_accel.files import write_tensors
-
-    path.write_bytes(text_of({**data, "tensors": write_tensors(path, tensors)}, None))
+    path.write_bytes(text_of(signed({**data, "tensors": write_tensors(path, tensors)}), None))
     return done
 
 
@@ -148,6 +176,25 @@ def use_cost(scores: Scores, cost: Cost) -> None:
 # What reports, benchmarks and training keep
 
 
+def picture_of_rows(rows: Any) -> Any:
+    return [without_none(asdict(row)) for row in rows]
+
+
+def rows_say(path: Path) -> Any:
+    data = raw_json(path)
+    if data is None:
+        return None
+    return [without_none({**row, "provenance": data["provenance"][row["provenance"]]}) for row in data["measurements"]]
+
+
+def without_none(data: Any) -> Any:
+    return (
+        {key: without_none(value) for key, value in data.items() if value is not None}
+        if isinstance(data, dict)
+        else data
+    )
+
+
 def write_report_rows(folder: Path) -> tuple[Path, ...]:
     write_rows(folder / "report.json", synthetic.report({"plan": [1.2, 1.3, 1.4]}).rows, headline="1.3x")
     return (folder / "report.json",)
@@ -160,17 +207,18 @@ def write_bench_rows(folder: Path) -> tuple[Path, ...]:
     return (folder / "rows.jsonl",)
 
 
-def load_bench_rows(path: Path) -> Any:
-    rows = bench.rows.read(path)
+def use_bench_rows(rows: Any) -> None:
     bench.report.markdown(bench.rows.latest(rows))
-    return rows
 
 
 def write_run_state(folder: Path) -> tuple[Path, ...]:
     run = RunState(folder, "transformer", 1.0, 0)
     run.step = 7
-    run.save(average={"count": 7, "values": {"a": torch.arange(6.0)}}, model={"a": torch.ones(2, 3)})
-    return tuple(sorted(path for path in folder.iterdir() if path.stem == "transformer" and path.suffix != ".jsonl"))
+    state = {"count": 7, "values": {"a": torch.arange(6.0)}}
+    run.save(
+        average=state, optimizer={"state": {0: {"step": torch.tensor(7.0), "exp_avg": torch.ones(2, 3)}}, "lr": 0.1}
+    )
+    return (run.path,)
 
 
 def load_run_state(path: Path) -> Any:
@@ -179,11 +227,31 @@ def load_run_state(path: Path) -> Any:
 
 
 def picture_of_state(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return picture_of_tensors({"": value})
-    if isinstance(value, dict):
-        return {str(key): picture_of_state(item) for key, item in value.items()}
-    return [picture_of_state(item) for item in value] if isinstance(value, (list, tuple)) else value
+    held, step, seconds = value
+    if held is None:
+        return None
+    data, tensors = flatten(held)
+    return {"step": step, "seconds": seconds, "seed": 0, "values": data}, picture_of_tensors(tensors)
+
+
+def picture_of_clip(record: ClipRecord) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        record.save(Path(folder, "clip.safetensors"))
+        return says_document(Path(folder, "clip.safetensors"))
+
+
+def compare_again(pipe: Any, keep: Path) -> Any:
+    """The comparison whose clips `compared` keeps."""
+    subjects = {"pattern": "pattern", "draft": ("draft", {"density": 0.5})}
+    return compare(pipe, subjects, ["a red circle"], call=CALL, metrics=("psnr",), show=1, progress=False, keep=keep)
+
+
+def use_clip(pipe: Any, compared: Path, again: Path, record: ClipRecord) -> None:
+    """The report that the comparison goes on to make of it."""
+    shutil.copy(compared / RUN, again)
+    record.save(again / "clip-0000.safetensors")
+    found = compare_again(pipe, again)
+    html(found), markdown(found), str(found)
 
 
 SMALL_WEIGHTS = {"conv0.weight": torch.arange(12.0).reshape(3, 4), "conv0.bias": torch.ones(3)}
@@ -207,7 +275,7 @@ def prompts_say(path: Path) -> list[str]:
 
 @pytest.fixture
 def subject(
-    request: pytest.FixtureRequest, searched: Path, pipe: Any, folder: Path, monkeypatch: Any
+    request: pytest.FixtureRequest, searched: Path, compared: Path, pipe: Any, folder: Path, monkeypatch: Any
 ) -> Iterator[Subject]:
     name: str = request.param
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "mutants" / "cache"))
@@ -233,17 +301,40 @@ def subject(
             Cost.load,
             partial(picture_by_saving, again, "s.cost.json", raw_json),
             raw_json,
+            raw_lines,
             partial(use_cost, scores),
             seal_json,
         ),
-        "report": Subject("report", write_report_rows, read_rows, lambda rows: repr(rows), seal=seal_json),
-        "bench rows": Subject("bench rows", write_bench_rows, load_bench_rows, lambda rows: rows),
-        "run state": Subject("run state", write_run_state, load_run_state, picture_of_state),
+        "report": Subject("report", write_report_rows, read_rows, picture_of_rows, rows_say, seal=seal_json),
+        "clips": Subject(
+            "clips",
+            partial(copied, compared, "clip-0000.safetensors"),
+            ClipRecord.load,
+            picture_of_clip,
+            says_document,
+            partial(use_clip, pipe, compared, again),
+            seal_document,
+        ),
+        "comparison": Subject(
+            "comparison",
+            partial(copied, compared, RUN),
+            lambda path: load_document(path, COMPARISON, Identity),
+            lambda value: {"format": COMPARISON.format, "version": COMPARISON.version, **msgspec.to_builtins(value)},
+            raw_json,
+            raw_lines,
+            seal=seal_json,
+        ),
+        "bench rows": Subject(
+            "bench rows", write_bench_rows, bench.rows.read, lambda rows: rows, raw_lines, use_bench_rows, seal_line
+        ),
+        "run state": Subject(
+            "run state", write_run_state, load_run_state, picture_of_state, says_document, seal=seal_document
+        ),
         "LPIPS cache": Subject("LPIPS cache", write_lpips, lambda path: lpips_weights.load(), picture_of_tensors),
         "prompts": Subject(
             "prompts",
             write_prompts,
-            lambda path: cli._texts("tiny", None, path, for_search=True),
+            read_prompts,
             lambda texts: texts,
             prompts_say,
         ),
@@ -254,9 +345,7 @@ def subject(
 # The test
 
 
-@pytest.mark.parametrize(
-    "subject", ["plan", "scores", "cost", "report", "bench rows", "run state", "LPIPS cache", "prompts"], indirect=True
-)
+@pytest.mark.parametrize("subject", KINDS, indirect=True)
 def test_mutants(subject: Subject, folder: Path, campaign: Campaign) -> None:
     place = folder / "mutants"
     place.mkdir()
@@ -276,6 +365,53 @@ def test_mutants(subject: Subject, folder: Path, campaign: Campaign) -> None:
         if found[0] not in ("as before", "refused"):
             wrong.append(f"{number}: {done}\n    {found[0]}: {found[1]}")
     assert not wrong, f"seed {campaign.seed}, {len(wrong)} of {subject.name}:\n" + "\n".join(wrong[:40])
+
+
+@pytest.mark.parametrize("subject", KINDS, indirect=True)
+def test_pickles(subject: Subject, folder: Path, campaign: Campaign) -> None:
+    """None of them is run, in the place of any file."""
+    place, sentinel = folder / "mutants", folder / "sentinel"
+    place.mkdir()
+    files = subject.write(place)
+    kept = {path: path.read_bytes() for path in files}
+    before = subject.picture(subject.load(files[0]))
+    wrong = []
+    for name, data in crafted(sentinel).items():
+        for content in (data, in_archive(data)):
+            for path in files:
+                restore(place, kept)
+                path.write_bytes(content)
+                found = judged(subject, files[0], before)
+                if sentinel.exists():
+                    wrong.append(f"{name} in {path.name} was run")
+                    sentinel.rmdir() if sentinel.is_dir() else sentinel.unlink()
+                if found[0] not in ("as before", "refused"):
+                    wrong.append(f"{name} in {path.name}: {found}")
+                campaign.count("pickles", "tried")
+                campaign.count("pickles", found[0])
+    assert not wrong, "\n".join(wrong[:20])
+
+
+def test_pickles_are_pickles(folder: Path) -> None:
+    """Each would be run by `pickle`: otherwise the test above shows nothing."""
+    sentinel = folder / "sentinel"
+    pickles = crafted(sentinel)
+    assert len(pickles) == 33
+    for name, data in pickles.items():
+        with contextlib.suppress(Exception):
+            pickle.loads(gzip.decompress(data) if name == "gzip" else data)
+        assert sentinel.exists(), name
+        sentinel.rmdir() if sentinel.is_dir() else sentinel.unlink()
+
+
+def test_the_weights_of_lpips_are_arrays(folder: Path, campaign: Campaign) -> None:
+    """The one pickle that is read, of published weights: by an unpickler that builds arrays and nothing else."""
+    sentinel = folder / "sentinel"
+    for name, data in crafted(sentinel).items():
+        found = outcome(lambda data=data: lpips_weights.convert(lpips_weights.read_checkpoint(data)))
+        assert found.refused and not sentinel.exists(), (name, found)
+        campaign.count("pickles", "tried")
+        campaign.count("pickles", "refused")
 
 
 def restore(place: Path, kept: dict[Path, bytes]) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from diffusers_accel.evals import kernel_bench as bench
+from diffusers_accel.evals.clip_record import ClipRecord
 from diffusers_accel.evals.compare import compare
+from diffusers_accel.evals.kept import Kept
 from diffusers_accel.evals.shapes.run_state import RunState
 from diffusers_accel.methods import AxisOrder, Draft, Method, Patches, Reuse
 from diffusers_accel.plan import Plan
@@ -49,17 +51,16 @@ def search(folder: Path, note: Note) -> None:
 
     Scores.save = save  # type: ignore[method-assign]
     plan_search.COST_SECONDS = 0.02
-    plan = plan_search.search_plan(
+    plan_search.search_plan(
         pipeline(),
         PROMPTS,
         call=CALL,
         budget=Budget.density(0.6),
         candidates=CANDIDATES,
         rows=16,
-        scores_path=folder / "plan.scores.safetensors",
+        out=folder / "plan.json",
         progress=False,
     )
-    plan.save(folder / "plan.json")
 
 
 def calibrate(folder: Path, note: Note) -> None:
@@ -71,9 +72,24 @@ def calibrate(folder: Path, note: Note) -> None:
 
 
 def report(folder: Path, note: Note) -> None:
+    stock = Kept.save
+
+    def save(self: Kept, number: int, record: ClipRecord) -> None:
+        stock(self, number, record)
+        note(f"kept clips {number + 1}")
+
+    Kept.save = save  # type: ignore[method-assign]
     subjects = {"pattern": "pattern", "draft": ("draft", {"density": 0.5})}
     found = compare(
-        pipeline(), subjects, PROMPTS[:2], call=CALL, seeds=(0, 1), metrics=("psnr",), show=1, progress=False
+        pipeline(),
+        subjects,
+        PROMPTS[:2],
+        call=CALL,
+        seeds=(0, 1),
+        metrics=("psnr",),
+        show=1,
+        progress=False,
+        keep=folder / "report.clips",
     )
     found.save(folder / "report")
 
