@@ -301,7 +301,6 @@ def subject(
             Cost.load,
             partial(picture_by_saving, again, "s.cost.json", raw_json),
             raw_json,
-            raw_lines,
             partial(use_cost, scores),
             seal_json,
         ),
@@ -321,7 +320,6 @@ def subject(
             lambda path: load_document(path, COMPARISON, Identity),
             lambda value: {"format": COMPARISON.format, "version": COMPARISON.version, **msgspec.to_builtins(value)},
             raw_json,
-            raw_lines,
             seal=seal_json,
         ),
         "bench rows": Subject(
