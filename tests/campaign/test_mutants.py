@@ -184,7 +184,16 @@ def rows_say(path: Path) -> Any:
     data = raw_json(path)
     if data is None:
         return None
-    return [without_none({**row, "provenance": data["provenance"][row["provenance"]]}) for row in data["measurements"]]
+    return [
+        without_none(
+            {
+                **row,
+                "provenance": data["provenance"][row["provenance"]],
+                "clip": None if row.get("clip") is None else data["clips"][row["clip"]],
+            }
+        )
+        for row in data["measurements"]
+    ]
 
 
 def without_none(data: Any) -> Any:
@@ -231,7 +240,19 @@ def picture_of_state(value: Any) -> Any:
     if held is None:
         return None
     data, tensors = flatten(held)
-    return {"step": step, "seconds": seconds, "seed": 0, "values": data}, picture_of_tensors(tensors)
+    return {"step": step, "seconds": seconds, "seed": 0, "values": with_tensors(data, picture_of_tensors(tensors))}
+
+
+def state_says(path: Path) -> Any:
+    said = says_document(path)
+    return None if said is None else {**said[0], "values": with_tensors(said[0]["values"], said[1])}
+
+
+def with_tensors(data: Any, tensors: Any) -> Any:
+    """A nested state with each tensor in the place of its name."""
+    if isinstance(data, dict):
+        return tensors[data["tensor"]] if "tensor" in data else {k: with_tensors(v, tensors) for k, v in data.items()}
+    return [with_tensors(each, tensors) for each in data] if isinstance(data, list) else data
 
 
 def picture_of_clip(record: ClipRecord) -> Any:
@@ -326,7 +347,7 @@ def subject(
             "bench rows", write_bench_rows, bench.rows.read, lambda rows: rows, raw_lines, use_bench_rows, seal_line
         ),
         "run state": Subject(
-            "run state", write_run_state, load_run_state, picture_of_state, says_document, seal=seal_document
+            "run state", write_run_state, load_run_state, picture_of_state, state_says, seal=seal_document
         ),
         "LPIPS cache": Subject("LPIPS cache", write_lpips, lambda path: lpips_weights.load(), picture_of_tensors),
         "prompts": Subject(
