@@ -126,4 +126,6 @@ def repeated(work: str, first: Ending, again: Ending) -> list[str]:
     what = {"search": "passes", "report": "clips"}.get(work)
     numbers = [int(note.split()[2]) for note in again.notes if what and note.startswith(f"kept {what} ")]
     kept = first.kept(what) if what else 0
-    return [f"{what} {numbers[0]} again, of {kept} that were kept"] * bool(numbers and numbers[0] < kept)
+    if not numbers or numbers[0] >= kept:
+        return []
+    return [f"{what} {numbers[0]} again, of {kept} that were kept"]
