@@ -1,0 +1,30 @@
+"""Texts that steer terminals, break out of Markdown and HTML, or are no text at all."""
+
+TEXTS = (
+    "a sign says [/b]",
+    "[bold red]x[/bold red] [link=file:///etc/passwd]y[/link] [",
+    "[/]",
+    "\\[escaped\\] \\",
+    "\x1b[31mred\x1b[0m\x1b]0;title\x07\x1b[2J",
+    "\x9b31m\x90q\x07\x08\x7f",
+    "<script>alert(1)</script>",
+    "</script><script>alert(1)//",
+    '"><img src=x onerror=alert(1)>',
+    "<!-- a comment that does not end",
+    "' onmouseover='alert(1)",
+    "{{ 7 * 7 }} {% raw %} {# x #}",
+    "first line\nsecond line\r\n# a heading\n\n---\n\n| a | b |",
+    "`code` ``` ```\nfence",
+    "a | b | c \\| d",
+    "$\\frac{1}{0}$ $x_{_",
+    "_a_ *b* **c** ~~d~~ ![e](http://f) <http://g>",
+    "\u202egnirts\u202c \u2066x\u2069 \u200f",
+    "\u2028\u2029\x85\x0b\x0c\x1c\x1d",
+    "%s %n {} {0.__class__} ${HOME} $(id)",
+    "a\u0300" * 50 + "\U0001f3f4\u200d\u2620\ufe0f\U000e0041",
+    "x" * 10_000,
+    "\ufeffbom \x00 null",
+    "- item\n1. one\n> quote",
+    "&lt;b&gt; &#60;script&#62;",
+)
+HALF = "half \ud800 a character \udfff"  # no UTF-8
