@@ -38,7 +38,7 @@ class ClipNumbers(Schema, frozen=True):
 
     shape: frames, height and width in pixels. tokens: of the video per axis, and of the text. seen: by subject, "dense"
     included. repeat: largest difference of each later dense run from the first. patch_difference: the same of a dense run
-    under an all-dense patch, of the first clip only.
+    under an all-dense patch, of the first clip only. comparison: in a file, the checksum of what it belongs to.
     """
 
     prompt: str
@@ -49,6 +49,7 @@ class ClipNumbers(Schema, frozen=True):
     repeat: list[float]
     patch_difference: float | None
     fps: int
+    comparison: str = ""
 
 
 @dataclass(frozen=True)

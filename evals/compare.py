@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -105,25 +105,14 @@ def compare(
     )
     plans = {name: _plan(pipe, subject) for name, subject in subjects.items()}
     options = {name: _options(subject) for name, subject in subjects.items()}
-    kept = None if keep is None else Kept(Path(keep))
-    opened: AbstractContextManager[None] = nullcontext()
-    if kept:
-        identity = identify(
-            pipe,
-            plans,
-            options,
-            call=call,
-            prompts=prompts,
-            seeds=seeds,
-            rounds=rounds,
-            metrics=list(metrics),
-            show=show,
-            fps=fps,
-        )
-        opened = kept.opened(identity)
+    kept = None
+    if keep is not None:
+        settings: dict[str, Any] = {"rounds": rounds, "metrics": list(metrics), "show": show, "fps": fps}
+        identity = identify(pipe, plans, options, call=call, prompts=prompts, seeds=seeds, **settings)
+        kept = Kept(Path(keep), identity)
     clips = [(prompt, seed, text) for prompt, text in zip(prompts, texts, strict=True) for seed in seeds]
-    with opened:
-        done = {} if kept is None else _finished(kept, clips)
+    with kept.opened() if kept else nullcontext():
+        done = _finished(kept, clips) if kept else {}
         scores = {name: _load(METRICS[name]) for name in metrics}
         session = _Session(pipe, plans, options, dict(call), scores, fps)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from diffusers_accel import plan_file
+from diffusers_accel.evals.clip_record import KIND as CLIP
 from diffusers_accel.evals.clip_record import ClipRecord
-from diffusers_accel.evals.machine import machine, versions
+from diffusers_accel.evals.machine import git_sha, machine, versions
 from diffusers_accel.families import find
 from diffusers_accel.files import (
     FileError,
@@ -77,7 +79,7 @@ def identify(
         model=model_name(pipe),
         weights=fingerprint(find(pipe)),
         device=found["gpu"] if cuda else f"{found['cpu']}, {found['torch_threads']} threads",
-        versions=versions(WHICH),
+        versions={**versions(WHICH), **({"revision": sha} if (sha := git_sha()) else {})},
         call=plain(call),
         prompts=plain(prompts),
         subjects={name: _digest(plan, options[name]) for name, plan in plans.items()},
@@ -90,9 +92,10 @@ class Kept:
     """The clips of one comparison in a folder."""
 
     folder: Path
+    identity: Identity
 
     @contextlib.contextmanager
-    def opened(self, identity: Identity) -> Iterator[None]:
+    def opened(self) -> Iterator[None]:
         """Makes the folder, or takes up the comparison in it; nobody else writes into it meanwhile.
 
         Raises:
@@ -101,29 +104,36 @@ class Kept:
         """
         prepare_folder(self.folder)
         with only_writer(self.folder / RUN, "another comparison writes into this folder"):
-            self._begin(identity)
+            self._begin()
             yield
 
     def load(self, number: int, prompt: str, seed: int) -> ClipRecord | None:
         """A clip that was finished before, or None.
 
         Raises:
-            FileError: the file is damaged, or of another clip.
+            FileError: the file is damaged, or of another clip or comparison.
         """
         path = self._path(number)
         try:
             record = ClipRecord.load(path)
         except FileNotFoundError:
             return None
-        if (record.numbers.prompt, record.numbers.seed) != (prompt, seed):
+        numbers = record.numbers
+        if numbers.comparison != self._digest:
+            raise FileError(
+                f"{printable(path)}: expected a clip of this comparison, found one of another; {CLIP.remedy}"
+            )
+        if (numbers.prompt, numbers.seed) != (prompt, seed):
             raise FileError(
                 f"{printable(path)}: expected the clip of {quoted(prompt)[:100]} with seed {seed}, found that of "
-                f"{quoted(record.numbers.prompt)[:100]} with seed {record.numbers.seed}; was it renamed? Delete it"
+                f"{quoted(numbers.prompt)[:100]} with seed {numbers.seed}; was it renamed? {CLIP.remedy.capitalize()}"
             )
         return record
 
     def save(self, number: int, record: ClipRecord) -> None:
-        record.save(self._path(number))
+        """Writes a finished clip; raises WriteError where it cannot, and the clips before are kept."""
+        numbers = msgspec.structs.replace(record.numbers, comparison=self._digest)
+        dataclasses.replace(record, numbers=numbers).save(self._path(number))
 
     def remove(self) -> None:
         """Removes what a comparison has written, and the folder where it holds nothing else."""
@@ -132,10 +142,14 @@ class Kept:
                 path.unlink(missing_ok=True)
             self.folder.rmdir()
 
+    @property
+    def _digest(self) -> str:
+        return checksum(msgspec.to_builtins(self.identity))
+
     def _path(self, number: int) -> Path:
         return self.folder / CLIPS.replace("*", f"{number:04}")
 
-    def _begin(self, identity: Identity) -> None:
+    def _begin(self) -> None:
         try:
             found = load_document(self.folder / RUN, KIND, Identity)
         except FileNotFoundError:
@@ -143,9 +157,9 @@ class Kept:
             if others:
                 reason = f"it holds other files ({printable(others[0])[:60]}) and no {RUN}"
                 raise WriteError(self.folder, reason, "name a folder of its own") from None
-            save_document(self.folder / RUN, KIND, identity)
+            save_document(self.folder / RUN, KIND, self.identity)
             return
-        _check_same(self.folder, found, identity)
+        _check_same(self.folder, found, self.identity)
 
 
 def _check_same(folder: Path, kept: Identity, asked: Identity) -> None:

@@ -224,6 +224,10 @@ def test_broken_clips_are_refused(pipe: Any, tmp_path: Path) -> None:
     first.write_bytes(second.read_bytes())
     with pytest.raises(FileError, match="expected the clip of 'embedded prompt 1' with seed 0, found .* seed 1"):
         run(pipe, keep, **small)
+    run(pipe, tmp_path / "other", **{**small, "rounds": 2})
+    first.write_bytes((tmp_path / "other" / first.name).read_bytes())
+    with pytest.raises(FileError, match="expected a clip of this comparison, found one of another; delete it"):
+        run(pipe, keep, **small)
     changed = data.replace(b"repeat", b"repeal")
     assert changed != data
     first.write_bytes(changed)
