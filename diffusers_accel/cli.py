@@ -321,7 +321,7 @@ def report(
     check_asked(subjects, texts, metrics=metrics, seeds=seeds, rounds=rounds)
     check_report_folder(out)
     partial = out.absolute().with_name(f"{out.absolute().name}.partial")  # removed when the report is saved
-    asked = {"call": setup.call(), "seeds": seeds, "metrics": metrics, "rounds": rounds}
+    asked: dict[str, Any] = {"call": setup.call(), "seeds": seeds, "metrics": metrics, "rounds": rounds}
     found = compare(_load(setup), subjects, texts, **asked, keep=partial)
     page = found.save(out)
     _print(found.table())

@@ -27,7 +27,7 @@ def find(pipe_or_transformer: Any) -> dict[str, tuple[nn.Module, Family]]:
     if isinstance(pipe_or_transformer, (str, os.PathLike)):
         raise TypeError(
             f"expected a loaded pipeline or its transformer, found the text {quoted(str(pipe_or_transformer))}: load it first, "
-            f"pipe = DiffusionPipeline.from_pretrained({quoted(str(pipe_or_transformer))}). {_supported()}"
+            f"pipe = DiffusionPipeline.from_pretrained({quoted(str(pipe_or_transformer))}). {supported()}"
         )
     if isinstance(pipe_or_transformer, nn.Module):
         candidates = {"transformer": pipe_or_transformer}
