@@ -299,7 +299,7 @@ def stored_plan(masks: Tensor) -> Plan:
 def test_stored_masks_of_another_size_are_refused_when_they_are_met() -> None:
     transformer = tiny_wan_transformer()
     with (
-        patch(transformer, stored_plan(torch.zeros(1, 1, 9, 2, dtype=torch.uint8))),
+        patch(transformer, stored_plan(packed(torch.eye(9, dtype=torch.bool)[None, None]))),
         torch.no_grad(),
         pytest.raises(ValueError, match="stored masks are for 9 blocks of 128 tokens, this call has 6"),
     ):
