@@ -267,7 +267,7 @@ def _attach_site(
     stock = attention.processor
 
     def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attend_densely(processor, q, k, v)
+        return attend_densely(processor, model.family.attention_call, q, k, v)
 
     site = Site(model, layer, path, attention, dense)
     site.engine = make_engine(site)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusers_accel.terminal import Withheld, run_command, safe, say
+from diffusers_accel.terminal import Withheld, run_command, safe
 
 if TYPE_CHECKING:
     from diffusers_accel.search.budget import Budget
@@ -226,10 +226,8 @@ def search(
     )
     warnings = [str(each) for each in plan.provenance.get("warnings", ())]
     if warnings and not force:
-        raise Withheld(f"{out}: not written: {' '.join(warnings)} What was measured is kept in {kept}")
+        raise Withheld(f"{out}: not written: {'; '.join(warnings)}. What was measured is kept in {kept}")
     plan.save(out)
-    for warning in warnings:
-        say(f"warning: {warning}")
     mix = ", ".join(f"{plan.methods[symbol].label} {share:.0%}" for symbol, share in plan.shares().items())
     _print_plan(out, mix, setup)
 

@@ -99,9 +99,12 @@ def restore(processor: Any) -> Any:
     return stock
 
 
-def attend_densely(processor: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What the stock processor would have called, for q [B, S, H, D] and k, v [B, keys, H, D], with the user's own backend."""
-    if processor._accel_site.model.family.attention_call == "dispatch_attention_fn":
+def attend_densely(processor: Any, attention_call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What the stock processor would have called, for q [B, S, H, D] and k, v [B, keys, H, D], with the user's own backend.
+
+    The processor is a redirected one, or was one (`restore`).
+    """
+    if attention_call == "dispatch_attention_fn":
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
         out: Tensor = dispatch_attention_fn(q, k, v, backend=processor._attention_backend)
