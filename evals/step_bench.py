@@ -8,7 +8,6 @@ transformer.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,13 +25,12 @@ from torch import Tensor, nn
 
 from diffusers_accel.api import Patch, patch
 from diffusers_accel.evals.machine import git_sha, machine, versions
-from diffusers_accel.files import only_writer, prepare_file, read_bytes, write_whole
+from diffusers_accel.files import append_line, only_writer, prepare_file
 from diffusers_accel.methods import NAMED
 from diffusers_accel.report import PatchReport
 
 STOCK = "stock"  # diffusers' own attention, unpatched
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MOST_BYTES = 2**30  # of the file of rows
 DRIFT = 0.03  # stock runs that differ more make the row doubtful, which it says
 Row = dict[str, Any]
 Size = tuple[int, int, int]
@@ -355,7 +353,8 @@ def main(
 
     def keep(row: Row) -> None:
         rows.append(row)
-        append_row(out, row | made)
+        with only_writer(out, "another benchmark writes into it"):
+            append_line(out, row | made)
         console.print(f"{row['model']}, {row['method']}: {row['ms_step']:,.1f} ms a step", highlight=False)
 
     for name in wanted:
@@ -378,14 +377,6 @@ def main(
         "that look at the content are not those of a trained model. Where a whole cache does not fit, layers stay dense.",
         highlight=False,
     )
-
-
-def append_row(out: Path, row: Row) -> None:
-    """Adds a line to a file of JSON lines, whole or not at all; a last line that a kill has cut off is left as it is."""
-    with only_writer(out, "another benchmark writes into it"):
-        before = read_bytes(out, MOST_BYTES, "a file of JSON lines") if out.exists() and out.stat().st_size else b""
-        between = b"" if before.endswith(b"\n") or not before else b"\n"
-        write_whole(out, before + between + json.dumps(row).encode() + b"\n")
 
 
 def _size(text: str) -> Size:

@@ -22,7 +22,7 @@ from diffusers_accel.evals.shapes.autoencoder import encode_mean, to_video
 from diffusers_accel.evals.shapes.pixels import judge
 from diffusers_accel.evals.shapes.render import held_out_scene, render
 from diffusers_accel.evals.shapes.weights_folder import WEIGHTS, verify_weights, weights_digest
-from diffusers_accel.files import prepare_file, read_json, write_json
+from diffusers_accel.files import FileError, prepare_file, printable, quoted, read_json, write_json
 
 ATTRIBUTES = ("background", "color", "motion", "shape")
 
@@ -67,6 +67,34 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
+def part_of(text: str) -> tuple[int, int]:
+    """(first, step) of "i/n"; raises ValueError for anything else."""
+    first, _, step = text.partition("/")
+    if not (first.isdecimal() and step.isdecimal() and int(first) < int(step)):
+        raise ValueError(f"--part: expected i/n with i from 0 to n - 1, such as 0/2, found {quoted(text)}")
+    return int(first), int(step)
+
+
+def held_rows(out: Path, what: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an unfinished measurement of the same things; none where there is no file.
+
+    Raises:
+        FileError: the file holds something else, which is not replaced.
+    """
+    try:
+        held = read_json(out)
+    except FileNotFoundError:
+        return []
+    if not isinstance(held, dict) or not isinstance(held.get("rows"), list) or not isinstance(held.get("what"), dict):
+        raise FileError(f"{printable(out)}: expected an unfinished measurement, found another file; name another --out")
+    if differing := sorted(key for key in {*what, *held["what"]} if held["what"].get(key) != what.get(key)):
+        raise FileError(
+            f"{printable(out)}: holds a measurement with other {printable(', '.join(differing))[:200]}; name another --out, "
+            "or move it away"
+        )
+    return list(held["rows"])
+
+
 def print_table(found: dict[str, dict[str, float]]) -> None:
     table = Table("clips", "number", *ATTRIBUTES, "passed", "PSNR (dB)", title="asked and found, share of clips")
     for source, values in found.items():
@@ -86,11 +114,8 @@ def main(
     ),
 ) -> None:
     """Generate held-out prompts and print how often the pixels show what was asked for."""
-    torch.set_num_threads(threads)
+    first, step = part_of(part)
     prepare_file(out)
-    pipe = load_pipeline(folder=weights)
-    pipe.set_progress_bar_config(disable=True)
-    first, step = (int(v) for v in part.split("/"))
     what = {
         "weights": weights_digest(verify_weights(weights)),
         "prompts": prompts,
@@ -98,9 +123,11 @@ def main(
         "part": part,
         "call": CALL,
     }
-    held = read_json(out) if out.exists() else {}
-    same = isinstance(held, dict) and held.get("what") == what and isinstance(held.get("rows"), list)
-    rows = held["rows"] if same else reference_rows(pipe.vae, 16, seed)
+    rows = held_rows(out, what)
+    torch.set_num_threads(threads)
+    pipe = load_pipeline(folder=weights)
+    pipe.set_progress_bar_config(disable=True)
+    rows = rows or reference_rows(pipe.vae, 16, seed)
     done = {r["caption"] for r in rows if r["source"] == "generated"}
     for i, prompt in list(enumerate(held_out_prompts(prompts, seed)))[first::step]:
         if prompt in done:
