@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from diffusers_accel import plan_file
-from diffusers_accel.files import FileError, printable, quoted, read_json, read_tensors, write_json, write_tensors
+from diffusers_accel.files import (
+    FileError,
+    encode_json,
+    printable,
+    quoted,
+    read_json,
+    read_tensors,
+    side_file,
+    write_whole,
+)
 from diffusers_accel.methods import DENSE, Method, Recipe
 from diffusers_accel.plan_check import check_plan, names
 from diffusers_accel.shape import ModelShape
@@ -105,8 +114,11 @@ class Plan:
         path = Path(path)
         if path.suffix != ".json":
             raise PlanError(f'{path}: expected a file name that ends in ".json", found {quoted(path.name)}')
-        reference = write_tensors(path, self.tensors)
-        write_json(path, plan_file.signed({**plan_file.plain(self), "tensors": reference}))
+        reference, side = side_file(path, self.tensors)
+        text = encode_json(path, plan_file.signed({**plan_file.plain(self), "tensors": reference}))
+        if reference:
+            write_whole(path.with_name(reference["file"]), side)
+        write_whole(path, text)
 
     @staticmethod
     def uniform(method: Method | Recipe, family: str, models: Mapping[str, ModelShape]) -> Plan:

@@ -23,8 +23,8 @@ from diffusers_accel.files.lines import append_line, encode_line, read_lines
 from diffusers_accel.files.lock import only_writer
 from diffusers_accel.files.reading import read_bytes
 from diffusers_accel.files.safe_tensors import TensorFile, check_tensors, encode_tensors, read_tensor_file
-from diffusers_accel.files.side_file import read_tensors, write_tensors
-from diffusers_accel.files.strict_json import check_json, parse_json, read_json, write_json
+from diffusers_accel.files.side_file import read_tensors, side_file
+from diffusers_accel.files.strict_json import check_json, encode_json, parse_json, read_json, write_json
 from diffusers_accel.files.whole import prepare_file, prepare_folder, sync_folder, write_whole
 from diffusers_accel.files.whole_folder import prepare_whole_folder, whole_folder
 
@@ -40,6 +40,7 @@ __all__ = [
     "checksum",
     "convert",
     "encode_line",
+    "encode_json",
     "encode_tensors",
     "load_document",
     "load_tensor_document",
@@ -58,9 +59,9 @@ __all__ = [
     "read_tensors",
     "save_document",
     "save_tensor_document",
+    "side_file",
     "sync_folder",
     "whole_folder",
     "write_json",
-    "write_tensors",
     "write_whole",
 ]

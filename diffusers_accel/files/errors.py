@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 
+# Marks and overrides of the direction of writing, and the byte order mark (Unicode Standard Annex 9).
+DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
 LONGEST = 200  # characters of a value that a message quotes
 
 
@@ -24,8 +27,16 @@ def printable(text: object) -> str:
     """`str(text)` in one line without control characters, so that nobody's text steers a terminal or splits a table.
 
     Line breaks, escape sequences, lone surrogates and marks that turn the direction of writing become backslash escapes.
+    What joins letters and emoji (zero-width joiners, no-break spaces) stays.
     """
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(text))
+    return "".join(each.encode("unicode_escape").decode() if _steers(each) else each for each in str(text))
+
+
+def _steers(character: str) -> bool:
+    """Whether a character is none that is shown, but tells whoever shows it what to do."""
+    if character.isprintable():
+        return False
+    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp", "Cn") or character in DIRECTIONS
 
 
 def quoted(value: object) -> str:

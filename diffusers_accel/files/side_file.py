@@ -11,25 +11,22 @@ from torch import Tensor
 
 from diffusers_accel.files.errors import FileError, printable, quoted
 from diffusers_accel.files.safe_tensors import encode_tensors, read_tensor_file
-from diffusers_accel.files.whole import write_whole
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[^/\\:\0]+\.safetensors")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str] | None:
-    """Writes tensors beside the JSON file `path` and returns the reference that its "tensors" entry holds.
+def side_file(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, str] | None, bytes]:
+    """What the "tensors" entry of the JSON file `path` holds for tensors, None for none, and the bytes of the file that it names.
 
     The side file is named by its content, `<stem>.<start of its sha256>.safetensors`, so that it never replaces the one
     that the JSON file on disk refers to until that is replaced too. Side files of earlier versions are left where they are.
     """
     if not tensors:
-        return None
+        return None, b""
     data = encode_tensors(tensors)
     digest = hashlib.sha256(data).hexdigest()
-    side = path.with_name(f"{path.stem}.{digest[:12]}.safetensors")
-    write_whole(side, data)
-    return {"file": side.name, "sha256": digest}
+    return {"file": f"{path.stem}.{digest[:12]}.safetensors", "sha256": digest}, data
 
 
 def read_tensors(path: Path, reference: object) -> dict[str, Tensor]:

@@ -52,11 +52,16 @@ def write_json(path: Path, data: Any) -> None:
     Raises:
         FileError: `data` holds something that JSON cannot, such as a NaN, or more than `read_json` would read again.
     """
+    write_whole(path, encode_json(path, data))
+
+
+def encode_json(path: Path, data: Any) -> bytes:
+    """What `write_json` writes; raises as it does, for a file at `path`."""
     check_json(data, path.name)
     encoded = (json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
     if len(encoded) > MAX_JSON_BYTES:
         raise FileError(f"{printable(path)}: expected at most {MAX_JSON_BYTES:,} bytes of JSON, found {len(encoded):,}")
-    write_whole(path, encoded)
+    return encoded
 
 
 def check_json(value: object, path: str, depth: int = 0) -> None:

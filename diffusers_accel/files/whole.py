@@ -34,9 +34,12 @@ def write_whole(path: Path, data: bytes) -> None:
             file.write(data)
             _finish(file)
             os.replace(file.name, path)
-        sync_folder(path.parent)
     except OSError as error:
         raise WriteError(path, error, UNTOUCHED) from error
+    try:
+        sync_folder(path.parent)
+    except OSError as error:
+        raise WriteError(path, error, "it is in its place, but may be gone after a power cut") from error
 
 
 def prepare_file(path: Path) -> None:

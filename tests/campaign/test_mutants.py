@@ -32,7 +32,7 @@ from diffusers_accel.evals.metrics import lpips_weights
 from diffusers_accel.evals.report.render import html, markdown
 from diffusers_accel.evals.shapes.nested import flatten
 from diffusers_accel.evals.shapes.run_state import RunState
-from diffusers_accel.files import encode_tensors, load_document, write_tensors
+from diffusers_accel.files import encode_tensors, load_document, side_file
 from diffusers_accel.plan import Plan
 from diffusers_accel.plan_file import plain, signed
 from diffusers_accel.search import plan_search
@@ -139,7 +139,10 @@ def seal_plan(path: Path, random: Random) -> str:
         return done
     tensors = Plan.load(path).tensors
     done = damage_tensors(tensors, random)
-    path.write_bytes(text_of(signed({**data, "tensors": write_tensors(path, tensors)}), None))
+    reference, side = side_file(path, tensors)
+    if reference:
+        path.with_name(reference["file"]).write_bytes(side)
+    path.write_bytes(text_of(signed({**data, "tensors": reference}), None))
     return done
 
 
