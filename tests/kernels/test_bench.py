@@ -715,7 +715,8 @@ def test_what_was_measured_is_shown_also_where_it_cannot_be_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def failing(*_: Any, on_row: Any, out: Path, **__: Any) -> list[Row]:
-        out.write_text(json.dumps(row()) + "\n")
+        with bench.rows.appending(out) as append:
+            append(row())
         on_row(row())
         raise bench.WriteError(out, "No space left on device", "free space")
 
