@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +12,7 @@ import msgspec
 
 from diffusers_accel.files import quoted
 from diffusers_accel.methods import NAMED, SELECTS, Recipe
+from diffusers_accel.suggest import closest
 
 _INSTEAD = {
     "Budget": "a budget is what a search is asked for: give it to search_plan, and patch with the plan that comes back",
@@ -23,8 +23,8 @@ _INSTEAD = {
 
 def meant(name: str, known: Iterable[str]) -> str:
     """Such as "did you mean 'draft'? ", with a blank behind it; "" where nothing is near."""
-    near = difflib.get_close_matches(name[:100], list(known), n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}? " if near else ""
+    near = closest(name, known)
+    return f"did you mean {near!r}? " if near else ""
 
 
 def check_parameters(name: str, parameters: Mapping[str, Any]) -> None:

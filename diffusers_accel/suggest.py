@@ -14,7 +14,7 @@ LONGEST = 200  # characters of a word that is worth a comparison, whose time gro
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """'; did you mean "draft"?' for a word that resembles one of the `known` ones, whatever its case; else an empty text."""
-    close = _closest(word, known)
+    close = closest(word, known)
     return "" if close is None else f'; did you mean "{printable(close)}"?'
 
 
@@ -24,11 +24,12 @@ def did_you_mean_file(path: Path) -> str:
         names = os.listdir(path.parent)
     except (OSError, ValueError):
         return ""
-    close = _closest(path.name, (name for name in names if not name.startswith(".")))
+    close = closest(path.name, (name for name in names if not name.startswith(".")))
     return "" if close is None else f'; did you mean "{printable(path.with_name(close))}"?'
 
 
-def _closest(word: str, known: Iterable[str]) -> str | None:
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that a word resembles most, whatever its case; None where none is near."""
     names = {name.casefold(): name for name in known}
     close = get_close_matches(word.casefold(), names, n=1) if len(word) <= LONGEST else []
     return names[close[0]] if close else None

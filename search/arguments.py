@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.checks import real_number
 from diffusers_accel.search.running import Prompt, prompt_label
 from diffusers_accel.search.schedule import is_border
+from diffusers_accel.suggest import closest
 
 SPANS = (0.1, 0.3, 0.6)  # borders: short spans first, where one step differs most from the next
 
@@ -133,8 +133,8 @@ def _check_names(pipe: Any, arguments: Mapping[Any, Any], where: str, ours: Sequ
         if not isinstance(name, str):
             raise TypeError(f"{where}: expected names of arguments, found {quoted(name)}")
         if name not in parameters and not anything:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}"
+            near = closest(name, known)
+            hint = f"did you mean {near!r}?" if near else f"it takes {', '.join(known)}"
             raise ValueError(f"{where}: {type(pipe).__name__} takes no {quoted(name)}; {hint}")
 
 
