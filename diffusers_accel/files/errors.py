@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 
-# Marks and overrides of the direction of writing, and the byte order mark (Unicode Standard Annex 9).
-DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
+JOINERS = "\u200c\u200d"  # format characters that words and emoji need
 LONGEST = 200  # characters of a value that a message quotes
 
 
@@ -33,10 +32,10 @@ def printable(text: object) -> str:
 
 
 def _steers(character: str) -> bool:
-    """Whether a character is none that is shown, but tells whoever shows it what to do."""
-    if character.isprintable():
+    """Whether a character is none that is shown, but tells whoever shows it what to do, or means nothing yet."""
+    if character.isprintable() or character in JOINERS:
         return False
-    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp", "Cn") or character in DIRECTIONS
+    return unicodedata.category(character) != "Zs"
 
 
 def quoted(value: object) -> str:

@@ -16,6 +16,7 @@ from markdown_it import MarkdownIt
 from diffusers_accel import cli, loading
 from diffusers_accel.evals.compare import compare
 from diffusers_accel.evals.measurement import read_rows
+from diffusers_accel.files.errors import JOINERS
 from diffusers_accel.methods import Band, Method
 from diffusers_accel.plan import Plan
 from diffusers_accel.search import plan_search
@@ -31,7 +32,7 @@ STEERING = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # what rich itself writes: col
 def steers(shown: str, own: bool = False) -> list[str]:
     """Characters of a terminal's output that are no text; `own`: rich's own may be there."""
     text = STEERING.sub("", shown) if own else shown
-    allowed = "\n\r" if own else "\n"
+    allowed = JOINERS + ("\n\r" if own else "\n")
     return sorted(
         {
             repr(each)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from diffusers_accel.files import FileError, WriteError
@@ -52,7 +53,7 @@ search(tiny_wan(), folder / "s.safetensors", prompts=2, span_weights=(1, 1, 1, 1
 
 def passes(*prompts: str, impacts: int = 0) -> Scores:
     scores = random_scores()
-    done = tuple(replace(scores.passes[0], prompt=prompt) for prompt in prompts)
+    done = tuple(msgspec.structs.replace(scores.passes[0], prompt=prompt) for prompt in prompts)
     return replace(scores, passes=done, impacts=(1.0,) * impacts)
 
 

@@ -70,7 +70,7 @@ def test_span_weights_need_all_spans_and_have_a_floor():
     assert scores.span_weights().tolist() == with_impacts(scores, 3.0).span_weights().tolist() == [1, 1]
     assert with_impacts(scores, 0.0, 4.0).span_weights().tolist() == [0.2, 4.0]
     assert with_impacts(scores, 0.0, 0.0).span_weights().tolist() == [1, 1]
-    with pytest.raises(ValueError, match="at most 2 impacts"):
+    with pytest.raises(ValueError, match="at most 2 finite numbers of 0 or more"):
         with_impacts(scores, 1.0, float("nan"))
 
 
