@@ -20,7 +20,7 @@ from diffusers_accel.files import (
     read_json,
     read_tensors,
     side_file,
-    write_whole,
+    write_together,
 )
 from diffusers_accel.methods import DENSE, Method, Recipe
 from diffusers_accel.plan_check import check_plan, names
@@ -103,8 +103,8 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Writes `path`, which must end in ".json", and beside it `<stem>.<hash>.safetensors` if there are tensors.
 
-        Each is written under a temporary name and renamed, the side file first: a save that fails leaves the plan that
-        was there before, and its side file, as they were.
+        Both are written under temporary names and then renamed, the side file first: a save that fails leaves the plan
+        that was there before, and its side file, as they were, and no other.
 
         Raises:
             PlanError: the name does not end in ".json".
@@ -116,9 +116,8 @@ class Plan:
             raise PlanError(f'{path}: expected a file name that ends in ".json", found {quoted(path.name)}')
         reference, side = side_file(path, self.tensors)
         text = encode_json(path, plan_file.signed({**plan_file.plain(self), "tensors": reference}))
-        if reference:
-            write_whole(path.with_name(reference["file"]), side)
-        write_whole(path, text)
+        beside = {path.with_name(reference["file"]): side} if reference else {}
+        write_together({**beside, path: text})
 
     @staticmethod
     def uniform(method: Method | Recipe, family: str, models: Mapping[str, ModelShape]) -> Plan:

@@ -37,6 +37,7 @@ from diffusers_accel.files import (
     save_tensor_document,
     side_file,
     write_json,
+    write_together,
     write_whole,
 )
 
@@ -128,6 +129,26 @@ def test_what_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
     prepare_file(tmp_path / "new" / "plan.json")
     prepare_folder(tmp_path / "report")
     assert sorted(each.name for each in tmp_path.rglob("*")) == ["file", "new", "report"]
+
+
+def test_files_that_belong_together_are_all_written_or_none(tmp_path: Path) -> None:
+    old = {tmp_path / "side": b"old side", tmp_path / "plan.json": b"old plan"}
+    write_together(old)
+    with pytest.raises(FileNotFoundError, match="expected a folder to write plan.json into"):
+        write_together({tmp_path / "side": b"new", tmp_path / "other": b"new", tmp_path / "none" / "plan.json": b"new"})
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == old
+    write_together({tmp_path / "side": b"new", tmp_path / "plan.json": b"new"})
+    assert (tmp_path / "side").read_bytes() == (tmp_path / "plan.json").read_bytes() == b"new"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file locks of POSIX")
+def test_what_was_left_of_a_probe_is_swept(tmp_path: Path) -> None:
+    left = tmp_path / ".probe.0123456789abcdef.tmp"
+    left.write_bytes(b"")
+    os.utime(left, (time.time() - 3600,) * 2)
+    prepare_file(tmp_path / "plan.json")
+    prepare_folder(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:

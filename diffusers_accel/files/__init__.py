@@ -25,7 +25,7 @@ from diffusers_accel.files.reading import read_bytes
 from diffusers_accel.files.safe_tensors import TensorFile, check_tensors, encode_tensors, read_tensor_file
 from diffusers_accel.files.side_file import read_tensors, side_file
 from diffusers_accel.files.strict_json import check_json, encode_json, parse_json, read_json, write_json
-from diffusers_accel.files.whole import prepare_file, prepare_folder, sync_folder, write_whole
+from diffusers_accel.files.whole import prepare_file, prepare_folder, sync_folder, write_together, write_whole
 from diffusers_accel.files.whole_folder import prepare_whole_folder, whole_folder
 
 __all__ = [
@@ -63,5 +63,6 @@ __all__ = [
     "sync_folder",
     "whole_folder",
     "write_json",
+    "write_together",
     "write_whole",
 ]

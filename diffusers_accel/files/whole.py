@@ -7,7 +7,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,18 +24,44 @@ def write_whole(path: Path, data: bytes) -> None:
         FileNotFoundError: there is no such folder.
         WriteError: it cannot be written (no permission, full disk, a folder of that name); `path` is as it was.
     """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"{path.parent}: expected a folder to write {path.name} into, found none; make it first"
-        )
+    write_together({path: data})
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Writes files of one folder that belong together, the one that refers to the others last.
+
+    They get their names, one after another, when all of them are on the disk: a full disk leaves none of them.
+
+    Raises:
+        FileNotFoundError, WriteError: as `write_whole`; all are as they were.
+    """
+    with contextlib.ExitStack() as opened:
+        written = {}
+        for path, data in files.items():
+            if not path.parent.is_dir():
+                raise FileNotFoundError(
+                    f"{path.parent}: expected a folder to write {path.name} into, found none; make it first"
+                )
+            with _as_write_error(path):
+                _sweep(path)
+                file = opened.enter_context(_temporary(path))
+                file.write(data)
+                _finish(file)
+                written[path] = file.name
+        for path, name in written.items():
+            with _as_write_error(path):
+                os.replace(name, path)
+    for path in files:
+        with _as_write_error(path, "it is in its place, but may be gone after a power cut"):
+            sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _as_write_error(path: Path, advice: str = UNTOUCHED) -> Iterator[None]:
     try:
-        _sweep(path)
-        with _temporary(path) as file:
-            file.write(data)
-            _finish(file)
-            os.replace(file.name, path)
+        yield
     except OSError as error:
-        raise WriteError(path, error, UNTOUCHED) from error
+        raise WriteError(path, error, advice) from error
     try:
         sync_folder(path.parent)
     except OSError as error:
@@ -79,6 +105,7 @@ def sync_folder(folder: Path) -> None:
 def _prepare(folder: Path, path: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder / "probe")
         with _temporary(folder / "probe") as file:
             file.write(bytes(4096))
             _finish(file)

