@@ -72,8 +72,7 @@ class Clock:
     @property
     def timesteps(self) -> torch.Tensor | None:
         """The timesteps of the running generation: each call of a pipeline makes a tensor of its own. None without one."""
-        timesteps = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
-        return timesteps if isinstance(timesteps, torch.Tensor) else None
+        return _timesteps(self._running_pipe)
 
     def _from_context(self) -> tuple[int, int] | None:
         if self._context is None:

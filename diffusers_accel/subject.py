@@ -18,16 +18,23 @@ Subject = One | tuple[str, Mapping[str, Any]] | Sequence[One | tuple[str, Mappin
 
 
 class Scopes(NamedTuple):
-    """What is asked for in each scope: something for the heads with the parameters of its name (None: what suits), and a step
-    cache or None."""
+    """What is asked for in each scope.
+
+    Args:
+        heads: for the heads; None: what suits.
+        parameters: of the name that `heads` is.
+        forwards: a step cache, or None.
+        attends: whether anything was asked for the heads; if not, the model's own attention is left as it is.
+    """
 
     heads: Any
     parameters: dict[str, Any]
     forwards: Forwards | None
+    attends: bool = True
 
 
 def split(subject: Subject, parameters: Mapping[str, Any]) -> Scopes:
-    """Sorts what `patch` was given; a step cache alone leaves the heads dense.
+    """Sorts what `patch` was given; a step cache alone leaves the model's attention as it is.
 
     Args:
         subject: one thing, a pair (name, parameters), a list of such, or a mapping name -> parameters.
@@ -58,7 +65,7 @@ def split(subject: Subject, parameters: Mapping[str, Any]) -> Scopes:
     if len(forwards) > 1:
         raise ValueError(f"one step cache decides which forwards run, found {len(forwards)} of them in {subject!r}: give one")
     chosen = heads[0] if heads else forwards[0]
-    return Scopes(chosen.heads, chosen.parameters, forwards[0].forwards if forwards else None)
+    return Scopes(chosen.heads, chosen.parameters, forwards[0].forwards if forwards else None, bool(heads))
 
 
 def _items(subject: Any) -> list[tuple[Any, Mapping[str, Any]]] | None:
@@ -83,11 +90,11 @@ def _only(subject: Any, parameters: dict[str, Any]) -> Scopes:
     if isinstance(subject, str) and subject in NAMED_FORWARDS:
         make = NAMED_FORWARDS[subject]
         check_parameters(subject, parameters, inspect.signature(make).parameters)
-        return Scopes("dense", {}, make(**parameters))
+        return Scopes("dense", {}, make(**parameters), attends=False)
     if isinstance(subject, Forwards):
         if parameters:
             raise TypeError(f"parameters go with a name, found {sorted(parameters)} beside {subject!r}")
-        return Scopes("dense", {}, subject)
+        return Scopes("dense", {}, subject, attends=False)
     return Scopes(subject, parameters, None)
 
 

@@ -42,6 +42,11 @@ class ForwardsReport:
     def predicted(self) -> int:
         return sum(row["predicted"] for row in self.rows)
 
+    @property
+    def computed_share(self) -> float | None:
+        """Of all forwards, in 0..1; None before the first one."""
+        return self.computed / (self.computed + self.predicted) if self.computed else None
+
     def share(self, transformer: str) -> float:
         """Computed share of the transformer's forwards, in 0..1; 1 before the first one."""
         row = next(row for row in self.rows if row["transformer"] == transformer)
