@@ -131,6 +131,7 @@ class _Interceptor:
         sample = self._scope.forwards.predictor.predict(view).to(view.last.v.dtype)
         state.before = view.x.clone()
         tally.predicted += 1
+        tally.cache_bytes = max(tally.cache_bytes, generation.bytes)
         self._scope.skipped(self._model.name, call.branch, now)
         return call, as_output(sample, given.return_dict)
 

@@ -1,7 +1,8 @@
 """How a transformer's `forward` is intercepted: one attribute of the instance, which leaves nothing behind.
 
 `torch.compile` sees one frame, the model's own, whichever way and whenever it is called: only the wrapper's own frame is
-skipped (`recursive=False`), and what decides is never traced. accelerate's hooks keep the model's forward in `_old_forward` and
+skipped (`recursive=False`), and what decides is never traced. A predicted forward would have no compiled frame at all, which
+torch refuses under `fullgraph=True`: it has a graph of one operator that does nothing. accelerate's hooks keep the model's forward in `_old_forward` and
 write it back after every call of the pipeline: where that exists, it is what is wrapped.
 """
 
@@ -13,9 +14,27 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 HOLDERS = ("_old_forward", "forward")  # accelerate's place for the model's own forward, and PyTorch's
+
+
+@torch.library.custom_op("diffusers_accel::nothing", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def nothing(x: Tensor) -> Tensor:
+    """An operator for torch.compile to see; opaque, so that nothing is generated for it."""
+    return x.clone()
+
+
+@nothing.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+_NOTHING = torch.zeros((), device="cpu")
+
+
+def _graph_of_nothing(x: Tensor) -> Tensor:
+    return nothing(x)
 
 
 class Interceptor(Protocol):
@@ -39,7 +58,10 @@ def wrap(module: nn.Module, name: str, interceptor: Interceptor) -> Callable[[],
         interceptor: what decides.
     """
     holder = HOLDERS[0] if hasattr(module, HOLDERS[0]) else HOLDERS[1]
-    wrapper = _Wrapper(getattr(module, holder), interceptor)
+    inner = getattr(module, holder)
+    while isinstance(inner, _Wrapper) and inner.interceptor is None:  # of an earlier patch, put back by another hook
+        inner = inner.inner
+    wrapper = _Wrapper(inner, interceptor)
     setattr(module, holder, wrapper)
     guard = module.register_forward_hook(_Guard(wrapper, name))
 
@@ -68,6 +90,7 @@ class _Wrapper:
         interceptor = self.interceptor
         call, known = interceptor.before(args, kwargs)
         if known is not None:
+            _graph_of_nothing(_NOTHING)
             return known
         output = self.inner(*args, **kwargs)
         interceptor.after(call, output)
