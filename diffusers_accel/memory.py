@@ -40,8 +40,8 @@ class Held:
 
 @dataclass
 class Memory:
-    """What one layer remembers on one branch. It lasts while step follows step of one generation, computed or predicted (`carry`): a
-    gap, a step back, another number of steps, shape, dtype or device empty it."""
+    """What one layer remembers on one branch. It lasts while step follows step of one generation, computed or
+    predicted (`carry`): a gap, a step back, another number of steps, shape, dtype or device empty it."""
 
     held: dict[Hashable, Held] = field(default_factory=dict)
     before: int | None = None  # the step at which the layer attended before this one; None at the first

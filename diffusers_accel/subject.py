@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from diffusers_accel.arguments import NAMES, check_parameters
+from diffusers_accel.files import quoted
 from diffusers_accel.forwards import NAMED_FORWARDS, Forwards
-from diffusers_accel.methods import NAMED, Method, Recipe
+from diffusers_accel.methods import Method, Recipe
 from diffusers_accel.plan import Plan
-
-NAMES = (*NAMED, *NAMED_FORWARDS)
 
 One = Plan | Recipe | Method | Forwards | str | os.PathLike[str]
 Subject = One | tuple[str, Mapping[str, Any]] | Sequence[One | tuple[str, Mapping[str, Any]]] | Mapping[str, Any] | None
@@ -50,20 +49,22 @@ def split(subject: Subject, parameters: Mapping[str, Any]) -> Scopes:
     if parameters:
         raise TypeError(
             f'parameters of several go with each, as in ["easycache", ("draft", {{"density": 0.3}})]; found '
-            f"{sorted(parameters)} beside {subject!r}"
+            f"{sorted(parameters)} beside {quoted(subject)}"
         )
     scopes = [_only(name, dict(given)) for name, given in items]
     heads = [each for each in scopes if each.forwards is None]
     forwards = [each for each in scopes if each.forwards is not None]
     if not scopes:
-        raise ValueError(f"expected one method at least, found {subject!r}; methods: {', '.join(NAMES)}")
+        raise ValueError(f"expected one method at least, found {quoted(subject)}; methods: {', '.join(NAMES)}")
     if len(heads) > 1:
         raise ValueError(
-            f"a head attends by one method, found {len(heads)} of them in {subject!r}. Give one; a searched plan mixes "
+            f"a head attends by one method, found {len(heads)} of them in {quoted(subject)}. Give one; a searched plan mixes "
             "them head by head"
         )
     if len(forwards) > 1:
-        raise ValueError(f"one step cache decides which forwards run, found {len(forwards)} of them in {subject!r}: give one")
+        raise ValueError(
+            f"one step cache decides which forwards run, found {len(forwards)} of them in {quoted(subject)}: give one"
+        )
     chosen = heads[0] if heads else forwards[0]
     return Scopes(chosen.heads, chosen.parameters, forwards[0].forwards if forwards else None, bool(heads))
 
@@ -81,7 +82,9 @@ def _items(subject: Any) -> list[tuple[Any, Mapping[str, Any]]] | None:
 
 def _pair(item: tuple[Any, ...]) -> tuple[Any, Mapping[str, Any]]:
     if len(item) != 2 or not isinstance(item[0], str) or not isinstance(item[1], Mapping):
-        raise TypeError(f'expected a pair of a name and its parameters, as ("draft", {{"density": 0.3}}), found {item!r}')
+        raise TypeError(
+            f'expected a pair of a name and its parameters, as ("draft", {{"density": 0.3}}), found {quoted(item)}'
+        )
     return item[0], item[1]
 
 
@@ -89,16 +92,10 @@ def _only(subject: Any, parameters: dict[str, Any]) -> Scopes:
     """One thing, in its scope."""
     if isinstance(subject, str) and subject in NAMED_FORWARDS:
         make = NAMED_FORWARDS[subject]
-        check_parameters(subject, parameters, inspect.signature(make).parameters)
+        check_parameters(subject, parameters)
         return Scopes("dense", {}, make(**parameters), attends=False)
     if isinstance(subject, Forwards):
         if parameters:
-            raise TypeError(f"parameters go with a name, found {sorted(parameters)} beside {subject!r}")
+            raise TypeError(f"parameters go with a name, found {sorted(parameters)} beside {quoted(subject)}")
         return Scopes("dense", {}, subject, attends=False)
     return Scopes(subject, parameters, None)
-
-
-def check_parameters(name: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Refuses parameters that the name does not have."""
-    if unknown := sorted(set(given) - set(known)):
-        raise TypeError(f"{name!r} has no parameter {unknown[0]!r}; it has {', '.join(known) or 'none'}")

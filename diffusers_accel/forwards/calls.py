@@ -80,7 +80,9 @@ def sample_of(output: Any) -> Tensor:
     """
     parts = output if isinstance(output, tuple) else output.to_tuple()
     if len(parts) != 1:
-        raise RuntimeError(f"expected a transformer with one output, found {len(parts)}: its forwards cannot be predicted")
+        raise RuntimeError(
+            f"expected a transformer with one output, found {len(parts)}: its forwards cannot be predicted"
+        )
     sample: Tensor = parts[0]
     return sample
 

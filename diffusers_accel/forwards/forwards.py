@@ -38,13 +38,14 @@ class Forwards:
     def __post_init__(self) -> None:
         _check_kind("rule", self.rule, RULES)
         _check_kind("predictor", self.predictor, PREDICTORS)
-        if self.branches is None:
+        given: Any = self.branches
+        if given is None:
             return
-        if isinstance(self.branches, str) or not all(isinstance(each, str) and each for each in self.branches):
-            raise ValueError(f'branches: expected names such as ["uncond"], found {self.branches!r}')
-        object.__setattr__(self, "branches", tuple(self.branches))
-        if not self.branches:
+        if not isinstance(given, (list, tuple)) or not all(isinstance(each, str) and each for each in given):
+            raise ValueError(f'branches: expected names such as ["uncond"], found {quoted(given)}')
+        if not given:
             raise ValueError("branches: expected one name at least, or None for all, found none")
+        object.__setattr__(self, "branches", tuple(given))
 
     @property
     def label(self) -> str:

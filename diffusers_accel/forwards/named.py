@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from diffusers_accel.forwards.easycache import EasyCache
 from diffusers_accel.forwards.forwards import Forwards
@@ -20,7 +21,7 @@ NAMED_PREDICTORS: dict[str, Predictor] = {
 def easycache(
     threshold: float = 0.025,
     warm_up: int = 10,
-    predictor: str | Predictor = "residual",
+    predictor: str = "residual",
     branches: Sequence[str] | None = None,
 ) -> Forwards:
     """EasyCache (arXiv 2507.02860): runs the model again once its output is expected to have changed by `threshold`.
@@ -31,7 +32,7 @@ def easycache(
     Args:
         threshold: relative change of the output, added up over predicted steps; 0 computes every step.
         warm_up: number of first steps that compute.
-        predictor: "residual" (the paper's), "velocity", "linear", "taylor", or a predictor of your own.
+        predictor: "residual" (the paper's), "velocity", "linear" or "taylor" (of order 2); others as Forwards(rule, predictor).
         branches: the passes that may be predicted; None: all.
     """
     return Forwards(EasyCache(threshold, warm_up), _predictor(predictor), _names(branches))
@@ -40,7 +41,7 @@ def easycache(
 def schedule(
     steps: Sequence[int] | None = None,
     shares: Sequence[float] | None = None,
-    predictor: str | Predictor = "residual",
+    predictor: str = "residual",
     branches: Sequence[str] | None = None,
 ) -> Forwards:
     """Computes these steps and predicts the others; the first and the last step compute in any case.
@@ -48,23 +49,21 @@ def schedule(
     Args:
         steps: indices from 0, for one number of steps.
         shares: shares of the schedule in [0, 1), for any number of steps. Give one of the two.
-        predictor: "residual", "velocity", "linear", "taylor", or a predictor of your own.
+        predictor: "residual", "velocity", "linear" or "taylor", as of `easycache`.
         branches: the passes that may be predicted; None: all.
     """
     rule = Schedule(None if steps is None else tuple(steps), None if shares is None else tuple(shares))
     return Forwards(rule, _predictor(predictor), _names(branches))
 
 
-def _predictor(name: str | Predictor) -> Predictor:
-    if not isinstance(name, str):
-        return name
+def _predictor(name: str) -> Predictor:
     if name not in NAMED_PREDICTORS:
         raise ValueError(f"predictor: expected one of {', '.join(NAMED_PREDICTORS)}, found {name!r}")
     return NAMED_PREDICTORS[name]
 
 
-def _names(branches: Sequence[str] | None) -> tuple[str, ...] | None:
-    return (branches,) if isinstance(branches, str) else None if branches is None else tuple(branches)
+def _names(branches: Any) -> Any:  # what is no list of names is refused by Forwards
+    return branches if branches is None or isinstance(branches, str) else tuple(branches)
 
 
 NAMED_FORWARDS: dict[str, Callable[..., Forwards]] = {"easycache": easycache, "schedule": schedule}

@@ -58,7 +58,9 @@ class ForwardsReport:
         for row in self.rows:
             total = row["computed"] + row["predicted"]
             why = ", ".join(f"{reason} {count}" for reason, count in row["why"].items())
-            lines.append(f"  {row['transformer']}: {row['computed']} of {total} forwards computed" + f" ({why})" * bool(why))
+            lines.append(
+                f"  {row['transformer']}: {row['computed']} of {total} forwards computed" + f" ({why})" * bool(why)
+            )
             lines += [f"    {note}" for note in row["notes"]]
         return "\n".join(lines)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from diffusers_accel.clock import Clock
 from diffusers_accel.forwards.calls import Given, Reader, as_output, sample_of

@@ -2,8 +2,8 @@
 
 `torch.compile` sees one frame, the model's own, whichever way and whenever it is called: only the wrapper's own frame is
 skipped (`recursive=False`), and what decides is never traced. A predicted forward would have no compiled frame at all, which
-torch refuses under `fullgraph=True`: it has a graph of one operator that does nothing. accelerate's hooks keep the model's forward in `_old_forward` and
-write it back after every call of the pipeline: where that exists, it is what is wrapped.
+torch refuses under `fullgraph=True`: it has a graph of one operator that does nothing. accelerate's hooks keep the model's
+forward in `_old_forward` and write it back after every call of the pipeline: where that exists, it is what is wrapped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The scope at work in real pipelines: what is computed and counted, and that nothing of one run, branch or expert reaches another."""
+"""The scope at work in real pipelines: what is computed and counted, and that runs, passes and experts are kept apart."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def test_the_steps_of_a_schedule_run_and_no_others(name: str) -> None:
 
     for which, model in models.items():
         if model is not None:  # what is inside a block runs only where the forward is computed
-            (model.blocks if hasattr(model, "blocks") else model.transformer_blocks)[0].register_forward_hook(count(which))
+            (model.blocks if hasattr(model, "blocks") else model.transformer_blocks)[0].register_forward_hook(
+                count(which)
+            )
     with patch(pipe, SOME) as done:
         frames = run(pipe, call)
         found = forwards_of(done)
@@ -117,7 +119,9 @@ def test_other_numbers_of_steps_and_schedulers_in_turn(scheduler: str) -> None:
     def pipeline() -> Any:
         pipe = tiny_wan()
         if scheduler == "unipc":
-            pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+            pipe.scheduler = UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+            )
         return pipe
 
     calls: list[dict[str, Any]] = [
@@ -193,7 +197,10 @@ def test_the_output_of_a_forward_that_failed_is_not_used() -> None:
 
 def two_passes(order: tuple[str, ...], cache: Any, named: bool) -> dict[str, list[torch.Tensor]]:
     model = tiny_wan_transformer()
-    text = {name: torch.randn(1, 8, TEXT_DIM, generator=torch.Generator().manual_seed(len(name))) for name in ("cond", "uncond")}
+    text = {
+        name: torch.randn(1, 8, TEXT_DIM, generator=torch.Generator().manual_seed(len(name)))
+        for name in ("cond", "uncond")
+    }
     out: dict[str, list[torch.Tensor]] = {name: [] for name in order}
     with patch(model, cache) as done, torch.no_grad():
         for step in range(STEPS):
@@ -249,7 +256,12 @@ def test_a_rule_may_be_for_one_pass_alone() -> None:
         run(pipe)
         row = forwards_of(done).rows[0]
     assert (row["computed"], row["predicted"]) == (STEPS + 3, STEPS - 3)
-    assert row["why"] == {"a branch that is never predicted": STEPS, "first step of a generation": 1, "the rule": 1, "last step": 1}
+    assert row["why"] == {
+        "a branch that is never predicted": STEPS,
+        "first step of a generation": 1,
+        "the rule": 1,
+        "last step": 1,
+    }
     assert row["steps"] == list(range(STEPS)) and not row["notes"]
 
 
@@ -424,7 +436,9 @@ def test_what_is_kept_is_counted_and_given_back() -> None:
     with patch(pipe, "schedule", steps=[0, 1, 2], predictor="taylor") as done:
         run(pipe)
         one = 4 * 3 * 32 * 32 * 4
-        most = 2 * (3 * 2 + 1) * one  # two passes, three computed forwards of latents and output, the latents of the last step
+        most = (
+            2 * (3 * 2 + 1) * one
+        )  # two passes, three computed forwards of latents and output, the latents of the last step
         assert forwards_of(done).rows[0]["cache_bytes"] == most
         assert done._forwards is not None and done._forwards._generation is not None
         assert done._forwards._generation.bytes == 0, "after the last step"

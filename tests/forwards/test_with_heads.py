@@ -19,7 +19,9 @@ STEPS = 9
 TEXTS = {name: torch.full((1, 8, TEXT_DIM), float(len(name))) for name in ("cond", "uncond")}
 
 
-def reused(method: Any, forwards: Any, names: tuple[str, ...] = ("cond",), steps: range = range(STEPS)) -> dict[int, int]:
+def reused(
+    method: Any, forwards: Any, names: tuple[str, ...] = ("cond",), steps: range = range(STEPS)
+) -> dict[int, int]:
     """Step -> heads of the first layer that reused a kept part, at the steps that ran."""
     model, found = tiny_wan_transformer(), {}
     with patch(model, [method, forwards]) as done, torch.no_grad():
@@ -160,19 +162,31 @@ def test_a_plan_and_a_step_cache() -> None:
         (["easycache", easycache(), "draft"], {}, ValueError, "one step cache"),
         ([], {}, ValueError, "one method at least"),
         ({}, {}, ValueError, "one method at least"),
-        (["easycache", "draft"], {"density": 0.3}, TypeError, r"parameters of several go with each.*found \['density'\]"),
+        (
+            ["easycache", "draft"],
+            {"density": 0.3},
+            TypeError,
+            r"parameters of several go with each.*found \['density'\]",
+        ),
         ([("draft", 0.3)], {}, TypeError, "a pair of a name and its parameters"),
         ([("draft", {}, 1)], {}, TypeError, "a pair of a name and its parameters"),
         ({"draft": 0.3}, {}, TypeError, "a pair of a name and its parameters"),
-        ("easycache", {"treshold": 0.1}, TypeError, "'easycache' has no parameter 'treshold'; it has threshold, warm_up"),
+        (
+            "easycache",
+            {"treshold": 0.1},
+            TypeError,
+            "'easycache' has no parameter 'treshold'; did you mean 'threshold'",
+        ),
         ([("easycache", {"density": 0.1})], {}, TypeError, "no parameter 'density'"),
         (easycache(), {"threshold": 0.1}, TypeError, "parameters go with a name"),
         ("easycache", {"threshold": -1}, ValueError, "0 or more"),
-        (["easycache", 7], {}, TypeError, "found int"),
+        (["easycache", 7], {}, TypeError, "found an int"),
         (["easycache", "draught"], {}, ValueError, "neither a method .*easycache"),
     ],
 )
-def test_what_does_not_compose_is_refused_with_the_reason(subject: Any, parameters: Any, error: Any, message: str) -> None:
+def test_what_does_not_compose_is_refused_with_the_reason(
+    subject: Any, parameters: Any, error: Any, message: str
+) -> None:
     pipe = tiny_wan()
     before = dict(vars(pipe.transformer))
     with pytest.raises(error, match=message):

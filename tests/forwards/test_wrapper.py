@@ -1,4 +1,4 @@
-"""The wrapper around a transformer's forward: it leaves nothing behind, outlives accelerate, and torch.compile sees nothing of it."""
+"""The wrapper around a transformer's forward: it leaves nothing behind, outlives accelerate, and is not compiled."""
 
 from __future__ import annotations
 
@@ -111,7 +111,9 @@ def cycle(model: Any) -> None:
         align(model)
 
 
-@pytest.mark.parametrize("order", ["patch hook unhook unpatch", "patch hook unpatch unhook", "hook patch unhook unpatch"])
+@pytest.mark.parametrize(
+    "order", ["patch hook unhook unpatch", "patch hook unpatch unhook", "hook patch unhook unpatch"]
+)
 @pytest.mark.parametrize("again", [False, True])
 def test_accelerate_hooks_in_every_order(order: str, again: bool) -> None:
     """`again`: as many calls of a pipeline take all hooks off and put them on again."""
