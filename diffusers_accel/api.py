@@ -34,7 +34,7 @@ from diffusers_accel.remarks import Remarks
 from diffusers_accel.report import PatchReport, strangers
 from diffusers_accel.shape import ModelShape
 from diffusers_accel.site import Engine, Model, Site, Timer
-from diffusers_accel.subject import Subject, split
+from diffusers_accel.subject import Patchable, split
 
 PRESET = "pattern"
 FEW_TOKENS = 4096  # 32 blocks: below that a method has too few blocks to leave any out
@@ -151,7 +151,7 @@ class Patch(Attachment):
 
 def patch(
     pipe: Any,
-    plan: Subject = None,
+    plan: Patchable = None,
     /,
     *,
     max_cache: float = MAX_CACHE,

@@ -13,7 +13,9 @@ from diffusers_accel.methods import Method, Recipe
 from diffusers_accel.plan import Plan
 
 One = Plan | Recipe | Method | Forwards | str | os.PathLike[str]
-Subject = One | tuple[str, Mapping[str, Any]] | Sequence[One | tuple[str, Mapping[str, Any]]] | Mapping[str, Any] | None
+Patchable = (
+    One | tuple[str, Mapping[str, Any]] | Sequence[One | tuple[str, Mapping[str, Any]]] | Mapping[str, Any] | None
+)
 
 
 class Scopes(NamedTuple):
@@ -32,7 +34,7 @@ class Scopes(NamedTuple):
     attends: bool = True
 
 
-def split(subject: Subject, parameters: Mapping[str, Any]) -> Scopes:
+def split(subject: Patchable, parameters: Mapping[str, Any]) -> Scopes:
     """Sorts what `patch` was given; a step cache alone leaves the model's attention as it is.
 
     Args:

@@ -81,7 +81,10 @@ class Forwards:
 
 def _plain(part: Any) -> dict[str, Any]:
     given = {field.name: getattr(part, field.name) for field in fields(part)}
-    return {"kind": part.kind, **msgspec.to_builtins({name: v for name, v in given.items() if v is not None})}
+    return {
+        "kind": part.kind,
+        **{name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if v is not None},
+    }
 
 
 def _part(classes: Mapping[str, Any], data: object, what: str) -> Any:

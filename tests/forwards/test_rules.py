@@ -35,7 +35,8 @@ ALL = [
 
 @pytest.mark.parametrize("forwards", ALL)
 def test_json_round_trip(forwards: Forwards) -> None:
-    assert Forwards.from_json(json.loads(json.dumps(forwards.to_json()))) == forwards
+    data = forwards.to_json()
+    assert json.loads(json.dumps(data)) == data and Forwards.from_json(data) == forwards
     assert len({each.label for each in ALL}) == len(ALL)
 
 
