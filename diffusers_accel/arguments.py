@@ -20,6 +20,7 @@ NAMES: dict[str, Callable[..., Recipe | Forwards]] = {**NAMED, **NAMED_FORWARDS}
 _INSTEAD = {
     "Budget": "a budget is what a search is asked for: give it to search_plan, and patch with the plan that comes back",
     "Patch": "give its .plan",
+    "dict": "write it as a plan file, or build a Plan; methods with their parameters are name: {parameter: value}",
 }
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from diffusers_accel.arguments import NAMES, check_parameters
+from diffusers_accel.arguments import NAMES, check_parameters, wrong_plan
 from diffusers_accel.files import quoted
 from diffusers_accel.forwards import NAMED_FORWARDS, Forwards
 from diffusers_accel.methods import Method, Recipe
@@ -74,6 +74,8 @@ def split(subject: Patchable, parameters: Mapping[str, Any]) -> Scopes:
 def _items(subject: Any) -> list[tuple[Any, Mapping[str, Any]]] | None:
     """The single things of a list or mapping with their parameters; None for a single thing."""
     if isinstance(subject, Mapping):
+        if not subject or not all(isinstance(given, Mapping) for given in subject.values()):
+            raise wrong_plan(subject)
         return [_pair(item) for item in subject.items()]
     if isinstance(subject, tuple) and len(subject) == 2 and isinstance(subject[1], Mapping):
         return [_pair(subject)]

@@ -161,7 +161,7 @@ def test_a_plan_and_a_step_cache() -> None:
         (["easycache", ("schedule", {"steps": [0]})], {}, ValueError, "one step cache decides.*found 2"),
         (["easycache", easycache(), "draft"], {}, ValueError, "one step cache"),
         ([], {}, ValueError, "one method at least"),
-        ({}, {}, ValueError, "one method at least"),
+        ({}, {}, TypeError, "found a dict.*methods with their parameters are name: {parameter: value}"),
         (
             ["easycache", "draft"],
             {"density": 0.3},
@@ -170,7 +170,7 @@ def test_a_plan_and_a_step_cache() -> None:
         ),
         ([("draft", 0.3)], {}, TypeError, "a pair of a name and its parameters"),
         ([("draft", {}, 1)], {}, TypeError, "a pair of a name and its parameters"),
-        ({"draft": 0.3}, {}, TypeError, "a pair of a name and its parameters"),
+        ({"draft": 0.3}, {}, TypeError, "found a dict"),
         (
             "easycache",
             {"treshold": 0.1},
