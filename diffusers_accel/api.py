@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusers_accel.arguments import check_parameters, plan_path, wrong_plan
+from diffusers_accel.arguments import NAMES, check_parameters, plan_path, wrong_plan
 from diffusers_accel.clock import Clock, tells_steps
 from diffusers_accel.engine import Deals, PlanEngine
 from diffusers_accel.families import find
 from diffusers_accel.files import quoted
+from diffusers_accel.forwards import Forwards
+from diffusers_accel.forwards.report import ForwardsReport
+from diffusers_accel.forwards.scope import Scope
 from diffusers_accel.host_caches import caches_on
 from diffusers_accel.kernels.kept import forget_kept
 from diffusers_accel.log import LOG
@@ -31,6 +34,7 @@ from diffusers_accel.remarks import Remarks
 from diffusers_accel.report import PatchReport, strangers
 from diffusers_accel.shape import ModelShape
 from diffusers_accel.site import Engine, Model, Site, Timer
+from diffusers_accel.subject import Patchable, split
 
 PRESET = "pattern"
 FEW_TOKENS = 4096  # 32 blocks: below that a method has too few blocks to leave any out
@@ -51,7 +55,16 @@ class Attachment:
 
     @contextmanager
     def timed(self) -> Iterator[Timer]:
-        """Measures the time spent in the patched self-attention; read `attention_ms` of what it gives."""
+        """Measures the time spent in the patched self-attention; read `attention_ms` of what it gives.
+
+        Raises:
+            ValueError: the patch leaves attention as it is.
+        """
+        if not self.sites:
+            raise ValueError(
+                'the patch leaves attention as it is, so its time is not measured: compose with "dense", as in '
+                'patch(pipe, ["easycache", "dense"])'
+            )
         timer = Timer()
         for site in self.sites:
             site.timer = timer
@@ -85,23 +98,39 @@ class Attachment:
 class Patch(Attachment):
     """A pipeline at work under a plan. `repr` says what was done, `report()` what has run since."""
 
-    def __init__(self, attachment: Attachment, plan: Plan, engines: list[PlanEngine], remarks: Remarks) -> None:
+    def __init__(
+        self,
+        attachment: Attachment,
+        plan: Plan,
+        engines: list[PlanEngine],
+        remarks: Remarks,
+        forwards: Scope | None = None,
+    ) -> None:
         super().__init__(attachment._models, attachment.sites, attachment._clock)
         self._undo = attachment._undo
         self.plan = plan
         self._engines = engines
         self._remarks = remarks
+        self._forwards = forwards
+
+    @property
+    def forwards(self) -> Forwards | None:
+        """Which forwards are computed, and how the others are predicted; None: all are computed."""
+        return self._forwards.forwards if self._forwards else None
 
     def report(self) -> PatchReport:
         """What ran since patching or `clear`: per layer, methods, kernels, realised density and notes."""
         caches = [remark for model in self._models for remark in caches_on(model.module)]
-        return PatchReport.of(self._engines, [*strangers(self.sites), *caches, *self._remarks.said])
+        forwards = ForwardsReport.of(self._forwards) if self._forwards else None
+        return PatchReport.of(self._engines, [*strangers(self.sites), *caches, *self._remarks.said], forwards)
 
     def clear(self) -> None:
         """Sets the counters of `report` to zero."""
         for engine in self._engines:
             engine.clear()
         self._remarks.clear()
+        if self._forwards:
+            self._forwards.clear()
 
     def __repr__(self) -> str:
         mix = ", ".join(
@@ -113,7 +142,8 @@ class Patch(Attachment):
         )
         size = planned_size(self.plan)
         made_for = f"; plan made for {size}" if size else ""
-        return f"<Patch {self.plan.family}{state}: {layers}; heads over the schedule: {mix}{made_for}>"
+        forwards = f"; forwards: {self.forwards.label}" if self.forwards else ""
+        return f"<Patch {self.plan.family}{state}: {layers}; heads over the schedule: {mix}{made_for}{forwards}>"
 
     def _count(self, model: Model) -> str:
         return f"{sum(site.model is model for site in self.sites)}/{model.shape.layers}"
@@ -121,7 +151,7 @@ class Patch(Attachment):
 
 def patch(
     pipe: Any,
-    plan: Plan | Recipe | Method | str | os.PathLike[str] | None = None,
+    plan: Patchable = None,
     /,
     *,
     max_cache: float = MAX_CACHE,
@@ -133,7 +163,8 @@ def patch(
         pipe: a loaded pipeline with all that you did to it (LoRA, offload, quantization), or its transformer. Pass the
             pipeline where you can: it knows which step runs.
         plan: a Plan, a path to a plan file, the name of a method ("dense", "pattern", "draft", "cached", "reordered"), a
-            Method for all heads, or a Recipe.
+            Method for all heads, or a Recipe; or a step cache, by name ("easycache", "schedule") or as Forwards,
+            which leaves attention as it is. A list of one of each composes them: ["easycache", ("draft", {"density": 0.3})].
             None takes "pattern" with its conservative defaults, and stays dense where sparse attention cannot win.
         max_cache: share of the memory that is free at the first call which methods with a cache may fill, in [0, 1]. Layers
             whose cache does not fit stay dense, and the report says so.
@@ -150,37 +181,40 @@ def patch(
         FileNotFoundError: for a plan file that does not exist.
     """
     memories = Memories(max_cache)
+    scopes = split(plan, parameters)
     found = find(pipe)
     shapes = {name: family.shape(module) for name, (module, family) in found.items()}
     family = next(iter(found.values()))[1].name
-    chosen, min_tokens = _choose(pipe, plan, parameters, found)
+    chosen, min_tokens = _choose(pipe, scopes.heads, scopes.parameters, found)
     if isinstance(chosen, Recipe):
         _check_leaves_something(chosen, shapes)
     chosen = _with_precision(chosen, pipe, found)
     resolved = chosen if isinstance(chosen, Plan) else Plan.uniform(chosen, family=family, models=shapes)
     resolved.check(shapes, family=family)
-    if plan is not None:
+    if scopes.heads is not None:
         _check_kernels(pipe, resolved, found)
     deals: Deals = {}
     engines: list[PlanEngine] = []
     remarks = Remarks()
-    few_tokens = FEW_TOKENS if isinstance(plan, str) and plan in NAMED and _leaves_out(resolved) else 0
+    named = isinstance(scopes.heads, str) and scopes.heads in NAMED
+    few_tokens = FEW_TOKENS if named and _leaves_out(resolved) else 0
 
     def make_engine(site: Site) -> PlanEngine:
         engines.append(PlanEngine(site, resolved, deals, min_tokens, memories, remarks, few_tokens))
         return engines[-1]
 
-    attachment = attach(pipe, make_engine)
+    attachment = attach(pipe, make_engine if scopes.attends else None)
     attachment._undo += [memories.clear, deals.clear]
     for model in attachment._models:
         model.expects = partial(check_size, resolved, model.name)
-    done = Patch(attachment, resolved, engines, remarks)
+    predicting = _predict(attachment, scopes.forwards, memories) if scopes.forwards else None
+    done = Patch(attachment, resolved, engines, remarks, predicting)
     LOG.info("%r", done)
     return done
 
 
-def attach(pipe: Any, make_engine: Callable[[Site], Engine]) -> Attachment:
-    """Puts `make_engine(site)` in charge of every self-attention module; `patch` with an engine of your own.
+def attach(pipe: Any, make_engine: Callable[[Site], Engine] | None) -> Attachment:
+    """Puts `make_engine(site)` in charge of every self-attention module; `patch` with an engine of your own. None leaves them.
 
     Raises:
         ValueError: when the pipeline is patched already, or its transformer runs under context parallelism.
@@ -199,14 +233,26 @@ def attach(pipe: Any, make_engine: Callable[[Site], Engine]) -> Attachment:
         for name, (module, family) in found.items():
             model = Model(name, module, family, clock)
             attachment._models.append(model)
-            for layer, (path, attention) in enumerate(family.self_attention(module)):
-                _attach_site(model, layer, path, attention, make_engine, attachment)
+            if make_engine is not None:
+                for layer, (path, attention) in enumerate(family.self_attention(module)):
+                    _attach_site(model, layer, path, attention, make_engine, attachment)
             hook = module.register_forward_pre_hook(_Observer(model, attachment), with_kwargs=True)
             attachment._undo += [hook.remove, clock.listen(module)]
     except BaseException:
         attachment.unpatch()
         raise
     return attachment
+
+
+def _predict(attachment: Attachment, forwards: Forwards, memories: Memories) -> Scope:
+    """Puts a step cache around the forwards of what is attached."""
+    scope = Scope(forwards, attachment._clock, memories.carry)
+    try:
+        attachment._undo.append(scope.attach(attachment._models))
+    except BaseException:
+        attachment.unpatch()
+        raise
+    return scope
 
 
 def unpatch(pipe: Any) -> None:
@@ -296,7 +342,7 @@ def _choose(
         raise wrong_plan(plan)
     if parameters:
         raise TypeError(
-            f"parameters go with a named method ({', '.join(NAMED)}), found {sorted(parameters)} beside {quoted(plan)}"
+            f"parameters go with a named method ({', '.join(NAMES)}), found {sorted(parameters)} beside {quoted(plan)}"
         )
     return (Plan.load(path) if path is not None else plan), 0
 

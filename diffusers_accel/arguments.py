@@ -11,13 +11,16 @@ from typing import Any, get_type_hints
 import msgspec
 
 from diffusers_accel.files import quoted
+from diffusers_accel.forwards import NAMED_FORWARDS, PREDICTORS, RULES, Forwards
 from diffusers_accel.methods import NAMED, SELECTS, Recipe
 from diffusers_accel.suggest import closest
+
+NAMES: dict[str, Callable[..., Recipe | Forwards]] = {**NAMED, **NAMED_FORWARDS}
 
 _INSTEAD = {
     "Budget": "a budget is what a search is asked for: give it to search_plan, and patch with the plan that comes back",
     "Patch": "give its .plan",
-    "dict": "write it as a plan file, or build a Plan",
+    "dict": "write it as a plan file, or build a Plan; methods with their parameters are name: {parameter: value}",
 }
 
 
@@ -33,7 +36,7 @@ def check_parameters(name: str, parameters: Mapping[str, Any]) -> None:
     Raises:
         TypeError: an unknown parameter, or a value of the wrong type.
     """
-    recipe: Callable[..., Recipe] = NAMED[name]
+    recipe = NAMES[name]
     known, types = inspect.signature(recipe).parameters, get_type_hints(recipe)
     for parameter, value in parameters.items():
         if parameter not in known:
@@ -64,13 +67,13 @@ def plan_path(plan: str | os.PathLike[str]) -> Path:
         return path
     if isinstance(plan, str) and path.suffix != ".json" and len(path.parts) == 1:
         raise ValueError(
-            f"{quoted(plan)} is neither a method nor a plan file that exists: {meant(plan, [*NAMED, *_plans(path.parent)])}"
-            f"The methods are {', '.join(NAMED)}"
+            f"{quoted(plan)} is neither a method nor a plan file that exists: {meant(plan, [*NAMES, *_plans(path.parent)])}"
+            f"The methods are {', '.join(NAMES)}"
         )
     folder = "" if os.path.isdir(path.parent) else f"there is no folder {quoted(str(path.parent))} either; "
     raise FileNotFoundError(
         f"no plan file {quoted(str(path))}: {folder}{meant(path.name, _plans(path.parent))}"
-        f"A method would be one of {', '.join(NAMED)}; a search writes plan files"
+        f"A method would be one of {', '.join(NAMES)}; a search writes plan files"
     )
 
 
@@ -79,8 +82,13 @@ def wrong_plan(plan: object) -> TypeError:
     instead = _INSTEAD.get(type(plan).__name__, "")
     if isinstance(plan, tuple(SELECTS.values())):
         instead = "give it as Method(select=...)"
+    if isinstance(plan, tuple(RULES.values())):
+        instead = "give it as Forwards(rule)"
+    if isinstance(plan, tuple(PREDICTORS.values())):
+        instead = "give it as Forwards(rule, predictor)"
     return TypeError(
-        "expected a Plan, a path, a method's name, a Method or a Recipe, found "
+        "expected a Plan, a path, a method's name, a Method, a Recipe, Forwards, or a list of one for the heads and one for "
+        "the forwards, found "
         f"{_kind(plan)}{': ' if instead else ''}{instead}"
     )
 

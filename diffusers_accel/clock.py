@@ -69,6 +69,11 @@ class Clock:
         running = self._running.pipe() if self._running.pipe else None
         return self._pipe if running is None else running
 
+    @property
+    def timesteps(self) -> torch.Tensor | None:
+        """The timesteps of the running generation: each call of a pipeline makes a tensor of its own. None without one."""
+        return _timesteps(self._running_pipe)
+
     def _from_context(self) -> tuple[int, int] | None:
         if self._context is None:
             return None

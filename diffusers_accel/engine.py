@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from diffusers_accel.host_caches import caches_on
 from diffusers_accel.launch import Deal, Ran, deal, run
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.memory import Layer, Memories
+from diffusers_accel.memory import Branch, Layer, Memories
 from diffusers_accel.methods import BLOCK, DENSE, Context, Method, Reuse, Stored
 from diffusers_accel.plan import Plan
 from diffusers_accel.remarks import Remarks
@@ -175,7 +174,7 @@ class PlanEngine:
         self.tally.notes[f"its cache does not fit into {budget.share:.0%} of the free memory: dense"] += 1
         return tuple(DENSE if method.reuse else method for method in methods)
 
-    def _branch(self) -> Hashable:
+    def _branch(self) -> Branch:
         """Of which pass and batch rows the running call is: what is kept is theirs alone."""
         return self.site.branch, self.site.rows
 

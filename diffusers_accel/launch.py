@@ -240,7 +240,7 @@ def _attend(
 ) -> Ran:
     """One launch on the model's q, k, v; the output has its heads, each in its own order. rows: as of `Launch.rows`, or None
     where the launch is `whole`."""
-    turns = [_turn(group, memory.held.get(group.key), now) for group in launch.groups]
+    turns = [_turn(group, memory, now) for group in launch.groups]
     pooled = any(turn.selects and group.pattern is None for group, turn in zip(launch.groups, turns, strict=True))
     prepared = _prepare(launch, q, k, v, rows, pooled)
     reads = [_read(group, turn, prepared.means, layout) for group, turn in zip(launch.groups, turns, strict=True)]
@@ -284,12 +284,13 @@ def _prepare(launch: Launch, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | Non
     return prep(q, k, v, rows, len(launch.heads), precision=precision, pooled=pooled, block=BLOCK)
 
 
-def _turn(group: Group, held: Held | None, now: tuple[int, int]) -> Turn:
+def _turn(group: Group, memory: Memory, now: tuple[int, int]) -> Turn:
     reuse, select = group.method.reuse, group.method.select
+    held = memory.held.get(group.key)
     if held is None:
         return Turn(None, [True] * len(group.heads) if reuse else [], True)
     if reuse:
-        refresh = refreshes(reuse.every, group.gate, now, held.refreshed)
+        refresh = refreshes(reuse.every, group.gate, now, held.refreshed, memory.before)
         return Turn(held, refresh, any(refresh))
     assert isinstance(select, Draft)  # nothing else remembers without a reuse
     return Turn(held, [], now[0] - held.selected >= select.hold)

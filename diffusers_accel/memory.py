@@ -16,6 +16,7 @@ LSE_BYTES = 4
 MAX_CACHE = 0.2  # of the free memory
 
 Layer = tuple[str, int]  # name of the transformer, number of the layer
+Branch = tuple[str, tuple[int, int]]  # pass of guidance, and which batch rows
 
 
 @dataclass
@@ -39,11 +40,13 @@ class Held:
 
 @dataclass
 class Memory:
-    """What one layer remembers on one branch. It lasts while step follows step of one generation: a gap, a step back, another
-    number of steps, shape, dtype or device empty it."""
+    """What one layer remembers on one branch. It lasts while step follows step of one generation, computed or
+    predicted (`carry`): a gap, a step back, another number of steps, shape, dtype or device empty it."""
 
     held: dict[Hashable, Held] = field(default_factory=dict)
-    _last: int | None = None
+    before: int | None = None  # the step at which the layer attended before this one; None at the first
+    _last: int | None = None  # the last step that was computed or predicted
+    _attended: int | None = None
     _like: tuple[object, ...] | None = None
 
     def begin(self, now: tuple[int, int], q: Tensor, k: Tensor, groups: Collection[Hashable]) -> None:
@@ -54,11 +57,18 @@ class Memory:
             self.clear()
         for key in self.held.keys() - groups:  # of an earlier span
             del self.held[key]
+        self.before, self._attended = self._attended, step
         self._last, self._like = step, like
 
     def clear(self) -> None:
         self.held.clear()
-        self._last = None
+        self._last = self._attended = None
+
+    def carry(self, now: tuple[int, int]) -> None:
+        """The forward of this step is predicted: nothing attends, and what is kept stays. How old it is, the methods ask."""
+        step, steps = now
+        if self._last == step - 1 and self._like is not None and self._like[0] == steps:
+            self._last = step
 
     def outlived(self, step: int) -> bool:
         """Whether nothing that is kept can be used at this step or later."""
@@ -136,7 +146,7 @@ class Memories:
 
     def __init__(self, max_cache: float = MAX_CACHE) -> None:
         self.budget = CacheBudget(max_cache)
-        self._kept: dict[tuple[Layer, Hashable], Memory] = {}
+        self._kept: dict[tuple[Layer, Branch], Memory] = {}
         self._at: tuple[str, int, int] | None = None
 
     def at(self, transformer: str, now: tuple[int, int]) -> None:
@@ -149,7 +159,15 @@ class Memories:
         for key in [key for key, memory in self._kept.items() if memory.outlived(now[0])]:
             del self._kept[key]
 
-    def of(self, layer: Layer, branch: Hashable) -> Memory:
+    def carry(self, transformer: str, branch: str, now: tuple[int, int]) -> None:
+        """The forward of a pass at this step is predicted: what its layers keep outlives the step."""
+        if self._kept:
+            self.at(transformer, now)
+        for (layer, (passing, _)), memory in self._kept.items():
+            if layer[0] == transformer and passing == branch:
+                memory.carry(now)
+
+    def of(self, layer: Layer, branch: Branch) -> Memory:
         return self._kept.setdefault((layer, branch), Memory())
 
     def bytes(self, layer: Layer) -> int:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffusers_accel.engine import PlanEngine
+from diffusers_accel.forwards.report import ForwardsReport
 from diffusers_accel.methods import BLOCK
 from diffusers_accel.site import Site
 
@@ -23,13 +24,17 @@ class PatchReport:
     calls}, density (computed share of block pairs, mean over calls and heads, or None before the first call), reused (heads x
     calls that merged a kept part), cache_bytes (most that was kept at once, on all branches), notes {reason: calls}. `str()`
     gives a table in which layers that did the same share a line, then `notes`: what is to be said of the patch as a whole.
+    Rows count forwards that ran; `forwards` says which did not, None where the patch predicts none.
     """
 
     rows: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+    forwards: ForwardsReport | None = None
 
     @staticmethod
-    def of(engines: Sequence[PlanEngine], remarks: Sequence[str] = ()) -> PatchReport:
+    def of(
+        engines: Sequence[PlanEngine], remarks: Sequence[str] = (), forwards: ForwardsReport | None = None
+    ) -> PatchReport:
         rows = []
         for engine in engines:
             tally = engine.tally
@@ -46,13 +51,19 @@ class PatchReport:
                     "notes": dict(tally.notes),
                 }
             )
-        return PatchReport(rows, list(dict.fromkeys([*remarks, *_exceeded(engines)])))
+        return PatchReport(rows, list(dict.fromkeys([*remarks, *_exceeded(engines)])), forwards)
 
     @property
     def density(self) -> float | None:
-        """Of the whole run, dense steps and layers included; None before the first call."""
-        calls = sum(row["calls"] for row in self.rows)
-        return sum(row["density"] * row["calls"] for row in self.rows if row["calls"]) / calls if calls else None
+        """Of the whole run, dense steps and layers included, and predicted forwards as zeros; None before the first call."""
+        if self.forwards and not self.rows:  # attention as it was
+            return self.forwards.computed_share
+        computed = sum(row["density"] * row["calls"] for row in self.rows if row["calls"])
+        calls = sum(row["calls"] / self._share(row["transformer"]) for row in self.rows if row["calls"])
+        return computed / calls if calls else None
+
+    def _share(self, transformer: str) -> float:
+        return self.forwards.share(transformer) if self.forwards else 1.0
 
     @property
     def cache_bytes(self) -> int:
@@ -85,7 +96,8 @@ class PatchReport:
         whole = "nothing has run yet" if self.density is None else f"density of the whole run {self.density:.3f}"
         if self.cache_bytes:
             whole += f", cache {self.cache_bytes / 2**20:,.0f} MiB"
-        return "\n".join([f"{capture.get()}{whole}", *(f"note: {note}" for note in self.notes)])
+        forwards = [str(self.forwards)] if self.forwards else []
+        return "\n".join([f"{capture.get()}{whole}", *forwards, *(f"note: {note}" for note in self.notes)])
 
 
 def strangers(sites: Sequence[Site]) -> list[str]:

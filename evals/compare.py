@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from diffusers_accel.api import patch
+from diffusers_accel.api import Patch, patch
 from diffusers_accel.evals import arguments
 from diffusers_accel.evals.clip_record import ClipNumbers, ClipRecord, Seen
 from diffusers_accel.evals.generate import (
@@ -44,15 +44,16 @@ from diffusers_accel.evals.tally import (
     speed_rows,
 )
 from diffusers_accel.files import printable, quoted
+from diffusers_accel.forwards import Forwards
 from diffusers_accel.interrupted import Interrupted
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import BLOCK, Method, Recipe, Stored
+from diffusers_accel.methods import BLOCK, Stored
 from diffusers_accel.plan import Plan
+from diffusers_accel.subject import Patchable
 
 DISTRIBUTIONS = ("torch", "triton", "diffusers", "diffusers-accel", "numpy", "scikit-image", "lpips")
 LONGEST_REASON = 300  # characters of why a metric is missing, which each of its rows repeats
 # What a subject may be; a pair gives the parameters of `patch`: of a named method, and max_cache.
-Patchable = Plan | Recipe | Method | str | os.PathLike[str]
 PlanLike = Patchable | tuple[Patchable, Mapping[str, Any]]
 
 
@@ -77,8 +78,9 @@ def compare(
 
     Args:
         pipe: a loaded, unpatched pipeline of a supported family.
-        subjects: name -> a Plan, a method's name, a path to a plan file, a Method or Recipe, or (one of these, parameters
-            of `patch`), such as ("cached", {"every": 2, "max_cache": 0.5}).
+        subjects: name -> what `patch` takes: a Plan, a method's name, a path to a plan file, a Method, Recipe or step cache, a
+            list such as ["easycache", "draft"]; or (one of these, parameters of `patch`), such as ("cached", {"every": 2,
+            "max_cache": 0.5}). Under a step cache alone attention is patched to be dense, so that its time is measured.
         prompts: texts; or mappings of pipeline arguments, such as prompt_embeds, for a pipeline without a text encoder.
         call: what else the pipeline is called with, such as height, width, num_frames, num_inference_steps, guidance_scale.
         seeds: of the CPU generator that makes the initial noise.
@@ -103,18 +105,20 @@ def compare(
     metrics, seeds = arguments.check_asked(
         subjects, texts, metrics=metrics, seeds=seeds, rounds=rounds, show=show, fps=fps
     )
-    plans = {name: _plan(pipe, subject) for name, subject in subjects.items()}
+    plans, forwards = {}, {}
+    for name, subject in subjects.items():
+        plans[name], forwards[name] = _resolved(pipe, subject)
     options = {name: _options(subject) for name, subject in subjects.items()}
     kept = None
     if keep is not None:
         settings: dict[str, Any] = {"rounds": rounds, "metrics": list(metrics), "show": show, "fps": fps}
-        identity = identify(pipe, plans, options, call=call, prompts=prompts, seeds=seeds, **settings)
+        identity = identify(pipe, plans, forwards, options, call=call, prompts=prompts, seeds=seeds, **settings)
         kept = Kept(Path(keep), identity)
     clips = [(prompt, seed, text) for prompt, text in zip(prompts, texts, strict=True) for seed in seeds]
     with kept.opened() if kept else nullcontext():
         done = _finished(kept, clips) if kept else {}
         scores = {name: _load(METRICS[name]) for name in metrics}
-        session = _Session(pipe, plans, options, dict(call), scores, fps)
+        session = _Session(pipe, plans, forwards, options, dict(call), scores, fps)
         try:
             with closing(session.clips(clips, rounds, show, progress, done)) as finished:
                 for number, record in finished:
@@ -134,12 +138,13 @@ class _Session:
         self,
         pipe: Any,
         plans: dict[str, Plan],
+        forwards: dict[str, Forwards | None],
         options: dict[str, dict[str, Any]],
         call: dict[str, Any],
         scores: dict[str, Score | str],
         fps: int,
     ) -> None:
-        self.pipe, self.plans, self.options = pipe, plans, options
+        self.pipe, self.plans, self.forwards, self.options = pipe, plans, forwards, options
         self.call, self.scores, self.fps = call, scores, fps
         self.bar: Callable[[str | None], None]
         stock = inspect.signature(type(pipe).__call__).parameters
@@ -173,7 +178,7 @@ class _Session:
         generate(self.pipe, prompt, SharedNoise(seed), call)
         for name, plan in self.plans.items():
             try:
-                with patch(self.pipe, plan, **self.options[name]) as patched:
+                with self._patched(name) as patched:
                     generate(self.pipe, prompt, SharedNoise(seed), call)
                     layout = patched.sites[0].layout()
                 _check_size(plan, layout)
@@ -223,13 +228,17 @@ class _Session:
         seen.shares.append(timer.attention_ms / run.milliseconds)
         return run
 
+    def _patched(self, name: str) -> Patch:
+        forwards = self.forwards[name]
+        return patch(self.pipe, [self.plans[name], *([forwards] if forwards else [])], **self.options[name])
+
     def _run(self, name: str, prompt: Prompt, noise: SharedNoise, text: str, seen: Mapping[str, Seen]) -> Run:
         self.bar(f"{name} · {text}")
         into = seen[name]
         if name == BASELINE:
             run = generate(self.pipe, prompt, noise, self.call, lambda: self.bar(None))
         else:
-            with patch(self.pipe, self.plans[name], **self.options[name]) as patched, patched.timed() as timer:
+            with self._patched(name) as patched, patched.timed() as timer:
                 run = generate(self.pipe, prompt, noise, self.call, lambda: self.bar(None))
             report = patched.report()
             if report.density is None:
@@ -263,6 +272,9 @@ class _Session:
         subjects = tuple(Subject(name, plan, tallies[name].layers) for name, plan in self.plans.items())
         return Report(tuple(rows), clips, subjects, provenance, kept)
 
+    def _step_caches(self) -> dict[str, Any]:
+        return {name: forwards.to_json() for name, forwards in self.forwards.items() if forwards}
+
     def _provenance(
         self, clips: Sequence[ClipNumbers], prompts: list[str], seeds: list[int], rounds: int
     ) -> dict[str, Any]:
@@ -286,6 +298,7 @@ class _Session:
             "prompts": prompts,
             "seeds": seeds,
             "rounds": rounds,
+            **({"forwards": cached} if (cached := self._step_caches()) else {}),
             "protocol": protocol(self.scores, len(clips), rounds, memory_kind(self.pipe)),
         }
 
@@ -311,11 +324,11 @@ def _left(done: int, clips: int, kept: Kept | None) -> str:
     return f"{done} of {clips} clips are kept in {printable(kept.folder)}; the same comparison, started again, goes on after them"
 
 
-def _plan(pipe: Any, subject: PlanLike) -> Plan:
-    """The plan of a subject, read once; one that does not fit is refused now, not after the first clip."""
+def _resolved(pipe: Any, subject: PlanLike) -> tuple[Plan, Forwards | None]:
+    """The plan and the step cache of a subject, read once; what does not fit is refused now, not after the first clip."""
     plan, parameters = subject if isinstance(subject, tuple) else (subject, {})
     with patch(pipe, plan, **parameters) as patched:
-        return patched.plan
+        return patched.plan, patched.forwards
 
 
 def _check_size(plan: Plan, layout: TokenLayout) -> None:

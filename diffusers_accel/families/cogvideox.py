@@ -55,4 +55,5 @@ COGVIDEOX = Family(
     layout=_layout,
     output_projection=_output_projection,
     text=_text,
+    channels=2,
 )

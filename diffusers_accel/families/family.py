@@ -34,6 +34,9 @@ class Family:
         text_mask: (args, kwargs) of the transformer's forward -> which text tokens exist, [B, text tokens], of 0 and 1 in
             any dtype. The model must let the first `sum` text tokens of a row be keys and no others, and mask its
             self-attention with [B, 1, 1, tokens] accordingly. None for models that do not mask their text.
+        latents, timestep: names of these arguments of the transformer's forward.
+        channels: dimension of the latents in which the channels lie, those that are denoised first; the output, one tensor,
+            is of the same layout.
     """
 
     name: str
@@ -46,6 +49,9 @@ class Family:
     output_projection: Callable[[nn.Module, str], Callable[[Tensor], Tensor]]
     text: Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
     text_mask: Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor] | None = None
+    latents: str = "hidden_states"
+    timestep: str = "timestep"
+    channels: int = 1
 
 
 def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, position: int) -> Any:

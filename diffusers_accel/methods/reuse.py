@@ -58,16 +58,19 @@ def part_of(now: tuple[int, int], parts: int) -> int:
     return min(step * parts // steps, parts - 1)
 
 
-def begun(now: tuple[int, int], parts: int) -> slice:
-    """Which of `parts` equal parts of the schedule begin at this step: none if it goes on with the part of the step before,
-    several where a call has fewer steps than there are parts."""
+def begun(now: tuple[int, int], parts: int, before: int | None = None) -> slice:
+    """Which of `parts` equal parts of the schedule have begun since the step `before` (None: the one before this): none if this
+    step goes on with that one's part, several where a call has fewer steps than there are parts, or steps were predicted."""
     step, steps = now
-    before = part_of((step - 1, steps), parts) if step else -1
+    before = part_of((step - 1 if before is None else before, steps), parts) if step else -1
     return slice(before + 1, part_of(now, parts) + 1)
 
 
-def refreshes(every: int, gate: Tensor | None, now: tuple[int, int], refreshed: list[int]) -> list[bool]:
-    """Which heads refresh at this step: those with a flag in a part that begins there, or by the step at which they last did."""
+def refreshes(
+    every: int, gate: Tensor | None, now: tuple[int, int], refreshed: list[int], before: int | None = None
+) -> list[bool]:
+    """Which heads refresh at this step: those with a flag in a part that has begun since the step `before`, at which the layer
+    attended last (None: the one before this), or by the step at which they last did."""
     if gate is not None:
-        return [bool(each) for each in gate[begun(now, len(gate))].any(0)]
+        return [bool(each) for each in gate[begun(now, len(gate), before)].any(0)]
     return [now[0] - last >= every for last in refreshed]

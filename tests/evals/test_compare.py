@@ -310,3 +310,22 @@ def test_progress_shows_any_text_as_it_is(capsys: pytest.CaptureFixture[str]) ->
     with comparing._bar(True, 1) as say:
         say("a sign says [/b] :smile: \x1b[31m" + "\n" * 50)
     assert "a sign says [/b] :smile: \\x1b[31m\\n\\n" in capsys.readouterr().err
+
+
+def test_step_caches_are_compared_with_and_without_a_method_for_the_heads(pipe: Any, tmp_path: Path) -> None:
+    """A step cache alone runs above dense attention, whose time is measured; predicted forwards count as zeros."""
+    subjects: dict[str, Any] = {
+        "cache": ("schedule", {"steps": [0, 1]}),
+        "both": [("schedule", {"steps": [0, 1]}), Method(select=Band(0.34))],
+        "nothing": ("easycache", {"threshold": 0}),
+    }
+    report = compare(
+        pipe, subjects, [PROMPT], call=CALL, metrics=("psnr",), show=0, progress=False, keep=tmp_path / "kept"
+    )
+    rows = {(row.subject, row.metric): row.value for row in report.rows}
+    assert rows["cache", "density"] == pytest.approx(3 / 4), "of 4 steps, the last computes too"
+    assert 0 < rows["both", "density"] < 0.5 and rows["both", "psnr"] > 0
+    assert rows["nothing", "density"] == 1 and rows["nothing", "psnr"] is None, "no error: no finite number"
+    assert list(report.provenance["forwards"]) == list(subjects)
+    assert report.provenance["forwards"]["cache"]["rule"] == {"kind": "schedule", "steps": [0, 1]}
+    assert not pipe.transformer._forward_hooks

@@ -1,0 +1,113 @@
+"""A rule and a predictor: the scope `forwards` of a patch, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import msgspec
+
+from diffusers_accel.files import quoted
+from diffusers_accel.forwards.easycache import EasyCache
+from diffusers_accel.forwards.predictors import PREDICTORS, Last, Predictor
+from diffusers_accel.forwards.rule import Rule
+from diffusers_accel.forwards.schedule import Schedule
+
+RULES: dict[str, type[Rule]] = {cls.kind: cls for cls in (EasyCache, Schedule)}
+
+
+@dataclass(frozen=True)
+class Forwards:
+    """Which forwards of the transformer are computed, and how the others are predicted.
+
+    Args:
+        rule: decides once a step; all branches of the step follow.
+        predictor: gives the output of a step that is not computed.
+        branches: the passes of guidance that may be predicted, by the pipeline's names for them ("cond", "uncond", and
+            "cond_uncond" where both are one batch); the others always compute. None: all of them.
+
+    Raises:
+        ValueError: a part is of the wrong kind.
+    """
+
+    rule: Rule
+    predictor: Predictor = Last()
+    branches: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_kind("rule", self.rule, RULES)
+        _check_kind("predictor", self.predictor, PREDICTORS)
+        given: Any = self.branches
+        if given is None:
+            return
+        if not isinstance(given, (list, tuple)) or not all(isinstance(each, str) and each for each in given):
+            raise ValueError(f'branches: expected names such as ["uncond"], found {quoted(given)}')
+        if not given:
+            raise ValueError("branches: expected one name at least, or None for all, found none")
+        object.__setattr__(self, "branches", tuple(given))
+
+    @property
+    def label(self) -> str:
+        """A short name for tables, such as "easycache 0.025, last residual"."""
+        only = f", {' and '.join(self.branches)} only" if self.branches else ""
+        return f"{self.rule.label}, {self.predictor.label}{only}"
+
+    @property
+    def looks_back(self) -> int:
+        """How many computed forwards are kept for each branch."""
+        return max(self.rule.looks_back, self.predictor.looks_back)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: {"rule": {"kind": "easycache", ...}, "predictor": {"kind": "last", ...}}."""
+        data: dict[str, Any] = {"rule": _plain(self.rule), "predictor": _plain(self.predictor)}
+        if self.branches:
+            data["branches"] = list(self.branches)
+        return data
+
+    @staticmethod
+    def from_json(data: object) -> Forwards:
+        """The inverse of `to_json`; anything unexpected is refused with a ValueError that names it."""
+        found = _object(data, "forwards", {"rule", "predictor", "branches"})
+        if "rule" not in found:
+            raise ValueError("forwards: 'rule' is missing")
+        rule = _part(RULES, found["rule"], "rule")
+        predictor = _part(PREDICTORS, found["predictor"], "predictor") if "predictor" in found else Last()
+        branches = found.get("branches")
+        if branches is not None and not isinstance(branches, list):
+            raise ValueError(f"forwards.branches: expected a list of names, found {quoted(branches)}")
+        return Forwards(rule, predictor, None if branches is None else tuple(branches))
+
+
+def _plain(part: Any) -> dict[str, Any]:
+    given = {field.name: getattr(part, field.name) for field in fields(part)}
+    return {
+        "kind": part.kind,
+        **{name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if v is not None},
+    }
+
+
+def _part(classes: Mapping[str, Any], data: object, what: str) -> Any:
+    kind = data.get("kind") if isinstance(data, Mapping) else None
+    if not isinstance(kind, str) or kind not in classes:
+        raise ValueError(f"{what}.kind: expected one of {sorted(classes)}, found {quoted(kind)}")
+    cls = classes[kind]
+    found = _object(data, f"{what} {kind!r}", {"kind", *(field.name for field in fields(cls))})
+    try:
+        return msgspec.convert({name: v for name, v in found.items() if name != "kind"}, cls, strict=True)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{what} {kind!r}: {error}") from error
+
+
+def _object(data: object, what: str, known: set[str]) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{what}: expected an object, found {type(data).__name__}")
+    if unknown := sorted(set(data) - known, key=str):
+        raise ValueError(f"{what}: unknown key {quoted(unknown[0])}, expected only {sorted(known)}")
+    return dict(data)
+
+
+def _check_kind(what: str, part: Any, classes: Mapping[str, Any]) -> None:
+    if type(part) not in classes.values():
+        names = ", ".join(cls.__name__ for cls in classes.values())
+        raise ValueError(f"{what}: expected one of {names}, found {quoted(part)}")

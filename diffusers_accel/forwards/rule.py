@@ -1,0 +1,92 @@
+"""The interface of a rule: which steps are computed, and which are predicted from earlier ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Computed:
+    """One computed forward of a transformer, on one branch.
+
+    Args:
+        step: index of its step in the schedule.
+        timestep: 0-d tensor, on the model's device: the timestep that the model was given (the largest, where tokens differ).
+        x: the latents that went in, without channels of a condition; of v's shape.
+        v: what came out, a velocity or noise prediction. Any dtype.
+    """
+
+    step: int
+    timestep: Tensor
+    x: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class Now:
+    """A forward that is about to run, on one branch of a step.
+
+    Args:
+        step, steps: index of the step in a schedule of that many steps.
+        run: how many steps of this generation have run before this one.
+        branch: the pass of guidance, such as "cond".
+        timestep, x: as of `Computed`.
+        before: x of the last step at which this branch ran, computed or predicted.
+        computed: the last forwards of this branch that were computed, oldest first, at least one.
+    """
+
+    step: int
+    steps: int
+    run: int
+    branch: str
+    timestep: Tensor
+    x: Tensor
+    before: Tensor
+    computed: tuple[Computed, ...]
+
+    @property
+    def last(self) -> Computed:
+        """The last forward that was computed."""
+        return self.computed[-1]
+
+
+class Decision(NamedTuple):
+    """Whether the step computes, and what the rule is given back at the next step (None after a step that had to compute)."""
+
+    compute: bool
+    carry: Any = None
+
+
+class Rule(Protocol):
+    """Decides, once a step, whether the transformer runs. A frozen dataclass whose fields are plain data.
+
+    A rule is not asked where a step has to compute: the first and the last step of a generation, the first one of another
+    transformer (an expert), and a branch, shape or dtype that was not seen before.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def label(self) -> str:
+        """A short name for tables."""
+        ...
+
+    @property
+    def looks_back(self) -> int:
+        """How many computed forwards it wants to see."""
+        ...
+
+    def check(self, steps: int) -> None:
+        """Called when a generation of so many steps begins.
+
+        Raises:
+            ValueError: this rule does not fit that number of steps.
+        """
+        ...
+
+    def decide(self, now: Now, carry: Any) -> Decision:
+        """`now` is the first branch of the step that may be predicted; the other branches follow."""
+        ...

@@ -1,0 +1,203 @@
+"""The scope `forwards` of a patch at work: decides once a step, keeps what was computed, predicts the rest, and counts."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffusers_accel.clock import Clock
+from diffusers_accel.forwards.calls import Given, Reader, as_output, sample_of
+from diffusers_accel.forwards.forwards import Forwards
+from diffusers_accel.forwards.rule import Computed, Now
+from diffusers_accel.forwards.state import Branch, Generation, Tally
+from diffusers_accel.forwards.wrapper import wrap
+from diffusers_accel.site import Model
+
+Listener = Callable[[str, str, tuple[int, int]], None]
+
+FIRST, LAST, UNNAMED = "first step of a generation", "last step", "a branch that is never predicted"
+UNKNOWN, RULE = "nothing earlier to predict from", "the rule"
+
+
+class Scope:
+    """The forwards of all transformers of one pipeline.
+
+    Args:
+        forwards: rule and predictor.
+        clock: of the pipeline.
+        predicted: called as (transformer, branch, (step, steps)) wherever a forward is predicted, so that what lives below
+            knows that the step has passed.
+    """
+
+    def __init__(self, forwards: Forwards, clock: Clock, predicted: Listener | None = None) -> None:
+        self.forwards = forwards
+        self._clock = clock
+        self._predicted = predicted
+        self._generation: Generation | None = None
+        self.tallies: dict[str, Tally] = {}
+
+    def attach(self, models: Sequence[Model]) -> Callable[[], None]:
+        """Wraps their forwards; returns the function that takes everything off. Each model must be told of its forwards
+        (`Model.observe`) before they run."""
+        undo: list[Callable[[], None]] = [self.forget]
+        try:
+            for model in models:
+                self.tallies[model.name] = Tally()
+                undo.append(wrap(model.module, model.name, _Interceptor(self, model)))
+        except BaseException:
+            _all(undo)
+            raise
+        return lambda: _all(undo)
+
+    def clear(self) -> None:
+        """Sets the counters to zero."""
+        self.tallies = {name: Tally() for name in self.tallies}
+
+    def forget(self) -> None:
+        """Drops what is kept for later steps: the next forward begins anew."""
+        self._generation = None
+
+    def begin(self, model: Model, now: tuple[int, int]) -> Generation:
+        """The generation that a forward of `model` belongs to, which begins."""
+        branch, timesteps = model.branch, self._clock.timesteps
+        generation = self._generation
+        if generation is None or not generation.continues(branch, now, timesteps):
+            self.forwards.rule.check(now[1])
+            reference = None if timesteps is None else weakref.ref(timesteps)
+            generation = self._generation = Generation(model.name, now[1], reference)
+            for tally in self.tallies.values():
+                tally.steps = []
+        generation.enter(model.name, branch, now[0])
+        return generation
+
+    def now(self) -> tuple[int, int]:
+        now = self._clock.now()
+        if now is None:
+            raise RuntimeError(
+                "forwards are predicted step by step, but neither the pipeline nor the model says which step runs: call "
+                "Patch.step(i, steps) before each step of your own loop, or patch the pipeline instead of the transformer"
+            )
+        return now
+
+    def predicts(self, branch: str) -> bool:
+        """Whether forwards of this branch may be predicted at all."""
+        return self.forwards.branches is None or branch in self.forwards.branches
+
+    def skipped(self, transformer: str, branch: str, now: tuple[int, int]) -> None:
+        """A forward is predicted: tells those below."""
+        if self._predicted is not None:
+            self._predicted(transformer, branch, now)
+
+
+@dataclass
+class _Call:
+    """A forward that runs."""
+
+    given: Given
+    branch: str
+    step: int
+    generation: Generation
+
+
+class _Interceptor:
+    """Stands around the forward of one transformer."""
+
+    def __init__(self, scope: Scope, model: Model) -> None:
+        self._scope = scope
+        self._model = model
+        self._reader = Reader(model.module, model.family)
+
+    @torch.compiler.disable(reason="decides whether the model runs")
+    @torch.no_grad()
+    def before(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[_Call, Any]:
+        now = self._scope.now()
+        given = self._reader.read(args, kwargs)
+        generation = self._scope.begin(self._model, now)
+        call = _Call(given, self._model.branch, now[0], generation)
+        state = generation.branches.get(call.branch, Branch())
+        view = self._view(call, state, now)
+        reason = self._must_compute(call, view, now) or self._decision(generation, view)
+        tally = self._scope.tallies[self._model.name]
+        tally.branches.add(call.branch)
+        if reason is not None:
+            tally.why[reason] += 1
+            return call, None
+        assert view is not None
+        sample = self._scope.forwards.predictor.predict(view).to(view.last.v.dtype)
+        state.before = view.x.clone()
+        tally.predicted += 1
+        tally.cache_bytes = max(tally.cache_bytes, generation.bytes)
+        self._scope.skipped(self._model.name, call.branch, now)
+        return call, as_output(sample, given.return_dict)
+
+    @torch.compiler.disable(reason="keeps what the model has computed")
+    @torch.no_grad()
+    def after(self, call: _Call, output: Any) -> None:
+        scope, generation = self._scope, call.generation
+        tally = scope.tallies[self._model.name]
+        tally.computed += 1
+        if call.step not in tally.steps[-1:]:
+            tally.steps.append(call.step)
+        if not scope.predicts(call.branch):
+            return
+        if call.step == generation.steps - 1:
+            generation.branches.pop(call.branch, None)
+            return
+        # Clones: CUDA graphs write into their outputs again, and the latents are the caller's.
+        v = sample_of(output).detach().clone()
+        x = self._reader.input_of(call.given.latents, v).clone()
+        state = generation.branches.setdefault(call.branch, Branch())
+        if not state.fits(x):
+            state.computed = ()
+        latest = Computed(call.step, call.given.timestep.clone(), x, v)
+        state.computed = (*state.computed, latest)[-scope.forwards.looks_back :]
+        state.before = x
+        tally.cache_bytes = max(tally.cache_bytes, generation.bytes)
+
+    def _view(self, call: _Call, state: Branch, now: tuple[int, int]) -> Now | None:
+        """What rule and predictor are shown; None where nothing is known that fits."""
+        if state.before is None:
+            return None
+        x = self._reader.denoised(call.given.latents, state.before)
+        if not state.fits(x):
+            return None
+        return Now(
+            step=now[0],
+            steps=now[1],
+            run=call.generation.run,
+            branch=call.branch,
+            timestep=call.given.timestep,
+            x=x,
+            before=state.before,
+            computed=state.computed,
+        )
+
+    def _must_compute(self, call: _Call, view: Now | None, now: tuple[int, int]) -> str | None:
+        """Why the model has to run whatever the rule says, or None."""
+        if not self._scope.predicts(call.branch):
+            return UNNAMED
+        if call.generation.run == 0:
+            return FIRST
+        if now[0] == now[1] - 1:
+            return LAST
+        if view is None:
+            if call.generation.compute is None:  # so does the rest of the step
+                call.generation.compute, call.generation.carry = True, None
+            return UNKNOWN
+        return None
+
+    def _decision(self, generation: Generation, view: Now | None) -> str | None:
+        """The decision of the step, made on its first branch: why the model runs, or None where it need not."""
+        if generation.compute is None:
+            assert view is not None
+            generation.compute, generation.carry = self._scope.forwards.rule.decide(view, generation.carry)
+        return RULE if generation.compute else None
+
+
+def _all(undo: list[Callable[[], None]]) -> None:
+    while undo:
+        undo.pop()()

@@ -1,0 +1,84 @@
+"""What is remembered of the forwards of a generation, and what is counted for the report."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from diffusers_accel.forwards.rule import Computed
+
+
+@dataclass
+class Branch:
+    """One pass of guidance: its last computed forwards (oldest first) and the latents of the last step that ran."""
+
+    computed: tuple[Computed, ...] = ()
+    before: Tensor | None = None
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether a forward on these latents continues the computed ones."""
+        before = self.before
+        if before is None or not self.computed:
+            return False
+        return (x.shape, x.dtype, x.device) == (before.shape, before.dtype, before.device)
+
+    @property
+    def bytes(self) -> int:
+        kept = [tensor for each in self.computed for tensor in (each.x, each.v)]
+        if self.before is not None and all(self.before is not each.x for each in self.computed):
+            kept.append(self.before)
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+
+@dataclass
+class Generation:
+    """One call of the pipeline, as far as it has come: it ends where another one begins, by the pipeline's own timesteps or,
+    without a pipeline, where the step goes back or a branch runs a second time at one step."""
+
+    transformer: str
+    steps: int
+    timesteps: weakref.ref[Tensor] | None
+    step: int = -1
+    run: int = -1  # how many steps ran before this one
+    branches: dict[str, Branch] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)  # branches of this step
+    compute: bool | None = None  # the decision of this step, once it is made
+    carry: Any = None  # the rule's
+
+    def continues(self, branch: str, now: tuple[int, int], timesteps: Tensor | None) -> bool:
+        """Whether a forward that begins now belongs to this generation."""
+        step, steps = now
+        known = self.timesteps() if self.timesteps is not None else None
+        if steps != self.steps or step < self.step or known is not timesteps:
+            return False
+        return step > self.step or branch not in self.ran
+
+    def enter(self, transformer: str, branch: str, step: int) -> None:
+        """A forward begins."""
+        if transformer != self.transformer:  # an expert hands over: what it knew is of no use to the next one
+            self.transformer, self.carry, self.compute = transformer, None, None
+            self.branches.clear()
+        if step != self.step:
+            self.step, self.run, self.compute = step, self.run + 1, None
+            self.ran.clear()
+        self.ran.add(branch)
+
+    @property
+    def bytes(self) -> int:
+        return sum(branch.bytes for branch in self.branches.values())
+
+
+@dataclass
+class Tally:
+    """What the forwards of one transformer have done since patching or `clear`."""
+
+    computed: int = 0
+    predicted: int = 0
+    why: Counter[str] = field(default_factory=Counter)  # reason to compute -> forwards
+    steps: list[int] = field(default_factory=list)  # computed steps of the last generation
+    branches: set[str] = field(default_factory=set)  # that have run
+    cache_bytes: int = 0  # most that was kept at once
