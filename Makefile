@@ -10,6 +10,7 @@ TORCH ?= torch==2.13.0
 PY := .venv/bin/python
 # One stamp for each TORCH, written last: an interrupted installation is taken up again by the next `make`.
 STAMP := .venv/installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
+WORKERS := -n logical --maxprocesses 4
 PIP := $(PY) -m pip --disable-pip-version-check
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict -e
 
@@ -29,12 +30,13 @@ lint: install
 types: install
 	cd .venv && bin/python -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p diffusers_accel
 
+# Several processes of one thread each: tests are small, and two threads that wait for a busy core are slower than one.
 pytest: install
-	$(PY) -m pytest -m 'not interpreter'
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not interpreter' $(WORKERS)
 
 # Triton reads TRITON_INTERPRET when it is imported, so these tests have a process of their own.
 interpreter: install
-	@if $(PY) -c 'import triton' 2>/dev/null; then set -x; TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels -m interpreter; \
+	@if $(PY) -c 'import triton' 2>/dev/null; then set -x; OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels -m interpreter $(WORKERS); \
 	else echo "interpreter: not run, Triton is not installed (it has no build for $$(uname -sm))"; fi
 
 format: install
