@@ -11,7 +11,7 @@ from tests.campaign.tally import Campaign
 
 def test_compositions(campaign: Campaign) -> None:
     wrong = []
-    for number in range(campaign.many(10, 1500)):
+    for number in range(campaign.many(6, 1500)):
         drawn = composition(campaign.random("compositions", number))
         heads = 0
 

@@ -8,7 +8,6 @@ import unicodedata
 from contextlib import redirect_stderr, redirect_stdout
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
@@ -147,52 +146,37 @@ def test_half_a_character_is_refused_before_the_work(folder: Path, campaign: Cam
         campaign.count("hostile texts: half characters", "refused")
 
 
-def report_of(names: list[str], prompts: list[str], terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A real comparison with its progress bar on a terminal."""
-    subjects = {name: Method(select=Band(0.3 + 0.4 * number / len(names))) for number, name in enumerate(names)}
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "200")
+def report_of(names: list[str], prompts: list[str], folder: Path) -> Path:
+    """The folder of a real report, whose progress bar was on a terminal."""
+    subjects = {name: Method(select=Band(0.3 + 0.3 * number)) for number, name in enumerate(names)}
+    call, terminal = {**CALL, "num_inference_steps": 1}, io.StringIO()
     with redirect_stderr(terminal):
-        return compare(
-            reading_wan(),
-            subjects,
-            prompts,
-            call={**CALL, "num_inference_steps": 1},
-            metrics=("psnr",),
-            show=1,
-            progress=True,
-        )
+        found = compare(reading_wan(), subjects, prompts, call=call, metrics=("psnr",), show=1)
+    assert "dense" in terminal.getvalue(), "the bar was shown"
+    for shown in (terminal.getvalue(), str(found)):
+        assert not steers(shown, own=True), (names, prompts, steers(shown, own=True))
+    found.save(folder)
+    rows = read_rows(folder / "report.json")
+    assert {row.clip["prompt"] for row in rows if row.clip} == set(prompts)
+    assert {row.subject for row in rows} == {"dense", *names}
+    return folder
 
 
 def test_report(folder: Path, campaign: Campaign, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page with hostile names and prompts has the elements of one with usual names, and no other."""
-    size = campaign.many(3, len(TEXTS))
-    for start in range(0, size if campaign.long else 1, 3):
-        random = campaign.random("hostile", start)
-        texts = random.sample(TEXTS, 6) if not campaign.long else [TEXTS[(start + i) % len(TEXTS)] for i in range(6)]
-        pages = {}
-        for kind, names, prompts in (
-            ("usual", ["first", "second", "third"], ["one prompt", "another", "the last"]),
-            ("hostile", [f"{text} {i}" for i, text in enumerate(texts[:3])], texts[3:]),
-        ):
-            terminal = io.StringIO()
-            found = report_of(names, prompts, terminal, monkeypatch)
-            found.save(folder / kind)
-            assert not steers(terminal.getvalue(), own=True), (texts, steers(terminal.getvalue(), own=True))
-            assert not steers(str(found), own=True), (texts, steers(str(found), own=True))
-            pages[kind] = folder / kind
-            clips = [row.clip["prompt"] for row in read_rows(folder / kind / "report.json") if row.clip]
-            assert set(clips) == set(prompts) and {
-                row.subject for row in read_rows(folder / kind / "report.json")
-            } >= set(names)
-        usual, hostile = ((pages[kind] / "report.html").read_text() for kind in ("usual", "hostile"))
-        assert Tags(hostile).kinds <= Tags(usual).kinds and Tags(hostile).outside == Tags(usual).outside, texts
-        usual, hostile = ((pages[kind] / "report.md").read_text() for kind in ("usual", "hostile"))
-        assert structure(hostile) == structure(usual), texts
-        assert not steers(hostile), (texts, steers(hostile))
-        campaign.count("hostile texts: report", "tried", 6)
-        campaign.count("hostile texts: report", "as before", 6)
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm-256color"), ("COLUMNS", "200")):
+        monkeypatch.setenv(name, value)
+    plain = report_of(["first", "second"], ["one prompt", "another"], folder / "usual")
+    page, text = Tags((plain / "report.html").read_text()), structure((plain / "report.md").read_text())
+    texts = campaign.random("hostile").sample(TEXTS, len(TEXTS))
+    for start in range(campaign.many(1, len(TEXTS))):
+        four = [texts[(start + place) % len(TEXTS)] for place in (0, 7, 13, 19)]
+        hostile = report_of([f"{name} {place}" for place, name in enumerate(four[:2])], four[2:], folder / "hostile")
+        found, said = Tags((hostile / "report.html").read_text()), (hostile / "report.md").read_text()
+        assert found.kinds <= page.kinds and found.outside == page.outside, four
+        assert structure(said) == text and not steers(said), (four, steers(said))
+        campaign.count("hostile texts: report", "tried", 4)
+        campaign.count("hostile texts: report", "as before", 4)
 
 
 def test_commands(folder: Path, campaign: Campaign, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ RESULTS: dict[str, tuple[Callable[[Path], Any], ...]] = {
 }
 
 
-@pytest.mark.parametrize(("work", "short", "long"), [("search", 5, 1000), ("calibrate", 3, 1000), ("report", 4, 1000)])
+@pytest.mark.parametrize(("work", "short", "long"), [("search", 5, 1000), ("calibrate", 2, 1000), ("report", 5, 1000)])
 def test_kills(work: str, short: int, long: int, warm: Forks, tmp_path: Path, campaign: Campaign) -> None:
     whole = tmp_path / "whole"
     whole.mkdir()

@@ -20,7 +20,7 @@ METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("reordered", {"axes": "hwf", "density": 0.5}),
     ("dense", {}),
 )
-SMALL = {"height": 32, "width": 32, "num_inference_steps": 4}
+SMALL = {"height": 32, "width": 32, "num_inference_steps": 3}
 
 
 def one(pipe: Any, kind: str, seed: int) -> np.ndarray:
@@ -37,7 +37,7 @@ def alone(kind: str, method: tuple[str, dict[str, Any]], seeds: tuple[int, ...])
 def test_threads(campaign: Campaign) -> None:
     """Pipelines of two threads; and again with both patched and taken off while the other one runs."""
     wrong = []
-    for number in range(campaign.many(3, 60)):
+    for number in range(campaign.many(2, 100)):
         random = campaign.random("threads", number)
         chosen = [(kind, random.choice(METHODS), random.randrange(3)) for kind in KINDS for _ in range(2)]
         expected = [alone(kind, method, (seed, seed + 1)) for kind, method, seed in chosen]

@@ -74,7 +74,7 @@ def test_plans_of_many_threads(tmp_path: Path, campaign: Campaign) -> None:
 
 
 def test_plans_of_two_processes(tmp_path: Path, warm: Forks, campaign: Campaign) -> None:
-    path, made, rounds = tmp_path / "plan.json", numbered_plans(), campaign.many(15, 500)
+    path, made, rounds = tmp_path / "plan.json", numbered_plans(), campaign.many(8, 500)
     made[0].save(path)
     done = threading.Event()
     seen: list[Plan] = []
@@ -144,7 +144,7 @@ def test_reports_of_two_threads_are_never_mixed(tmp_path: Path, campaign: Campai
     folder = tmp_path / "report"
     reports = [synthetic.report({"plan": [1.0 + number]}) for number in (1, 2)]
     marks = ["2.00x", "3.00x"]
-    rounds = campaign.many(3, 60)
+    rounds = campaign.many(2, 60)
     reports[0].save(folder)
     mixed: list[list[int]] = []
 
