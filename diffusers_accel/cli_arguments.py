@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusers_accel.arguments import NAMES
 from diffusers_accel.files import FileError, prepare_file, printable, quoted, read_bytes
-from diffusers_accel.methods import NAMED
 from diffusers_accel.plan import Plan
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.suggest import did_you_mean, did_you_mean_file
@@ -76,7 +76,7 @@ def read_subjects(plans: Sequence[str]) -> dict[str, Plan | str]:
     for item in plans:
         name, separator, value = item.partition("=")
         if not separator or os.path.isfile(item):
-            name, value = item if item in NAMED else Path(item).stem, item
+            name, value = item if item in NAMES else Path(item).stem, item
         if name in given:
             first, second = printable(given[name]), printable(value)
             raise ValueError(
@@ -122,13 +122,13 @@ def cost_beside(scores: Path) -> Path:
 
 
 def _subject(value: str) -> Plan | str:
-    if value in NAMED:
+    if value in NAMES:
         return value
     path = Path(value)
     if path.suffix == ".json" or os.path.exists(path):
         return read_plan(path)
-    meant = did_you_mean(value, NAMED) or did_you_mean_file(path)
-    raise ValueError(f"--plan: expected a method ({', '.join(NAMED)}) or a plan file, found {quoted(value)}{meant}")
+    meant = did_you_mean(value, NAMES) or did_you_mean_file(path)
+    raise ValueError(f"--plan: expected a method ({', '.join(NAMES)}) or a plan file, found {quoted(value)}{meant}")
 
 
 def _same(a: Path, b: Path) -> bool:

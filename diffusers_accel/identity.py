@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import ConfigMixin
 from PIL.Image import Image
 from torch import nn
 
 from diffusers_accel.families import Family
+
+WHOLE, SAMPLE = 1 << 16, 256  # numbers of a matrix that are hashed: all up to so many, else about so many
 
 Found = Mapping[str, tuple[nn.Module, Family]]
 
@@ -24,15 +28,40 @@ def model_name(pipe: Any) -> str:
 
 
 def fingerprint(found: Found) -> str:
-    """Tells one set of weights from another: a hash of the vectors (norms, biases) and of LoRA's matrices."""
+    """Tells one set of transformers' weights from another: a hash of types, shapes and a sample of every parameter."""
     digest = hashlib.sha256()
     for name, (module, _) in found.items():
-        for path, parameter in module.named_parameters():
-            if parameter.is_meta or (parameter.dim() > 1 and "lora_" not in path):
-                continue
-            digest.update(f"{name}.{path}".encode())
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+        _add_module(digest, name, module)
     return digest.hexdigest()[:16]
+
+
+def components(pipe: Any, found: Found) -> str:
+    """Tells what else of a pipeline makes its frames from another's: its other models, their types, its scheduler's settings."""
+    digest = hashlib.sha256()
+    for name, component in sorted(getattr(pipe, "components", {}).items()):
+        if isinstance(component, nn.Module) and name not in found:
+            _add_module(digest, name, component)
+        elif isinstance(component, ConfigMixin):
+            settings = {key: plain(value) for key, value in dict(component.config).items() if not key.startswith("_")}
+            digest.update(f"{name} {type(component).__name__} {json.dumps(settings, sort_keys=True)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _add_module(digest: Any, name: str, module: nn.Module) -> None:
+    digest.update(f"{name} {type(module).__name__}".encode())
+    for path, parameter in module.named_parameters():
+        digest.update(f"{path} {parameter.dtype} {list(parameter.shape)}".encode())
+        if not parameter.is_meta:
+            digest.update(_sample(parameter.detach()))
+
+
+def _sample(weights: torch.Tensor) -> bytes:
+    """Vectors (norms, biases) and LoRA's small matrices whole, of others a few numbers, spread over all of them."""
+    try:
+        step = 1 if weights.dim() < 2 or weights.numel() <= WHOLE else -(-weights.numel() // SAMPLE)
+        return weights.reshape(-1)[::step].float().cpu().numpy().tobytes()
+    except (NotImplementedError, RuntimeError, TypeError) as error:  # quantized weights that cannot be cut
+        return f"{type(weights).__name__}: {type(error).__name__}".encode()
 
 
 def plain(value: Any) -> Any:

@@ -20,6 +20,7 @@ from diffusers_accel.suggest import did_you_mean
 LONGEST_NAME, LONGEST_PROMPT = 100, 10_000  # characters
 LARGEST_SEED = 2**63 - 1
 MOST_ROWS = 25_000  # in 16 MiB of JSON, what stands beside the numbers included
+MOST_TOLD = 4 * 2**20  # bytes of prompts in a report, of the 16 MiB that it may have
 
 
 def check_asked(
@@ -176,6 +177,13 @@ def check_clips(texts: Sequence[str], seeds: Sequence[int], subjects: int, metri
     if twice is not None:
         raise ValueError(
             f"prompts: expected each once (`seeds` gives several clips of one), found {quoted(twice)} {texts.count(twice)} times"
+        )
+    told = sum(len(text.encode()) for text in texts) * (
+        1 + len(seeds)
+    )  # by each clip, and by what the report says of itself
+    if told > MOST_TOLD:
+        raise ValueError(
+            f"prompts: expected at most {MOST_TOLD:,} bytes of text with all seeds, found {told:,}: compare fewer clips at once"
         )
     clips = len(texts) * len(seeds)
     rows = clips * subjects * (2 + metrics)

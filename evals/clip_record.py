@@ -12,7 +12,7 @@ import torch
 
 from diffusers_accel.evals.report import Media
 from diffusers_accel.evals.report.video import GAIN
-from diffusers_accel.files import FileError, Kind, Schema, load_tensor_document, printable, save_tensor_document
+from diffusers_accel.files import FileError, Kind, Schema, load_tensor_document, printable, quoted, save_tensor_document
 
 KIND = Kind("diffusers_accel.clip", version=1, remedy="delete it, and this clip is measured again")
 FILM, DIFFERENCE = "film/", "difference/"  # before the subject's name, in the file
@@ -84,7 +84,9 @@ class ClipRecord:
         for name, tensor in tensors.items():
             kind = next((kind for kind in parts if name.startswith(kind)), None)
             if kind is None or tensor.dtype != torch.uint8 or name.removeprefix(kind) not in numbers.seen:
-                raise FileError(f"{printable(path)}: expected films of its subjects, found {name!r}; {KIND.remedy}")
+                raise FileError(
+                    f"{printable(path)}: expected films of its subjects, found {quoted(name)}; {KIND.remedy}"
+                )
             parts[kind][name.removeprefix(kind)] = tensor.numpy().tobytes()
         in_order = [
             {name: films[name] for name in numbers.seen if name in films} for films in (parts[FILM], parts[DIFFERENCE])

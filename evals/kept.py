@@ -33,7 +33,7 @@ from diffusers_accel.files import (
     save_document,
 )
 from diffusers_accel.forwards import Forwards
-from diffusers_accel.identity import fingerprint, model_name, plain
+from diffusers_accel.identity import components, fingerprint, model_name, plain
 from diffusers_accel.plan import Plan
 
 KIND = Kind("diffusers_accel.comparison", version=1, remedy="delete its folder to measure again, or name another")
@@ -51,6 +51,7 @@ class Identity(Schema, frozen=True):
     pipeline: str
     model: str
     weights: str
+    components: str
     device: str
     versions: dict[str, str]
     call: dict[str, Any]
@@ -74,13 +75,14 @@ def identify(
     **settings: Any,
 ) -> Identity:
     """The identity of a comparison on this machine; `settings` are its other fields, as `compare` takes them."""
-    found = machine()
+    here, found = machine(), find(pipe)
     cuda = torch.device(pipe._execution_device).type == "cuda"
     return Identity(
         pipeline=type(pipe).__name__,
         model=model_name(pipe),
-        weights=fingerprint(find(pipe)),
-        device=found["gpu"] if cuda else f"{found['cpu']}, {found['torch_threads']} threads",
+        weights=fingerprint(found),
+        components=components(pipe, found),
+        device=here["gpu"] if cuda else f"{here['cpu']}, {here['torch_threads']} threads",
         versions={**versions(WHICH), **({"revision": sha} if (sha := git_sha()) else {})},
         call=plain(call),
         prompts=plain(prompts),
@@ -139,9 +141,11 @@ class Kept:
 
     def remove(self) -> None:
         """Removes what a comparison has written, and the folder where it holds nothing else."""
-        with contextlib.suppress(OSError):
-            for path in (*self.folder.glob(CLIPS), *self.folder.glob(".*.tmp"), self.folder / RUN, self.folder / LOCK):
-                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, FileError):  # somebody has begun the same comparison again: it is theirs now
+            with only_writer(self.folder / RUN, "another comparison writes into this folder"):
+                for path in (*self.folder.glob(CLIPS), *self.folder.glob(".*.tmp"), self.folder / RUN):
+                    path.unlink(missing_ok=True)
+            (self.folder / LOCK).unlink(missing_ok=True)
             self.folder.rmdir()
 
     @property

@@ -11,7 +11,7 @@ import torch
 
 import diffusers_accel
 from diffusers_accel.files import quoted
-from diffusers_accel.identity import Found, fingerprint, model_name, plain
+from diffusers_accel.identity import Found, components, fingerprint, model_name, plain
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.search.cost import describe_device
 from diffusers_accel.search.schedule import Settings
@@ -25,6 +25,8 @@ def configuration(pipe: Any, found: Found, call: Mapping[str, Any], settings: Se
         "pipeline": type(pipe).__name__,
         "model": model_name(pipe),
         "weights": fingerprint(found),
+        "components": components(pipe, found),
+        "device": describe_device(torch.device(pipe._execution_device)),
         "call": plain(call),
         "seed": settings.seed,
         "rows": settings.rows,

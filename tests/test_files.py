@@ -328,3 +328,28 @@ def test_values_in_messages_are_short_and_steer_no_terminal() -> None:
     assert printable("a\x1b[31mb\nc\u202ed\ud800") == "a\\x1b[31mb\\nc\\u202ed\\ud800"
     for whole in ("Grüße, 世界 🎈", "👩\u200d🚀", "می\u200cخواهم", "10\u00a0km"):
         assert printable(whole) == whole
+
+
+def test_long_names_are_refused_before_the_work_or_written(tmp_path: Path) -> None:
+    """In bytes, as systems count them, and with room for what stands beside a file."""
+    with pytest.raises(WriteError, match="cannot be written: File name too long"):
+        prepare_file(tmp_path / ("字" * 80 + ".json"))
+    long = tmp_path / ("字" * 60 + ".json")
+    prepare_file(long)
+    write_whole(long, b"x")
+    assert long.read_bytes() == b"x"
+
+
+def test_only_temporary_files_of_ours_are_swept(tmp_path: Path) -> None:
+    mine = tmp_path / ".plan.json.mine.tmp"
+    mine.write_bytes(b"a user's own")
+    os.utime(mine, (time.time() - 3600,) * 2)
+    write_whole(tmp_path / "plan.json", b"new")
+    assert mine.exists()
+
+
+def test_a_place_deep_in_a_file_keeps_its_message_short() -> None:
+    data = b'{"%s":' % (b"k" * 60) * 31 + b"1e999" + b"}" * 31
+    with pytest.raises(FileError, match="expected a finite number") as caught:
+        parse_json(data)
+    assert len(str(caught.value)) < 500

@@ -14,6 +14,7 @@ from diffusers_accel.files.whole import write_whole
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_DEPTH = 32
+LONGEST_PATH = 200
 WORD = 2**63  # whole numbers are below it, as in a tensor
 
 
@@ -84,12 +85,18 @@ def check_json(value: object, path: str, depth: int = 0) -> None:
             if not isinstance(key, str):
                 raise FileError(f"{path}: expected text as keys, found {quoted(key)}")
             _check_text(key, path)
-            check_json(item, f"{path}.{printable(key)[:60]}", depth + 1)
+            check_json(item, _below(path, f".{printable(key)[:60]}"), depth + 1)
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            check_json(item, f"{path}[{index}]", depth + 1)
+            check_json(item, _below(path, f"[{index}]"), depth + 1)
     else:
         raise FileError(f"{path}: expected plain JSON data, found {type(value).__name__}")
+
+
+def _below(path: str, step: str) -> str:
+    """A place in the data, as far as a message has room for it: its end."""
+    longer = path + step
+    return longer if len(longer) <= LONGEST_PATH else f"...{longer[-LONGEST_PATH:]}"
 
 
 def _check_text(text: str, path: str) -> None:

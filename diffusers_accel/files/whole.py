@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import secrets
 import sys
 import time
@@ -14,6 +16,7 @@ from typing import BinaryIO
 from diffusers_accel.files.errors import WriteError
 
 UNTOUCHED = "what was there before is as it was. Free space, or name another place"
+LONGEST_NAME = 200  # bytes: what goes beside it, such as a plan's tensors, has a longer one, and systems end at 255
 STALE_SECONDS = 60.0  # a temporary file that is younger may be one that its writer has not locked yet
 
 
@@ -62,10 +65,6 @@ def _as_write_error(path: Path, advice: str = UNTOUCHED) -> Iterator[None]:
         yield
     except OSError as error:
         raise WriteError(path, error, advice) from error
-    try:
-        sync_folder(path.parent)
-    except OSError as error:
-        raise WriteError(path, error, "it is in its place, but may be gone after a power cut") from error
 
 
 def prepare_file(path: Path) -> None:
@@ -109,8 +108,8 @@ def _prepare(folder: Path, path: Path) -> None:
         with _temporary(folder / "probe") as file:
             file.write(bytes(4096))
             _finish(file)
-        with contextlib.suppress(FileNotFoundError):
-            path.lstat()  # a name that is too long
+        if len(os.fsencode(path.name)) > LONGEST_NAME:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     except FileExistsError as error:
         raise WriteError(path, f"{error.filename} is a file, not a folder", "name another place") from error
     except OSError as error:
@@ -124,7 +123,7 @@ def _temporary(path: Path) -> Iterator[BinaryIO]:
     Its name is nobody else's, and is refused where something stands in its place: neither threads nor containers that share
     a folder meet, and a planted link is not followed.
     """
-    name = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+    name = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
     with name.open("xb") as file:
         try_lock(file.fileno())
         try:
@@ -135,6 +134,11 @@ def _temporary(path: Path) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):  # what a full disk did not take is tried once more, and is of no use now
                 file.close()  # Windows removes no open file
             name.unlink(missing_ok=True)
+
+
+def _prefix(path: Path) -> str:
+    """What the names of a file's temporary files begin with; names are limited in bytes."""
+    return f".{os.fsencode(path.name)[:100].decode(errors='ignore')}."
 
 
 def _finish(file: BinaryIO) -> None:
@@ -148,11 +152,10 @@ def _sweep(path: Path) -> None:
     """Removes the temporary files that killed writers of `path` have left: those whose lock nobody holds."""
     if sys.platform == "win32":
         return
-    prefix = f".{path.name[:100]}."
+    left = re.compile(f"{re.escape(_prefix(path))}[0-9a-f]{{16}}\\.tmp")
     for entry in os.scandir(path.parent):
         with contextlib.suppress(OSError):  # somebody else swept it
-            named = entry.name.startswith(prefix) and entry.name.endswith(".tmp")
-            if not named or not entry.is_file(follow_symlinks=False):
+            if not left.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
                 continue
             if time.time() - entry.stat(follow_symlinks=False).st_mtime < STALE_SECONDS:
                 continue

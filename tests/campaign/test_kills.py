@@ -75,11 +75,12 @@ def test_kills(work: str, short: int, long: int, warm: Forks, tmp_path: Path, ca
     wrong = []
     for number in numbers:
         where = undisturbed.steps[number - 1]
-        wrong += [
+        found = [
             f"at {number} of {steps}, {where}: {each}" for each in killed(work, warm, tmp_path, number, expected, whole)
         ]
+        wrong += found
         campaign.count(f"killed: {work}", "tried")
-        campaign.count(f"killed: {work}", "losses" if wrong else "as before")
+        campaign.count(f"killed: {work}", "losses" if found else "as before")
         assert len(wrong) < 5, "\n".join(wrong)
     assert not wrong, f"seed {campaign.seed}:\n" + "\n".join(wrong)
 
