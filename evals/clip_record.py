@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -46,7 +47,7 @@ class ClipNumbers(Schema, frozen=True):
     shape: tuple[int, int, int]
     tokens: dict[str, int]
     seen: dict[str, Seen]
-    repeat: list[float]
+    repeat: Annotated[list[float], msgspec.Meta(min_length=1)]
     patch_difference: float | None
     fps: int
     comparison: str = ""

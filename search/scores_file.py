@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from diffusers_accel.files import (
     FileError,
@@ -15,6 +16,7 @@ from diffusers_accel.files import (
     load_tensor_document,
     prepare_file,
     printable,
+    quoted,
     save_tensor_document,
 )
 from diffusers_accel.layout import TokenLayout
@@ -107,10 +109,17 @@ def read(path: Path) -> dict[str, Any]:
             },
             "layout": TokenLayout(**{name: getattr(header.layout, name) for name in _Layout.__struct_fields__}),
             "candidates": tuple(_method(index, data) for index, data in enumerate(header.candidates)),
-            "sums": {name: tensor.numpy() for name, tensor in tensors.items()},
+            "sums": {name: _array(name, tensor) for name, tensor in tensors.items()},
         }
     except ValueError as error:
         raise refused(path, error) from error
+
+
+def _array(name: str, tensor: Tensor) -> Array:
+    if tensor.dtype == torch.bfloat16:  # which numpy has not
+        raise ValueError(f"{quoted(name)}: expected numbers of another type, found bfloat16")
+    array: Array = tensor.numpy()
+    return array
 
 
 def refused(path: Path, error: ValueError) -> FileError:

@@ -71,7 +71,11 @@ def markdown(rows: Sequence[Row], picture: str | None = None) -> str:
         return "# Attention kernels\n\nNothing has been measured.\n"
     first, last = rows[0], latest(rows)
     facts = [f"{name} {value}" for part in ("machine", "versions") for name, value in first[part].items() if value]
-    facts += [f"revision {first['git_sha']}", f"kernels {first['code']}", f"dtype {', '.join(_values(rows, 'dtype'))}"]
+    facts += [
+        f"revision {first.get('git_sha') or 'unknown'}",
+        f"kernels {first['code']}",
+        f"dtype {', '.join(_values(rows, 'dtype'))}",
+    ]
     lines = ["# Attention kernels", "", "; ".join(facts) + f". {len(last)} rows.", ""]
     if picture:
         lines += [f"![Sparse efficiency over density]({picture})", ""]

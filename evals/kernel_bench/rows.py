@@ -51,6 +51,7 @@ class _Required(msgspec.Struct):
     t_med_ms: float | msgspec.UnsetType = msgspec.UNSET
     t_p20_ms: float | msgspec.UnsetType = msgspec.UNSET
     t_p80_ms: float | msgspec.UnsetType = msgspec.UNSET
+    git_sha: str | None = None
     t_kernel_ms: float | None = None
     t_prep_ms: float | None = None
     t_select_ms: float | None = None

@@ -11,7 +11,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from diffusers_accel.files import checksum, documents, read_tensor_file
+from diffusers_accel.files import (
+    FileError,
+    checksum,
+    documents,
+    load_tensor_document,
+    read_tensor_file,
+    save_tensor_document,
+)
+from diffusers_accel.search import scores_file
 from diffusers_accel.search.assign import assign
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.cost import Cost
@@ -329,3 +337,14 @@ def test_costs_that_do_not_fit_each_other_cannot_be_made():
         Cost({"a": (1.0, 2.0), "b": (1.0, 2.0, 3.0)}, {"a": (1.0, 2.0), "b": (1.0, 2.0)}, "cpu", 1, 1, 1)
     with pytest.raises(ValueError, match="expected finite times"):
         Cost({"a": (1.0, float("nan"))}, {"a": (1.0, 2.0)}, "cpu", 1, 1, 1)
+
+
+def test_numbers_of_a_type_that_numpy_has_not_are_refused(tmp_path):
+    """Also where the checksum fits."""
+    path = tmp_path / "scores.safetensors"
+    random_scores().save(path)
+    header, tensors = load_tensor_document(path, scores_file.KIND, scores_file.Header)
+    name = next(name for name in tensors if name.startswith("error/"))
+    save_tensor_document(path, scores_file.KIND, header, {**tensors, name: tensors[name].to(torch.bfloat16)})
+    with pytest.raises(FileError, match="expected numbers of another type, found bfloat16"):
+        Scores.load(path)
