@@ -1,11 +1,17 @@
-"""What every operator on q, k and v asks of its arguments. Reads shapes, dtypes and devices, never values."""
+"""What every operator on q, k and v asks of its arguments.
+
+Reads shapes, dtypes and devices; values only of a pattern, where the environment asks for it.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import Tensor
+
+from diffusers_accel.kernels.pattern import BlockPattern
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -18,6 +24,26 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must be {list(expected)} to fit q {list(q.shape)}, found {list(x.shape)}")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} must be {q.dtype} on {q.device} as q is, found {x.dtype} on {x.device}")
+
+
+def check_pattern(pattern: BlockPattern | None, q: Tensor, keys: int) -> None:
+    """A pattern for the batch rows, heads, queries and device of q `[B, S_q, H, D]` and so many keys, or None."""
+    if pattern is None:
+        return
+    if pattern.blocks.shape[0] not in (1, q.shape[0]) or pattern.heads != q.shape[2]:
+        raise ValueError(
+            f"the pattern describes {pattern.blocks.shape[0]} batch rows and {pattern.heads} heads, "
+            f"q has {q.shape[0]} and {q.shape[2]}; a pattern needs all heads and 1 or all batch rows"
+        )
+    if (pattern.queries, pattern.keys) != (q.shape[1], keys):
+        raise ValueError(
+            f"the pattern describes {pattern.queries} queries and {pattern.keys} keys, "
+            f"found {q.shape[1]} and {keys}; it must be built for these lengths"
+        )
+    if pattern.device != q.device:
+        raise ValueError(f"the pattern is on {pattern.device}, q on {q.device}: move it once with pattern.to(q.device)")
+    if os.environ.get("DIFFUSERS_ACCEL_CHECKS") == "1":
+        pattern.check()
 
 
 def check_k_mean(k_mean: Tensor | None, shape: tuple[int, int, int], device: torch.device) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_accel.kernels.checks import check_qkv, score_scale
+from diffusers_accel.kernels.checks import check_pattern, check_qkv, score_scale
 from diffusers_accel.kernels.choice import Choice, Operator
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.quantize import PRECISIONS as QUANTIZED
@@ -91,7 +91,7 @@ def attention(
     """
     _check_precision(precision)
     check_qkv(q, k, v)
-    _check_pattern(q, k, pattern)
+    check_pattern(pattern, q, k.shape[1])
     module = _chosen(impl, q.device, q.dtype, q.shape[3], _blocks(pattern), precision)
     with torch.no_grad():
         if precision == "input":
@@ -107,7 +107,7 @@ def quantized_attention(
 ) -> tuple[Tensor, Tensor]:
     """As `attention`, of q, k, v that have been quantized; the output is in the dtype that they had."""
     x = operands
-    _check_pattern(x.q, x.k, pattern)
+    check_pattern(pattern, x.q, x.k.shape[1])
     module = _chosen(impl, x.q.device, x.dtype, x.q.shape[3], _blocks(pattern), x.precision)
     with torch.no_grad():
         return module.quantized_attention(x, pattern, score_scale(scale, x.q.shape[3]))
@@ -143,22 +143,3 @@ def _blocks(pattern: BlockPattern | None) -> tuple[int, int]:
 def _check_precision(precision: str) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, found {precision!r}")
-
-
-def _check_pattern(q: Tensor, k: Tensor, pattern: BlockPattern | None) -> None:
-    if pattern is None:
-        return
-    if pattern.blocks.shape[0] not in (1, q.shape[0]) or pattern.heads != q.shape[2]:
-        raise ValueError(
-            f"the pattern describes {pattern.blocks.shape[0]} batch rows and {pattern.heads} heads, "
-            f"q has {q.shape[0]} and {q.shape[2]}; a pattern needs all heads and 1 or all batch rows"
-        )
-    if (pattern.queries, pattern.keys) != (q.shape[1], k.shape[1]):
-        raise ValueError(
-            f"the pattern describes {pattern.queries} queries and {pattern.keys} keys, "
-            f"found {q.shape[1]} and {k.shape[1]}; it must be built for these lengths"
-        )
-    if pattern.device != q.device:
-        raise ValueError(f"the pattern is on {pattern.device}, q on {q.device}: move it once with pattern.to(q.device)")
-    if os.environ.get("DIFFUSERS_ACCEL_CHECKS") == "1":
-        pattern.check()
