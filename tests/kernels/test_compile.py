@@ -27,6 +27,7 @@ from diffusers_accel.kernels.attention import hopper  # noqa: E402
 from diffusers_accel.kernels.attention import portable as attention  # noqa: E402
 from diffusers_accel.kernels.merge import portable as merge  # noqa: E402
 from diffusers_accel.kernels.pool import portable as pool  # noqa: E402
+from diffusers_accel.kernels.pooled import portable as pooled  # noqa: E402
 from diffusers_accel.kernels.prep import portable as prep  # noqa: E402
 from diffusers_accel.kernels.quantize import KEY_GROUP  # noqa: E402
 from diffusers_accel.kernels.quantize import portable as quantize  # noqa: E402
@@ -299,3 +300,28 @@ def test_pool(arch: int) -> None:
     constants = {"DIM": 128, "PADDED_DIM": 128, "BLOCK": 32, "stride_d": 1}
     code = compiled(pool.pool_kernel, arch, types, constants, num_warps=4)
     assert READ_16.search(code)
+
+
+@every_arch
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize(
+    ("dtype", "block_q", "group"),
+    [*((BF16, block_q, 1) for block_q in (16, 32, 64, 128)), (BF16, 128, 4), (F16, 128, 1)]
+    + [(F32, 16, 1), (F32, 128, 1), (F32, 128, 4)],
+)
+def test_pooled(arch: int, dim: int, dtype: torch.dtype, block_q: int, group: int) -> None:
+    tile = pooled.config(arch, dtype, block_q)
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*" + NAMES[dtype])
+    types |= {"read_ptr": "*u8", "lengths_ptr": "*i32", "lse_ptr": "*fp32", "qk_scale": "fp32"}
+    constants = {"DIM": dim, "PADDED_DIM": pooled.padded_dim(dim), "BLOCK_Q": block_q, "GROUP": group}
+    constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    code = compiled(
+        pooled.pooled_kernel, arch, types, constants, num_warps=tile.warps, num_stages=tile.stages
+    )  # fmt: skip
+    assert READ_16.search(code)
+    if dtype == F32:
+        assert not re.search(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", code)
+        assert len(re.findall(r"\bFFMA2?\b", code)) > dim
+    else:  # Hopper's and later products want 64 rows, smaller tiles take the older instruction
+        assert re.search(rf"\b{MATRIX[arch] if block_q >= 64 else 'HMMA'}\b", code)
+    assert len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code)) <= 8
