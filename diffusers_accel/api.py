@@ -16,7 +16,8 @@ from torch import nn
 
 from diffusers_accel.arguments import NAMES, check_parameters, plan_path, wrong_plan
 from diffusers_accel.clock import Clock, tells_steps
-from diffusers_accel.engine import Deals, PlanEngine
+from diffusers_accel.deals import Deals
+from diffusers_accel.engine import PlanEngine
 from diffusers_accel.families import find
 from diffusers_accel.files import quoted
 from diffusers_accel.forwards import Forwards
@@ -24,9 +25,10 @@ from diffusers_accel.forwards.report import ForwardsReport
 from diffusers_accel.forwards.scope import Scope
 from diffusers_accel.host_caches import caches_on
 from diffusers_accel.kernels.kept import forget_kept
+from diffusers_accel.layout import TokenLayout
 from diffusers_accel.log import LOG
 from diffusers_accel.memory import MAX_CACHE, Memories
-from diffusers_accel.methods import AUTO, NAMED, All, Method, Recipe
+from diffusers_accel.methods import AUTO, NAMED, Method, Recipe
 from diffusers_accel.plan import Plan
 from diffusers_accel.plan_size import check_size, planned_size
 from diffusers_accel.processor import attend_densely, redirect, restore, site_of
@@ -118,6 +120,11 @@ class Patch(Attachment):
         """Which forwards are computed, and how the others are predicted; None: all are computed."""
         return self._forwards.forwards if self._forwards else None
 
+    @property
+    def layout(self) -> TokenLayout | None:
+        """How the tokens of the last call lay; None before one."""
+        return next((engine.tally.layout for engine in self._engines if engine.tally.layout), None)
+
     def report(self) -> PatchReport:
         """What ran since patching or `clear`: per layer, methods, kernels, realised density and notes."""
         caches = [remark for model in self._models for remark in caches_on(model.module)]
@@ -193,7 +200,7 @@ def patch(
     resolved.check(shapes, family=family)
     if scopes.heads is not None:
         _check_kernels(pipe, resolved, found)
-    deals: Deals = {}
+    deals = Deals(resolved.tensors)
     engines: list[PlanEngine] = []
     remarks = Remarks()
     named = isinstance(scopes.heads, str) and scopes.heads in NAMED
@@ -363,7 +370,7 @@ def _check_leaves_something(recipe: Recipe, shapes: dict[str, ModelShape]) -> No
 
 def _leaves_out(plan: Plan) -> bool:
     """Whether any method of a plan reads less than everything."""
-    return any(not isinstance(method.select, All) for method in plan.methods.values())
+    return any(not method.select.reads_all for method in plan.methods.values())
 
 
 def _with_precision(chosen: Plan | Recipe | Method, pipe: Any, found: dict[str, Any]) -> Plan | Recipe | Method:

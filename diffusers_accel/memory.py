@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Hashable
+from dataclasses import dataclass, field
 
 import psutil
 import torch
 from torch import Tensor
 
 from diffusers_accel.files import quoted
-from diffusers_accel.kernels.pattern import BlockPattern, head_flags
+from diffusers_accel.methods.rest import Held
 
 LSE_BYTES = 4
 MAX_CACHE = 0.2  # of the free memory
 
 Layer = tuple[str, int]  # name of the transformer, number of the layer
-Branch = tuple[str, tuple[int, int]]  # pass of guidance, and which batch rows
-
-
-@dataclass
-class Held:
-    """What the heads of one group remember.
-
-    Args:
-        pattern: the blocks that they read.
-        selected: step at which these were selected.
-        refreshed: per head, the step at which its kept part was computed.
-        out: [B, S, heads, D], attention over the blocks that are not read; None without reuse.
-        lse: fp32 [B, heads, S], of the same.
-    """
-
-    pattern: BlockPattern
-    selected: int
-    refreshed: list[int]
-    out: Tensor | None = None
-    lse: Tensor | None = None
+Stream = tuple[str, tuple[int, int]]  # pass of guidance, and which batch rows
 
 
 @dataclass
@@ -111,18 +92,18 @@ class CacheBudget:
         self._admitted.clear()
         self._left = None
 
-    def admits(self, layer: Layer, branch: Hashable, q: Tensor) -> bool:
-        """Whether a layer may keep its parts on this branch, for calls of the size of q [B, S, H, D]: decided for all layers
-        of its transformer when the branch is first seen, and not changed before `restart`."""
+    def admits(self, layer: Layer, stream: Stream, q: Tensor) -> bool:
+        """Whether a layer may keep its parts on this stream, for calls of the size of q [B, S, H, D]: decided for all layers
+        of its transformer when the stream is first seen, and not changed before `restart`."""
         like = (q.shape, q.dtype, q.device)
         if self._left is None:
             if like != self._like:
                 self._like, self._total = like, int(self.share * self._free(q.device))
             self._left = self._total
-        if (branch, like) not in self._admitted:
+        if (stream, like) not in self._admitted:
             one_head = q.shape[0] * q.shape[1] * (q.shape[3] * q.element_size() + LSE_BYTES)
-            self._admitted[branch, like], self._left = self._fill(layer[0], one_head, self._left)
-        return layer in self._admitted[branch, like]
+            self._admitted[stream, like], self._left = self._fill(layer[0], one_head, self._left)
+        return layer in self._admitted[stream, like]
 
     def _fill(self, transformer: str, one_head: int, left: int) -> tuple[set[Layer], int]:
         """The layers that fit, and the bytes that they leave."""
@@ -146,7 +127,7 @@ class Memories:
 
     def __init__(self, max_cache: float = MAX_CACHE) -> None:
         self.budget = CacheBudget(max_cache)
-        self._kept: dict[tuple[Layer, Branch], Memory] = {}
+        self._kept: dict[tuple[Layer, Stream], Memory] = {}
         self._at: tuple[str, int, int] | None = None
 
     def at(self, transformer: str, now: tuple[int, int]) -> None:
@@ -167,8 +148,8 @@ class Memories:
             if layer[0] == transformer and passing == branch:
                 memory.carry(now)
 
-    def of(self, layer: Layer, branch: Branch) -> Memory:
-        return self._kept.setdefault((layer, branch), Memory())
+    def of(self, layer: Layer, stream: Stream) -> Memory:
+        return self._kept.setdefault((layer, stream), Memory())
 
     def bytes(self, layer: Layer) -> int:
         """What a layer keeps now, on all branches."""
@@ -185,17 +166,3 @@ def free_bytes(device: torch.device) -> int:
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
     return int(psutil.virtual_memory().available)
-
-
-def mixed(fresh: BlockPattern, kept: BlockPattern, take_fresh: Sequence[bool]) -> BlockPattern:
-    """Per head the fresh or the kept lists."""
-    chosen = head_flags(tuple(take_fresh), fresh.device)
-    capacity = max(fresh.blocks.shape[3], kept.blocks.shape[3])
-    fresh_blocks, kept_blocks = (
-        torch.nn.functional.pad(each.blocks, (0, capacity - each.blocks.shape[3])) for each in (fresh, kept)
-    )
-    return replace(
-        fresh,
-        blocks=torch.where(chosen[:, None, None], fresh_blocks, kept_blocks),
-        counts=torch.where(chosen[:, None], fresh.counts, kept.counts),
-    )

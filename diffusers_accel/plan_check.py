@@ -6,13 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from diffusers_accel.files import FileError, check_json, check_tensors, printable, quoted
-from diffusers_accel.methods import AUTO, Stored, Stripe
-from diffusers_accel.plan_masks import check_masks, check_sizes
-from diffusers_accel.shape import ModelShape
+from diffusers_accel.methods import AUTO
+from diffusers_accel.plan_uses import told_layouts, uses
 
 if TYPE_CHECKING:
     from diffusers_accel.plan import Plan, Span
@@ -119,52 +115,17 @@ def _check_tensors(plan: Plan) -> None:
         check_tensors(plan.tensors)
     except FileError as error:
         raise FileError(f"tensors.{error}") from error
-    masks: dict[str, Tensor] = {}
-    for name, shape in plan.models.items():
-        rows = [row for span in plan.spans for row in span.heads[name]]
-        for symbol in sorted({symbol for row in rows for symbol in row}):
-            method = plan.methods[symbol]
-            if isinstance(method.select, Stripe) and method.select.calibrated:
-                _check_mass(_tensor(plan, f"stripe_mass/{name}", symbol), f"stripe_mass/{name}", shape)
-            if isinstance(method.select, Stored):
-                bits, heads = ((key, _tensor(plan, key, symbol)) for key in method.select.names(method.order, name))
-                check_masks(plan, name, symbol, bits, heads)
-                masks[bits[0]] = bits[1]
-            if method.reuse and method.reuse.gated:
-                _check_gate(_tensor(plan, f"refresh/{name}", symbol), f"refresh/{name}", shape)
-    check_sizes(masks)
-
-
-def _tensor(plan: Plan, key: str, symbol: str) -> Tensor:
-    if key not in plan.tensors:
-        found = quoted(sorted(plan.tensors))[1:-1] or "none"
-        raise FileError(
-            f"tensors: expected {quoted(key)}, which the method {symbol!r} reads, found {found}; "
-            f"search the plan again, or leave out {plan.methods[symbol].label!r}"
-        )
-    return plan.tensors[key]
-
-
-def _check_mass(mass: Tensor, key: str, shape: ModelShape) -> None:
-    if (
-        mass.dim() != 4
-        or mass.shape[:2] != (shape.layers, shape.heads)
-        or 0 in mass.shape
-        or not mass.is_floating_point()
-    ):
-        raise FileError(
-            f"tensors.{key}: expected a floating [{shape.layers} layers, {shape.heads} heads, frames, height], "
-            f"found {mass.dtype} {list(mass.shape)}"
-        )
-    if not bool(torch.isfinite(mass).all()):
-        raise FileError(f"tensors.{key}: expected finite numbers, found NaN or infinity")
-
-
-def _check_gate(gate: Tensor, key: str, shape: ModelShape) -> None:
-    if gate.dtype != torch.uint8 or gate.dim() != 3 or gate.shape[1:] != (shape.layers, shape.heads) or not len(gate):
-        raise FileError(
-            f"tensors.{key}: expected uint8 [parts, {shape.layers} layers, {shape.heads} heads], "
-            f"found {gate.dtype} {list(gate.shape)}"
-        )
-    if int(gate.max()) > 1:
-        raise FileError(f"tensors.{key}: expected 1 where a head refreshes and 0 elsewhere, found {int(gate.max())}")
+    layouts = told_layouts(plan.provenance)
+    first: tuple[str, tuple[int, ...]] | None = None
+    for name in plan.models:
+        for each in uses(plan, name, layouts):
+            method = plan.methods[each.symbol]
+            method.select.check(method.order, each, plan.tensors)
+            method.rest.check(each, plan.tensors)
+            size = method.select.made_for(method.order, name, plan.tensors)
+            if size and first and size != first[1]:
+                raise FileError(
+                    f"methods.{each.symbol}: expected tensors for {first[1]} (parts, blocks), as those of "
+                    f"methods.{first[0]} are, found {size}; search the plan again"
+                )
+            first = first or ((each.symbol, size) if size else None)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from diffusers_accel.plan import Plan
 
 FORMAT = "diffusers_accel.plan"
-VERSION = 1
+VERSION = 2
+READABLE = (1, VERSION)
 _KEYS = ("format", "version", "family", "models", "methods", "spans", "budget", "provenance", "tensors")
 _SUM = "sha256"  # of all the others; a plan that was written by hand, or before plans had it, has none
 
@@ -62,6 +63,8 @@ def parse(data: object) -> dict[str, Any]:
     _check_sum(plan)
     plan = _object(plan, "the plan", _KEYS)
     methods = _mapping(plan["methods"], "methods")
+    if plan["version"] == 1:
+        methods = {symbol: _upgraded(item) for symbol, item in methods.items()}
     return {
         "family": plan["family"],
         "models": {
@@ -81,7 +84,7 @@ def _check_format(data: object) -> dict[str, Any]:
     if plan.get("format") != FORMAT:
         raise FileError(f'format: expected "{FORMAT}", found {quoted(plan.get("format"))}; this is not a plan file')
     version = plan.get("version")
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version not in READABLE:
         newer = isinstance(version, int) and version > VERSION
         advice = "upgrade diffusers-accel" if newer else "search the plan again"
         raise FileError(f"version: expected {VERSION}, found {quoted(version)}; {advice}")
@@ -109,6 +112,15 @@ def _method(data: object, path: str) -> Method:
         return Method.from_json(data)
     except ValueError as error:
         raise FileError(f"{path}: {error}") from error
+
+
+def _upgraded(method: object) -> object:
+    """A method of version 1, which called the rest "kept" a reuse and had no other."""
+    if not isinstance(method, Mapping) or "reuse" not in method:
+        return method
+    reuse = method["reuse"]
+    kept = {"kind": "kept", **reuse} if isinstance(reuse, Mapping) else reuse
+    return {**{key: value for key, value in method.items() if key != "reuse"}, "rest": kept}
 
 
 def _span(data: object, path: str) -> tuple[float, float, dict[str, tuple[str, ...]]]:

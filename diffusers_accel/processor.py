@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusers_accel.families.family import AttentionCall
+from diffusers_accel.families.family import AttentionName
 from diffusers_accel.site import Site
 
 SITES: WeakValueDictionary[int, Site] = WeakValueDictionary()
@@ -99,7 +99,7 @@ def restore(processor: Any) -> Any:
     return stock
 
 
-def attend_densely(processor: Any, attention_call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_densely(processor: Any, attention_call: AttentionName, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What the stock processor would have called, for q [B, S, H, D] and k, v [B, keys, H, D], with the user's own backend.
 
     The processor is a redirected one, or was one (`restore`).
@@ -119,7 +119,7 @@ def site_of(processor: Any) -> Site | None:
 
 
 @functools.cache
-def _redirected(stock: Any, attention_call: AttentionCall, masks_text: bool) -> type:
+def _redirected(stock: Any, attention_call: AttentionName, masks_text: bool) -> type:
     """One class for each stock class, so that torch.compile sees the same code at every layer."""
     call: Any = stock.__call__
     names = attention_call.split(".")

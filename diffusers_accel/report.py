@@ -120,9 +120,9 @@ def _exceeded(engines: Sequence[PlanEngine]) -> list[str]:
     tokens: dict[str, int] = {}
     for tally in (engine.tally for engine in engines):
         for method, (heads, summed) in tally.reads.items():
-            density = getattr(method.select, "density", None)
-            if density is not None:
-                asked[method.label], tokens[method.label] = density, tally.tokens
+            density = method.select.expected_density
+            if density is not None and not method.select.reads_all:
+                asked[method.label], tokens[method.label] = density, tally.layout.tokens if tally.layout else 0
                 total = reads.setdefault(method.label, [0.0, 0.0])
                 total[0], total[1] = total[0] + heads, total[1] + float(summed)
     found = {label: summed / heads for label, (heads, summed) in reads.items()}

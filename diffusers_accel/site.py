@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count, groupby
 from typing import Any, Protocol, cast
@@ -14,23 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from diffusers_accel.call import AttentionCall, DenseAttention
 from diffusers_accel.clock import Clock
 from diffusers_accel.families import Family
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.shape import ModelShape
 
-DenseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 
 class Engine(Protocol):
     """What attends at a site: a plan at work, or a search that watches."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
+    def attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, S, H, D], k and v [B, keys, H, D] after norm and RoPE -> the attention output, q's shape and dtype.
 
-        These are the batch rows `site.rows`, whose tokens lie as `site.layout()` says: k and v are the first `layout.keys`
-        tokens, without the padding. `dense(q, k, v)` is the attention that the user has chosen for the model, for any
-        number of heads.
+        These are the batch rows `call.rows`, whose tokens lie as `call.layout` says: k and v are the first `layout.keys`
+        tokens, without the padding.
         """
         ...
 
@@ -44,13 +41,12 @@ class Rows:
     layout: TokenLayout
 
 
-class _Call(threading.local):
-    """What the forward that runs in this thread has shown: sizes, which pass, existing text of each row, the rows at work."""
+class _Forward(threading.local):
+    """What the forward that runs in this thread has shown: sizes, which pass, existing text of each row."""
 
     sizes: tuple[int, ...] | None = None
     branch: str = ""
     text: tuple[int, ...] | None = None
-    rows: Rows | None = None
 
 
 class Model:
@@ -64,7 +60,7 @@ class Model:
         self.shape: ModelShape = family.shape(module)
         self.expects: Callable[[TokenLayout], None] | None = None  # refuses calls of another size, where a size matters
         self._expected: set[tuple[int, ...]] = set()
-        self._call = _Call()
+        self._forward = _Forward()
         self._layouts: dict[tuple[tuple[int, ...], int | None], TokenLayout] = {}
         self._passes = WeakTensorKeyDictionary()  # text embeddings -> a name for the pass that they belong to
         self._numbers = count()
@@ -73,24 +69,23 @@ class Model:
     def observe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Takes note of a forward that begins."""
         self.clock.follow(self.module)
-        self._call.sizes = self.family.observe(args, kwargs)
-        if self.expects is not None and self._call.sizes not in self._expected:
-            self.expects(self.family.layout(self.module.config, self._call.sizes))
-            self._expected.add(self._call.sizes)
-        self._call.branch = self.clock.branch or self._pass(self.family.text(args, kwargs))
-        self._call.text = None
-        self._call.rows = None
+        self._forward.sizes = self.family.observe(args, kwargs)
+        if self.expects is not None and self._forward.sizes not in self._expected:
+            self.expects(self.family.layout(self.module.config, self._forward.sizes))
+            self._expected.add(self._forward.sizes)
+        self._forward.branch = self.clock.branch or self._pass(self.family.text(args, kwargs))
+        self._forward.text = None
         if self.family.text_mask is not None:
-            self._call.text = self._count(self.family.text_mask(args, kwargs))
+            self._forward.text = self._count(self.family.text_mask(args, kwargs))
 
     @property
     def branch(self) -> str:
         """The running pass: the pipeline's name for it, such as "cond", else one by its text embeddings; "" before any."""
-        return self._call.branch
+        return self._forward.branch
 
     def rows(self, batch: int) -> list[Rows]:
         """The `batch` rows of the running call, in as few parts as have equal layouts."""
-        counts = self._call.text
+        counts = self._forward.text
         if counts is None:
             return [Rows(0, batch, self._layout(None))]
         if len(counts) != batch:
@@ -100,22 +95,8 @@ class Model:
         parts = [list(part) for _, part in groupby(range(batch), key=counts.__getitem__)]
         return [Rows(part[0], part[-1] + 1, self._layout(counts[part[0]])) for part in parts]
 
-    @contextmanager
-    def running(self, rows: Rows) -> Iterator[None]:
-        self._call.rows = rows
-        try:
-            yield
-        finally:
-            self._call.rows = None
-
-    @property
-    def now(self) -> Rows:
-        """The rows that run in this thread; between calls of attention, the first rows of the last forward."""
-        counts = self._call.text
-        return self._call.rows or Rows(0, 1, self._layout(counts[0] if counts else None))
-
     def _layout(self, text_valid: int | None) -> TokenLayout:
-        sizes = self._call.sizes
+        sizes = self._forward.sizes
         if sizes is None:
             raise RuntimeError(
                 f"self-attention of {self.name} was called outside the model's own forward: its layout is unknown"
@@ -189,21 +170,13 @@ class Site:
         self.attachment: Any = None
         self.processor: Any = None  # ours, while it is attached
         self._stranger: str | None = None
+        self._heads = tuple(range(model.shape.heads))
         self.timer: Timer | None = None
 
     @property
     def transformer(self) -> str:
         """The pipeline's name of the model that this site belongs to."""
         return self.model.name
-
-    @property
-    def clock(self) -> Clock:
-        return self.model.clock
-
-    @property
-    def branch(self) -> str:
-        """Which pass of a step is running: what is kept of an earlier step is that pass's alone."""
-        return self.model.branch
 
     @property
     def stranger(self) -> str | None:
@@ -219,15 +192,6 @@ class Site:
         self.processor = None
         if self._stranger is None:
             module.set_processor(stock)
-
-    def layout(self) -> TokenLayout:
-        """How the tokens of the running call lie."""
-        return self.model.now.layout
-
-    @property
-    def rows(self) -> tuple[int, int]:
-        """Which batch rows of the model the running call attends for: (start, stop)."""
-        return self.model.now.start, self.model.now.stop
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, S, H, D] -> [B, S, H, D]; what the engine is given is cut to tokens that exist as keys."""
@@ -246,5 +210,14 @@ class Site:
                 f"{self.name} of {self.transformer}: expected the {layout.tokens:,} tokens of {layout}, found {q.shape[1]:,}: "
                 "something else changes the sequence of this model. Take that off, or call diffusers_accel.unpatch(pipe)"
             )
-        with self.model.running(rows):
-            return self.engine.attend(q[some], k[some, : layout.keys], v[some, : layout.keys], self.dense)
+        call = AttentionCall(
+            layout=layout,
+            transformer=self.transformer,
+            layer=self.layer,
+            heads=self._heads,
+            branch=self.model.branch,
+            rows=(rows.start, rows.stop),
+            now=self.model.clock.now(),
+            dense=self.dense,
+        )
+        return self.engine.attend(call, q[some], k[some, : layout.keys], v[some, : layout.keys])

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.api import attach
+from diffusers_accel.call import AttentionCall, DenseAttention
 from diffusers_accel.kernels.attention import attention
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import BLOCK, Band, Context, Method
-from diffusers_accel.site import DenseAttention, Site
+from diffusers_accel.methods import AxisOrder, Band
+from diffusers_accel.methods.select import Inputs
 
 SLOW_LAYER_MS = 3_000.0  # attention of one layer that takes longer is not repeated to measure the sparse efficiency
 REPEATS = 5  # after one run to warm up
@@ -67,22 +68,21 @@ class StepTiming:
         return dense_ms / sparse_ms
 
     def _band(self, density: float) -> BlockPattern:
-        q, layout = self._qkv[0], self.layout
-        mask = Method(select=Band(density)).mask(Context(layout, "transformer", 0, (0,)))
-        mask = mask[None, :, :, : layout.key_blocks(BLOCK)].expand(1, q.shape[2], -1, -1)
-        return BlockPattern.from_mask(mask, layout.tokens, layout.keys, BLOCK, BLOCK).to(q.device)
+        q = self._qkv[0]
+        call = AttentionCall(self.layout, heads=tuple(range(q.shape[2])))
+        return Band(density).pattern(call, AxisOrder(), {}, Inputs(q.device))
 
 
 class _Engine:
     """Attends densely, as the user has chosen, and notes what it was given."""
 
-    def __init__(self, site: Site, timing: StepTiming) -> None:
-        self._site = site
+    def __init__(self, timing: StepTiming) -> None:
         self._timing = timing
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
-        self._timing._qkv, self._timing.layout, self._timing._dense = (q, k, v), self._site.layout(), dense
-        return dense(q, k, v)
+    def attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert call.dense is not None
+        self._timing._qkv, self._timing.layout, self._timing._dense = (q, k, v), call.layout, call.dense
+        return call.dense(q, k, v)
 
 
 def time_step(pipe: Any, call: dict[str, Any]) -> StepTiming:
@@ -96,7 +96,7 @@ def time_step(pipe: Any, call: dict[str, Any]) -> StepTiming:
     """
     timing = StepTiming()
     device = torch.device(pipe._execution_device)
-    with attach(pipe, lambda site: _Engine(site, timing)) as attachment, attachment.timed() as timer:
+    with attach(pipe, lambda site: _Engine(timing)) as attachment, attachment.timed() as timer:
         marks = [(time.perf_counter(), 0.0)]
 
         def mark(*_: Any) -> dict[str, Any]:

@@ -46,9 +46,8 @@ from diffusers_accel.evals.tally import (
 from diffusers_accel.files import printable, quoted
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.interrupted import Interrupted
-from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import BLOCK, Stored
 from diffusers_accel.plan import Plan
+from diffusers_accel.plan_size import check_size
 from diffusers_accel.subject import Patchable
 
 DISTRIBUTIONS = ("torch", "triton", "diffusers", "diffusers-accel", "numpy", "scikit-image", "lpips")
@@ -180,8 +179,10 @@ class _Session:
             try:
                 with self._patched(name) as patched:
                     generate(self.pipe, prompt, SharedNoise(seed), call)
-                    layout = patched.sites[0].layout()
-                _check_size(plan, layout)
+                    layout = patched.layout
+                assert layout is not None
+                for transformer in plan.models:
+                    check_size(plan, transformer, layout)
             except ValueError as error:
                 raise ValueError(f"subjects[{quoted(name)}]: {error}") from error
         video = {"frames": layout.frames, "height": layout.height, "width": layout.width}
@@ -329,20 +330,6 @@ def _resolved(pipe: Any, subject: PlanLike) -> tuple[Plan, Forwards | None]:
     plan, parameters = subject if isinstance(subject, tuple) else (subject, {})
     with patch(pipe, plan, **parameters) as patched:
         return patched.plan, patched.forwards
-
-
-def _check_size(plan: Plan, layout: TokenLayout) -> None:
-    """Refuses stored masks of another size also where no step of the warm-up reads them."""
-    blocks = layout.blocks(BLOCK)
-    for method in plan.methods.values():
-        if isinstance(method.select, Stored):
-            for name in plan.models:
-                bits = plan.tensors.get(method.select.names(method.order, name)[0])
-                if bits is not None and bits.shape[2] != blocks:
-                    raise ValueError(
-                        f"the plan's stored masks are for {bits.shape[2]} blocks of {BLOCK} tokens, this call has {blocks}: "
-                        "stored masks hold for the size that was searched; search a plan for this one"
-                    )
 
 
 def _options(subject: PlanLike) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from diffusers_accel.families import find
 from diffusers_accel.files import quoted
-from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Method, Patches, Reuse, Skip, Stored, Stripe
+from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Skip, Stored, Stripe
 from diffusers_accel.suggest import did_you_mean
 
 DENSITIES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
@@ -53,7 +53,7 @@ def candidates(
     found = [method for name in check_sets(methods or tuple(SETS)) for method in SETS[name](ordered, quantized)]
     if quantized:
         found.append(replace(DENSE, precision="int8"))
-    kept = [method for method in found if stripes or not isinstance(method.select, Stripe)]
+    kept = [method for method in found if stripes or method.select.records != "column mass"]
     return (DENSE, *dict.fromkeys(kept))
 
 
@@ -84,7 +84,7 @@ def _draft(densities: list[float], quantized: bool) -> list[Method]:
 def _cached(densities: list[float], quantized: bool) -> list[Method]:
     precisions = ("input", "int8") if quantized else ("input",)
     return [
-        Method(Patches(), Draft(density), precision, Reuse(EVERY))
+        Method(Patches(), Draft(density), precision, Kept(EVERY))
         for precision in precisions
         for density in _every_other(densities)
     ]
@@ -144,8 +144,6 @@ def check_sets(names: Sequence[str]) -> tuple[str, ...]:
 
 def _unmeasured(method: Method) -> str | None:
     """Why a probe cannot tell the error of a method, or None."""
-    if isinstance(method.select, Draft) and method.select.hold > 1:
+    if method.select.reselect_every > 1:
         return "the error of a selection that is held for several steps is not measured"
-    if method.reuse and method.reuse.gated:
-        return "a gate is not searched, but calibrated for a plan that was: search.gates.calibrate_gates"
-    return None
+    return method.rest.unmeasured

@@ -10,18 +10,19 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffusers_accel.call import AttentionCall
+from diffusers_accel.deals import Deal, deal
 from diffusers_accel.files import Kind, Schema, load_document, printable, quoted, save_document
-from diffusers_accel.launch import Deal, deal, run
+from diffusers_accel.launch import run
 from diffusers_accel.memory import Memory
-from diffusers_accel.methods import AxisOrder, Context, Method, Reuse
-from diffusers_accel.site import DenseAttention
+from diffusers_accel.methods import Method
+from diffusers_accel.methods.uses import Tensors
 
 KIND = Kind("diffusers_accel.cost", 3, "delete the file and measure the cost again")
 MIN_ROUNDS = 3
@@ -87,22 +88,20 @@ class Cost(Schema, frozen=True):
 
 def alike(method: Method) -> Method:
     """A method that costs the same and stands for all that do: into which order tokens are sorted makes no difference."""
-    if isinstance(method.order, AxisOrder) and not method.order.identity:
-        method = replace(method, order=AxisOrder("hwf"))
-    return replace(method, reuse=Reuse(every=FOREVER)) if method.reuse else method
+    return replace(method, order=method.order.representative, rest=method.rest.representative)
 
 
-def launch_all(method: Method, ctx: Context, device: torch.device) -> Deal:
-    """The launch in which all heads of a layer, those of `ctx`, take a method."""
-    return deal((method,) * len(ctx.heads), ctx, device)
+def launch_all(method: Method, call: AttentionCall, tensors: Tensors, device: torch.device) -> Deal:
+    """The launch in which all heads of a call take a method."""
+    return deal((method,) * len(call.heads), call, tensors, device)
 
 
 def time_candidates(
     planned: Sequence[Deal],
+    call: AttentionCall,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    dense: DenseAttention,
     seconds: float,
     on_round: Callable[[float], None] = lambda share: None,
 ) -> tuple[np.ndarray, int]:
@@ -113,8 +112,8 @@ def time_candidates(
     and one that does not are timed one after the other, and what it keeps is dropped again.
 
     Args:
-        planned: of `launch_all`, and of `alike` methods where they reuse; the first is dense.
-        dense: the user's own attention.
+        planned: of `launch_all`, and of `alike` methods where they keep something; the first is dense.
+        call: whose heads they deal out.
         seconds: rounds go on until then, at least three.
         on_round: called after each round with the share of `seconds` that is over.
 
@@ -123,13 +122,16 @@ def time_candidates(
         number of rounds.
     """
 
+    dense = call.dense
+    assert dense is not None
+
     def timed(launch: Deal) -> tuple[float, float]:
         if launch is planned[0]:
             ms = _time(lambda: dense(q, k, v), q.device)
-        elif not any(method.reuse for method in launch.methods):
-            ms = _time(lambda: run(launch, q, k, v, dense).out, q.device)
+        elif not any(method.rest.remembers for method in launch.methods):
+            ms = _time(lambda: run(launch, call, q, k, v).out, q.device)
         else:
-            cycle = _Cycle(launch, q, k, v, dense)
+            cycle = _Cycle(launch, call, q, k, v)
             refresh = _time(cycle.refresh, q.device)
             return _time(cycle.reuse, q.device), refresh
         return ms, ms
@@ -154,20 +156,24 @@ def time_candidates(
 
 
 class _Cycle:
-    """The calls of a launch that reuses, step by step."""
+    """The calls of a launch that keeps something, step by step."""
 
-    def __init__(self, launch: Deal, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> None:
-        self._run = partial(run, launch, q, k, v, dense)
+    def __init__(self, launch: Deal, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self._launch, self._call, self._qkv = launch, call, (q, k, v)
 
     def refresh(self) -> Tensor:
         """The first step of a generation."""
         self._memory, self._step = Memory(), 0
-        return self._run(self._memory, (0, FOREVER)).out
+        return self._run()
 
     def reuse(self) -> Tensor:
         """The next one."""
         self._step += 1
-        return self._run(self._memory, (self._step, FOREVER)).out
+        return self._run()
+
+    def _run(self) -> Tensor:
+        now = (self._step, FOREVER)
+        return run(self._launch, replace(self._call, now=now), *self._qkv, self._memory).out
 
 
 def describe_device(device: torch.device) -> str:

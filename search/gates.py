@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_accel.call import AttentionCall
 from diffusers_accel.drift import Calibration
 from diffusers_accel.files import quoted
 from diffusers_accel.identity import plain
@@ -27,16 +28,20 @@ from diffusers_accel.interrupted import Interrupted
 from diffusers_accel.kernels.attention import attention
 from diffusers_accel.kernels.kept import kept
 from diffusers_accel.kernels.pattern import BlockPattern, head_index
+from diffusers_accel.kernels.pool import pool
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.memory import mixed
-from diffusers_accel.methods import BLOCK, Context, Draft, Method, Order, Reuse, Stored
-from diffusers_accel.methods.draft import video_blocks
+from diffusers_accel.methods import BLOCK, Kept, Method, Order
+from diffusers_accel.methods.blocks import video_blocks
+from diffusers_accel.methods.rests.kept import gate_name
+from diffusers_accel.methods.select import Inputs
+from diffusers_accel.methods.steps import mixed
+from diffusers_accel.methods.uses import Tensors
 from diffusers_accel.plan import Plan
 from diffusers_accel.search.arguments import check_call, check_pipeline, check_prompts
 from diffusers_accel.search.checks import whole_number
 from diffusers_accel.search.running import Prompt, SiteEngine, now, prompt_label, run_pipeline
 from diffusers_accel.search.screen import Screen
-from diffusers_accel.site import DenseAttention, Engine, Site
+from diffusers_accel.site import Engine, Site
 
 WATCHED = 32  # query blocks of a call, evenly spread: means over 4,096 queries
 
@@ -112,7 +117,7 @@ def calibrate_gates(
                 **counts,
             },
         },
-        tensors={**plan.tensors, **{f"refresh/{name}": gate for name, gate in gates.items()}},
+        tensors={**plan.tensors, **{gate_name(name): gate for name, gate in gates.items()}},
     )
 
 
@@ -129,7 +134,7 @@ def check_gated(plan: Plan, gamma: float, max_lse_change: float) -> None:
         labels = ", ".join(repr(method.label) for method in plan.methods.values())
         raise ValueError(
             f"a gate is for heads that reuse, found a plan with {labels}: search with the method set cached among others, or "
-            "make a plan of methods with a Reuse"
+            "make a plan of methods with the rest Kept()"
         )
 
 
@@ -183,23 +188,24 @@ class Watch:
     def engine(self, site: Site) -> Engine:
         return SiteEngine(self, site)
 
-    def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
+    def attend(self, site: Site, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The dense result; watches all heads that reuse at this step."""
-        step, steps = now(site)
+        step, steps = now(call)
         if steps != (self.steps or steps):
             raise RuntimeError(f"expected {self.steps} steps as in the first call of the pipeline, found {steps}")
         self.steps = steps
         span = self.plan.span_at(step, steps)
-        if self._at != (site.transformer, span):
+        if self._at != (call.transformer, span):
             self._forget()
-            self._at = site.transformer, span
-        self.ran[site.transformer].add(step)
-        if site.layer == 0:
+            self._at = call.transformer, span
+        self.ran[call.transformer].add(step)
+        if call.layer == 0:
             self._on_share(step / steps)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            for members in self._members(site, span):
-                self._watch(members, site, step, q, k, v)
-        return dense(q, k, v)
+            for members in self._members(call, span):
+                self._watch(members, call, q, k, v)
+        assert call.dense is not None
+        return call.dense(q, k, v)
 
     def gate(self, transformer: str) -> Tensor:
         """uint8 [steps, layers, heads], 1 where a head has to refresh."""
@@ -210,18 +216,18 @@ class Watch:
                 flags[:, members.layer, list(members.heads)] &= calibration.flags()[:, 0]
         return flags.byte()
 
-    def _members(self, site: Site, span: int) -> list[Members]:
+    def _members(self, call: AttentionCall, span: int) -> list[Members]:
         found: dict[Method, list[int]] = {}
-        for head in range(site.model.shape.heads):
-            method = self.plan.method(span, site.transformer, site.layer, head)
-            if method.reuse:
+        for head in call.heads:
+            method = self.plan.method(span, *call.place, head)
+            if method.rest.remembers:
                 found.setdefault(method, []).append(head)
-        return [Members(site.transformer, site.layer, span, method, tuple(heads)) for method, heads in found.items()]
+        return [Members(*call.place, span, method, tuple(heads)) for method, heads in found.items()]
 
-    def _watch(self, members: Members, site: Site, step: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        ctx = Context(site.layout(), site.transformer, site.layer, members.heads, self.plan.tensors, (step, self.steps))
-        part = _Unread(members.method, ctx, q, k, v)
-        branch = f"{site.branch} {site.rows}"
+    def _watch(self, members: Members, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> None:
+        step, _ = now(call)
+        part = _Unread(members.method, call.of(members.heads), self.plan.tensors, q, k, v)
+        branch = f"{call.branch} {call.rows}"
         if members not in self._calibrations:
             self._calibrations[members] = Calibration(self.steps, 1, len(members.heads), **self._thresholds)
         calibration, held = self._calibrations[members], self._unread.get((members, branch))
@@ -243,16 +249,17 @@ class Watch:
 
 
 class _Unread:
-    """What the heads of `ctx` leave unread at one call; q [B, S, H, D], k and v [B, keys, H, D] are those of all heads."""
+    """What the heads of `call` leave unread; q [B, S, H, D], k and v [B, keys, H, D] are those of all heads."""
 
-    def __init__(self, method: Method, ctx: Context, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def __init__(self, method: Method, call: AttentionCall, tensors: Tensors, q: Tensor, k: Tensor, v: Tensor) -> None:
         self._method = method
-        self._ctx = ctx
-        self._sequence = _sequence(method.order, ctx.layout, q.device)[:, None]
-        self._heads = head_index(ctx.heads, q.device)
-        self._blocks = watched_blocks(ctx.layout).to(q.device)
+        self._call = call
+        self._tensors = tensors
+        self._sequence = _sequence(method.order, call.layout, q.device)[:, None]
+        self._heads = head_index(call.heads, q.device)
+        self._blocks = watched_blocks(call.layout).to(q.device)
         tokens = self._blocks[:, None] * BLOCK + torch.arange(BLOCK, device=q.device)
-        self._tokens = tokens[tokens < ctx.layout.tokens]
+        self._tokens = tokens[tokens < call.layout.tokens]
         self._all_q = q
         self._q = q[:, self._sequence[self._tokens], self._heads]
         self._k, self._v = (x[:, self._sequence[: x.shape[1]], self._heads] for x in (k, v))
@@ -260,18 +267,21 @@ class _Unread:
     @property
     def changes(self) -> bool:
         """Whether a refresh may select other blocks."""
-        return isinstance(self._method.select, (Draft, Stored))
+        method = self._method
+        return method.select.changes(method.order, self._call.transformer, self._tensors)
 
     def select(self) -> BlockPattern:
         """Per head, the key blocks that the watched queries leave out by a selection that is made now."""
-        method, layout = self._method, self._ctx.layout
-        if isinstance(method.select, Draft):
-            q = self._all_q[:, self._sequence, self._heads]
-            read = method.select.pattern(q, self._k, layout, method.order).mask()
-        else:
-            own = method.mask(self._ctx)[None, ..., : layout.key_blocks(BLOCK)]
-            read = own.expand(1, len(self._heads), -1, -1).to(self._blocks.device)
+        method, layout = self._method, self._call.layout
+        read = method.select.pattern(self._call, method.order, self._tensors, self._inputs()).mask()
         return BlockPattern.from_mask(~read[:, :, self._blocks], len(self._tokens), layout.keys, BLOCK, BLOCK)
+
+    def _inputs(self) -> Inputs:
+        if not self._method.select.wants:
+            return Inputs(self._all_q.device)
+        q = self._all_q[:, self._sequence, self._heads]
+        means = (pool(q, BLOCK), pool(self._k, BLOCK)) if self._method.select.wants == "means" else None
+        return Inputs(q.device, means, (q, self._k))
 
     def attend(self, unread: BlockPattern, heads: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Attention of the watched queries over the blocks of `unread`, (out, lse), of some of its heads if given."""
@@ -298,7 +308,7 @@ def _sequence(order: Order, layout: TokenLayout, device: torch.device) -> Tensor
 
 
 def _gated(method: Method) -> Method:
-    return replace(method, reuse=Reuse(gated=True)) if method.reuse else method
+    return replace(method, rest=Kept(gated=True)) if method.rest.remembers else method
 
 
 def _reusing(plan: Plan, transformer: str) -> set[tuple[int, int, int]]:
@@ -308,7 +318,7 @@ def _reusing(plan: Plan, transformer: str) -> set[tuple[int, int, int]]:
         for number, span in enumerate(plan.spans)
         for layer, row in enumerate(span.heads[transformer])
         for head, symbol in enumerate(row)
-        if plan.methods[symbol].reuse
+        if plan.methods[symbol].rest.remembers
     }
 
 
@@ -323,12 +333,12 @@ def _counts(plan: Plan, gates: Mapping[str, Tensor], watch: Watch) -> dict[str, 
             steps.setdefault(plan.span_at(step, watch.steps), []).append(step)
         for span, layer, head in _reusing(plan, name):
             if span in steps:
-                reuse = plan.method(span, name, layer, head).reuse
-                assert reuse is not None
+                period = plan.method(span, name, layer, head).rest.period
+                assert period is not None
                 heads.add((name, layer, head))
                 head_steps += len(steps[span])
                 refreshes += int(gate[steps[span], layer, head].sum())
-                by_interval += -(-len(steps[span]) // reuse.every)
+                by_interval += -(-len(steps[span]) // period)
     found = {"heads": len(heads), "head_steps": head_steps, "refreshes": refreshes, "by_interval": by_interval}
     return {"steps": watch.steps, **found}
 

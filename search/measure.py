@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffusers_accel.kernels.pool import pool
 from diffusers_accel.kernels.quantize import quantize
 from diffusers_accel.kernels.quantize.quantized import FP8_MAX
 from diffusers_accel.layout import TokenLayout
@@ -103,6 +104,12 @@ class BlockParts:
             weights = (weights / unit).to(torch.float8_e4m3fn).float() * unit
         self.out = (weights.transpose(1, 2) @ v).transpose(1, 2)  # [heads, rows, blocks, D]
 
+    def take(self, heads: Sequence[int]) -> BlockParts:
+        """Of some of the heads."""
+        some = object.__new__(BlockParts)
+        some.query_block, some.lse, some.out = self.query_block, self.lse[list(heads)], self.out[list(heads)]
+        return some
+
     def merge(self, read: Tensor) -> tuple[Tensor, Tensor]:
         """The rows' attention over the blocks that they read.
 
@@ -131,6 +138,7 @@ class SampledHeads:
         self.layout = layout
         self._places: dict[Order, tuple[Tensor, Tensor]] = {}
         self._sorted: tuple[Order, Tensor, Tensor] | None = None
+        self._means: tuple[Order, Tensor, Tensor] | None = None
 
     @cached_property
     def logits(self) -> Tensor:
@@ -155,6 +163,17 @@ class SampledHeads:
             sequence, _ = self._place(order)
             self._sorted = order, self.q[sequence][None], self.k[sequence[: len(self.k)]][None]
         return self._sorted[1:]
+
+    def means(self, order: Order) -> tuple[Tensor, Tensor]:
+        """Of the blocks of q and k in an order, fp32 [1, blocks, heads, D] each; those of the last one are kept."""
+        if self._means is None or self._means[0] != order:
+            q, k = self.sorted(order)
+            self._means = order, pool(q, BLOCK), pool(k, BLOCK)
+        return self._means[1:]
+
+    def sorted_values(self, order: Order) -> Tensor:
+        """v [1, keys, heads, D] in an order."""
+        return self.v[self._place(order)[0][: len(self.v)]][None]
 
     def query_block(self, order: Order) -> Tensor:
         """int64 [rows]: the block in which each row lies in an order."""

@@ -7,18 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from diffusers_accel.methods import Method, Stored
+from diffusers_accel.methods import Method, Order, Select
 from diffusers_accel.plan import Plan, Span
 from diffusers_accel.search.assign import Assignment
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.cost import Cost
 from diffusers_accel.search.predicted import latents_error, warnings
-from diffusers_accel.search.schedule import stored_axes, stored_densities
+from diffusers_accel.search.recorders import RECORDERS, recorders
 from diffusers_accel.search.scores import Array, Scores
-from diffusers_accel.search.stored_masks import stored_tensors
 
 SYMBOLS = string.ascii_letters + string.digits[1:]  # beside "." and "0"
 
@@ -33,7 +31,7 @@ def make_plan(scores: Scores, cost: Cost, assignment: Assignment, budget: Budget
         methods=methods,
         spans=joined_spans(spans),
         budget=budget.to_json(),
-        provenance={**_provenance(scores, cost, assignment), **_order_scores(scores, assignment.choice)},
+        provenance={**_provenance(scores, cost, assignment), **_recorded(scores, assignment.choice)},
         tensors=plan_tensors(scores, assignment.choice),
     )
 
@@ -64,22 +62,19 @@ def joined_spans(spans: list[Span]) -> tuple[Span, ...]:
 
 
 def plan_tensors(scores: Scores, choice: Mapping[str, Array]) -> dict[str, Tensor]:
-    """What the methods of a choice read: the stripes' masses, and the stored masks of the heads that use them."""
+    """What the methods of a choice read, for the heads that take them."""
     tensors: dict[str, Tensor] = {}
     for name, table in choice.items():
-        used: dict[tuple[str, str], list[int]] = {}
+        readers: dict[tuple[Select, Order], list[int]] = {}
         for index in _used({name: table}):
             method = scores.candidates[index]
-            if isinstance(method.select, Stored):
-                used.setdefault(method.select.names(method.order, name), []).append(index)
-            elif method.calibrated:
-                tensors[f"stripe_mass/{name}"] = torch.from_numpy(scores.stripe_mass(name))
-        for names, indices in used.items():
-            select = scores.candidates[indices[0]].select
-            assert isinstance(select, Stored)
+            if method.select.records:
+                readers.setdefault((method.select, method.order), []).append(index)
+        for indices in readers.values():
+            method = scores.candidates[indices[0]]
             heads = np.asarray(np.isin(table, indices).any(axis=0))
-            densities = stored_densities(scores.candidates)
-            tensors |= stored_tensors(scores.sums[f"levels/{name}"], select.density, densities, heads, names)
+            recorder = RECORDERS[str(method.select.records)]
+            tensors |= recorder.tensors(scores.candidates, scores.sums, name, method, heads)
     return tensors
 
 
@@ -116,12 +111,10 @@ def _provenance(scores: Scores, cost: Cost, assignment: Assignment) -> dict[str,
     }
 
 
-def _order_scores(scores: Scores, choice: Mapping[str, Array]) -> dict[str, Any]:
-    """Both parts of the scores by which the orders of stored masks were chosen, where a head uses one."""
-    if not any(isinstance(scores.candidates[index].select, Stored) for index in _used(choice)):
-        return {}
-    figures = {
-        kind: {name: scores.sums[f"order_{kind}/{name}"].round(4).tolist() for name in scores.models}
-        for kind in ("sparse", "quant")
-    }
-    return {"orders": {"axes": list(stored_axes(scores.candidates)), **figures}}
+def _recorded(scores: Scores, choice: Mapping[str, Array]) -> dict[str, Any]:
+    """What the recorders of the used methods tell."""
+    used = [scores.candidates[index] for index in _used(choice)]
+    found: dict[str, Any] = {}
+    for recorder in recorders(used):
+        found |= recorder.provenance(scores.candidates, scores.sums, list(scores.models))
+    return found

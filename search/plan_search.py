@@ -235,7 +235,7 @@ class _Search:
             scores = self._empty(trial.layout, trial.steps)
         check_layout(scores, trial.layout, str(keeper.path))
         self._estimate(trial, done)
-        if self.settings.stores and len(self.prompts) == 1:
+        if self.settings.in_parts and len(self.prompts) == 1:
             self.screen.say(
                 "stored masks cannot be chosen: the first prompt makes them, it takes a second one to judge them"
             )
@@ -296,7 +296,7 @@ class _Search:
             trial.steps,
             scores.sums,
             number,
-            lambda site: on_step(now(site)[0]),
+            lambda call: on_step(now(call)[0]),
         )
         begin = time.perf_counter()
         last = LastLatents(stop=False) if self.measures_spans and number == 0 else None

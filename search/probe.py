@@ -4,9 +4,8 @@ The dense result is what goes on to the next layer, at every call. Sparse-vDiT's
 error forward, which ties the measurement to one budget; here the scores know nothing of a budget, so that one probe serves
 all of them, and interactions between layers go unseen. One prompt is one pass, the unit in which a probe can be resumed.
 
-What a candidate that reuses would have kept is recorded some steps before a measured one, for the rows that are sampled
-there: its blocks as they were selected, and the attention over all others. Stored masks are chosen in the first pass and
-measured in the others, so that no mask is judged by the sample that chose it.
+What a candidate that keeps something would have kept is recorded some steps before a measured one, for the rows that are
+sampled there. Both are done by the stages that are at work in a patched pipeline, on rows instead of whole calls.
 """
 
 from __future__ import annotations
@@ -21,25 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusers_accel.kernels.dense import dense as attend_densely
+from diffusers_accel.call import AttentionCall
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import BLOCK, AxisOrder, Context, Method
-from diffusers_accel.search.masks import Masks, StoredChoice
-from diffusers_accel.search.measure import (
-    SampledHeads,
-    column_mass,
-    head_grams,
-    layer_energy,
-    projection,
-    sample_rows,
-)
-from diffusers_accel.search.row import Chunk, Kept, RowProbe, grouped
+from diffusers_accel.methods import BLOCK, Method
+from diffusers_accel.search.measure import SampledHeads, head_grams, layer_energy, projection, sample_rows
+from diffusers_accel.search.recorders import recorders
+from diffusers_accel.search.row import Chunk, RowProbe, grouped, keep
 from diffusers_accel.search.running import SiteEngine, now
 from diffusers_accel.search.schedule import Schedule, Settings, kept_age, span_index
 from diffusers_accel.search.scores import Array, Pass, Scores
-from diffusers_accel.search.stored_masks import QUERY_STEP, best_orders, block_shares, kept_levels, order_scores
+from diffusers_accel.search.selections import Kept, RowReader, Selections
 from diffusers_accel.shape import ModelShape
-from diffusers_accel.site import DenseAttention, Engine, Site, Timer
+from diffusers_accel.site import Engine, Site, Timer
 
 CHUNK_BYTES = (
     1 << 30
@@ -72,7 +64,7 @@ class PassProbe:
         steps: int,
         before: dict[str, Array],
         number: int,
-        on_call: Callable[[Site], None] = lambda site: None,
+        on_call: Callable[[AttentionCall], None] = lambda call: None,
     ) -> None:
         """`before`: the sums of earlier passes (stripes' running mean, stored masks); `number`: of this pass, from 0."""
         self.settings = settings
@@ -85,94 +77,67 @@ class PassProbe:
         self.dense_timer = Timer()
         self.measuring_seconds = 0.0
         self._steps: dict[str, set[int]] = {name: set() for name in models}
-        self._before = before
         self._number = number
         self._on_call = on_call
-        self._stored = StoredChoice.of(settings.candidates, before, models)
-        self._mass = {
-            f"stripe_mass/{name}": torch.zeros(
-                shape.layers, shape.heads, layout.frames, layout.height, dtype=torch.float64
-            )
-            for name, shape in models.items()
-        }
-        self._masks = Masks(self._mass, self._stored)
+        self._recorders = [
+            each(settings.candidates, self.sums, before, models) for each in recorders(settings.candidates)
+        ]
+        tensors = {name: tensor for each in self._recorders for name, tensor in each.found().items()}
+        self._selections = Selections(tensors)
         # (measured step, transformer, layer, branch, batch row) -> candidate -> what it keeps
         self._kept: dict[tuple[int, str, int, str, int], dict[int, Kept]] = defaultdict(dict)
-        self._calibrated: set[tuple[str, int, int]] = set()  # (transformer, layer, part)
 
     def engine(self, site: Site) -> Engine:
         return SiteEngine(self, site)
 
-    def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
+    def attend(self, site: Site, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The dense result; measures when this is one of the chosen steps."""
-        step, steps = now(site)
+        step, steps = now(call)
         if steps != self.schedule.steps:
             raise RuntimeError(
                 f"expected {self.schedule.steps} steps as in the first call of the pipeline, found {steps}"
             )
         span = span_index(self.settings.spans, step, steps)
-        if site.layer == 0 and site.rows[0] == 0:  # once for all rows, whose texts may be padded to different lengths
-            self.calls[site.transformer][span] += 1
-            self._steps[site.transformer].add(step)
-            self._on_call(site)
+        if call.layer == 0 and call.rows[0] == 0:  # once for all rows, whose texts may be padded to different lengths
+            self.calls[call.transformer][span] += 1
+            self._steps[call.transformer].add(step)
+            self._on_call(call)
+        dense = call.dense
+        assert dense is not None
         out = self.dense_timer.run(lambda: dense(q, k, v), q.device)
         if step in self.schedule.measured:
-            self.measure(site, span, step, q, k, v)
+            self.measure(site, call, span, q, k, v)
         if step in self.schedule.kept:
-            self.keep(site, step, q, k, v)
+            self.keep(call, q, k, v)
         if self._number == 0 and step in self.schedule.parts:
-            self.calibrate(site, self.schedule.parts[step], q, k, v)
+            self.calibrate(call, self.schedule.parts[step], q, k, v)
         return out
 
-    def measure(self, site: Site, span: int, step: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def measure(self, site: Site, call: AttentionCall, span: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Adds the errors of one call's candidates to the sums."""
-        with self._measuring(site, q.device):
+        with self._measuring(call, q.device):
             linear = site.model.family.output_projection(site.model.module, site.name)
             weight = projection(linear, q.shape[2] * q.shape[3], q)  # under the user's own autocast
             with torch.autocast(q.device.type, enabled=False):
                 for row in range(q.shape[0]):
-                    kept = self._kept.pop(self._key(site, step, row), {})
-                    self._measure_row(site, span, step, weight, q[row], k[row], v[row], kept)
+                    kept = self._kept.pop(self._key(call, now(call)[0], row), {})
+                    self._measure_row(call, span, weight, q[row], k[row], v[row], kept)
 
-    def keep(self, site: Site, step: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Records what reusing candidates keep of one call for later, measured ones."""
-        with self._measuring(site, q.device), torch.autocast(q.device.type, enabled=False):
+    def keep(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Records what candidates keep of one call for later, measured ones."""
+        step, _ = now(call)
+        with self._measuring(call, q.device), torch.autocast(q.device.type, enabled=False):
             for later in dict.fromkeys(later for later, _ in self.schedule.kept[step]):
                 members = [index for each, index in self.schedule.kept[step] if each == later]
                 for row in range(q.shape[0]):
-                    found = self._keep_row(site, step, later, members, q[row], k[row], v[row])
-                    self._kept[self._key(site, later, row)] |= found
+                    found = self._keep_row(call, later, members, q[row], k[row], v[row])
+                    self._kept[self._key(call, later, row)] |= found
 
-    def calibrate(self, site: Site, part: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Chooses the orders of a layer's heads, at its first call, and the blocks of one part of the schedule.
-
-        By the last batch row of the first pass of a step: where guidance comes in one batch that is the prompt's own row,
-        and where it comes in two passes the prompt's pass is the first. Both share the masks, as in the paper's code.
-        """
-        name, layer = site.transformer, site.layer
-        if (name, layer, part) in self._calibrated:
-            return
-        self._calibrated.add((name, layer, part))
-        layout = site.layout()
-        sparse, quant, levels = (self.sums[f"{kind}/{name}"] for kind in ("order_sparse", "order_quant", "levels"))
-        decided = quant[layer].any()
-        with self._measuring(site, q.device), torch.autocast(q.device.type, enabled=False):
-            for some in self._chunks(*q.shape[1:]):
-                q_some, k_some, v_some = (x[-1:, :, some] for x in (q, k, v))
-                if not decided:
-                    lse = attend_densely(q_some, k_some, v_some)[1]
-                    sparse[layer, some], quant[layer, some] = order_scores(
-                        q_some, k_some, lse, layout, self._stored.axes
-                    )
-                orders = best_orders(sparse[layer, some], quant[layer, some])
-                for order in np.unique(orders):
-                    sequence = AxisOrder(self._stored.axes[order]).index(layout).to(q.device)
-                    own = torch.from_numpy(np.flatnonzero(orders == order)).to(q.device)
-                    keys = k_some[:, sequence[: k.shape[1]]][:, :, own]
-                    queries = q_some[:, sequence[::QUERY_STEP]][:, :, own]
-                    lse = attend_densely(queries, keys, keys)[1]  # which does not depend on the values
-                    chosen = kept_levels(block_shares(queries, keys, lse), layout, self._stored.densities)
-                    levels[part, layer, some.start + own.cpu().numpy()] = chosen.cpu().numpy()
+    def calibrate(self, call: AttentionCall, part: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Shows a whole call of one part of the schedule to the recorders."""
+        with self._measuring(call, q.device), torch.autocast(q.device.type, enabled=False):
+            for recorder in self._recorders:
+                recorder.add_call(call, part, q, k, v, self._chunks(*q.shape[1:]))
 
     def finished(self, prompt: str, seconds: float) -> Pass:
         """The record of this pass, which took `seconds` of wall time, measuring included."""
@@ -189,10 +154,12 @@ class PassProbe:
         return span_index(self.settings.spans, step, self.schedule.steps)
 
     @contextmanager
-    def _measuring(self, site: Site, device: torch.device) -> Iterator[None]:
+    def _measuring(self, call: AttentionCall, device: torch.device) -> Iterator[None]:
         """Counts the time inside as ours, and checks that the tokens lie as everywhere else; texts may differ in length."""
-        if replace(site.layout(), text_valid=None) != self.layout:
-            raise RuntimeError(f"expected one layout per search, {self.layout}, found {site.layout()} at {site.name}")
+        if replace(call.layout, text_valid=None) != self.layout:
+            raise RuntimeError(
+                f"expected one layout per search, {self.layout}, found {call.layout} at layer {call.layer} of {call.transformer}"
+            )
         _wait(device)
         begin = time.perf_counter()
         with torch.no_grad():
@@ -208,76 +175,65 @@ class PassProbe:
             yield slice(start, min(start + together, heads))
 
     @staticmethod
-    def _key(site: Site, step: int, row: int) -> tuple[int, str, int, str, int]:
-        return step, site.transformer, site.layer, site.branch, site.rows[0] + row
+    def _key(call: AttentionCall, step: int, row: int) -> tuple[int, str, int, str, int]:
+        return step, call.transformer, call.layer, call.branch, call.rows[0] + row
 
-    def _rows(self, site: Site, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The rows of a measured step at which errors are taken, and those that calibrate stripes (none where none need it).
+    def _rows(self, call: AttentionCall, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The rows of a measured step at which errors are taken, and those that recorders look at (none where none need it).
 
         Of the tokens that exist: nobody sees what padding attends to.
         """
-        seed = (self.settings.seed, self._number, step, site.layer)
-        rows = sample_rows(site.layout().keys, self.settings.rows, seed).to(device)
-        return (rows[::2], rows[1::2]) if self.settings.stripes else (rows, rows[:0])
-
-    def _context(self, site: Site, heads: slice, step: int) -> Context:
-        some = tuple(range(heads.start, heads.stop))
-        return Context(site.layout(), site.transformer, site.layer, some, {}, (step, self.schedule.steps))
+        seed = (self.settings.seed, self._number, step, call.layer)
+        rows = sample_rows(call.layout.keys, self.settings.rows, seed).to(device)
+        return (rows[::2], rows[1::2]) if self.settings.splits_rows else (rows, rows[:0])
 
     def _measure_row(
-        self, site: Site, span: int, step: int, weight: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: dict[int, Kept]
+        self, call: AttentionCall, span: int, weight: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: dict[int, Kept]
     ) -> None:
         """One batch row: q [S, H, D], k and v [keys, H, D]."""
         tokens, heads, dim = q.shape
-        rows, others = self._rows(site, step, q.device)
+        step, _ = now(call)
+        rows, others = self._rows(call, step, q.device)
         candidates = self.settings.candidates
         ages = [self._age(method, step) for method in candidates]
-        found = RowProbe(candidates, self._masks, self._stored, kept, ages, heads)
+        found = RowProbe(candidates, self._selections, kept, ages, heads)
         grams = head_grams(weight, heads)
         dense = q.new_empty((heads, len(rows), dim), dtype=torch.float32)
         for some in self._chunks(tokens, heads, dim):
-            ctx = self._context(site, some, step)
+            here = call.of(call.heads[some])
             qkv = q[:, some], k[:, some], v[:, some]
             if len(others):
-                self._add_mass(site, some, column_mass(SampledHeads(*qkv, others, ctx.layout).logits, ctx.layout))
-            found.add(Chunk(ctx, SampledHeads(*qkv, rows, ctx.layout), dense[some], grams[some]))
-        self._add(site, span, found, layer_energy(dense, weight), dense.square().mean((1, 2)).double().cpu().numpy())
+                sampled = SampledHeads(*qkv, others, call.layout)
+                for recorder in self._recorders:
+                    recorder.add_rows(here, some, sampled)
+            found.add(Chunk(here, SampledHeads(*qkv, rows, call.layout), dense[some], grams[some]))
+        energy = dense.square().mean((1, 2)).double().cpu().numpy()
+        self._add(call, span, found, layer_energy(dense, weight), energy)
 
     def _age(self, method: Method, step: int) -> int:
-        """Of what a candidate reuses at a measured step, in steps; 1 for one that reuses nothing."""
-        if not method.reuse:
+        """Of what a candidate has kept at a measured step, in steps; 1 for one that keeps nothing."""
+        if method.rest.period is None:
             return 1
-        return max(1, kept_age(self.settings.spans, step, self.schedule.steps, method.reuse.every))
+        return max(1, kept_age(self.settings.spans, step, self.schedule.steps, method.rest.period))
 
     def _keep_row(
-        self, site: Site, step: int, later: int, members: list[int], q: Tensor, k: Tensor, v: Tensor
+        self, call: AttentionCall, later: int, members: list[int], q: Tensor, k: Tensor, v: Tensor
     ) -> dict[int, Kept]:
         """One batch row: q [S, H, D], k and v [keys, H, D]; what each candidate keeps for the rows of the `later` step."""
-        rows, _ = self._rows(site, later, q.device)
+        rows, _ = self._rows(call, later, q.device)
         candidates = self.settings.candidates
         chunks: dict[int, list[Kept]] = {index: [] for index in members}
         for some in self._chunks(*q.shape):
-            ctx = self._context(site, some, step)
-            sampled = SampledHeads(q[:, some], k[:, some], v[:, some], rows, ctx.layout)
+            here = call.of(call.heads[some])
+            sampled = SampledHeads(q[:, some], k[:, some], v[:, some], rows, call.layout)
             for (order, precision), group in grouped(candidates, members).items():
-                parts = sampled.parts(order, precision)
+                reader = RowReader(sampled, order, precision)
                 for index in group:
-                    mask = self._masks.of(candidates[index], ctx, sampled).expand(len(ctx.heads), -1, -1)
-                    chunks[index].append(Kept.of(parts, mask, q.dtype))
+                    chunks[index].append(keep(candidates[index], here, sampled, reader, self._selections))
         return {index: Kept.cat(some) for index, some in chunks.items()}
 
-    def _add_mass(self, site: Site, heads: slice, mass: Tensor) -> None:
-        """Adds to the mean by which stripes are chosen, over all samples so far, this one's other rows included."""
-        name, layer = site.transformer, site.layer
-        self.sums[f"mass/{name}"][layer, heads] += mass.double().cpu().numpy()
-        if heads.start == 0:
-            self.sums[f"mass_samples/{name}"][layer] += 1
-        total = self.sums[f"mass/{name}"][layer, heads] + self._before[f"mass/{name}"][layer, heads]
-        count = self.sums[f"mass_samples/{name}"][layer] + self._before[f"mass_samples/{name}"][layer]
-        self._mass[f"stripe_mass/{name}"][layer, heads] = torch.from_numpy(total / count)
-
-    def _add(self, site: Site, span: int, found: RowProbe, layer: float, energy: Array) -> None:
-        name, at = site.transformer, (span, site.layer)
+    def _add(self, call: AttentionCall, span: int, found: RowProbe, layer: float, energy: Array) -> None:
+        name, at = call.transformer, (span, call.layer)
         error = found.felt / layer if layer > 0 else np.zeros_like(found.felt)
         self.sums[f"samples/{name}"][at] += found.samples
         self.sums[f"error/{name}"][at] += error

@@ -12,21 +12,22 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.api import attach
+from diffusers_accel.call import AttentionCall
 from diffusers_accel.identity import plain
-from diffusers_accel.site import DenseAttention, Engine, Site
+from diffusers_accel.site import Engine, Site
 
 Prompt = str | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class SiteEngine:
-    """The engine of one site when one `watcher` serves them all: it attends with `watcher.attend(site, q, k, v, dense)`."""
+    """The engine of one site when one `watcher` serves them all: it attends with `watcher.attend(site, call, q, k, v)`."""
 
     watcher: Any
     site: Site
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
-        return self.watcher.attend(self.site, q, k, v, dense)
+    def attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.watcher.attend(self.site, call, q, k, v)
 
 
 class Enough(Exception):
@@ -64,15 +65,14 @@ def run_pipeline(
             return False
 
 
-def now(site: Site) -> tuple[int, int]:
+def now(call: AttentionCall) -> tuple[int, int]:
     """(step, steps) of the running call."""
-    where = site.clock.now()
-    if where is None:
+    if call.now is None:
         raise RuntimeError(
             "a search needs to know which step runs, but neither the pipeline nor its transformer says so; "
             "search with the whole diffusers pipeline, not with a bare transformer"
         )
-    return where
+    return call.now
 
 
 def as_arguments(prompt: Prompt) -> dict[str, Any]:

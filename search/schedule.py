@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffusers_accel.methods import Method, Stored, Stripe
-from diffusers_accel.methods.reuse import part_of
+from diffusers_accel.methods import Method
+from diffusers_accel.methods.blocks import part_of
+from diffusers_accel.search.recorders import recorders
 
 PARTS = 3  # equal parts of the schedule that have stored masks of their own
 
@@ -37,14 +38,14 @@ class Settings:
             )
 
     @property
-    def stripes(self) -> bool:
-        """Whether a candidate needs the attention that columns receive."""
-        return any(isinstance(method.select, Stripe) and method.select.calibrated for method in self.candidates)
+    def splits_rows(self) -> bool:
+        """Whether half of the rows are looked at for something else than errors."""
+        return any(each.splits_rows for each in recorders(self.candidates))
 
     @property
-    def stores(self) -> bool:
-        """Whether a candidate needs masks that are chosen during the search."""
-        return any(isinstance(method.select, Stored) for method in self.candidates)
+    def in_parts(self) -> bool:
+        """Whether the first pass chooses something for each part of the schedule."""
+        return any(each.in_parts for each in recorders(self.candidates))
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Schedule:
 
     Args:
         measured: at these, errors are measured.
-        kept: step -> (measured step, candidate) pairs: which reusing candidates keep their part there, and for when.
+        kept: step -> (measured step, candidate) pairs: which candidates that keep something do so there, and for when.
         parts: step -> part of the schedule whose masks are chosen there.
     """
 
@@ -68,9 +69,10 @@ class Schedule:
         kept: dict[int, tuple[tuple[int, int], ...]] = {}
         for step in sorted(measured):
             for index, method in enumerate(settings.candidates):
-                if method.reuse and (age := kept_age(settings.spans, step, steps, method.reuse.every)):
+                period = method.rest.period
+                if period and (age := kept_age(settings.spans, step, steps, period)):
                     kept[step - age] = (*kept.get(step - age, ()), (step, index))
-        parts = mask_steps(steps, PARTS) if settings.stores else {}
+        parts = mask_steps(steps, PARTS) if settings.in_parts else {}
         return cls(steps, measured, kept, parts)
 
     @property
@@ -136,13 +138,3 @@ def mask_steps(steps: int, parts: int) -> dict[int, int]:
     parts = min(parts, steps)
     inside = {part: [step for step in range(steps) if part_of((step, steps), parts) == part] for part in range(parts)}
     return {each[len(each) // 2]: part for part, each in inside.items()}
-
-
-def stored_axes(candidates: Iterable[Method]) -> tuple[str, ...]:
-    """The axis orders in which masks may be stored, in the order of the candidates."""
-    return tuple(dict.fromkeys(method.order.label for method in candidates if isinstance(method.select, Stored)))
-
-
-def stored_densities(candidates: Iterable[Method]) -> tuple[float, ...]:
-    """The densities of stored masks, ascending."""
-    return tuple(sorted({method.select.density for method in candidates if isinstance(method.select, Stored)}))

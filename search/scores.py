@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import BLOCK, Method
-from diffusers_accel.search.schedule import mean_age, refresh_share, stored_axes
+from diffusers_accel.methods import Method
+from diffusers_accel.search.recorders import RECORDERS
+from diffusers_accel.search.schedule import mean_age, refresh_share
 from diffusers_accel.search.scores_check import check_scores, check_size
 from diffusers_accel.search.scores_file import Array, Pass, read, refused, write
 from diffusers_accel.shape import ModelShape
@@ -131,15 +132,10 @@ class Scores:
 
     def _of_cycles(self, transformer: str, figure: Callable[[int, int], float], without: float) -> Array:
         rows = [
-            [figure(int(steps), method.reuse.every) if method.reuse else without for method in self.candidates]
+            [figure(int(steps), method.rest.period) if method.rest.period else without for method in self.candidates]
             for steps in self.steps(transformer)
         ]
         return np.array(rows)
-
-    def stripe_mass(self, transformer: str) -> Array:
-        """[layers, heads, frames, rows], fp32: mean attention probability that a key in that (frame, token row) receives."""
-        count = np.maximum(self.sums[f"mass_samples/{transformer}"], 1)
-        return (self.sums[f"mass/{transformer}"] / count[:, None, None, None]).astype(np.float32)
 
     def calls(self, transformer: str) -> Array:
         """[spans]: self-attention calls of each layer in one generation, mean over passes."""
@@ -192,16 +188,13 @@ def _arrays(
 ) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of every array of `sums`."""
     arrays: dict[str, tuple[tuple[int, ...], str]] = {}
-    orders, blocks = len(stored_axes(candidates)), layout.blocks(BLOCK)
     for name, model in models.items():
         layers, heads = model.layers, model.heads
         full = (spans, layers, heads, len(candidates))
         arrays[f"samples/{name}"] = full, "i8"
         arrays |= {f"{kind}/{name}": (full, "f8") for kind in ("error", "error_square", "mse", "density")}
         arrays[f"energy/{name}"] = full[:3], "f8"
-        arrays[f"mass/{name}"] = (layers, heads, layout.frames, layout.height), "f8"
-        arrays[f"mass_samples/{name}"] = (layers,), "i8"
-        if orders:
-            arrays |= {f"{kind}/{name}": ((layers, heads, orders), "f8") for kind in ("order_sparse", "order_quant")}
-            arrays[f"levels/{name}"] = (parts, layers, heads, blocks, blocks), "u1"
+        for recorder in RECORDERS.values():
+            kinds = recorder.arrays(candidates, model, layout, parts)
+            arrays |= {f"{kind}/{name}": array for kind, array in kinds.items()}
     return arrays

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from diffusers_accel.engine import Deals, PlanEngine
+from diffusers_accel.call import AttentionCall
+from diffusers_accel.deals import Deals
+from diffusers_accel.engine import PlanEngine
 from diffusers_accel.memory import Memories
 from diffusers_accel.plan import Plan
 from diffusers_accel.search.knapsack import knapsack
@@ -22,7 +24,7 @@ from diffusers_accel.search.plan_making import head_strings, joined_spans, plan_
 from diffusers_accel.search.predicted import span_errors
 from diffusers_accel.search.running import Enough
 from diffusers_accel.search.scores import DENSE, Array, Scores
-from diffusers_accel.site import DenseAttention, Engine, Site
+from diffusers_accel.site import Engine, Site
 
 DENSITY = (
     0.3  # of the span that is made sparse: far enough from dense to be measured, not so far that the video is another
@@ -32,8 +34,9 @@ DENSITY = (
 class Dense:
     """The engine that changes nothing."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
-        return dense(q, k, v)
+    def attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert call.dense is not None
+        return call.dense(q, k, v)
 
 
 def span_choice(scores: Scores, span: int) -> dict[str, Array]:
@@ -55,7 +58,7 @@ def plan_engine(scores: Scores, choice: Mapping[str, Array]) -> Callable[[Site],
     """`make_engine` for the plan of a choice."""
     methods, spans = head_strings(scores, choice)
     plan = Plan(scores.family, dict(scores.models), methods, joined_spans(spans), tensors=plan_tensors(scores, choice))
-    deals: Deals = {}  # shared by the layers, as in a patch
+    deals = Deals(plan.tensors)  # shared by the layers, as in a patch
     memories = Memories()
     return lambda site: PlanEngine(site, plan, deals, 0, memories)
 

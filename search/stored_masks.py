@@ -19,11 +19,9 @@ from torch import Tensor
 from diffusers_accel.kernels.block_stats import block_stats
 from diffusers_accel.kernels.pattern import block_lengths
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import BLOCK, AxisOrder
-from diffusers_accel.methods.draft import video_blocks
-from diffusers_accel.methods.selects import always_read
-from diffusers_accel.methods.stored import packed
-from diffusers_accel.search.scores import Array
+from diffusers_accel.methods.blocks import BLOCK, video_blocks
+from diffusers_accel.methods.orders import parse_order
+from diffusers_accel.search.scores_file import Array
 
 TILE = 64  # tokens of a tile's side, as in the paper
 ALPHA = 0.5
@@ -50,7 +48,7 @@ def order_scores(q: Tensor, k: Tensor, lse: Tensor, layout: TokenLayout, axes: S
     )
     sparse, quant = [], []
     for each in axes:
-        sequence = AxisOrder(each).index(layout).to(q.device)
+        sequence = parse_order(each).index(layout).to(q.device)
         rows = sequence[places]
         stats = block_stats(
             q[:, rows], k[:, sequence[: k.shape[1]]], lse[:, :, rows].contiguous(),
@@ -107,37 +105,3 @@ def kept_levels(shares: Tensor, layout: TokenLayout, densities: Sequence[float])
         (place[..., None] < wanted).sum(2).to(torch.uint8).unflatten(1, (height, height))
     )
     return levels
-
-
-def of_every_part(levels: Array) -> Array:
-    """Levels [parts, ...] in which a part without any (the model did not run at its step) has those of the nearest."""
-    found = [part for part in range(len(levels)) if levels[part].any()]
-    if len(found) in (0, len(levels)):
-        return levels
-    return levels[[min(found, key=lambda other: abs(other - part)) for part in range(len(levels))]]
-
-
-def mask_of(levels: Array, density: float, densities: Sequence[float], layout: TokenLayout) -> Tensor:
-    """bool [..., blocks, blocks]: the mask of a density, text included."""
-    mask = torch.from_numpy(levels >= len(densities) - densities.index(density))
-    _, text = always_read(layout, first_frame=False)
-    mask[..., text, :] = True
-    mask[..., text] = True
-    return mask
-
-
-def stored_tensors(
-    levels: Array, density: float, densities: Sequence[float], heads: Array, names: tuple[str, str]
-) -> dict[str, Tensor]:
-    """The tensors of a plan for one order and density.
-
-    Args:
-        levels: uint8 [parts, layers, heads, blocks, blocks].
-        heads: bool [layers, heads], which of them get a mask.
-        names: of the two tensors, as `Stored.names` gives them.
-    """
-    index = np.full(heads.shape, -1, "i4")
-    index[heads] = np.arange(heads.sum())
-    chosen = np.stack([of_every_part(levels[:, layer])[:, head] for layer, head in np.argwhere(heads)])
-    bits = packed(torch.from_numpy(chosen >= len(densities) - densities.index(density)))
-    return {names[0]: bits, names[1]: torch.from_numpy(index)}

@@ -10,16 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusers_accel.call import AttentionCall
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import Context, Stored
 from diffusers_accel.search.cost import Cost, alike, describe_device, launch_all, time_candidates
 from diffusers_accel.search.identity import check_layout
 from diffusers_accel.search.probe import PassProbe
+from diffusers_accel.search.recorders import RECORDERS
 from diffusers_accel.search.running import Enough, SiteEngine, now
-from diffusers_accel.search.schedule import stored_densities
 from diffusers_accel.search.scores import Scores
-from diffusers_accel.search.stored_masks import stored_tensors
-from diffusers_accel.site import DenseAttention, Engine, Site, Timer
+from diffusers_accel.site import Engine, Site, Timer
 
 MOST_STEPS = 3  # that are timed
 
@@ -71,16 +70,16 @@ class Stopwatch:
     def engine(self, site: Site) -> Engine:
         return SiteEngine(self, site)
 
-    def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
-        step, steps = now(site)
+    def attend(self, site: Site, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        step, steps = now(call)
         if self._trial is None:
-            layout = replace(site.layout(), text_valid=None)
+            layout = replace(call.layout, text_valid=None)
             for _ in range(2):  # the first one warms up
                 probe = self._make_probe(layout, steps)
-                probe.measure(site, 0, 0, q, k, v)
+                probe.measure(site, replace(call, now=(0, steps)), 0, q, k, v)
             measure = probe.measuring_seconds
-            if probe.settings.stores:
-                probe.calibrate(site, 0, q, k, v)
+            if probe.settings.in_parts:
+                probe.calibrate(call, 0, q, k, v)
             self._trial = Trial(layout, steps, measure, probe.measuring_seconds - measure)
             self._start(step)
         elif step != self._step:
@@ -88,7 +87,9 @@ class Stopwatch:
             if self._timed == MOST_STEPS or not self._doubt(self._trial):
                 raise Enough
             self._start(step)
-        self._trial.calls += site.layer == 0 and self._timed == 0
+        self._trial.calls += call.layer == 0 and self._timed == 0
+        dense = call.dense
+        assert dense is not None
         return self._timer.run(lambda: dense(q, k, v), q.device)
 
     def result(self) -> Trial:
@@ -138,17 +139,17 @@ class CostTimer:
     def engine(self, site: Site) -> Engine:
         return SiteEngine(self, site)
 
-    def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
+    def attend(self, site: Site, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         models, name, shape = self._scores.models, site.transformer, site.model.shape
         if {(each.heads, each.head_dim) for each in models.values()} != {(shape.heads, shape.head_dim)}:
             raise ValueError(f"expected transformers of equal heads, whose kernels cost the same, found {models}")
-        check_layout(self._scores, replace(site.layout(), text_valid=None), self._where)
-        ctx = Context(site.layout(), name, 0, tuple(range(shape.heads)), self._tensors(name), (0, 1))
+        check_layout(self._scores, replace(call.layout, text_valid=None), self._where)
+        call, tensors = replace(call, layer=0, now=(0, 1)), self._tensors(name)
         wanted = [self._sampled(name, index) for index in range(len(self._scores.candidates))]
         kinds = [alike(method) if use else None for method, use in zip(self._scores.candidates, wanted)]
         distinct = [kind for kind in dict.fromkeys(kinds) if kind is not None]
-        planned = [launch_all(method, ctx, q.device) for method in distinct]
-        times, rounds = time_candidates(planned, q, k, v, dense, self._seconds, self._on_round)
+        planned = [launch_all(method, call, tensors, q.device) for method in distinct]
+        times, rounds = time_candidates(planned, call, q, k, v, self._seconds, self._on_round)
         # What was never measured is never taken: it stands at the time of dense.
         every = np.array([times[distinct.index(kind)] if kind else times[0] for kind in kinds])
         ms, refresh_ms = ({each: tuple(column.tolist()) for each in models} for column in every.T)
@@ -162,12 +163,11 @@ class CostTimer:
     def _tensors(self, name: str) -> dict[str, Tensor]:
         """What the methods of `alike` read, for the first layer: masks of whatever order, as they cost the same."""
         scores = self._scores
-        tensors = {f"stripe_mass/{name}": torch.from_numpy(scores.stripe_mass(name))}
-        densities = stored_densities(scores.candidates)
+        first = np.zeros((scores.models[name].layers, scores.models[name].heads), bool)
+        first[0] = True
+        tensors: dict[str, Tensor] = {}
         for method in {alike(method) for method in scores.candidates}:
-            if isinstance(method.select, Stored):
-                first = np.zeros((scores.models[name].layers, scores.models[name].heads), bool)
-                first[0] = True
-                names = method.select.names(method.order, name)
-                tensors |= stored_tensors(scores.sums[f"levels/{name}"], method.select.density, densities, first, names)
+            if method.select.records:
+                recorder = RECORDERS[method.select.records]
+                tensors |= recorder.tensors(scores.candidates, scores.sums, name, method, first)
         return tensors

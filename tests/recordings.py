@@ -25,15 +25,15 @@ from diffusers_accel.methods import (
     AxisOrder,
     Band,
     Draft,
+    Kept,
     Method,
     Patches,
     Recipe,
-    Reuse,
     Skip,
     Stored,
     Stripe,
 )
-from diffusers_accel.methods.stored import packed
+from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.plan import Plan, Span
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.plan_search import search_plan
@@ -84,7 +84,7 @@ MIXED = Recipe(
     heads=(
         Method(),
         Method(AxisOrder("hwf"), Band(0.4)),
-        Method(Patches(), Draft(0.3), reuse=Reuse(2)),
+        Method(Patches(), Draft(0.3), rest=Kept(2)),
         Method(select=Skip()),
     )
 )
@@ -92,10 +92,10 @@ METHODS: dict[str, Recipe | Method] = {
     "mixed": MIXED,
     "stripe": Method(select=Stripe(0.4)),
     "stripe no first": Method(select=Stripe(0.4, first_frame=False), precision="int8"),
-    "band held": Recipe(heads=(Method(select=Band(0.3), reuse=Reuse(2)), Method(select=All(), precision="int8"))),
+    "band held": Recipe(heads=(Method(select=Band(0.3), rest=Kept(2)), Method(select=All(), precision="int8"))),
     "orders": Recipe(heads=tuple(Method(AxisOrder(axes), Draft(0.4)) for axes in ("fwh", "hfw", "wfh", "whf"))),
     "held beside cached": Recipe(
-        heads=(Method(Patches(), Draft(0.3, hold=2)), Method(AxisOrder("hwf"), Draft(0.4), reuse=Reuse(3)))
+        heads=(Method(Patches(), Draft(0.3, hold=2)), Method(AxisOrder("hwf"), Draft(0.4), rest=Kept(3)))
     ),
     "skip": Recipe(heads=(Method(select=Skip()), Method(select=Band(0.5)))),
 }
@@ -147,7 +147,7 @@ def _plan_file(name: str) -> dict[str, np.ndarray]:
             ".": Method(),
             "s": Method(AxisOrder("hwf"), Stored(0.6)),
             "v": Method(select=Stripe(0.5, calibrated=True)),
-            "g": Method(Patches(), Draft(0.3), reuse=Reuse(gated=True)),
+            "g": Method(Patches(), Draft(0.3), rest=Kept(gated=True)),
         },
         spans=(
             Span(0.0, 0.4, {"transformer": ("svg.", "gsv.", "....")}),

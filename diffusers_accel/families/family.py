@@ -12,7 +12,7 @@ from diffusers_accel.layout import TokenLayout
 from diffusers_accel.shape import ModelShape
 
 Observation = tuple[int, ...]
-AttentionCall = Literal["dispatch_attention_fn", "F.scaled_dot_product_attention"]
+AttentionName = Literal["dispatch_attention_fn", "F.scaled_dot_product_attention"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Family:
 
     name: str
     transformer: str
-    attention_call: AttentionCall
+    attention_call: AttentionName
     self_attention: Callable[[nn.Module], list[tuple[str, nn.Module]]]
     shape: Callable[[nn.Module], ModelShape]
     observe: Callable[[tuple[Any, ...], Mapping[str, Any]], Observation]

@@ -1,30 +1,34 @@
 """Methods: short pipelines of stages, and the named recipes made of them."""
 
-from diffusers_accel.methods.context import Context
-from diffusers_accel.methods.draft import Draft
-from diffusers_accel.methods.method import AUTO, DENSE, SELECTS, Method, Select
+from diffusers_accel.methods.blocks import BLOCK
+from diffusers_accel.methods.method import AUTO, DENSE, Method
 from diffusers_accel.methods.named import NAMED, Recipe
-from diffusers_accel.methods.orders import AxisOrder, Order, Patches
-from diffusers_accel.methods.reuse import Reuse
-from diffusers_accel.methods.selects import BLOCK, All, Band, Skip, Stripe
-from diffusers_accel.methods.stored import Stored
+from diffusers_accel.methods.order import Order
+from diffusers_accel.methods.orders import AxisOrder, Patches
+from diffusers_accel.methods.rest import Rest
+from diffusers_accel.methods.rests import RESTS, Drop, Kept, Pooled
+from diffusers_accel.methods.select import Select
+from diffusers_accel.methods.selects import SELECTS, All, Band, Draft, Skip, Stored, Stripe
 
 __all__ = [
     "AUTO",
     "BLOCK",
     "DENSE",
     "NAMED",
+    "RESTS",
     "SELECTS",
     "All",
     "AxisOrder",
     "Band",
-    "Context",
     "Draft",
+    "Drop",
+    "Kept",
     "Method",
     "Order",
     "Patches",
+    "Pooled",
     "Recipe",
-    "Reuse",
+    "Rest",
     "Select",
     "Skip",
     "Stored",

@@ -1,6 +1,6 @@
 """A method: the short pipeline of stages by which a head attends.
 
-order -> select -> attend in a precision -> merge with what is reused -> restore order
+order -> select -> attend in a precision -> rest -> restore order
 """
 
 from __future__ import annotations
@@ -12,19 +12,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from diffusers_accel.files import quoted
 from diffusers_accel.kernels.attention import PRECISIONS, choices
-from diffusers_accel.methods.context import Context
-from diffusers_accel.methods.draft import Draft
-from diffusers_accel.methods.orders import AxisOrder, Order, parse_order
-from diffusers_accel.methods.reuse import Reuse
-from diffusers_accel.methods.selects import All, Band, Skip, Stripe
-from diffusers_accel.methods.stored import Stored
+from diffusers_accel.methods.order import Order
+from diffusers_accel.methods.orders import AxisOrder, parse_order
+from diffusers_accel.methods.rest import Rest
+from diffusers_accel.methods.rests import RESTS, Drop
+from diffusers_accel.methods.select import Select
+from diffusers_accel.methods.selects import SELECTS, All
 
-Select = All | Skip | Band | Stripe | Draft | Stored
-SELECTS: dict[str, type[Select]] = {cls.kind: cls for cls in (All, Skip, Band, Stripe, Draft, Stored)}
 AUTO = "auto"  # the precision of a recipe that leaves it to the device; `patch` replaces it
 
 
@@ -36,7 +33,7 @@ class Method:
         order: how tokens are sorted before blocks are cut.
         select: which key blocks a query block reads, in that order.
         precision: in which type products are computed: "input", "int8" (QK), "int8_fp8" (QK and PV).
-        reuse: what is kept of the blocks that are not read; None: nothing, their attention goes to the others.
+        rest: what happens to the blocks that are not read.
 
     Raises:
         ValueError: for a combination that means nothing, such as a stripe over tokens that are not in frames.
@@ -45,23 +42,11 @@ class Method:
     order: Order = AxisOrder()
     select: Select = All()
     precision: str = "input"
-    reuse: Reuse | None = None
+    rest: Rest = Drop()
 
     def __post_init__(self) -> None:
-        kind = self.select.kind
-        if isinstance(self.select, (All, Skip)):
-            if not self.order.identity:
-                raise ValueError(f'"{kind}" reads the same in every order: leave the order out, found {self.order}')
-            if self.reuse:
-                raise ValueError(f'"{kind}" leaves no blocks whose attention could be kept: leave the reuse out')
-        if isinstance(self.select, Stripe) and not self.order.identity:
-            raise ValueError(f'a stripe is a set of frame rows: it goes with the order "fhw" only, found {self.order}')
-        if isinstance(self.select, Stored) and not isinstance(self.order, AxisOrder):
-            raise ValueError(f"masks are stored for the six axis orders, found the order {self.order.label}")
-        if isinstance(self.select, Draft) and self.select.hold > 1 and self.reuse:
-            raise ValueError(
-                f"a reuse keeps its selection until it refreshes: leave hold at 1, found {self.select.hold}"
-            )
+        if reason := self.select.refuses(self.order) or self.rest.refuses(self.select):
+            raise ValueError(reason)
         if self.precision not in (*PRECISIONS, AUTO):
             raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, found {self.precision!r}")
         if self.skips and self.precision != "input":
@@ -72,33 +57,21 @@ class Method:
     @property
     def dense(self) -> bool:
         """Whether the user's own attention computes it."""
-        return isinstance(self.select, All) and self.precision == "input"
+        return self.select.reads_all and self.precision == "input"
 
     @property
     def skips(self) -> bool:
-        return isinstance(self.select, Skip)
-
-    @property
-    def dynamic(self) -> bool:
-        """Whether the selection depends on q and k."""
-        return isinstance(self.select, Draft)
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether the mask depends on the layer and head, through the plan's tensors."""
-        return isinstance(self.select, Stored) or (isinstance(self.select, Stripe) and self.select.calibrated)
+        return self.select.reads_nothing
 
     @property
     def timed(self) -> bool:
         """Whether what it computes depends on the step."""
-        held = isinstance(self.select, Draft) and self.select.hold > 1
-        return self.reuse is not None or held
+        return self.rest.remembers or self.select.reselect_every > 1
 
-    def mask(self, ctx: Context) -> Tensor:
-        """Which key blocks are read: bool [1 or heads, query blocks, key blocks], in this method's token order."""
-        if isinstance(self.select, Draft):
-            raise TypeError("a draft has no mask without q and k: use select.pattern(q, k, layout, order)")
-        return self.select.mask(ctx, self.order)
+    @property
+    def expected_density(self) -> float | None:
+        """The share of the blocks that it computes, in the mean over the schedule; None where that is not known ahead."""
+        return self.rest.expected_density(self.select.expected_density)
 
     def refuses(self, head_dim: int, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this method cannot run there, or None if it can."""
@@ -114,11 +87,9 @@ class Method:
     def label(self) -> str:
         """A short name for tables, such as "band hwf 0.25" or "draft 8x16 0.25 int8, cached 3"."""
         order = "" if self.order.identity else self.order.label
-        calibrated = "calibrated" if isinstance(self.select, Stripe) and self.select.calibrated else ""
         precision = "" if self.precision == "input" else self.precision
-        kind = {"all": "dense"}.get(self.select.kind, self.select.kind)
-        words = (kind, order, calibrated, self.select.label, precision)
-        return ", ".join(part for part in (" ".join(w for w in words if w), self.reuse and self.reuse.label) if part)
+        words = (self.select.name, order, self.select.label, precision)
+        return ", ".join(part for part in (" ".join(word for word in words if word), self.rest.label) if part)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: {"order": "hwf", "select": {"kind": "band", "density": 0.25, "first_frame": True}}."""
@@ -126,25 +97,21 @@ class Method:
         data["select"] = {"kind": self.select.kind, **dataclasses.asdict(self.select)}
         if self.precision != "input":
             data["precision"] = self.precision
-        if self.reuse:
-            data["reuse"] = dataclasses.asdict(self.reuse)
+        if self.rest != Drop():
+            data["rest"] = {"kind": self.rest.kind, **dataclasses.asdict(self.rest)}
         return data
 
     @staticmethod
     def from_json(data: object) -> Method:
         """The inverse of `to_json`; anything unexpected is refused with a ValueError that names it."""
-        fields = _object(data, "a method", {"order", "select", "precision", "reuse"}, required={"select"})
-        select = fields["select"]
-        kind = select.get("kind") if isinstance(select, Mapping) else None
-        if not isinstance(kind, str) or kind not in SELECTS:
-            raise ValueError(f"select.kind: expected one of {sorted(SELECTS)}, found {quoted(kind)}")
-        chosen = _stage(SELECTS[kind], {k: v for k, v in select.items() if k != "kind"}, f"select {kind!r}")
+        fields = _object(data, "a method", {"order", "select", "precision", "rest"}, required={"select"})
+        select = _of_kind(SELECTS, fields["select"], "select")
+        rest = _of_kind(RESTS, fields["rest"], "rest") if "rest" in fields else Drop()
         order, precision = fields.get("order", "fhw"), fields.get("precision", "input")
         _check_type("order", order, "str")
         if precision not in PRECISIONS:
             raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, found {quoted(precision)}")
-        reuse = _stage(Reuse, fields["reuse"], "reuse") if "reuse" in fields else None
-        return Method(order=_parsed_order(order), select=chosen, precision=precision, reuse=reuse)
+        return Method(order=_parsed_order(order), select=select, precision=precision, rest=rest)
 
 
 DENSE = Method()
@@ -155,6 +122,15 @@ def _parsed_order(text: str) -> Order:
         return parse_order(text)
     except ValueError as error:
         raise ValueError(f"order: {error}") from error
+
+
+def _of_kind(kinds: Mapping[str, type], data: object, path: str) -> Any:
+    """A stage from its kind and its fields."""
+    kind = data.get("kind") if isinstance(data, Mapping) else None
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"{path}.kind: expected one of {sorted(kinds)}, found {quoted(kind)}")
+    assert isinstance(data, Mapping)
+    return _stage(kinds[kind], {key: value for key, value in data.items() if key != "kind"}, f"{path} {kind!r}")
 
 
 def _stage(cls: type, data: object, what: str) -> Any:

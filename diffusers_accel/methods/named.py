@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from diffusers_accel.files import quoted
-from diffusers_accel.methods.draft import Draft
 from diffusers_accel.methods.method import AUTO, DENSE, Method
 from diffusers_accel.methods.orders import AxisOrder, Patches
-from diffusers_accel.methods.reuse import Reuse
-from diffusers_accel.methods.selects import All, Band
+from diffusers_accel.methods.rests import Kept
+from diffusers_accel.methods.selects import All, Band, Draft
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def cached(
         dense_layers: number of first layers that stay dense.
         precision: of the products, "input", "int8" or "int8_fp8".
     """
-    method = Method(order=Patches(), select=Draft(density), precision=precision, reuse=Reuse(every))
+    method = Method(order=Patches(), select=Draft(density), precision=precision, rest=Kept(every))
     return Recipe(heads=(method,), dense_steps=dense_steps, dense_layers=dense_layers)
 
 

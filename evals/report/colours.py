@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from diffusers_accel.methods import All, Method, Skip, Stripe
+from diffusers_accel.methods import Method
 
 HUES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 DENSE, SKIP = "#6b7280", "#ffffff"
@@ -27,29 +27,15 @@ def method_colours(methods: Iterable[Method]) -> dict[Method, Colour]:
         else:
             kinds.setdefault(_kind(method), set()).add(method)
     for number, kind in enumerate(sorted(kinds)):
-        members = sorted(kinds[kind], key=lambda method: (asked_density(method) or 0.0, method.label))
+        members = sorted(kinds[kind], key=lambda method: (method.expected_density or 0.0, method.label))
         for rank, method in enumerate(members):
             fills[method] = _mix(_hue(number), 0.4 + 0.6 * (rank + 1) / len(members))
     return {method: Colour(fill, _ink(fill)) for method, fill in fills.items()}
 
 
-def asked_density(method: Method) -> float | None:
-    """The density that a method asks for: 1 dense, 0 skipped, a mean over steps where it refreshes at every n-th.
-
-    None where it is not known ahead: a share of attention instead of a density, or a gate.
-    """
-    if isinstance(method.select, (All, Skip)):
-        return 0.0 if method.skips else 1.0
-    density = method.select.density
-    if density is None or method.reuse is None:
-        return density
-    return None if method.reuse.gated else density + (1 - density) / method.reuse.every
-
-
 def _kind(method: Method) -> str:
     """A method without its amounts: what shares a hue."""
-    calibrated = isinstance(method.select, Stripe) and method.select.calibrated
-    return f"{method.select.kind} {method.order.label} {calibrated} {method.precision} {bool(method.reuse)}"
+    return f"{method.select.name} {method.order.label} {method.precision} {method.rest.kind}"
 
 
 def _hue(number: int) -> str:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from diffusers_accel.evals.measurement import Measurement
 from diffusers_accel.evals.metrics import METRICS
 from diffusers_accel.evals.report import charts, words
-from diffusers_accel.evals.report.colours import Colour, asked_density, method_colours
+from diffusers_accel.evals.report.colours import Colour, method_colours
 from diffusers_accel.evals.report.report import Clip, Report, Subject
 from diffusers_accel.files import printable
 from diffusers_accel.methods import Method
@@ -137,7 +137,7 @@ def _plan(subject: Subject, colours: Mapping[Method, Colour]) -> dict[str, Any]:
     panels: list[dict[str, Any]] = []
     for span in plan.spans:
         for name, rows in span.heads.items():
-            asked = [asked_density(plan.methods[symbol]) for row in rows for symbol in row]
+            asked = [plan.methods[symbol].expected_density for row in rows for symbol in row]
             title = f"{span.start:.0%} to {span.stop:.0%} of the steps" + (f", {name}" if len(span.heads) > 1 else "")
             cell = (34 if len(rows[0]) <= 8 else 24) if len(rows[0]) <= LETTERS_UP_TO else 11
             known = [density for density in asked if density is not None]
@@ -148,7 +148,7 @@ def _plan(subject: Subject, colours: Mapping[Method, Colour]) -> dict[str, Any]:
             "symbol": symbol,
             "label": plan.methods[symbol].label,
             "share": share,
-            "density": asked_density(plan.methods[symbol]),
+            "density": plan.methods[symbol].expected_density,
         }
         for symbol, share in plan.shares().items()
     ]

@@ -8,18 +8,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from diffusers_accel.call import AttentionCall
 from diffusers_accel.files import quoted
 from diffusers_accel.kernels.kept import kept
 from diffusers_accel.kernels.pattern import BlockPattern
-from diffusers_accel.kernels.pool import pool
 from diffusers_accel.kernels.select import select
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods.orders import Order
-from diffusers_accel.methods.selects import BLOCK, always_read, check_density
+from diffusers_accel.methods.blocks import BLOCK, always_read, check_density, video_blocks
+from diffusers_accel.methods.order import Order
+from diffusers_accel.methods.select import Inputs, Select, Wants
+from diffusers_accel.methods.uses import Tensors
 
 
 @dataclass(frozen=True)
-class Draft:
+class Draft(Select):
     """Blocks are averaged, their softmax map stands for the full one, and the best block pairs are read.
 
     The paper keeps the best share of a head's whole map (rule "quantile"), whose rows may be empty, forces nothing but text
@@ -45,6 +47,7 @@ class Draft:
     first_frame: bool = True
     hold: int = 1
     kind: ClassVar[str] = "draft"
+    wants: ClassVar[Wants] = "means"
 
     def __post_init__(self) -> None:
         if (self.density is None) == (self.mass is None):
@@ -69,12 +72,18 @@ class Draft:
         words = ("row" if self.rule == "row" else "", amount, f"hold {self.hold}" if self.hold > 1 else "")
         return " ".join(word for word in words if word)
 
-    def pattern(self, q: Tensor, k: Tensor, layout: TokenLayout, order: Order) -> BlockPattern:
-        """The block lists of each batch row and head; q [B, S, H, D] and k [B, S_k, H, D] lie in `order`."""
-        return self.pattern_of_means(pool(q, BLOCK), pool(k, BLOCK), layout, order)
+    @property
+    def expected_density(self) -> float | None:
+        return self.density
 
-    def pattern_of_means(self, q_means: Tensor, k_means: Tensor, layout: TokenLayout, order: Order) -> BlockPattern:
-        """The same from the means of the blocks, fp32 [B, blocks, H, D], of tokens that lie in `order`."""
+    @property
+    def reselect_every(self) -> int:
+        return self.hold
+
+    def pattern(self, call: AttentionCall, order: Order, tensors: Tensors, inputs: Inputs) -> BlockPattern:
+        assert inputs.means is not None
+        q_means, k_means = inputs.means
+        layout = call.layout
         always = _forced(layout, order, self.diagonal, self.first_frame, q_means.device)
         first, stop = video_blocks(layout)
         if first >= stop:  # every block holds text, which is always read
@@ -94,13 +103,6 @@ class Draft:
             block_q=BLOCK,
             block_k=BLOCK,
         )
-
-
-def video_blocks(layout: TokenLayout) -> tuple[int, int]:
-    """[first, stop) of the blocks that hold no text."""
-    if layout.text_at == "start":
-        return -(-layout.text_tokens // BLOCK), layout.blocks(BLOCK)
-    return 0, layout.text_start // BLOCK if layout.text_tokens else layout.blocks(BLOCK)
 
 
 @kept(64)

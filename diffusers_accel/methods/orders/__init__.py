@@ -1,0 +1,18 @@
+"""The orders that there are: one file each, and one line here."""
+
+from diffusers_accel.files import quoted
+from diffusers_accel.methods.order import Order
+from diffusers_accel.methods.orders.axes import AxisOrder
+from diffusers_accel.methods.orders.patches import Patches
+
+ORDERS: tuple[type[Order], ...] = (AxisOrder, Patches)
+
+
+def parse_order(text: str) -> Order:
+    """The order of a label such as "hwf" or "8x16"."""
+    for each in ORDERS:
+        if (order := each.parse(text)) is not None:
+            return order
+    raise ValueError(
+        f'an order is a permutation of "fhw" such as "hwf" or a patch such as "8x16", found {quoted(text)}'
+    )

@@ -1,0 +1,156 @@
+"""What unread keys gave at an earlier step is kept and merged in: FlashBlock's residual reuse.
+
+FlashBlock (arXiv 2602.05305) denoises a block of tokens against a long history: attention over the history (the external
+part) hardly changes from step to step, so its output and log-sum-exp are kept and merged with the block's own, fresh part.
+A bidirectional model has no history. There the external part is what a sparse selection leaves out, which the paper shows
+as residual reuse: a refresh step computes both parts and is exactly dense, the steps after it compute the selected blocks
+and merge the kept rest. The selection is frozen in between, so that the parts always make up the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffusers_accel.call import AttentionCall
+from diffusers_accel.files import FileError
+from diffusers_accel.kernels.merge import merge
+from diffusers_accel.kernels.pattern import BlockPattern, head_index
+from diffusers_accel.methods.blocks import part_of
+from diffusers_accel.methods.rest import Held, Part, Read, Reader, Rest, Turn
+from diffusers_accel.methods.select import Select
+from diffusers_accel.methods.uses import Tensors, Uses, planned
+
+USUAL = 3  # steps from refresh to refresh
+FOREVER = 1 << 30
+
+
+@dataclass(frozen=True)
+class Kept(Rest):
+    """Keep the output and LSE of the unselected blocks.
+
+    Args:
+        every: refresh at every n-th step, counted from the last refresh; 1 would never reuse.
+        gated: refresh a head where the plan's tensor "refresh/<transformer>" says so (uint8 [parts, layers, heads], 1 =
+            refresh at the beginning of that part, for equal parts of the schedule): what `search.gates.calibrate_gates` found
+            from how fast each head's part drifts. `every` is then not used and stays at its default.
+    """
+
+    every: int = USUAL
+    gated: bool = False
+    kind: ClassVar[str] = "kept"
+    remembers: ClassVar[bool] = True
+    reads: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 2:
+            raise ValueError(f"every is a number of steps, expected 2 or more, found {self.every!r}")
+        if self.gated and self.every != USUAL:
+            raise ValueError(
+                f"heads with a gate take their refresh steps from the plan: leave every out, found {self.every}"
+            )
+
+    @property
+    def label(self) -> str:
+        return "cached gated" if self.gated else f"cached {self.every}"
+
+    @property
+    def period(self) -> int:
+        return self.every
+
+    @property
+    def unmeasured(self) -> str | None:
+        if not self.gated:
+            return None
+        return "a gate is not searched, but calibrated for a plan that was: search.gates.calibrate_gates"
+
+    @property
+    def representative(self) -> Rest:
+        return Kept(FOREVER)
+
+    def refuses(self, select: Select) -> str | None:
+        if select.reads_all or select.reads_nothing:
+            return f'"{select.kind}" leaves no blocks whose attention could be kept: leave the rest out'
+        if select.reselect_every > 1:
+            return (
+                f"what is kept keeps its selection until it refreshes: leave hold at 1, found {select.reselect_every}"
+            )
+        return None
+
+    def expected_density(self, density: float | None) -> float | None:
+        return None if density is None or self.gated else density + (1 - density) / self.every
+
+    def check(self, uses: Uses, tensors: Tensors) -> None:
+        if not self.gated:
+            return
+        name = gate_name(uses.transformer)
+        gate = uses.tensor(tensors, name)
+        uses.check_size(name, gate, torch.uint8, "parts, layers, heads", place=1)
+        if int(gate.max()) > 1:
+            raise FileError(
+                f"tensors.{name}: expected 1 where a head refreshes and 0 elsewhere, found {int(gate.max())}"
+            )
+
+    def depends(self, call: AttentionCall) -> Hashable:
+        return call.place if self.gated else None
+
+    def gate(self, place: tuple[str, int], heads: Sequence[int], tensors: Tensors) -> Tensor | None:
+        if not self.gated:
+            return None
+        transformer, layer = place
+        gate = planned(tensors, gate_name(transformer), "what is kept with a gate")
+        return gate[:, layer, list(heads)].bool().cpu()
+
+    def refresh_share(self, gate: Tensor | None) -> float:
+        if gate is None:
+            return 1 / self.every
+        return float(gate.double().mean()) if len(gate) else 0.0
+
+    def due(self, held: Held, now: tuple[int, int], gate: Tensor | None, before: int | None) -> list[bool]:
+        if gate is not None:
+            return [bool(each) for each in gate[_begun(now, len(gate), before)].any(0)]
+        return [now[0] - last >= self.every for last in held.refreshed]
+
+    def complete(self, read: Read, turn: Turn, reader: Reader) -> tuple[Part, Held]:
+        held = _renewed(read, turn, reader)
+        assert held.out is not None and held.lse is not None
+        return merge([read.part, (held.out, held.lse)]), held
+
+
+def gate_name(transformer: str) -> str:
+    """Of the tensor that says when heads refresh."""
+    return f"refresh/{transformer}"
+
+
+def _begun(now: tuple[int, int], parts: int, before: int | None = None) -> slice:
+    """Which of `parts` equal parts of the schedule have begun since the step `before` (None: the one before this): none if this
+    step goes on with that one's part, several where a call has fewer steps than there are parts, or steps were predicted."""
+    step, steps = now
+    before = part_of((step - 1 if before is None else before, steps), parts) if step else -1
+    return slice(before + 1, part_of(now, parts) + 1)
+
+
+def _renewed(read: Read, turn: Turn, reader: Reader) -> Held:
+    """What is held after this step: where heads refresh, their unread blocks are computed."""
+    held, step = turn.held, turn.step
+    heads = [head for head, now in enumerate(turn.refresh) if now]
+    if len(heads) == len(turn.refresh):
+        # A pattern that stays is complemented once; lists that stay with another would only take memory.
+        unread = read.pattern.derived(BlockPattern.complement) if read.shared else read.pattern.complement()
+        return Held(read.pattern, step, [step] * len(heads), *reader.attend(unread))
+    assert held is not None and held.out is not None and held.lse is not None
+    if heads:
+        index = head_index(tuple(heads), read.pattern.device)
+        out, lse = reader.attend(read.pattern.take(heads).complement(), heads)
+        held.out.index_copy_(2, index, out)
+        held.lse.index_copy_(1, index, lse)
+    return replace(
+        held,
+        pattern=read.pattern,
+        selected=held.selected if read.pattern is held.pattern else step,
+        refreshed=[step if now else last for now, last in zip(turn.refresh, held.refreshed, strict=True)],
+    )

@@ -1,0 +1,11 @@
+"""The selections that there are: one file each, and one line here."""
+
+from diffusers_accel.methods.select import Select
+from diffusers_accel.methods.selects.all import All
+from diffusers_accel.methods.selects.band import Band
+from diffusers_accel.methods.selects.draft import Draft
+from diffusers_accel.methods.selects.skip import Skip
+from diffusers_accel.methods.selects.stored import Stored
+from diffusers_accel.methods.selects.stripe import Stripe
+
+SELECTS: dict[str, type[Select]] = {each.kind: each for each in (All, Skip, Band, Stripe, Draft, Stored)}

@@ -1,0 +1,42 @@
+"""Every query reads every key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffusers_accel.call import AttentionCall
+from diffusers_accel.methods.blocks import BLOCK
+from diffusers_accel.methods.order import Order
+from diffusers_accel.methods.select import StaticSelect
+from diffusers_accel.methods.uses import Tensors
+
+
+@dataclass(frozen=True)
+class All(StaticSelect):
+    """Dense attention (Sparse-vDiT's M0, arXiv 2506.03065)."""
+
+    kind: ClassVar[str] = "all"
+    reads_all: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return "dense"
+
+    @property
+    def expected_density(self) -> float:
+        return 1.0
+
+    def refuses(self, order: Order) -> str | None:
+        return (
+            None
+            if order.identity
+            else f'"{self.kind}" reads the same in every order: leave the order out, found {order}'
+        )
+
+    def mask(self, call: AttentionCall, order: Order, tensors: Tensors) -> Tensor:
+        blocks = call.layout.blocks(BLOCK)
+        return torch.ones(1, blocks, blocks, dtype=torch.bool)

@@ -1,0 +1,56 @@
+"""The band: each query block reads the key blocks that lie nearest to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffusers_accel.call import AttentionCall
+from diffusers_accel.methods.blocks import BLOCK, always_read, check_density
+from diffusers_accel.methods.order import Order
+from diffusers_accel.methods.select import StaticSelect
+from diffusers_accel.methods.uses import Tensors
+
+
+@dataclass(frozen=True)
+class Band(StaticSelect):
+    """Each query block reads the key blocks nearest to it (M2; in the order "hwf" it is M3, multi-diagonal).
+
+    Unlike the paper's sliding window, whose rows shrink at the ends of the sequence, rows here keep their length: the
+    window is shifted inside. So the density is exactly what was asked for, up to one block a row, and rows are balanced.
+
+    Args:
+        density: share of key blocks that a video query block reads, in (0, 1], the always-read blocks (text, first frame)
+            included. At least the block itself and the always-read blocks are read, so small densities are exceeded.
+        first_frame: always read the first frame's keys, where the order keeps it together.
+    """
+
+    density: float
+    first_frame: bool = True
+    kind: ClassVar[str] = "band"
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+
+    @property
+    def label(self) -> str:
+        return f"{self.density:g}"
+
+    @property
+    def expected_density(self) -> float:
+        return self.density
+
+    def mask(self, call: AttentionCall, order: Order, tensors: Tensors) -> Tensor:
+        blocks = call.layout.blocks(BLOCK)
+        always, text = always_read(call.layout, self.first_frame and order.frame_major)
+        index = torch.arange(blocks)
+        distance = (index[:, None] - index[None, :]).abs().double()
+        distance += (index[None, :] > index[:, None]) * 0.5  # ties go to the earlier block
+        keep = always[None, :] | torch.eye(blocks, dtype=torch.bool)
+        rank = distance.masked_fill(keep, -1).argsort(dim=1, stable=True).argsort(dim=1)
+        mask = keep | (rank < max(1, round(self.density * blocks)))
+        mask[text] = True
+        return mask[None]
