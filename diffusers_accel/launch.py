@@ -113,7 +113,8 @@ def _attend(
             read += ((group.method, len(group.heads), share),)
         place = group.place
         mine = Read((out[:, :, place], lse[:, place]), pattern, pattern is group.pattern)
-        reader = _Kernels(prepared.operands, place, launch.precision, kernel)
+        k_means = prepared.means[1][:, :, place] if prepared.means else None
+        reader = _Kernels(prepared.operands, place, launch.precision, kernel, k_means)
         part, held = group.method.rest.complete(mine, turn, reader)
         if part is not mine.part:
             out[:, :, place] = part[0]
@@ -131,6 +132,7 @@ class _Kernels:
     place: slice
     precision: str
     kernel: str
+    k_means: Tensor | None  # where they were needed to select
 
     def attend(self, pattern: BlockPattern, heads: Sequence[int] | None = None) -> Part:
         q, k, v = self._own()
@@ -141,7 +143,8 @@ class _Kernels:
 
     def pooled(self, pattern: BlockPattern) -> Part:
         q, k, v = self._own()
-        return pooled(q, pool(k, BLOCK), pool(v, BLOCK), pattern)
+        k_means = pool(k, BLOCK) if self.k_means is None else self.k_means
+        return pooled(q, k_means, pool(v, BLOCK), pattern)
 
     def _own(self) -> tuple[Tensor, Tensor, Tensor]:
         assert isinstance(self.operands, tuple)  # codes are made only where no stage looks at more
