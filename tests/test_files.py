@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 
 from diffusers_accel.files import (
     FileError,
+    FlushError,
     Kind,
     Schema,
     WriteError,
@@ -139,6 +143,41 @@ def test_files_that_belong_together_are_all_written_or_none(tmp_path: Path) -> N
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == old
     write_together({tmp_path / "side": b"new", tmp_path / "plan.json": b"new"})
     assert (tmp_path / "side").read_bytes() == (tmp_path / "plan.json").read_bytes() == b"new"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are not flushed on Windows")
+def test_a_name_is_on_the_disk_before_the_file_that_refers_to_it_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    replace, fsync = os.replace, os.fsync
+
+    def flush(descriptor: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "replace", lambda a, b: (replace(a, b), done.append(Path(b).name)))
+    monkeypatch.setattr(os, "fsync", flush)
+    write_together({tmp_path / "side": b"new", tmp_path / "plan.json": b"new"})
+    assert done == ["file", "file", "side", "folder", "plan.json", "folder"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are not flushed on Windows")
+@pytest.mark.parametrize(("error", "kept"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_a_file_system_that_flushes_no_folders_is_none_that_fails(
+    error: int, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def flush(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(error, os.strerror(error))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    with nullcontext() if kept else pytest.raises(FlushError, match="Input/output error; the new one is in its place"):
+        write_whole(tmp_path / "plan.json", b"new")
+    assert (tmp_path / "plan.json").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file locks of POSIX")
