@@ -26,6 +26,7 @@ from diffusers_accel.files import (
     Kind,
     Schema,
     WriteError,
+    convert,
     load_document,
     load_tensor_document,
     only_writer,
@@ -180,6 +181,15 @@ def test_a_file_system_that_flushes_no_folders_is_none_that_fails(
     assert (tmp_path / "plan.json").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_whole_numbers_that_floats_hold_exactly_stand_for_them(tmp_path: Path) -> None:
+    assert convert({"name": "a", "counts": {"x": [2**53 + 1]}, "share": 2**60}, Note).share == 2.0**60
+    assert convert([{"a": 2**53 + 1}], list[dict[str, int | float]]) == [{"a": 2**53 + 1}]
+    with pytest.raises(
+        FileError, match=r"^x\[1\]: expected a number that a float holds exactly, found -9007199254740993"
+    ):
+        convert({"x": [1, -(2**53) - 1]}, dict[str, tuple[float, ...]])
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="file locks of POSIX")
 def test_what_was_left_of_a_probe_is_swept(tmp_path: Path) -> None:
     left = tmp_path / ".probe.0123456789abcdef.tmp"
@@ -275,6 +285,7 @@ def test_a_tensor_document_comes_back_and_no_changed_byte_goes_unnoticed(tmp_pat
         ({"counts": {"x": [1, "2"]}}, "counts"),
         ({"more": 1}, "found the unknown key more"),
         ({"share": None}, "share: expected float, found null"),
+        ({"share": 2**53 + 1}, "share: expected a number that a float holds exactly, found 9007199254740993"),
     ],
 )
 def test_a_document_of_another_shape_says_where(tmp_path: Path, change: dict[str, Any], message: str) -> None:
