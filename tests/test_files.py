@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import safetensors.torch
@@ -60,6 +61,12 @@ class Note(Schema):
     name: str
     counts: dict[str, tuple[int, ...]]
     share: float = 0.5
+
+
+class Required(msgspec.Struct):
+    """Takes no notice of other keys."""
+
+    ms: float
 
 
 NOTE = Note(name="a", counts={"x": (1, 2)}, share=0.25)
@@ -184,6 +191,7 @@ def test_a_file_system_that_flushes_no_folders_is_none_that_fails(
 def test_whole_numbers_that_floats_hold_exactly_stand_for_them(tmp_path: Path) -> None:
     assert convert({"name": "a", "counts": {"x": [2**53 + 1]}, "share": 2**60}, Note).share == 2.0**60
     assert convert([{"a": 2**53 + 1}], list[dict[str, int | float]]) == [{"a": 2**53 + 1}]
+    assert convert({"ms": 1, "more": 2**53 + 1}, Required) == Required(ms=1.0)
     with pytest.raises(
         FileError, match=r"^x\[1\]: expected a number that a float holds exactly, found -9007199254740993"
     ):

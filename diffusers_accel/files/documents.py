@@ -129,13 +129,18 @@ def _rounded(data: object, *place: Any) -> Iterator[tuple[tuple[Any, ...], int]]
 
 def _check_floats(rounded: Iterable[tuple[tuple[Any, ...], int]], found: Any) -> None:
     for place, number in rounded:
-        value, path = found, ""
-        for key in place:
-            value, path = value[key], f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}"
-        if isinstance(value, float):
-            raise FileError(
-                f"{printable(path.removeprefix('.'))[:200]}: expected a number that a float holds exactly, found {number}"
-            )
+        if isinstance(_at(found, place), float):
+            path = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in place).removeprefix(".")
+            raise FileError(f"{printable(path)[:200]}: expected a number that a float holds exactly, found {number}")
+
+
+def _at(value: Any, place: Iterable[Any]) -> Any:
+    """What stands in a place; None where the schema has left out the key."""
+    for key in place:
+        if isinstance(value, dict) and key not in value:
+            return None
+        value = value[key]
+    return value
 
 
 def checksum(data: object) -> str:
