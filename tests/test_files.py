@@ -27,6 +27,7 @@ from diffusers_accel.files import (
     Kind,
     Schema,
     WriteError,
+    append_line,
     convert,
     load_document,
     load_tensor_document,
@@ -37,6 +38,7 @@ from diffusers_accel.files import (
     printable,
     quoted,
     read_json,
+    read_lines,
     read_tensor_file,
     read_tensors,
     save_document,
@@ -102,6 +104,27 @@ def test_a_planted_link_is_not_followed_and_permissions_stay(tmp_path: Path) -> 
     write_whole(path, b"new")
     assert victim.read_bytes() == b"mine"
     assert path.read_bytes() == b"new" and path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights on Windows")
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    shared, path = tmp_path / "blob", tmp_path / "plan.json"
+    shared.write_bytes(b"shared")
+    path.symlink_to(shared)
+    write_whole(path, b"new")
+    assert not path.is_symlink() and path.read_bytes() == b"new" and shared.read_bytes() == b"shared"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights on Windows")
+def test_rows_are_added_where_a_link_leads_and_its_names_share_a_lock(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    real, path = tmp_path / "disk" / "rows.jsonl", tmp_path / "rows.jsonl"
+    path.symlink_to(real)
+    with only_writer(path, "a run"):
+        append_line(path, {"a": 1})
+        with pytest.raises(FileError, match="a run; wait for its end"), only_writer(real, "a run"):
+            pass
+    assert path.is_symlink() and read_lines(real, "a row", "delete it") == [{"a": 1}]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file locks of POSIX")

@@ -24,6 +24,9 @@ STALE_SECONDS = 60.0  # a temporary file that is younger may be one that its wri
 def write_whole(path: Path, data: bytes) -> None:
     """Writes `data` to a new file in the same folder, then renames it to `path`; file and folder are on the disk on return.
 
+    A link of that name is replaced, and what it leads to stays as it is: caches of shared models link names to files that are
+    others' too. Who goes on with a file that a link leads to follows it before (`search.keeping`, `whole_folder`).
+
     Raises:
         FileNotFoundError: there is no such folder.
         WriteError: it cannot be written (no permission, full disk, a folder of that name); `path` is as it was.
