@@ -15,14 +15,15 @@ from diffusers_accel.evals.report import Media
 from diffusers_accel.evals.report.video import GAIN
 from diffusers_accel.files import FileError, Kind, Schema, load_tensor_document, printable, quoted, save_tensor_document
 
-KIND = Kind("diffusers_accel.clip", version=1, remedy="delete it, and this clip is measured again")
+KIND = Kind("diffusers_accel.clip", version=2, remedy="delete it, and this clip is measured again")
 FILM, DIFFERENCE = "film/", "difference/"  # before the subject's name, in the file
 
 
 class Seen(Schema, frozen=True):
     """Of one subject, or of the dense baseline, whose attention is timed in the first clip only.
 
-    Times are in ms, one per run; `layers` are the rows of `Patch.report()` of the last run; a score is a value, or None and why.
+    Times are in ms, one per run; `layers` are the rows of `Patch.report()` of the last run and `notes` its notes on the patch as
+    a whole; a score is a value, or None and why.
     """
 
     times: list[float] = []
@@ -32,6 +33,7 @@ class Seen(Schema, frozen=True):
     densities: list[float] = []
     scores: dict[str, tuple[float | None, str | None]] = {}
     layers: list[dict[str, Any]] = []
+    notes: list[str] = []
 
 
 class ClipNumbers(Schema, frozen=True):

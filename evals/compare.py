@@ -246,7 +246,7 @@ class _Session:
             into.attention.append(timer.attention_ms)
             into.shares.append(timer.attention_ms / run.milliseconds)
             into.densities.append(report.density)
-            into.layers[:] = report.rows
+            into.layers[:], into.notes[:] = report.rows, report.notes
         into.times.append(run.milliseconds)
         into.peaks.append(run.peak_bytes)
         return run
