@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from diffusers_accel.files import (
     WriteError,
     append_line,
     convert,
+    encode_line,
+    encode_tensors,
     load_document,
     load_tensor_document,
     only_writer,
@@ -219,6 +223,47 @@ def test_whole_numbers_that_floats_hold_exactly_stand_for_them(tmp_path: Path) -
         FileError, match=r"^x\[1\]: expected a number that a float holds exactly, found -9007199254740993"
     ):
         convert({"x": [1, -(2**53) - 1]}, dict[str, tuple[float, ...]])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file is not replaced on Windows")
+@pytest.mark.parametrize("load", [read_json, read_tensor_file, lambda path: read_lines(path, "a row", "delete it")])
+def test_a_file_that_another_writer_replaces_meanwhile_is_read_whole(
+    load: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever look at its name finds the other one: the new one is longer, so that its start is none of them."""
+    path, new = tmp_path / "file", tmp_path / "new"
+
+    def write(to: Path, size: int) -> None:
+        if load is read_tensor_file:
+            to.write_bytes(encode_tensors({"a": torch.zeros(size)}))
+        else:
+            to.write_bytes(encode_line({"a": "x" * size}))
+
+    looks = 0
+
+    def replacing(stock: Callable[..., Any], at: int) -> Callable[..., Any]:
+        def look(name: Any, *arguments: Any, **more: Any) -> Any:
+            nonlocal looks
+            found = stock(name, *arguments, **more)
+            if not isinstance(name, int) and Path(name) == path:
+                looks += 1
+                if looks == at:
+                    os.replace(new, path)
+            return found
+
+        return look
+
+    for at in range(1, 5):
+        write(path, 10)
+        write(new, 1000)
+        looks = 0
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "stat", replacing(os.stat, at))
+            patched.setattr(os, "open", replacing(os.open, at))
+            patched.setattr(io, "open", replacing(io.open, at))
+            patched.setattr("builtins.open", replacing(open, at))
+            found = load(path)
+        assert found, at
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file locks of POSIX")

@@ -65,7 +65,7 @@ def read_lines(path: Path, kind: str, remedy: str) -> list[dict[str, Any]]:
     Raises:
         FileError: a line is not as it was written, or the file is something else.
     """
-    if not path.exists() or (path.is_file() and not path.stat().st_size):
+    if not os.path.exists(path) or (os.path.isfile(path) and not os.path.getsize(path)):
         return []
     *lines, rest = read_bytes(path, MAX_LINES_BYTES, "a file of JSON lines").split(b"\n")
     rows = []
