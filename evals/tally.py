@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from diffusers_accel.evals.clip_record import ClipNumbers
@@ -43,7 +44,7 @@ class Tally:
             tally.densities += seen.densities
             for metric, score in seen.scores.items():
                 tally.scores.setdefault(metric, []).append(score)
-            tally.layers = seen.layers
+            tally.layers = [msgspec.structs.asdict(row) for row in seen.layers]
             tally.remarks += [note for note in seen.notes if note not in tally.remarks]
         return tally
 
