@@ -22,7 +22,7 @@ from diffusers_accel.shape import ModelShape
 
 
 def configuration(pipe: Any, found: Found, call: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """JSON data that is equal exactly where two searches measure the same."""
+    """JSON data that is equal exactly where two searches measure the same; what tells most of a difference stands first."""
     return {
         "pipeline": type(pipe).__name__,
         "model": model_name(pipe),
@@ -48,7 +48,7 @@ def check_same_search(
     """Refuses scores that another search measured, naming what differs; more prompts at the end are fine."""
     mine = {**config, "models": models, "candidates": settings.candidates, "spans": settings.spans}
     theirs = {**scores.config, "models": scores.models, "candidates": scores.candidates, "spans": scores.spans}
-    for key in sorted({*mine, *theirs}):
+    for key in {**mine, **theirs}:
         if mine.get(key) != theirs.get(key):
             what, other, own = _difference(key, theirs.get(key), mine.get(key))
             raise ValueError(
