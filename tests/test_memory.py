@@ -16,7 +16,7 @@ from diffusers_accel import memory as memory_module
 from diffusers_accel.api import Patch
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.memory import CacheBudget, Held, Memories, Memory, mixed
-from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Method, Patches, Recipe, Reuse
+from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Recipe
 from diffusers_accel.plan import Span
 from diffusers_accel.shape import ModelShape
 from tests.tiny import (
@@ -35,7 +35,7 @@ from tests.tiny import (
 
 TOKENS = 768  # of tiny Wan's call
 ONE_HEAD = TOKENS * (4 * HEAD_DIM + 4)  # bytes of an output and an LSE in fp32
-CACHED = Method(Patches(), Draft(0.34), reuse=Reuse(3))
+CACHED = Method(Patches(), Draft(0.34), rest=Kept(3))
 WAN = {"transformer": ModelShape(LAYERS, HEADS, HEAD_DIM)}
 
 
@@ -424,7 +424,7 @@ def test_layers_that_do_not_fit_stay_dense(monkeypatch: pytest.MonkeyPatch) -> N
 def test_layers_that_save_more_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_module, "free_bytes", lambda device: HEADS * ONE_HEAD)
     rows = ("a" * HEADS, "b" * HEADS, "a" * HEADS)
-    methods = {"a": CACHED, "b": Method(Patches(), Draft(0.17), reuse=Reuse(3))}
+    methods = {"a": CACHED, "b": Method(Patches(), Draft(0.17), rest=Kept(3))}
     plan = Plan("wan", WAN, methods, (Span(0, 1, {"transformer": rows}),))
     pipe = tiny_wan()
     with patch(pipe, plan, max_cache=1.0) as done:
@@ -437,7 +437,7 @@ def test_layers_whose_gate_reuses_more_come_first(monkeypatch: pytest.MonkeyPatc
     gate = torch.zeros(5, LAYERS, HEADS, dtype=torch.bool)
     gate[1:3, 0], gate[2, 1], gate[2:, 2] = True, True, True
     spans = (Span(0, 1, {"transformer": ("g" * HEADS,) * LAYERS}),)
-    methods = {"g": Method(Patches(), Draft(0.34), reuse=Reuse(gated=True))}
+    methods = {"g": Method(Patches(), Draft(0.34), rest=Kept(gated=True))}
     plan = Plan("wan", WAN, methods, spans, tensors={"refresh/transformer": gate.byte()})
     pipe = tiny_wan()
     with patch(pipe, plan, max_cache=1.0) as done:
@@ -516,8 +516,8 @@ def test_experts_hand_the_memory_over() -> None:
 
 def test_spans_keep_what_goes_on_and_drop_the_rest() -> None:
     """Head 0 takes the same method in both spans, alone; the others are regrouped or become dense."""
-    other = Method(AxisOrder("hwf"), Band(0.34), reuse=Reuse(9))
-    methods = {".": DENSE, "a": Method(Patches(), Draft(0.34), reuse=Reuse(9)), "b": other}
+    other = Method(AxisOrder("hwf"), Band(0.34), rest=Kept(9))
+    methods = {".": DENSE, "a": Method(Patches(), Draft(0.34), rest=Kept(9)), "b": other}
     spans = (
         Span(0.0, 0.5, {"transformer": ("abb.",) * LAYERS}),
         Span(0.5, 0.8, {"transformer": ("a.bb",) * LAYERS}),
@@ -580,7 +580,7 @@ def test_gated_heads_that_never_reuse_are_dense_and_keep_nothing() -> None:
     plan = Plan(
         "wan",
         WAN,
-        {"g": Method(Patches(), Draft(0.34), reuse=Reuse(gated=True))},
+        {"g": Method(Patches(), Draft(0.34), rest=Kept(gated=True))},
         (Span(0, 1, {"transformer": ("g" * HEADS,) * LAYERS}),),
         tensors={"refresh/transformer": gate},
     )
@@ -600,7 +600,7 @@ def test_a_head_is_dense_in_the_spans_in_which_its_gate_always_refreshes() -> No
     plan = Plan(
         "wan",
         WAN,
-        {"g": Method(Patches(), Draft(0.34), reuse=Reuse(gated=True))},
+        {"g": Method(Patches(), Draft(0.34), rest=Kept(gated=True))},
         (Span(0, 0.5, heads), Span(0.5, 1, heads)),
         tensors={"refresh/transformer": gate},
     )
@@ -616,7 +616,7 @@ def test_a_head_is_dense_in_the_spans_in_which_its_gate_always_refreshes() -> No
 def test_a_step_that_fails_half_way_spoils_nothing(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory may run out between a group's pattern and its rest, at the first step or at a later refresh."""
     pipe = tiny_wan()
-    with patch(pipe, Recipe((CACHED, Method(AxisOrder("hwf"), Band(0.34), reuse=Reuse(2))))):
+    with patch(pipe, Recipe((CACHED, Method(AxisOrder("hwf"), Band(0.34), rest=Kept(2))))):
         clean = frames(pipe)
         original, calls = launch.attention, 0
 

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from diffusers_accel import Plan, patch, unpatch
 from diffusers_accel.families import find
 from diffusers_accel.methods import AUTO, NAMED, Band, Draft, Method, Patches, Stored
-from diffusers_accel.methods.stored import packed
+from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.plan import PlanError, Span
 from diffusers_accel.shape import ModelShape
 from tests.tiny import (

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diffusers_accel.files import strict_json
-from diffusers_accel.methods import AUTO, NAMED, All, AxisOrder, Band, Draft, Method, Patches, Reuse, Skip, Stripe
+from diffusers_accel.methods import AUTO, NAMED, All, AxisOrder, Band, Draft, Kept, Method, Patches, Skip, Stripe
 from diffusers_accel.plan import ModelShape, Plan, PlanError, Span
 
 # A plan as version 1 was saved before plans had a checksum.
@@ -348,7 +348,7 @@ def test_a_plan_saved_before_there_was_a_checksum_still_loads(tmp_path: Path) ->
     path = tmp_path / "plan.json"
     path.write_text(EARLIER)
     found = Plan.load(path)
-    assert found.method(1, "transformer", 1, 1) == Method(Patches(), Draft(0.3), "int8", Reuse(3))
+    assert found.method(1, "transformer", 1, 1) == Method(Patches(), Draft(0.3), "int8", Kept(3))
     found.save(path)
     assert Plan.load(path) == found and "sha256" in json.loads(path.read_text())
 

@@ -18,7 +18,7 @@ from diffusers_accel.kernels import pattern as patterns
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.log import LOG
 from diffusers_accel.methods import BLOCK, NAMED, AxisOrder, Draft, Method, Recipe, Skip, Stored
-from diffusers_accel.methods.stored import packed
+from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.plan import PlanError
 from diffusers_accel.shape import ModelShape
 from tests.tiny import HEAD_DIM, HEADS, LAYERS, tiny_wan, tiny_wan_call

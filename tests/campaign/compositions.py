@@ -18,16 +18,16 @@ from diffusers_accel.methods import (
     Band,
     Context,
     Draft,
+    Kept,
     Method,
     Patches,
     Recipe,
-    Reuse,
     Skip,
     Stored,
     Stripe,
 )
 from diffusers_accel.methods.reuse import begun
-from diffusers_accel.methods.stored import packed
+from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.plan import Plan, Span
 from diffusers_accel.shape import ModelShape
 from diffusers_accel.site import DenseAttention, Engine, Site
@@ -132,7 +132,7 @@ def method(random: Random, plain: bool = False) -> Method:
             )
         )
         precision = random.choice(("input", "input", "input", "int8"))
-        reuse = random.choice((None, None, Reuse(random.randrange(2, 5)), None if plain else Reuse(gated=True)))
+        reuse = random.choice((None, None, Kept(random.randrange(2, 5)), None if plain else Kept(gated=True)))
         try:
             return Method(order, select, precision, reuse)
         except ValueError:
@@ -226,7 +226,7 @@ class Oracle:
         return result
 
 
-def due(reuse: Reuse, ctx: Context, refreshed: int) -> bool:
+def due(reuse: Kept, ctx: Context, refreshed: int) -> bool:
     gate = reuse.gate(ctx)
     assert ctx.now is not None
     return bool(gate[begun(ctx.now, len(gate))].any()) if gate is not None else ctx.now[0] - refreshed >= reuse.every

@@ -25,9 +25,9 @@ from diffusers_accel.methods import (
     AxisOrder,
     Band,
     Draft,
+    Kept,
     Method,
     Patches,
-    Reuse,
     Skip,
     Stored,
     Stripe,
@@ -336,7 +336,7 @@ def many_methods() -> list[Method]:
         methods += [
             Method(Patches(), Draft(density), precision, reuse)
             for precision in ("input", "int8")
-            for reuse in (None, Reuse())
+            for reuse in (None, Kept())
         ]
     return methods
 
@@ -367,8 +367,8 @@ def test_colours_tell_methods_apart() -> None:
         (Method(select=Skip()), 0.0),
         (Method(select=Draft(0.25)), 0.25),
         (Method(select=Draft(density=None, mass=0.9)), None),
-        (Method(select=Draft(0.25), reuse=Reuse(3)), 0.5),  # a third of the steps dense
-        (Method(select=Draft(0.25), reuse=Reuse(gated=True)), None),
+        (Method(select=Draft(0.25), rest=Kept(3)), 0.5),  # a third of the steps dense
+        (Method(select=Draft(0.25), rest=Kept(gated=True)), None),
     ],
 )
 def test_density_that_a_method_asks_for(method: Method, expected: float | None) -> None:

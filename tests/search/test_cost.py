@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import DENSE, AxisOrder, Band, Context, Draft, Method, Patches, Reuse, Stored
+from diffusers_accel.methods import DENSE, AxisOrder, Band, Context, Draft, Kept, Method, Patches, Stored
 from diffusers_accel.search import cost
 from diffusers_accel.search.candidates import candidates
 from diffusers_accel.search.cost import alike, launch_all, time_candidates
@@ -26,7 +26,7 @@ def test_only_what_differs_in_cost_is_timed():
 
 def test_refreshing_and_reusing_calls_are_timed_apart(monkeypatch):
     """Also where the clock is too coarse for one call: no refresh falls among the reusing calls."""
-    methods = (DENSE, Method(select=Band(0.4)), Method(Patches(4, 8), Draft(0.4), reuse=Reuse(2)))
+    methods = (DENSE, Method(select=Band(0.4)), Method(Patches(4, 8), Draft(0.4), rest=Kept(2)))
     ctx = Context(LAYOUT, "transformer", 0, tuple(range(HEADS)))
     planned = [launch_all(alike(method), ctx, CPU) for method in methods]
     seen: list[tuple[int, int]] = []

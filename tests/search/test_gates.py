@@ -15,8 +15,8 @@ from diffusers_accel.families import find
 from diffusers_accel.launch import deal, run
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.memory import Memory
-from diffusers_accel.methods import DENSE, AxisOrder, Band, Context, Draft, Method, Patches, Reuse, Skip, Stored
-from diffusers_accel.methods.stored import packed
+from diffusers_accel.methods import DENSE, AxisOrder, Band, Context, Draft, Kept, Method, Patches, Skip, Stored
+from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.plan import Plan, PlanError, Span
 from diffusers_accel.search import gates
 from diffusers_accel.search.gates import WATCHED, Watch, calibrate_gates, summary, watched_blocks
@@ -25,9 +25,9 @@ from tests.search.test_search import a_call, a_prompt, processors
 from tests.tiny import HEAD_DIM, HEADS, LAYERS, tiny_hunyuan, tiny_hunyuan_call, tiny_wan
 
 LAYOUT = TokenLayout(3, 16, 16)
-DRAFT = Method(Patches(), Draft(0.34), reuse=Reuse(3))
-BAND = Method(AxisOrder("hwf"), Band(0.34), reuse=Reuse(2))
-GATED = Reuse(gated=True)
+DRAFT = Method(Patches(), Draft(0.34), rest=Kept(3))
+BAND = Method(AxisOrder("hwf"), Band(0.34), rest=Kept(2))
+GATED = Kept(gated=True)
 NEVER, ALWAYS = {"gamma": -1.0, "max_lse_change": 1e9}, {"gamma": 1.0, "max_lse_change": 0.0}
 
 Call = tuple[Tensor, Tensor, Tensor]
@@ -133,7 +133,7 @@ def test_a_refresh_selects_anew() -> None:
     bits, index = Stored(0.5).names(AxisOrder(), "transformer")
     masks = torch.rand(2, 4, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5
     tensors = {bits: packed(masks), index: torch.arange(2, dtype=torch.int32)[None]}
-    stored = one_layer((Method(select=Stored(0.5), reuse=Reuse()),) * 2, tensors)
+    stored = one_layer((Method(select=Stored(0.5), rest=Kept()),) * 2, tensors)
     assert columns(watched(stored, [calls], **strict)) == ["1100", "1010"], "masks that change wait for a refresh"
 
 
@@ -147,7 +147,7 @@ def test_a_refresh_reads_what_matters_then() -> None:
         k[:, seen] += 1
         v[:, 512:] = inputs(1, seed)[2][:, 512:]
         calls.append((q, k, v))
-    method = Method(select=Draft(1 / 3, diagonal=False, first_frame=False), reuse=Reuse())
+    method = Method(select=Draft(1 / 3, diagonal=False, first_frame=False), rest=Kept())
     assert columns(watched(one_layer((method,)), [calls])) == ["110"]
 
 

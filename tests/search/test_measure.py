@@ -9,7 +9,7 @@ from torch import nn
 from diffusers_accel.launch import deal, run
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.memory import Memory
-from diffusers_accel.methods import DENSE, AxisOrder, Band, Context, Draft, Method, Patches, Reuse, Skip, Stripe
+from diffusers_accel.methods import DENSE, AxisOrder, Band, Context, Draft, Kept, Method, Patches, Skip, Stripe
 from diffusers_accel.search.masks import Masks, StoredChoice
 from diffusers_accel.search.measure import (
     SampledHeads,
@@ -104,7 +104,7 @@ def test_rounded_weights_of_fp8_are_nearly_those_of_the_kernel():
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_reused_part_is_that_of_the_engine(layout, precision):
     """A refresh, and a step later with other q, k and v: blocks as they were selected, and the rest as it was."""
-    method = Method(Patches(4, 8), Draft(0.4), precision, Reuse(3))
+    method = Method(Patches(4, 8), Draft(0.4), precision, Kept(3))
     first, second = qkv(layout), [a + 0.3 * b for a, b in zip(qkv(layout), qkv(layout, 1))]
     launch = deal((method,) * HEADS, Context(layout, "transformer", 0, ()), torch.device("cpu"))
     memory = Memory()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import DENSE, AxisOrder, Context, Draft, Method, Patches, Reuse, Stored
+from diffusers_accel.methods import DENSE, AxisOrder, Context, Draft, Kept, Method, Patches, Stored
 from diffusers_accel.plan import Plan, PlanError, Span
 from diffusers_accel.search.stored_masks import (
     QUERY_STEP,
@@ -40,7 +40,7 @@ def plan(provenance: dict[str, Any] | None = None, **tensors: torch.Tensor | Non
     return Plan(
         family="wan",
         models={"transformer": ModelShape(2, 3, 64)},
-        methods={".": DENSE, "a": STORED, "b": Method(Patches(), Draft(0.3), reuse=Reuse(gated=True))},
+        methods={".": DENSE, "a": STORED, "b": Method(Patches(), Draft(0.3), rest=Kept(gated=True))},
         spans=(Span(0.0, 1.0, {"transformer": (".a.", "..b")}),),
         provenance=provenance or {},
         tensors={name: tensor for name, tensor in found.items() if tensor is not None},

@@ -12,7 +12,7 @@ import torch
 from diffusers_accel.api import patch
 from diffusers_accel.launch import deal, run
 from diffusers_accel.memory import Memory
-from diffusers_accel.methods import DENSE, AxisOrder, Band, Context, Draft, Method, Patches, Reuse, Skip, Stored, Stripe
+from diffusers_accel.methods import DENSE, AxisOrder, Band, Context, Draft, Kept, Method, Patches, Skip, Stored, Stripe
 from diffusers_accel.plan import Plan
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.assign import Assignment
@@ -56,8 +56,8 @@ METHODS = (
     Method(AxisOrder("hwf"), Draft(0.3)),
     Method(Patches(), Draft(0.3), "int8"),
     Method(precision="int8"),
-    Method(Patches(), Draft(0.3), reuse=Reuse(3)),
-    Method(AxisOrder("hwf"), Band(0.4), reuse=Reuse(2)),
+    Method(Patches(), Draft(0.3), rest=Kept(3)),
+    Method(AxisOrder("hwf"), Band(0.4), rest=Kept(2)),
     *(Method(AxisOrder(axes), Stored(density)) for axes in AXES for density in (0.3, 0.6)),
 )
 ROWS = 10_000  # all tokens
@@ -266,7 +266,7 @@ def test_a_killed_search_of_all_kinds_goes_on_with_an_equal_plan(tmp_path, monke
 
 def test_what_is_observed_when():
     spans = ((0.0, 0.1), (0.1, 0.3), (0.3, 0.6), (0.6, 1.0))
-    cached = Method(Patches(), Draft(0.3), reuse=Reuse(3))
+    cached = Method(Patches(), Draft(0.3), rest=Kept(3))
     settings = Settings((DENSE, cached, Method(AxisOrder("hwf"), Stored(0.3))), spans, 2, 1, 0)
     schedule = Schedule.of(settings, 10)
     assert sorted(schedule.measured) == [0, 2, 4, 8]
@@ -295,7 +295,7 @@ def test_padded_prompts_of_two_lengths_in_one_call_are_counted_once(tmp_path):
     methods = (
         DENSE,
         Method(select=Band(0.4)),
-        Method(Patches(), Draft(0.3), reuse=Reuse(3)),
+        Method(Patches(), Draft(0.3), rest=Kept(3)),
         Method(select=Stripe(0.4, calibrated=True)),
     )
     search_with(tiny_hunyuan(), tmp_path / "s.safetensors", [prompt], call, methods)

@@ -8,7 +8,7 @@ import torch
 
 from diffusers_accel.api import patch
 from diffusers_accel.families import find
-from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Method, Patches, Reuse, Skip, Stored, Stripe
+from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Skip, Stored, Stripe
 from diffusers_accel.plan import Plan
 from diffusers_accel.processor import site_of
 from diffusers_accel.search import plan_search, probe
@@ -33,7 +33,7 @@ METHODS = (
 )
 
 
-KINDS = (*METHODS, Method(Patches(), Draft(0.4)), Method(AxisOrder("hwf"), Draft(0.4), reuse=Reuse(3)))
+KINDS = (*METHODS, Method(Patches(), Draft(0.4)), Method(AxisOrder("hwf"), Draft(0.4), rest=Kept(3)))
 
 
 def a_prompt(seed: int) -> dict[str, torch.Tensor]:
@@ -310,7 +310,7 @@ def test_quantized_candidates_are_for_devices_that_have_kernels_for_them():
             {"candidates": (*METHODS, Method(Patches(), Draft(0.3, hold=2)))},
             "'draft 8x16 0.3 hold 2' cannot be searched: .* held",
         ),
-        ({"candidates": (*METHODS, Method(Patches(), Draft(0.3), reuse=Reuse(gated=True)))}, "a gate is not searched"),
+        ({"candidates": (*METHODS, Method(Patches(), Draft(0.3), rest=Kept(gated=True)))}, "a gate is not searched"),
         ({"spans": (0.5, 0.2)}, "ascending"),
         ({"dense_steps": 1.5}, r"in \[0, 1\]"),
         ({"probe_steps": 0}, "probe_steps: expected a whole number in 1 to"),
