@@ -14,9 +14,12 @@ from diffusers import UniPCMultistepScheduler
 from diffusers_accel import Plan, launch, patch
 from diffusers_accel import memory as memory_module
 from diffusers_accel.api import Patch
+from diffusers_accel.call import AttentionCall
 from diffusers_accel.kernels.pattern import BlockPattern
-from diffusers_accel.memory import CacheBudget, Held, Memories, Memory, mixed
+from diffusers_accel.memory import CacheBudget, Memories, Memory
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Recipe
+from diffusers_accel.methods.rest import Held
+from diffusers_accel.methods.steps import mixed
 from diffusers_accel.plan import Span
 from diffusers_accel.shape import ModelShape
 from tests.tiny import (
@@ -146,7 +149,7 @@ def test_memories_are_of_one_generation_and_one_expert() -> None:
 
     def run(transformer: str, step: int, steps: int = 9, branch: str = "cond") -> Memory:
         memories.at(transformer, (step, steps))
-        memory = memories.of((transformer, 0), branch)
+        memory = memories.of((transformer, 0), (branch, (0, 1)))
         memory.begin((step, steps), *tensors(), {"a"})
         if not memory.held:
             memory.held["a"] = filled().held["a"]
@@ -192,7 +195,7 @@ def budget(heads_that_fit: float, tokens: int = 100) -> CacheBudget:
 
 
 def admitted(made: CacheBudget, branch: str = "cond", tokens: int = 100, transformer: str = "transformer") -> list[int]:
-    return [layer for layer in range(4) if made.admits((transformer, layer), branch, queries(tokens))]
+    return [layer for layer in range(4) if made.admits((transformer, layer), (branch, (0, 2)), queries(tokens))]
 
 
 @pytest.mark.parametrize(
@@ -246,15 +249,15 @@ def test_groups_of_rows_in_one_call_do_not_overturn_each_other() -> None:
     made = budget(7)
     made._free = free
     for _ in range(3):
-        assert [made.admits(("transformer", layer), (0, 2), queries()) for layer in range(4)] == [
+        assert [made.admits(("transformer", layer), ("cond", (0, 2)), queries()) for layer in range(4)] == [
             False,
             True,
             True,
             False,
         ]
-        assert [made.admits(("transformer", layer), (2, 3), queries()[:1]) for layer in range(4)] == [False] * 3 + [
-            True
-        ]
+        assert [made.admits(("transformer", layer), ("cond", (2, 3)), queries()[:1]) for layer in range(4)] == [
+            False
+        ] * 3 + [True]
     assert asked == 1
 
 
@@ -448,14 +451,14 @@ def test_layers_whose_gate_reuses_more_come_first(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(("hold", "selections"), [(1, 5), (2, 3), (3, 2), (9, 1)])
 def test_a_selection_is_made_as_often_as_asked(hold: int, selections: int, monkeypatch: pytest.MonkeyPatch) -> None:
     count = 0
-    original = Draft.pattern_of_means
+    original = Draft.pattern
 
     def counted(*args: Any) -> BlockPattern:
         nonlocal count
         count += 1
         return original(*args)
 
-    monkeypatch.setattr(Draft, "pattern_of_means", counted)
+    monkeypatch.setattr(Draft, "pattern", counted)
     pipe = tiny_wan()
     with patch(pipe, Method(Patches(), Draft(0.34, hold=hold))) as done:
         for _ in range(2):
@@ -465,19 +468,18 @@ def test_a_selection_is_made_as_often_as_asked(hold: int, selections: int, monke
         assert all(row["reused"] == 0 and row["cache_bytes"] == 0 for row in done.report().rows)
 
 
-def test_a_reuse_selects_when_it_refreshes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_kept_selects_when_it_refreshes(monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
-    original = Draft.pattern_of_means
+    original = Draft.pattern
+
+    def noted(select: Draft, call: AttentionCall, *args: Any) -> BlockPattern:
+        assert call.now is not None
+        steps.append(call.now[0])
+        return original(select, call, *args)
+
+    monkeypatch.setattr(Draft, "pattern", noted)
     pipe = tiny_wan()
-    with patch(pipe, CACHED) as done:
-
-        def noted(*args: Any) -> BlockPattern:
-            now = done.sites[0].clock.now()
-            assert now is not None
-            steps.append(now[0])
-            return original(*args)
-
-        monkeypatch.setattr(Draft, "pattern_of_means", noted)
+    with patch(pipe, CACHED):
         frames(pipe, num_inference_steps=7)
     assert sorted(set(steps)) == [0, 3, 6] and len(steps) == 3 * 2 * LAYERS
 
