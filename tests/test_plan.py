@@ -179,9 +179,9 @@ EDITED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         r"the plan: expected only the keys format, .* found the unknown key 'colour'",
     ),
     "missing key": (lambda data: data.pop("budget"), r"the plan: expected the keys .* found none called 'budget'"),
-    "newer version": (rewrite(version=2), r"version: expected 1, found 2; upgrade diffusers-accel"),
-    "older version": (rewrite(version=0), r"version: expected 1, found 0; search the plan again"),
-    "bool version": (rewrite(version=True), r"version: expected 1, found True"),
+    "newer version": (rewrite(version=3), r"version: expected 2, found 3; upgrade diffusers-accel"),
+    "older version": (rewrite(version=0), r"version: expected 2, found 0; search the plan again"),
+    "bool version": (rewrite(version=True), r"version: expected 2, found True"),
     "other format": (rewrite(format="other.plan"), r'format: expected "diffusers_accel\.plan", found \'other\.plan\''),
     "models as list": (rewrite(models=[]), r"models: expected an object, found a list"),
     "model without heads": (
@@ -232,8 +232,16 @@ EDITED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         r"methods\.a: select\.floor: expected a whole number of at most 2,147,483,647, found 46",
     ),
     "interval of bool": (
-        lambda data: data["methods"].update(a={"select": {"kind": "draft"}, "reuse": {"every": True}}),
-        r"methods\.a: reuse\.every: expected int, found True",
+        lambda data: data["methods"].update(a={"select": {"kind": "draft"}, "rest": {"kind": "kept", "every": True}}),
+        r"methods\.a: rest\.every: expected int, found True",
+    ),
+    "rest of no kind": (
+        lambda data: data["methods"].update(a={"select": {"kind": "draft"}, "rest": {"every": 3}}),
+        r"methods\.a: rest\.kind: expected one of \['drop', 'kept', 'pooled'\], found None",
+    ),
+    "rest of version 1": (
+        lambda data: data["methods"].update(a={"select": {"kind": "draft"}, "reuse": {"every": 3}}),
+        r"methods\.a: a method: unknown key 'reuse'",
     ),
     "precision of a list": (lambda data: data["methods"]["a"].update(precision=["int8"]), r"methods\.a: precision: "),
     "meaningless method": (lambda data: data["methods"]["."].update(order="hwf"), r"methods\.\.: .*order"),
@@ -350,7 +358,36 @@ def test_a_plan_saved_before_there_was_a_checksum_still_loads(tmp_path: Path) ->
     found = Plan.load(path)
     assert found.method(1, "transformer", 1, 1) == Method(Patches(), Draft(0.3), "int8", Kept(3))
     found.save(path)
-    assert Plan.load(path) == found and "sha256" in json.loads(path.read_text())
+    saved = json.loads(path.read_text())
+    assert Plan.load(path) == found and "sha256" in saved
+    assert saved["version"] == 2 and saved["methods"]["a"]["rest"] == {"kind": "kept", "every": 3, "gated": False}
+
+
+@pytest.mark.parametrize(
+    ("reuse", "message"),
+    [
+        ({"every": 1}, r"methods\.a: rest: .*expected 2 or more, found 1"),
+        ({"every": True}, r"methods\.a: rest\.every: expected int, found True"),
+        ({"age": 3}, r"methods\.a: rest 'kept': unknown key 'age'"),
+        ({"kind": "pooled"}, r"methods\.a: a method: unknown key 'reuse'"),
+        (None, r"methods\.a: rest\.kind: expected one of .*, found None"),
+        ("often", r"methods\.a: rest\.kind: expected one of .*, found None"),
+    ],
+)
+def test_what_version_1_kept_is_checked_as_what_version_2_keeps(reuse: Any, message: str, tmp_path: Path) -> None:
+    data = json.loads(EARLIER)
+    data["methods"]["a"]["reuse"] = reuse
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=message):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_method_says_what_it_keeps_once(tmp_path: Path) -> None:
+    data = json.loads(EARLIER)
+    data["methods"]["a"]["rest"] = {"kind": "pooled"}
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=r"methods\.a: a method: unknown key 'reuse'"):
+        Plan.load(tmp_path / "plan.json")
 
 
 class Trap:
@@ -435,7 +472,7 @@ def fail(*args: Any, **kwargs: Any) -> None:
     raise OSError("disk full")
 
 
-@pytest.mark.parametrize(("broken", "at"), [("fsync", 1), ("fsync", 2), ("fsync", 3), ("replace", 1), ("replace", 2)])
+@pytest.mark.parametrize(("broken", "at"), [("fsync", 1), ("fsync", 2), ("replace", 1), ("replace", 2)])
 def test_a_failed_save_keeps_the_old_plan(
     broken: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -463,6 +500,20 @@ def test_a_failed_save_keeps_the_old_plan(
     assert not list(tmp_path.glob(".*")), "a temporary file was left behind"
     newer.save(path)
     assert Plan.load(path) == newer
+
+
+def test_a_folder_that_cannot_be_synced_has_the_new_plan_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "plan.json"
+    plan().save(path)
+    newer = plan(budget={"speedup": 2.0}, tensors={"stripe_mass/transformer": torch.zeros(2, 3, 1, 1)})
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusers_accel.files.whole.sync_folder", fail)
+        with pytest.raises(OSError, match="disk full.*in its place, but may be gone after a power cut"):
+            newer.save(path)
+    assert Plan.load(path) == newer
+    assert not list(tmp_path.glob(".*")), "a temporary file was left behind"
 
 
 def test_the_example_of_the_docs_is_a_plan(tmp_path: Path) -> None:
