@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import diffusers
@@ -16,6 +17,7 @@ from diffusers_accel.layout import TokenLayout
 from diffusers_accel.search.cost import describe_device
 from diffusers_accel.search.schedule import Settings
 from diffusers_accel.search.scores import Scores
+from diffusers_accel.search.stored_masks import USUAL_MASKS
 from diffusers_accel.shape import ModelShape
 
 
@@ -31,6 +33,7 @@ def configuration(pipe: Any, found: Found, call: Mapping[str, Any], settings: Se
         "seed": settings.seed,
         "rows": settings.rows,
         "probe_steps": settings.probe_steps,
+        **({"masks": asdict(settings.masks)} if settings.masks != USUAL_MASKS else {}),
     }
 
 
