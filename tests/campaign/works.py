@@ -17,7 +17,7 @@ import torch
 from diffusers_accel.evals import kernel_bench as bench
 from diffusers_accel.evals.clip_record import ClipRecord
 from diffusers_accel.evals.compare import compare
-from diffusers_accel.evals.kept import Kept
+from diffusers_accel.evals.kept import Kept as KeptClips
 from diffusers_accel.evals.shapes.run_state import RunState
 from diffusers_accel.methods import AxisOrder, Draft, Kept, Method, Patches
 from diffusers_accel.plan import Plan
@@ -72,13 +72,13 @@ def calibrate(folder: Path, note: Note) -> None:
 
 
 def report(folder: Path, note: Note) -> None:
-    stock = Kept.save
+    stock = KeptClips.save
 
-    def save(self: Kept, number: int, record: ClipRecord) -> None:
+    def save(self: KeptClips, number: int, record: ClipRecord) -> None:
         stock(self, number, record)
         note(f"kept clips {number + 1}")
 
-    Kept.save = save  # type: ignore[method-assign]
+    KeptClips.save = save  # type: ignore[method-assign]
     subjects = {"draft": ("draft", {"density": 0.5})}
     found = compare(
         pipeline(),
