@@ -248,8 +248,8 @@ def test_a_gate_that_never_fails_refreshes_at_the_first_step_of_a_span(tmp_path:
     before = processors(pipe)
     plan = calibrated(pipe, prompts=2, seed=3, **NEVER)
     assert processors(pipe) == before
-    assert plan.methods == {".": DENSE, "a": Method(Patches(), Draft(0.34), reuse=GATED)} | {
-        "b": Method(AxisOrder("hwf"), Band(0.34), reuse=GATED)
+    assert plan.methods == {".": DENSE, "a": Method(Patches(), Draft(0.34), rest=GATED)} | {
+        "b": Method(AxisOrder("hwf"), Band(0.34), rest=GATED)
     }
     assert plan.spans == tiny_plan().spans
     first = torch.tensor([True, False, True, False, False])[:, None, None]
