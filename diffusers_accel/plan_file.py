@@ -116,9 +116,11 @@ def _method(data: object, path: str) -> Method:
 
 def _upgraded(method: object) -> object:
     """A method of version 1, which called the rest "kept" a reuse and had no other."""
-    if not isinstance(method, Mapping) or "reuse" not in method:
+    if not isinstance(method, Mapping) or "reuse" not in method or "rest" in method:
         return method
     reuse = method["reuse"]
+    if isinstance(reuse, Mapping) and "kind" in reuse:
+        return method  # which version 1 did not know either: "reuse" is refused
     kept = {"kind": "kept", **reuse} if isinstance(reuse, Mapping) else reuse
     return {**{key: value for key, value in method.items() if key != "reuse"}, "rest": kept}
 

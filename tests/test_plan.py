@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diffusers_accel.files import FlushError, strict_json
-from diffusers_accel.methods import AUTO, NAMED, All, AxisOrder, Band, Draft, Method, Patches, Reuse, Skip, Stripe
+from diffusers_accel.methods import AUTO, NAMED, All, AxisOrder, Band, Draft, Kept, Method, Patches, Skip, Stripe
 from diffusers_accel.plan import ModelShape, Plan, PlanError, Span
 
 # A plan as version 1 was saved before plans had a checksum.
@@ -180,9 +180,9 @@ EDITED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         r"the plan: expected only the keys format, .* found the unknown key 'colour'",
     ),
     "missing key": (lambda data: data.pop("budget"), r"the plan: expected the keys .* found none called 'budget'"),
-    "newer version": (rewrite(version=2), r"version: expected 1, found 2; upgrade diffusers-accel"),
-    "older version": (rewrite(version=0), r"version: expected 1, found 0; search the plan again"),
-    "bool version": (rewrite(version=True), r"version: expected 1, found True"),
+    "newer version": (rewrite(version=3), r"version: expected 2, found 3; upgrade diffusers-accel"),
+    "older version": (rewrite(version=0), r"version: expected 2, found 0; search the plan again"),
+    "bool version": (rewrite(version=True), r"version: expected 2, found True"),
     "other format": (rewrite(format="other.plan"), r'format: expected "diffusers_accel\.plan", found \'other\.plan\''),
     "models as list": (rewrite(models=[]), r"models: expected an object, found a list"),
     "model without heads": (
@@ -233,8 +233,16 @@ EDITED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         r"methods\.a: select\.floor: expected a whole number of at most 2,147,483,647, found 46",
     ),
     "interval of bool": (
-        lambda data: data["methods"].update(a={"select": {"kind": "draft"}, "reuse": {"every": True}}),
-        r"methods\.a: reuse\.every: expected int, found True",
+        lambda data: data["methods"].update(a={"select": {"kind": "draft"}, "rest": {"kind": "kept", "every": True}}),
+        r"methods\.a: rest\.every: expected int, found True",
+    ),
+    "rest of no kind": (
+        lambda data: data["methods"].update(a={"select": {"kind": "draft"}, "rest": {"every": 3}}),
+        r"methods\.a: rest\.kind: expected one of \['drop', 'kept', 'pooled'\], found None",
+    ),
+    "rest of version 1": (
+        lambda data: data["methods"].update(a={"select": {"kind": "draft"}, "reuse": {"every": 3}}),
+        r"methods\.a: a method: unknown key 'reuse'",
     ),
     "precision of a list": (lambda data: data["methods"]["a"].update(precision=["int8"]), r"methods\.a: precision: "),
     "meaningless method": (lambda data: data["methods"]["."].update(order="hwf"), r"methods\.\.: .*order"),
@@ -349,9 +357,38 @@ def test_a_plan_saved_before_there_was_a_checksum_still_loads(tmp_path: Path) ->
     path = tmp_path / "plan.json"
     path.write_text(EARLIER)
     found = Plan.load(path)
-    assert found.method(1, "transformer", 1, 1) == Method(Patches(), Draft(0.3), "int8", Reuse(3))
+    assert found.method(1, "transformer", 1, 1) == Method(Patches(), Draft(0.3), "int8", Kept(3))
     found.save(path)
-    assert Plan.load(path) == found and "sha256" in json.loads(path.read_text())
+    saved = json.loads(path.read_text())
+    assert Plan.load(path) == found and "sha256" in saved
+    assert saved["version"] == 2 and saved["methods"]["a"]["rest"] == {"kind": "kept", "every": 3, "gated": False}
+
+
+@pytest.mark.parametrize(
+    ("reuse", "message"),
+    [
+        ({"every": 1}, r"methods\.a: rest: .*expected 2 or more, found 1"),
+        ({"every": True}, r"methods\.a: rest\.every: expected int, found True"),
+        ({"age": 3}, r"methods\.a: rest 'kept': unknown key 'age'"),
+        ({"kind": "pooled"}, r"methods\.a: a method: unknown key 'reuse'"),
+        (None, r"methods\.a: rest\.kind: expected one of .*, found None"),
+        ("often", r"methods\.a: rest\.kind: expected one of .*, found None"),
+    ],
+)
+def test_what_version_1_kept_is_checked_as_what_version_2_keeps(reuse: Any, message: str, tmp_path: Path) -> None:
+    data = json.loads(EARLIER)
+    data["methods"]["a"]["reuse"] = reuse
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=message):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_method_says_what_it_keeps_once(tmp_path: Path) -> None:
+    data = json.loads(EARLIER)
+    data["methods"]["a"]["rest"] = {"kind": "pooled"}
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=r"methods\.a: a method: unknown key 'reuse'"):
+        Plan.load(tmp_path / "plan.json")
 
 
 class Trap:
@@ -436,7 +473,7 @@ def fail(*args: Any, **kwargs: Any) -> None:
     raise OSError("disk full")
 
 
-@pytest.mark.parametrize(("broken", "at"), [("fsync", 1), ("fsync", 2), ("fsync", 3), ("replace", 1), ("replace", 2)])
+@pytest.mark.parametrize(("broken", "at"), [("fsync", 1), ("fsync", 2), ("replace", 1), ("replace", 2)])
 def test_a_failed_save_keeps_the_old_plan(
     broken: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
