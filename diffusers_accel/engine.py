@@ -127,7 +127,7 @@ class PlanEngine:
     def _sparse(self, span: int) -> bool:
         """Whether any head of any layer of this transformer is not dense in a span."""
         rows = self.plan.spans[span].heads[self.site.transformer]
-        return any(not self.plan.methods[symbol].dense for symbol in set("".join(rows)))
+        return any(not self.plan.methods[symbol].dense for row in rows for symbol in set(row))
 
     def _method(self, span: int, head: int) -> Method:
         """The method of a head; one that refreshes at every step of the span is dense."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from diffusers_accel.files import (
 )
 from diffusers_accel.methods import DENSE, Method, Recipe
 from diffusers_accel.plan_check import check_plan, names
+from diffusers_accel.plan_span import Row, Span, new_symbols
 from diffusers_accel.shape import ModelShape
 
 SHOWN = 1000  # characters of an entry of budget or provenance that `show` prints
@@ -33,21 +33,6 @@ class PlanError(FileError):
     """A plan or its file is wrong or does not fit: the message says what was expected, what was found and what to do."""
 
 
-@dataclass(frozen=True)
-class Span:
-    """One stretch of the schedule.
-
-    Args:
-        start: share of the schedule's steps at which it begins, in [0, 1).
-        stop: where it ends, in (0, 1].
-        heads: transformer name -> one string per layer, one method symbol per head.
-    """
-
-    start: float
-    stop: float
-    heads: dict[str, tuple[str, ...]]
-
-
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Which method each head takes, for the transformers of one pipeline. Checked whole when it is made.
@@ -55,7 +40,7 @@ class Plan:
     Args:
         family: model family, such as "wan".
         models: transformer name -> its self-attention layers, heads and head dim.
-        methods: symbol (one of A-Z, a-z, 0-9 or ".") -> method.
+        methods: symbol -> method; 1 to 16 of A-Z, a-z, 0-9, ".", "_" and "-", of which the last two do not come first.
         spans: stretches of the schedule in order, from 0 to 1 without gap or overlap.
         budget: what the search was asked for; plain JSON data.
         provenance: how the plan was made: model, prompts, seeds, versions, device; plain JSON data.
@@ -94,7 +79,6 @@ class Plan:
             raise PlanError(str(error)) from error
         try:
             parts = plan_file.parse(data)
-            parts["spans"] = tuple(Span(*span) for span in parts["spans"])
             parts["tensors"] = read_tensors(path, parts["tensors"])
             return Plan(**parts)
         except FileError as error:
@@ -124,14 +108,14 @@ class Plan:
         """The plan in which every layer is dealt out by the same rule; a recipe's dense steps and layers stay dense."""
         recipe = Recipe(heads=(method,)) if isinstance(method, Method) else method
         symbols = {DENSE: "."} if recipe.dense_steps or recipe.dense_layers or DENSE in recipe.heads else {}
-        letters = iter(string.ascii_letters + string.digits)
+        unused = new_symbols()
         for each in recipe.heads:
             if each not in symbols:
-                symbols[each] = next(letters)
+                symbols[each] = next(unused)
 
         def span(start: float, stop: float, of: Recipe) -> Span:
-            def row(layer: int, heads: int) -> str:
-                return "".join(symbols[of.method(layer, head)] for head in range(heads))
+            def row(layer: int, heads: int) -> Row:
+                return tuple(symbols[of.method(layer, head)] for head in range(heads))
 
             rows = {
                 name: tuple(row(layer, each.heads) for layer in range(each.layers)) for name, each in models.items()
@@ -187,7 +171,7 @@ class Plan:
         total = sum(shape.layers * shape.heads for shape in self.models.values())
         counts = dict.fromkeys(self.methods, 0.0)
         for span in self.spans:
-            for symbol in "".join(row for rows in span.heads.values() for row in rows):
+            for symbol in (symbol for rows in span.heads.values() for row in rows for symbol in row):
                 counts[symbol] += (span.stop - span.start) / total
         return counts
 
@@ -214,6 +198,11 @@ def _short(value: Any) -> str:
     return shown if len(text) <= SHOWN else f"{shown} ... ({len(text):,} characters, all of them in the file)"
 
 
+def _aligned(row: Row, width: int) -> str:
+    """A row of symbols in columns."""
+    return "".join(row) if width == 1 else " ".join(f"{symbol:<{width}}" for symbol in row).rstrip()
+
+
 def _lines(plan: Plan) -> list[str]:
     shapes = [f"{_short(name)}: {s.layers} layers x {s.heads} heads x {s.head_dim}" for name, s in plan.models.items()]
     lines = [
@@ -221,12 +210,13 @@ def _lines(plan: Plan) -> list[str]:
         "",
         "methods, with the share of heads over the whole schedule",
     ]
+    width = max(map(len, plan.methods))
     for symbol, share in plan.shares().items():
-        lines.append(f"  {symbol}  {plan.methods[symbol].label:<24} {share:>6.1%}")
+        lines.append(f"  {symbol:<{width}}  {plan.methods[symbol].label:<24} {share:>6.1%}")
     for span in plan.spans:
         for name, rows in span.heads.items():
             lines += ["", f"{span.start:.0%} to {span.stop:.0%} of the steps, {_short(name)}"]
-            lines += [f"  layer {layer:>2}  {row}" for layer, row in enumerate(rows)]
+            lines += [f"  layer {layer:>2}  {_aligned(row, width)}" for layer, row in enumerate(rows)]
     for title, data in (("budget", plan.budget), ("provenance", plan.provenance)):
         if data:
             lines += ["", title, *(f"  {_short(key)}: {_short(value)}" for key, value in data.items())]

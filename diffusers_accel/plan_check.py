@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusers_accel.files import FileError, check_json, check_tensors, printable, quoted
 from diffusers_accel.methods import AUTO
+from diffusers_accel.plan_span import LONGEST_SYMBOL, SYMBOL, Span, row_text
 from diffusers_accel.plan_uses import told_layouts, uses
 
 if TYPE_CHECKING:
-    from diffusers_accel.plan import Plan, Span
+    from diffusers_accel.plan import Plan
 
+SHOWN = 150  # characters of a list of symbols in a message
 MOST = 1_000_000  # layers, heads or channels: what is above it is a mistake
-_SYMBOL = re.compile(r"[A-Za-z0-9.]")
 
 
 def check_plan(plan: Plan) -> None:
@@ -53,9 +53,10 @@ def _check_names(plan: Plan) -> None:
     if not plan.methods:
         raise FileError("methods: expected at least one, found none")
     for symbol, method in plan.methods.items():
-        if not isinstance(symbol, str) or not _SYMBOL.fullmatch(symbol):
+        if not isinstance(symbol, str) or not SYMBOL.fullmatch(symbol):
             raise FileError(
-                f'methods: expected symbols of one character of A-Z, a-z, 0-9 or ".", found {quoted(symbol)}'
+                f"methods: expected symbols of 1 to {LONGEST_SYMBOL} characters of A-Z, a-z, 0-9, '.', '_' and '-', of which the "
+                f"last two do not come first, found {quoted(symbol)}"
             )
         if method.precision == AUTO:
             raise FileError(
@@ -91,18 +92,23 @@ def _check_heads(plan: Plan, span: Span, path: str) -> None:
         raise FileError(f"{path}: expected {names(plan.models)} as in models, found {names(span.heads)}")
     for name, rows in span.heads.items():
         shape, of = plan.models[name], _path(path, name)
-        if len(rows) != shape.layers:
-            raise FileError(f"{of}: expected {shape.layers} strings, one per layer, found {len(rows)}")
+        if not isinstance(rows, tuple) or len(rows) != shape.layers:
+            found = len(rows) if isinstance(rows, tuple) else quoted(rows)
+            raise FileError(f"{of}: expected {shape.layers} rows, one per layer, found {found}")
         for layer, row in enumerate(rows):
-            where = f"{of}[{layer}]"
-            if not isinstance(row, str) or len(row) != shape.heads:
-                found = f"{len(row)} in {quoted(row)}" if isinstance(row, str) else quoted(row)
-                raise FileError(f"{where}: expected {shape.heads} symbols, one per head, found {found}")
-            if unknown := sorted(set(row) - set(plan.methods)):
-                known = " ".join(sorted(plan.methods))
-                raise FileError(
-                    f"{where}: expected symbols of methods ({known}), found {quoted(unknown[0])} in {quoted(row)}"
-                )
+            _check_row(plan, row, shape.heads, f"{of}[{layer}]")
+
+
+def _check_row(plan: Plan, row: object, heads: int, path: str) -> None:
+    if not isinstance(row, tuple) or not all(isinstance(symbol, str) for symbol in row):
+        raise FileError(f"{path}: expected {heads} symbols, one per head, found {quoted(row)}")
+    text = quoted(row_text(row, plan.methods))
+    if len(row) != heads:
+        raise FileError(f"{path}: expected {heads} symbols, one per head, found {len(row)} in {text}")
+    if unknown := sorted(set(row) - set(plan.methods)):
+        known = " ".join(sorted(plan.methods))
+        known = known if len(known) <= SHOWN else f"{known[:SHOWN]} ..."
+        raise FileError(f"{path}: expected symbols of methods ({known}), found {quoted(unknown[0])} in {text}")
 
 
 def _path(path: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""The plan file: versioned, strict JSON, one symbol per head in one string per layer and span; docs/plan-file.md describes it.
+"""The plan file: versioned, strict JSON, in which a layer of a span is one text of symbols; docs/plan-file.md describes it.
 
 What is said twice in a file (a key), left out or not known is refused: a plan that is half understood would give other
 frames than the ones that its search measured.
@@ -6,11 +6,12 @@ frames than the ones that its search measured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusers_accel.files import FileError, checksum, printable, quoted
 from diffusers_accel.methods import Method
+from diffusers_accel.plan_span import Span, row_of, row_text
 from diffusers_accel.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -34,13 +35,14 @@ def plain(plan: Plan) -> dict[str, Any]:
             for name, shape in plan.models.items()
         },
         "methods": {symbol: method.to_json() for symbol, method in plan.methods.items()},
-        "spans": [
-            {"start": span.start, "stop": span.stop, "heads": {name: list(rows) for name, rows in span.heads.items()}}
-            for span in plan.spans
-        ],
+        "spans": [{"start": span.start, "stop": span.stop, "heads": _texts(span, plan.methods)} for span in plan.spans],
         "budget": plan.budget,
         "provenance": plan.provenance,
     }
+
+
+def _texts(span: Span, symbols: Collection[str]) -> dict[str, list[str]]:
+    return {name: [row_text(row, symbols) for row in rows] for name, rows in span.heads.items()}
 
 
 def signed(data: dict[str, Any]) -> dict[str, Any]:
@@ -52,8 +54,7 @@ def parse(data: object) -> dict[str, Any]:
     """Checks the shape of a plan file's data, whose values `Plan` checks.
 
     Returns:
-        family, models, methods, budget and provenance as `Plan` takes them; spans as (start, stop, heads); and "tensors",
-        the reference to the side file, as found.
+        What `Plan` takes; but "tensors" is the reference to the side file, as found.
 
     Raises:
         FileError: a key is unknown or missing or holds another type, or the file was changed after it was saved; the message
@@ -71,7 +72,9 @@ def parse(data: object) -> dict[str, Any]:
             name: _shape(item, f"models.{_key(name)}") for name, item in _mapping(plan["models"], "models").items()
         },
         "methods": {symbol: _method(item, f"methods.{_key(symbol)}") for symbol, item in methods.items()},
-        "spans": [_span(item, f"spans[{index}]") for index, item in enumerate(_list(plan["spans"], "spans"))],
+        "spans": tuple(
+            _span(item, f"spans[{index}]", methods) for index, item in enumerate(_list(plan["spans"], "spans"))
+        ),
         "budget": _mapping(plan["budget"], "budget"),
         "provenance": _mapping(plan["provenance"], "provenance"),
         "tensors": plan["tensors"],
@@ -123,11 +126,20 @@ def _upgraded(method: object) -> object:
     return {**{key: value for key, value in method.items() if key != "reuse"}, "rest": kept}
 
 
-def _span(data: object, path: str) -> tuple[float, float, dict[str, tuple[str, ...]]]:
+def _span(data: object, path: str, symbols: Collection[str]) -> Span:
     span = _object(data, path, ("start", "stop", "heads"))
     heads = _mapping(span["heads"], f"{path}.heads")
     rows = {name: tuple(_list(item, f"{path}.heads.{_key(name)}")) for name, item in heads.items()}
-    return span["start"], span["stop"], rows
+    for name, texts in rows.items():
+        for layer, text in enumerate(texts):
+            if not isinstance(text, str):
+                where = f"{path}.heads.{_key(name)}[{layer}]"
+                raise FileError(f"{where}: expected a text of symbols, one per head, found {_kind(text)}")
+    return Span(
+        span["start"],
+        span["stop"],
+        {name: tuple(row_of(text, symbols) for text in texts) for name, texts in rows.items()},
+    )
 
 
 def _object(data: object, path: str, keys: tuple[str, ...]) -> dict[str, Any]:
