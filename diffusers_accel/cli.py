@@ -277,7 +277,12 @@ def calibrate(
 def report(
     pipe: Pipe,
     plan: Annotated[
-        list[str], typer.Option("--plan", help="A plan file or a method, or NAME=PLAN. May be given several times.")
+        list[str],
+        typer.Option(
+            "--plan",
+            help="A plan file or a method, such as draft; with a step cache, easycache+draft; or NAME=PLAN. "
+            "May be given several times.",
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("report"),
     rounds: Annotated[int, typer.Option("--rounds", help="Timed runs of each clip, each between two dense ones.")] = 1,

@@ -1,4 +1,4 @@
-"""The plan: which method each head takes in each span of the schedule; a search finds it and patch replays it."""
+"""The plan: which forwards run, and which method each head takes in each span of the schedule; patch replays it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from diffusers_accel.files import (
     side_file,
     write_together,
 )
+from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import DENSE, Method, Recipe
 from diffusers_accel.plan_check import check_plan, names
 from diffusers_accel.plan_span import Row, Span, new_symbols
@@ -35,7 +36,7 @@ class PlanError(FileError):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which method each head takes, for the transformers of one pipeline. Checked whole when it is made.
+    """What the transformers of one pipeline compute. Checked whole when it is made.
 
     Args:
         family: model family, such as "wan".
@@ -45,6 +46,7 @@ class Plan:
         budget: what the search was asked for; plain JSON data.
         provenance: how the plan was made: model, prompts, seeds, versions, device; plain JSON data.
         tensors: what its methods read, by name, see docs/plan-file.md.
+        forwards: which forwards of the transformers are computed and how the others are predicted; None: all are computed.
 
     Raises:
         PlanError: a part is wrong; the message gives its path.
@@ -57,6 +59,7 @@ class Plan:
     budget: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    forwards: Forwards | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -82,7 +85,7 @@ class Plan:
             parts["tensors"] = read_tensors(path, parts["tensors"])
             return Plan(**parts)
         except FileError as error:
-            raise PlanError(f"{printable(path)}: {error}") from error
+            raise PlanError(f"{printable(path)}: {plan_file.place(str(error), data)}") from error
 
     def save(self, path: str | Path) -> None:
         """Writes `path`, which must end in ".json", and beside it `<stem>.<hash>.safetensors` if there are tensors.
@@ -127,6 +130,11 @@ class Plan:
         spans += [span(edge, 1.0, recipe)] if edge < 1 else []
         methods = {symbol: each for each, symbol in symbols.items()}
         return Plan(family=family, models=dict(models), methods=methods, spans=tuple(spans))
+
+    @property
+    def dense(self) -> bool:
+        """Whether all heads take the model's own attention in all spans."""
+        return all(self.methods[symbol].dense for symbol, share in self.shares().items() if share)
 
     def check(self, models: Mapping[str, ModelShape], *, family: str | None = None) -> None:
         """Compares with a loaded pipeline's transformers.
@@ -205,8 +213,10 @@ def _aligned(row: Row, width: int) -> str:
 
 def _lines(plan: Plan) -> list[str]:
     shapes = [f"{_short(name)}: {s.layers} layers x {s.heads} heads x {s.head_dim}" for name, s in plan.models.items()]
+    forwards = ["", f"forwards: {_short(plan.forwards.label)}"] if plan.forwards else []
     lines = [
         f"plan for {_short(plan.family)} ({'; '.join(shapes)})",
+        *forwards,
         "",
         "methods, with the share of heads over the whole schedule",
     ]

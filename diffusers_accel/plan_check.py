@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusers_accel.files import FileError, check_json, check_tensors, printable, quoted
+from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import AUTO
 from diffusers_accel.plan_span import LONGEST_SYMBOL, SYMBOL, Span, row_text
 from diffusers_accel.plan_uses import told_layouts, uses
@@ -25,6 +26,7 @@ def check_plan(plan: Plan) -> None:
         if not isinstance(getattr(plan, key), Mapping):
             raise FileError(f"{key}: expected an object, found {quoted(getattr(plan, key))}")
         check_json(getattr(plan, key), key, 1)
+    _check_forwards(plan)
     _check_tensors(plan)
 
 
@@ -51,25 +53,25 @@ def _check_names(plan: Plan) -> None:
                     f"{_path('models', name)}.{what}: expected a whole number of 1 to {MOST:,}, found {quoted(value)}"
                 )
     if not plan.methods:
-        raise FileError("methods: expected at least one, found none")
+        raise FileError("heads.methods: expected at least one, found none")
     for symbol, method in plan.methods.items():
         if not isinstance(symbol, str) or not SYMBOL.fullmatch(symbol):
             raise FileError(
-                f"methods: expected symbols of 1 to {LONGEST_SYMBOL} characters of A-Z, a-z, 0-9, '.', '_' and '-', of which the "
-                f"last two do not come first, found {quoted(symbol)}"
+                f"heads.methods: expected symbols of 1 to {LONGEST_SYMBOL} characters of A-Z, a-z, 0-9, '.', '_' and '-', "
+                f"of which the last two do not come first, found {quoted(symbol)}"
             )
         if method.precision == AUTO:
             raise FileError(
-                f'methods.{symbol}: expected the precision of a device, found "{AUTO}": name one, such as "int8"'
+                f'heads.methods.{symbol}: expected the precision of a device, found "{AUTO}": name one, such as "int8"'
             )
 
 
 def _check_spans(plan: Plan) -> None:
     if not plan.spans:
-        raise FileError("spans: expected at least one, from 0 to 1, found none")
+        raise FileError("heads.spans: expected at least one, from 0 to 1, found none")
     edge, before = 0.0, "where the schedule begins"
     for index, span in enumerate(plan.spans):
-        path = f"spans[{index}]"
+        path = f"heads.spans[{index}]"
         for what in ("start", "stop"):
             value = getattr(span, what)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
@@ -81,10 +83,10 @@ def _check_spans(plan: Plan) -> None:
             )
         if span.stop <= span.start:
             raise FileError(f"{path}.stop: expected more than its start {span.start:g}, found {span.stop:g}")
-        edge, before = span.stop, f"where {path} stops"
+        edge, before = span.stop, f"where spans[{index}] stops"
         _check_heads(plan, span, f"{path}.heads")
     if edge != 1:
-        raise FileError(f"spans[{len(plan.spans) - 1}].stop: expected 1, the end of the schedule, found {edge:g}")
+        raise FileError(f"heads.spans[{len(plan.spans) - 1}].stop: expected 1, the end of the schedule, found {edge:g}")
 
 
 def _check_heads(plan: Plan, span: Span, path: str) -> None:
@@ -111,6 +113,15 @@ def _check_row(plan: Plan, row: object, heads: int, path: str) -> None:
         raise FileError(f"{path}: expected symbols of methods ({known}), found {quoted(unknown[0])} in {text}")
 
 
+def _check_forwards(plan: Plan) -> None:
+    given: object = plan.forwards
+    if given is None:
+        return
+    if not isinstance(given, Forwards):
+        raise FileError(f"forwards: expected Forwards(rule, predictor) or None, found {quoted(given)}")
+    check_json(given.to_json(), "forwards")
+
+
 def _path(path: str, name: str) -> str:
     return f"{path}.{printable(name[:60])}"
 
@@ -131,7 +142,7 @@ def _check_tensors(plan: Plan) -> None:
             size = method.select.made_for(method.order, name, plan.tensors)
             if size and first and size != first[1]:
                 raise FileError(
-                    f"methods.{each.symbol}: expected tensors for {first[1]} (parts, blocks), as those of "
-                    f"methods.{first[0]} are, found {size}; search the plan again"
+                    f"heads.methods.{each.symbol}: expected tensors for {first[1]} (parts, blocks), as those of "
+                    f"heads.methods.{first[0]} are, found {size}; search the plan again"
                 )
             first = first or ((each.symbol, size) if size else None)

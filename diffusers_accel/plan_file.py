@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusers_accel.files import FileError, checksum, printable, quoted
+from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import Method
 from diffusers_accel.plan_span import Span, row_of, row_text
 from diffusers_accel.shape import ModelShape
@@ -20,7 +21,22 @@ if TYPE_CHECKING:
 FORMAT = "diffusers_accel.plan"
 VERSION = 2
 READABLE = (1, VERSION)
-_KEYS = ("format", "version", "family", "models", "methods", "spans", "budget", "provenance", "tensors")
+_KEYS_1 = ("format", "version", "family", "models", "methods", "spans", "budget", "provenance", "tensors")
+_KEYS = (
+    "format",
+    "version",
+    "family",
+    "models",
+    "schedule",
+    "forwards",
+    "heads",
+    "correct",
+    "budget",
+    "provenance",
+    "tensors",
+)
+_NULLABLE = ("schedule", "forwards", "correct", "tensors")  # may be left out
+_TO_COME = ("schedule", "correct")  # sections that have their place, and no meaning yet
 _SUM = "sha256"  # of all the others; a plan that was written by hand, or before plans had it, has none
 
 
@@ -34,8 +50,15 @@ def plain(plan: Plan) -> dict[str, Any]:
             name: {"layers": shape.layers, "heads": shape.heads, "head_dim": shape.head_dim}
             for name, shape in plan.models.items()
         },
-        "methods": {symbol: method.to_json() for symbol, method in plan.methods.items()},
-        "spans": [{"start": span.start, "stop": span.stop, "heads": _texts(span, plan.methods)} for span in plan.spans],
+        "schedule": None,
+        "forwards": plan.forwards.to_json() if plan.forwards else None,
+        "heads": {
+            "methods": {symbol: method.to_json() for symbol, method in plan.methods.items()},
+            "spans": [
+                {"start": span.start, "stop": span.stop, "heads": _texts(span, plan.methods)} for span in plan.spans
+            ],
+        },
+        "correct": None,
         "budget": plan.budget,
         "provenance": plan.provenance,
     }
@@ -43,6 +66,11 @@ def plain(plan: Plan) -> dict[str, Any]:
 
 def _texts(span: Span, symbols: Collection[str]) -> dict[str, list[str]]:
     return {name: [row_text(row, symbols) for row in rows] for name, rows in span.heads.items()}
+
+
+def place(message: str, data: object) -> str:
+    """A message about a plan in the words of the file that it was read from: version 1 has no section "heads"."""
+    return message.removeprefix("heads.") if isinstance(data, dict) and data.get("version") == 1 else message
 
 
 def signed(data: dict[str, Any]) -> dict[str, Any]:
@@ -62,22 +90,29 @@ def parse(data: object) -> dict[str, Any]:
     """
     plan = _check_format(data)
     _check_sum(plan)
-    plan = _object(plan, "the plan", _KEYS)
-    methods = _mapping(plan["methods"], "methods")
-    if plan["version"] == 1:
-        methods = {symbol: _upgraded(item) for symbol, item in methods.items()}
+    return _parts(_upgraded(plan) if plan["version"] == 1 else plan)
+
+
+def _parts(plan: dict[str, Any]) -> dict[str, Any]:
+    plan = _object({**dict.fromkeys(_NULLABLE), **plan}, "the plan", _KEYS)
+    for key in _TO_COME:
+        if plan[key] is not None:
+            raise FileError(
+                f"{key}: expected null, found {quoted(plan[key])}: this version knows no {key}; upgrade diffusers-accel"
+            )
+    heads = _object(plan["heads"], "heads", ("methods", "spans"))
+    methods, spans = _mapping(heads["methods"], "heads.methods"), _list(heads["spans"], "heads.spans")
     return {
         "family": plan["family"],
         "models": {
             name: _shape(item, f"models.{_key(name)}") for name, item in _mapping(plan["models"], "models").items()
         },
-        "methods": {symbol: _method(item, f"methods.{_key(symbol)}") for symbol, item in methods.items()},
-        "spans": tuple(
-            _span(item, f"spans[{index}]", methods) for index, item in enumerate(_list(plan["spans"], "spans"))
-        ),
+        "methods": {symbol: _method(item, f"heads.methods.{_key(symbol)}") for symbol, item in methods.items()},
+        "spans": tuple(_span(item, f"heads.spans[{index}]", methods) for index, item in enumerate(spans)),
         "budget": _mapping(plan["budget"], "budget"),
         "provenance": _mapping(plan["provenance"], "provenance"),
         "tensors": plan["tensors"],
+        "forwards": None if plan["forwards"] is None else _forwards(plan["forwards"]),
     }
 
 
@@ -117,8 +152,27 @@ def _method(data: object, path: str) -> Method:
         raise FileError(f"{path}: {error}") from error
 
 
-def _upgraded(method: object) -> object:
-    """A method of version 1, which called the rest "kept" a reuse and had no other."""
+def _forwards(data: object) -> Forwards:
+    try:
+        return Forwards.from_json(data)
+    except ValueError as error:
+        raise FileError(str(error) if str(error).startswith("forwards") else f"forwards.{error}") from error
+
+
+def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
+    """What a file of version 1 says, as version 2 says it: heads had no section of their own, and symbols one character."""
+    plan = _object(data, "the plan", _KEYS_1)
+    methods, spans = _mapping(plan.pop("methods"), "methods"), plan.pop("spans")
+    if long := next((symbol for symbol in methods if len(symbol) != 1), None):
+        raise FileError(f"methods: expected symbols of one character in version 1, found {quoted(long)}")
+    methods = {symbol: _upgraded_method(method, f"methods.{symbol}") for symbol, method in methods.items()}
+    return {**plan, "version": VERSION, "heads": {"methods": methods, "spans": spans}}
+
+
+def _upgraded_method(method: object, path: str) -> object:
+    """Version 1 called the rest "kept" a reuse and had no other."""
+    if isinstance(method, Mapping) and "rest" in method:
+        raise FileError(f"{path}: unknown key 'rest' of version 1, which has \"reuse\"")
     if not isinstance(method, Mapping) or "reuse" not in method:
         return method
     reuse = method["reuse"]

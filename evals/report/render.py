@@ -159,7 +159,8 @@ def _plan(subject: Subject, colours: Mapping[Method, Colour]) -> dict[str, Any]:
         }
         for symbol, share in plan.shares().items()
     ]
-    shown = {"name": subject.name, "ran": words.ran(subject), "panels": panels, "legend": legend}
+    forwards = plan.forwards.label if plan.forwards else None
+    shown = {"name": subject.name, "forwards": forwards, "ran": words.ran(subject), "panels": panels, "legend": legend}
     by_symbol = {symbol: colours[method] for symbol, method in plan.methods.items()}
     return {**shown, "colours": by_symbol, "methods": plan.methods}
 
