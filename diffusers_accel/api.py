@@ -49,9 +49,10 @@ class Attachment:
         self._clock = clock
         self._undo: list[Callable[[], object]] = [self._restore_processors]
 
-    def step(self, index: int, steps: int) -> None:
-        """For your own denoising loop: says that step `index` (from 0) of `steps` runs next."""
-        self._clock.set(index, steps)
+    def step(self, index: int, steps: int, sigma: float | None = None) -> None:
+        """For your own denoising loop: says that step `index` (from 0) of `steps` runs next. A plan whose spans are windows of
+        sigma asks for its noise level too, in 0..1."""
+        self._clock.set(index, steps, sigma)
 
     @contextmanager
     def timed(self) -> Iterator[Timer]:

@@ -24,7 +24,7 @@ from diffusers_accel.files import (
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import DENSE, Method, Recipe
 from diffusers_accel.plan_check import check_plan, names
-from diffusers_accel.plan_span import Row, Span, new_symbols
+from diffusers_accel.plan_span import By, Row, Span, new_symbols
 from diffusers_accel.shape import ModelShape
 
 SHOWN = 1000  # characters of an entry of budget or provenance that `show` prints
@@ -42,7 +42,8 @@ class Plan:
         family: model family, such as "wan".
         models: transformer name -> its self-attention layers, heads and head dim.
         methods: symbol -> method; 1 to 16 of A-Z, a-z, 0-9, ".", "_" and "-", of which the last two do not come first.
-        spans: stretches of the schedule in order, from 0 to 1 without gap or overlap.
+        spans: stretches of the schedule in order, without gap or overlap: by share of the steps from 0 to 1, or all by sigma from
+            1 to 0.
         budget: what the search was asked for; plain JSON data.
         provenance: how the plan was made: model, prompts, seeds, versions, device; plain JSON data.
         tensors: what its methods read, by name, see docs/plan-file.md.
@@ -132,6 +133,11 @@ class Plan:
         return Plan(family=family, models=dict(models), methods=methods, spans=tuple(spans))
 
     @property
+    def by(self) -> By:
+        """What the spans are stretches of: "share" of the steps, or "sigma"."""
+        return self.spans[0].by
+
+    @property
     def dense(self) -> bool:
         """Whether all heads take the model's own attention in all spans."""
         return all(self.methods[symbol].dense for symbol, share in self.shares().items() if share)
@@ -164,23 +170,36 @@ class Plan:
                     )
 
     def span_at(self, step: int, steps: int) -> int:
-        """Index of the span that holds the middle of step `step` (0-based) of `steps`."""
+        """Index of the span that holds the middle of step `step` (0-based) of `steps`; for spans by share."""
+        if self.by != "share":
+            raise PlanError(
+                "the spans of this plan are windows of sigma, which a step alone does not tell: ask span_at_sigma"
+            )
         if not 0 <= step < steps:
             raise PlanError(f"step: expected 0 to {steps - 1} in a schedule of {steps} steps, found {quoted(step)}")
         middle = (step + 0.5) / steps
         return next(index for index, span in enumerate(self.spans) if middle < span.stop)
+
+    def span_at_sigma(self, sigma: float) -> int:
+        """Index of the span with start >= sigma > stop, which for 0 is the last; for spans by sigma."""
+        if self.by != "sigma":
+            raise PlanError("the spans of this plan are shares of the steps, which sigma does not tell: ask span_at")
+        if not 0 <= sigma <= 1:
+            raise PlanError(f"sigma: expected a noise level in 0..1, found {quoted(sigma)}")
+        return next((index for index, span in enumerate(self.spans) if sigma > span.stop), len(self.spans) - 1)
 
     def method(self, span: int, transformer: str, layer: int, head: int) -> Method:
         """The method of one head in the span of that index."""
         return self.methods[self.spans[span].heads[transformer][layer][head]]
 
     def shares(self) -> dict[str, float]:
-        """Symbol -> the share of heads that take it, over the whole schedule and all transformers; they add up to 1."""
+        """Symbol -> the share of heads that take it, over the whole schedule (of spans by sigma: over all of sigma) and all
+        transformers; they add up to 1."""
         total = sum(shape.layers * shape.heads for shape in self.models.values())
         counts = dict.fromkeys(self.methods, 0.0)
         for span in self.spans:
             for symbol in (symbol for rows in span.heads.values() for row in rows for symbol in row):
-                counts[symbol] += (span.stop - span.start) / total
+                counts[symbol] += span.length / total
         return counts
 
     def show(self) -> str:
@@ -218,14 +237,14 @@ def _lines(plan: Plan) -> list[str]:
         f"plan for {_short(plan.family)} ({'; '.join(shapes)})",
         *forwards,
         "",
-        "methods, with the share of heads over the whole schedule",
+        f"methods, with the share of heads over {'all of sigma' if plan.by == 'sigma' else 'the whole schedule'}",
     ]
     width = max(map(len, plan.methods))
     for symbol, share in plan.shares().items():
         lines.append(f"  {symbol:<{width}}  {plan.methods[symbol].label:<24} {share:>6.1%}")
     for span in plan.spans:
         for name, rows in span.heads.items():
-            lines += ["", f"{span.start:.0%} to {span.stop:.0%} of the steps, {_short(name)}"]
+            lines += ["", f"{span.label}, {_short(name)}"]
             lines += [f"  layer {layer:>2}  {_aligned(row, width)}" for layer, row in enumerate(rows)]
     for title, data in (("budget", plan.budget), ("provenance", plan.provenance)):
         if data:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers_accel.files import FileError, check_json, check_tensors, printable, quoted
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import AUTO
-from diffusers_accel.plan_span import LONGEST_SYMBOL, SYMBOL, Span, row_text
+from diffusers_accel.plan_span import EDGES, LONGEST_SYMBOL, SYMBOL, Span, row_text
 from diffusers_accel.plan_uses import told_layouts, uses
 
 if TYPE_CHECKING:
@@ -69,24 +69,40 @@ def _check_names(plan: Plan) -> None:
 def _check_spans(plan: Plan) -> None:
     if not plan.spans:
         raise FileError("heads.spans: expected at least one, from 0 to 1, found none")
-    edge, before = 0.0, "where the schedule begins"
+    by = plan.spans[0].by
+    edge, last = (0.0, 1.0) if by == "share" else (1.0, 0.0)
+    before = "where the schedule begins"
     for index, span in enumerate(plan.spans):
         path = f"heads.spans[{index}]"
-        for what in ("start", "stop"):
-            value = getattr(span, what)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise FileError(f"{path}.{what}: expected a share of the schedule in 0..1, found {quoted(value)}")
+        _check_edges(span, by, path)
+        start, stop = EDGES[by]
         if span.start != edge:
-            wrong = "they overlap" if span.start < edge else "there is a gap"
+            wrong = "they overlap" if (span.start < edge) == (by == "share") else "there is a gap"
             raise FileError(
-                f"{path}.start: expected {edge:g}, {before}, found {span.start:g}: {wrong}; spans cover 0 to 1 one after another"
+                f"{path}.{start}: expected {edge:g}, {before}, found {span.start:g}: {wrong}; "
+                f"spans cover {1 - last:g} to {last:g} one after another"
             )
-        if span.stop <= span.start:
-            raise FileError(f"{path}.stop: expected more than its start {span.start:g}, found {span.stop:g}")
+        if (span.stop - span.start) * (last - 0.5) <= 0:
+            more = "more" if by == "share" else "less"
+            raise FileError(f"{path}.{stop}: expected {more} than its {start} {span.start:g}, found {span.stop:g}")
         edge, before = span.stop, f"where spans[{index}] stops"
         _check_heads(plan, span, f"{path}.heads")
-    if edge != 1:
-        raise FileError(f"heads.spans[{len(plan.spans) - 1}].stop: expected 1, the end of the schedule, found {edge:g}")
+    if edge != last:
+        path = f"heads.spans[{len(plan.spans) - 1}].{EDGES[by][1]}"
+        raise FileError(f"{path}: expected {last:g}, the end of the schedule, found {edge:g}")
+
+
+def _check_edges(span: Span, by: str, path: str) -> None:
+    if span.by not in EDGES:
+        raise FileError(f"{path}.by: expected one of {', '.join(EDGES)}, found {quoted(span.by)}")
+    if span.by != by:
+        raise FileError(
+            f"{path}: expected a span by {by}, as the one before it, found one by {span.by}; all are by one of them"
+        )
+    what = "share of the schedule" if by == "share" else "noise level"
+    for name, value in zip(EDGES[by], (span.start, span.stop)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise FileError(f"{path}.{name}: expected a {what} in 0..1, found {quoted(value)}")
 
 
 def _check_heads(plan: Plan, span: Span, path: str) -> None:

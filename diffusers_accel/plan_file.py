@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers_accel.files import FileError, checksum, printable, quoted
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import Method
-from diffusers_accel.plan_span import Span, row_of, row_text
+from diffusers_accel.plan_span import EDGES, By, Span, row_of, row_text
 from diffusers_accel.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -54,9 +54,7 @@ def plain(plan: Plan) -> dict[str, Any]:
         "forwards": plan.forwards.to_json() if plan.forwards else None,
         "heads": {
             "methods": {symbol: method.to_json() for symbol, method in plan.methods.items()},
-            "spans": [
-                {"start": span.start, "stop": span.stop, "heads": _texts(span, plan.methods)} for span in plan.spans
-            ],
+            "spans": [_span_data(span, plan.methods) for span in plan.spans],
         },
         "correct": None,
         "budget": plan.budget,
@@ -64,8 +62,10 @@ def plain(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _texts(span: Span, symbols: Collection[str]) -> dict[str, list[str]]:
-    return {name: [row_text(row, symbols) for row in rows] for name, rows in span.heads.items()}
+def _span_data(span: Span, symbols: Collection[str]) -> dict[str, Any]:
+    start, stop = EDGES[span.by]
+    heads = {name: [row_text(row, symbols) for row in rows] for name, rows in span.heads.items()}
+    return {start: span.start, stop: span.stop, "heads": heads}
 
 
 def place(message: str, data: object) -> str:
@@ -163,6 +163,8 @@ def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
     """What a file of version 1 says, as version 2 says it: heads had no section of their own, and symbols one character."""
     plan = _object(data, "the plan", _KEYS_1)
     methods, spans = _mapping(plan.pop("methods"), "methods"), plan.pop("spans")
+    for index, span in enumerate(spans if isinstance(spans, list) else ()):
+        _object(span, f"spans[{index}]", ("start", "stop", "heads"))
     if long := next((symbol for symbol in methods if len(symbol) != 1), None):
         raise FileError(f"methods: expected symbols of one character in version 1, found {quoted(long)}")
     methods = {symbol: _upgraded_method(method, f"methods.{symbol}") for symbol, method in methods.items()}
@@ -181,7 +183,9 @@ def _upgraded_method(method: object, path: str) -> object:
 
 
 def _span(data: object, path: str, symbols: Collection[str]) -> Span:
-    span = _object(data, path, ("start", "stop", "heads"))
+    by: By = "sigma" if isinstance(data, Mapping) and set(EDGES["sigma"]) & set(data) else "share"
+    start, stop = EDGES[by]
+    span = _object(data, path, (start, stop, "heads"))
     heads = _mapping(span["heads"], f"{path}.heads")
     rows = {name: tuple(_list(item, f"{path}.heads.{_key(name)}")) for name, item in heads.items()}
     for name, texts in rows.items():
@@ -190,9 +194,10 @@ def _span(data: object, path: str, symbols: Collection[str]) -> Span:
                 where = f"{path}.heads.{_key(name)}[{layer}]"
                 raise FileError(f"{where}: expected a text of symbols, one per head, found {_kind(text)}")
     return Span(
-        span["start"],
-        span["stop"],
+        span[start],
+        span[stop],
         {name: tuple(row_of(text, symbols) for text in texts) for name, texts in rows.items()},
+        by,
     )
 
 

@@ -141,7 +141,7 @@ def _plan(subject: Subject, colours: Mapping[Method, Colour]) -> dict[str, Any]:
     for span in plan.spans:
         for name, rows in span.heads.items():
             asked = [plan.methods[symbol].expected_density for row in rows for symbol in row]
-            title = f"{span.start:.0%} to {span.stop:.0%} of the steps" + (f", {name}" if len(span.heads) > 1 else "")
+            title = span.label + (f", {name}" if len(span.heads) > 1 else "")
             cell = (34 if len(rows[0]) <= 8 else 24) if len(rows[0]) <= LETTERS_UP_TO else 11
             known = [density for density in asked if density is not None]
             mean = sum(known) / len(known) if len(known) == len(asked) else None
