@@ -350,6 +350,14 @@ def plan_show(file: Annotated[Path, typer.Argument(help="A plan file.")]) -> Non
     print(read_plan(file).show())
 
 
+@plan_app.command("schema")
+def plan_schema() -> None:
+    """Print the JSON schema of plan files, by which an editor completes and checks them."""
+    from diffusers_accel.plan_schema import schema_text
+
+    print(schema_text(), end="")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command and exits, as `terminal.run_command` says."""
     run_command(PROGRAM, sys.argv[1:] if arguments is None else arguments, _run)

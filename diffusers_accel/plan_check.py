@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers_accel.files import FileError, check_json, check_tensors, printable, quoted
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import AUTO
+from diffusers_accel.plan_file import MOST
 from diffusers_accel.plan_span import EDGES, LONGEST_SYMBOL, SYMBOL, Span, row_text
 from diffusers_accel.plan_uses import told_layouts, uses
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from diffusers_accel.plan import Plan
 
 SHOWN = 150  # characters of a list of symbols in a message
-MOST = 1_000_000  # layers, heads or channels: what is above it is a mistake
 
 
 def check_plan(plan: Plan) -> None:

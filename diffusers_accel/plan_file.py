@@ -7,12 +7,14 @@ frames than the ones that its search measured.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from diffusers_accel.files import FileError, checksum, printable, quoted
+import msgspec
+
+from diffusers_accel.files import FileError, Schema, checksum, printable, quoted, shaped
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import Method
-from diffusers_accel.plan_span import EDGES, By, Span, row_of, row_text
+from diffusers_accel.plan_span import EDGES, Row, Span, row_of, row_text
 from diffusers_accel.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -21,23 +23,76 @@ if TYPE_CHECKING:
 FORMAT = "diffusers_accel.plan"
 VERSION = 2
 READABLE = (1, VERSION)
-_KEYS_1 = ("format", "version", "family", "models", "methods", "spans", "budget", "provenance", "tensors")
-_KEYS = (
-    "format",
-    "version",
-    "family",
-    "models",
-    "schedule",
-    "forwards",
-    "heads",
-    "correct",
-    "budget",
-    "provenance",
-    "tensors",
-)
-_NULLABLE = ("schedule", "forwards", "correct", "tensors")  # may be left out
-_TO_COME = ("schedule", "correct")  # sections that have their place, and no meaning yet
+MOST = 1_000_000  # layers, heads or channels: what is above it is a mistake
+TO_COME = ("schedule", "correct")  # sections that have their place, and no meaning yet
 _SUM = "sha256"  # of all the others; a plan that was written by hand, or before plans had it, has none
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=MOST)]
+Edge = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+
+
+class Transformer(Schema, frozen=True):
+    """Sizes of a transformer, which must match those of the pipeline."""
+
+    layers: Count
+    heads: Count
+    head_dim: Count
+
+
+class ShareSpan(Schema, frozen=True):
+    """A stretch of the schedule by share of its steps. A step belongs to the span that holds its middle. heads: per transformer a
+    text for each layer, a symbol for each head, with a space between symbols where some have several characters."""
+
+    start: Edge
+    stop: Edge
+    heads: dict[str, list[str]]
+
+
+class SigmaSpan(Schema, frozen=True):
+    """A stretch of the schedule by noise level: from_sigma >= sigma > to_sigma, and 0 belongs to the last. heads: as in spans by
+    share."""
+
+    from_sigma: Edge
+    to_sigma: Edge
+    heads: dict[str, list[str]]
+
+
+class Heads(Schema, frozen=True):
+    """Which method each head takes. methods: symbol -> method; spans: one after another, over the whole schedule."""
+
+    methods: dict[str, Any]
+    spans: list[Any]
+
+
+class File(Schema, frozen=True):
+    """A plan of diffusers_accel. Sections that are null may be left out. sha256: checksum of all the rest, written with the file;
+    whoever changes it by hand removes that line."""
+
+    format: str
+    version: int
+    family: str
+    models: dict[str, Transformer]
+    heads: Heads
+    budget: dict[str, Any]
+    provenance: dict[str, Any]
+    schedule: None = None
+    forwards: Any = None
+    correct: None = None
+    tensors: Any = None
+
+
+class _File1(Schema, frozen=True):
+    """Version 1, as far as it is not read as version 2: heads had no section of their own."""
+
+    format: Any
+    version: Any
+    family: Any
+    models: Any
+    methods: dict[str, Any]
+    spans: list[ShareSpan]
+    budget: Any
+    provenance: Any
+    tensors: Any
 
 
 def plain(plan: Plan) -> dict[str, Any]:
@@ -68,11 +123,6 @@ def _span_data(span: Span, symbols: Collection[str]) -> dict[str, Any]:
     return {start: span.start, stop: span.stop, "heads": heads}
 
 
-def place(message: str, data: object) -> str:
-    """A message about a plan in the words of the file that it was read from: version 1 has no section "heads"."""
-    return message.removeprefix("heads.") if isinstance(data, dict) and data.get("version") == 1 else message
-
-
 def signed(data: dict[str, Any]) -> dict[str, Any]:
     """A plan file's data with the checksum by which `parse` knows it again."""
     return {**data, _SUM: checksum(data)}
@@ -90,35 +140,35 @@ def parse(data: object) -> dict[str, Any]:
     """
     plan = _check_format(data)
     _check_sum(plan)
-    return _parts(_upgraded(plan) if plan["version"] == 1 else plan)
-
-
-def _parts(plan: dict[str, Any]) -> dict[str, Any]:
-    plan = _object({**dict.fromkeys(_NULLABLE), **plan}, "the plan", _KEYS)
-    for key in _TO_COME:
-        if plan[key] is not None:
+    if plan["version"] == 1:
+        plan = _upgraded(plan)
+    for key in TO_COME:
+        if plan.get(key) is not None:
             raise FileError(
                 f"{key}: expected null, found {quoted(plan[key])}: this version knows no {key}; upgrade diffusers-accel"
             )
-    heads = _object(plan["heads"], "heads", ("methods", "spans"))
-    methods, spans = _mapping(heads["methods"], "heads.methods"), _list(heads["spans"], "heads.spans")
+    file = shaped(plan, File, "the plan")
+    methods = file.heads.methods
     return {
-        "family": plan["family"],
-        "models": {
-            name: _shape(item, f"models.{_key(name)}") for name, item in _mapping(plan["models"], "models").items()
-        },
-        "methods": {symbol: _method(item, f"heads.methods.{_key(symbol)}") for symbol, item in methods.items()},
-        "spans": tuple(_span(item, f"heads.spans[{index}]", methods) for index, item in enumerate(spans)),
-        "budget": _mapping(plan["budget"], "budget"),
-        "provenance": _mapping(plan["provenance"], "provenance"),
-        "tensors": plan["tensors"],
-        "forwards": None if plan["forwards"] is None else _forwards(plan["forwards"]),
+        "family": file.family,
+        "models": {name: ModelShape(each.layers, each.heads, each.head_dim) for name, each in file.models.items()},
+        "methods": {symbol: _method(each, f"heads.methods.{_key(symbol)}") for symbol, each in methods.items()},
+        "spans": tuple(_span(each, f"heads.spans[{i}]", methods) for i, each in enumerate(file.heads.spans)),
+        "budget": file.budget,
+        "provenance": file.provenance,
+        "tensors": file.tensors,
+        "forwards": None if file.forwards is None else _forwards(file.forwards),
     }
+
+
+def place(message: str, data: object) -> str:
+    """A message about a plan in the words of the file that it was read from: version 1 has no section "heads"."""
+    return message.removeprefix("heads.") if isinstance(data, dict) and data.get("version") == 1 else message
 
 
 def _check_format(data: object) -> dict[str, Any]:
     """Before anything else, so that a file of another kind or version is not called a plan with unknown keys."""
-    plan = _mapping(data, "the file")
+    plan = dict(shaped(data, dict[str, Any], "the file"))
     if plan.get("format") != FORMAT:
         raise FileError(f'format: expected "{FORMAT}", found {quoted(plan.get("format"))}; this is not a plan file')
     version = plan.get("version")
@@ -141,10 +191,6 @@ def _check_sum(plan: dict[str, Any]) -> None:
         )
 
 
-def _shape(data: object, path: str) -> ModelShape:
-    return ModelShape(**_object(data, path, ("layers", "heads", "head_dim")))
-
-
 def _method(data: object, path: str) -> Method:
     try:
         return Method.from_json(data)
@@ -159,16 +205,29 @@ def _forwards(data: object) -> Forwards:
         raise FileError(str(error) if str(error).startswith("forwards") else f"forwards.{error}") from error
 
 
+def _span(data: object, path: str, symbols: Collection[str]) -> Span:
+    def rows(heads: dict[str, list[str]]) -> dict[str, tuple[Row, ...]]:
+        return {name: tuple(row_of(text, symbols) for text in texts) for name, texts in heads.items()}
+
+    if isinstance(data, Mapping) and set(EDGES["sigma"]) & set(data):
+        window = shaped(data, SigmaSpan, path, path)
+        return Span(window.from_sigma, window.to_sigma, rows(window.heads), "sigma")
+    share = shaped(data, ShareSpan, path, path)
+    return Span(share.start, share.stop, rows(share.heads))
+
+
 def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
     """What a file of version 1 says, as version 2 says it: heads had no section of their own, and symbols one character."""
-    plan = _object(data, "the plan", _KEYS_1)
-    methods, spans = _mapping(plan.pop("methods"), "methods"), plan.pop("spans")
-    for index, span in enumerate(spans if isinstance(spans, list) else ()):
-        _object(span, f"spans[{index}]", ("start", "stop", "heads"))
+    shaped(data, _File1, "the plan")
+    plan, methods = dict(data), data["methods"]
     if long := next((symbol for symbol in methods if len(symbol) != 1), None):
         raise FileError(f"methods: expected symbols of one character in version 1, found {quoted(long)}")
-    methods = {symbol: _upgraded_method(method, f"methods.{symbol}") for symbol, method in methods.items()}
-    return {**plan, "version": VERSION, "heads": {"methods": methods, "spans": spans}}
+    heads = {
+        "methods": {symbol: _upgraded_method(method, f"methods.{symbol}") for symbol, method in methods.items()},
+        "spans": data["spans"],
+    }
+    del plan["methods"], plan["spans"]
+    return {**plan, "version": VERSION, "heads": heads}
 
 
 def _upgraded_method(method: object, path: str) -> object:
@@ -180,52 +239,6 @@ def _upgraded_method(method: object, path: str) -> object:
     reuse = method["reuse"]
     kept = {"kind": "kept", **reuse} if isinstance(reuse, Mapping) else reuse
     return {**{key: value for key, value in method.items() if key != "reuse"}, "rest": kept}
-
-
-def _span(data: object, path: str, symbols: Collection[str]) -> Span:
-    by: By = "sigma" if isinstance(data, Mapping) and set(EDGES["sigma"]) & set(data) else "share"
-    start, stop = EDGES[by]
-    span = _object(data, path, (start, stop, "heads"))
-    heads = _mapping(span["heads"], f"{path}.heads")
-    rows = {name: tuple(_list(item, f"{path}.heads.{_key(name)}")) for name, item in heads.items()}
-    for name, texts in rows.items():
-        for layer, text in enumerate(texts):
-            if not isinstance(text, str):
-                where = f"{path}.heads.{_key(name)}[{layer}]"
-                raise FileError(f"{where}: expected a text of symbols, one per head, found {_kind(text)}")
-    return Span(
-        span[start],
-        span[stop],
-        {name: tuple(row_of(text, symbols) for text in texts) for name, texts in rows.items()},
-        by,
-    )
-
-
-def _object(data: object, path: str, keys: tuple[str, ...]) -> dict[str, Any]:
-    found = _mapping(data, path)
-    if unknown := sorted(set(found) - set(keys)):
-        raise FileError(f"{path}: expected only the keys {', '.join(keys)}, found the unknown key {quoted(unknown[0])}")
-    if missing := [key for key in keys if key not in found]:
-        raise FileError(f"{path}: expected the keys {', '.join(keys)}, found none called {missing[0]!r}")
-    return found
-
-
-def _mapping(data: object, path: str) -> dict[str, Any]:
-    if not isinstance(data, Mapping):
-        raise FileError(f"{path}: expected an object, found {_kind(data)}")
-    return dict(data)
-
-
-def _list(data: object, path: str) -> list[Any]:
-    if not isinstance(data, list):
-        raise FileError(f"{path}: expected a list, found {_kind(data)}")
-    return data
-
-
-def _kind(data: object) -> str:
-    if isinstance(data, str):
-        return f"the text {quoted(data)}"
-    return {dict: "an object", list: "a list", type(None): "null"}.get(type(data), quoted(data))
 
 
 def _key(name: str) -> str:

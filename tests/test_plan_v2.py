@@ -90,7 +90,7 @@ def test_rows_are_written_as_the_longest_symbol_asks(tmp_path: Path) -> None:
         (".  band-0.5 s .", r"transformer\[1\]: expected 4 symbols, one per head, found 5"),
         (". band-0.4 s .", r"transformer\[1\]: expected symbols of methods .* found 'band-0\.4'"),
         (".s..", r"transformer\[1\]: expected 4 symbols, one per head, found 1 in '\.s\.\.'"),
-        (None, r"transformer\[1\]: expected .* found null"),
+        (None, r"transformer\[1\]: expected str, found None"),
     ],
 )
 def test_a_wrong_row_is_named(row: Any, message: str, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ WRONG: dict[str, tuple[Any, str]] = {
         r"correct: expected null, found \[\]: this version knows no correct; upgrade",
     ),
     "forwards of a list": (lambda data: data.update(forwards=[]), "forwards: expected an object, found"),
-    "no rule": (lambda data: data["forwards"].pop("rule"), "forwards: .*'rule'"),
+    "no rule": (lambda data: data["forwards"].pop("rule"), "forwards: 'rule' is missing"),
     "unknown rule": (
         lambda data: data["forwards"]["rule"].update(kind="magic"),
         r"forwards\.rule\.kind: expected one of .* found 'magic'",
@@ -259,7 +259,7 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda data: data["forwards"].update(branches=[]),
         r"forwards\.branches: expected one name at least",
     ),
-    "heads left out": (lambda data: data.pop("heads"), "the plan: expected the key.* 'heads'"),
+    "heads left out": (lambda data: data.pop("heads"), "the plan: 'heads' is missing, expected format, version"),
     "methods at the top": (lambda data: data.update(methods={}), "the plan: .*unknown key 'methods'"),
     "version 3": (lambda data: data.update(version=3), "version: expected 2, found 3; upgrade diffusers-accel"),
 }
@@ -400,7 +400,7 @@ def test_a_file_of_version_1_is_read_and_saved_as_version_2(name: str, made: Any
 
 WRONG_1: dict[str, tuple[Any, str]] = {
     "a section of version 2": (lambda data: data.update(forwards=None), "the plan: .*unknown key 'forwards'"),
-    "nothing to read of": (lambda data: data.pop("tensors"), "the plan: expected the key.* 'tensors'"),
+    "nothing to read of": (lambda data: data.pop("tensors"), "the plan: 'tensors' is missing"),
     "a long symbol": (
         lambda data: data["methods"].update(ab=data["methods"]["."]),
         "methods: expected symbols of one character in version 1, found 'ab'",
