@@ -171,3 +171,16 @@ def test_single_mistakes(path: tuple[Any, ...], value: Any, tmp_path: Path) -> N
         holder = holder[key]
     holder[path[-1]] = value
     assert not VALIDATOR.is_valid(data) and loads(data, tmp_path)
+
+
+def test_the_examples_of_the_docs_fit_the_schema_and_load(tmp_path: Path) -> None:
+    examples = [each.split("```")[0] for each in (DOCS / "plan-file.md").read_text().split("```json\n")[1:]]
+    data = json.loads(examples[0])
+    VALIDATOR.validate(data)
+    assert not loads(data, tmp_path)
+    found = Plan.load(tmp_path / "plan.json")
+    assert found.forwards is not None and found.shares()["d"] > 0
+    two = {**data, "models": {"transformer": {"layers": 2, "heads": 4, "head_dim": 64}}}
+    two["heads"] = {**data["heads"], **json.loads(f"{{{examples[1]}}}")}
+    VALIDATOR.validate(two)
+    assert not loads(two, tmp_path) and Plan.load(tmp_path / "plan.json").by == "sigma"
