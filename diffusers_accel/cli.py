@@ -271,7 +271,12 @@ def calibrate(
 def report(
     pipe: Pipe,
     plan: Annotated[
-        list[str], typer.Option("--plan", help="A plan file or a method, or NAME=PLAN. May be given several times.")
+        list[str],
+        typer.Option(
+            "--plan",
+            help="A plan file or a method, such as draft; with a step cache, easycache+draft; or NAME=PLAN. "
+            "May be given several times.",
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("report"),
     rounds: Annotated[int, typer.Option("--rounds", help="Timed runs of each clip, each between two dense ones.")] = 1,
@@ -337,6 +342,14 @@ def plan_show(file: Annotated[Path, typer.Argument(help="A plan file.")]) -> Non
     from diffusers_accel.cli_arguments import read_plan
 
     print(read_plan(file).show())
+
+
+@plan_app.command("schema")
+def plan_schema() -> None:
+    """Print the JSON schema of plan files, by which an editor completes and checks them."""
+    from diffusers_accel.plan_schema import schema_text
+
+    print(schema_text(), end="")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from diffusers_accel.files import FileError, printable, quoted, read_bytes
 from diffusers_accel.plan import Plan
 from diffusers_accel.search.keeping import check_places
 from diffusers_accel.search.scores import Scores
+from diffusers_accel.subject import split
 from diffusers_accel.suggest import did_you_mean, did_you_mean_file
 
 MAX_PROMPT_BYTES = 2**20
@@ -71,13 +72,14 @@ def read_plan(path: Path) -> Plan:
         raise FileNotFoundError(f"{error}{did_you_mean_file(path)}") from error
 
 
-def read_subjects(plans: Sequence[str]) -> dict[str, Plan | str]:
-    """Name -> plan or name of a method. The name is what stands before "=", else that of the method or the file's stem."""
+def read_subjects(plans: Sequence[str]) -> dict[str, Plan | str | list[Plan | str]]:
+    """Name -> plan, name of a method, or list of a step cache and what goes with it, which is written with "+" between them. The
+    name is what stands before "=", else those of the methods and the files' stems."""
     given: dict[str, str] = {}
     for item in plans:
         name, separator, value = item.partition("=")
         if not separator or os.path.isfile(item):
-            name, value = item if item in NAMES else Path(item).stem, item
+            name, value = "+".join(part if part in NAMES else Path(part).stem for part in _composed(item)), item
         if name in given:
             first, second = printable(given[name]), printable(value)
             raise ValueError(
@@ -85,6 +87,11 @@ def read_subjects(plans: Sequence[str]) -> dict[str, Plan | str]:
             )
         given[name] = value
     return {name: _subject(value) for name, value in given.items()}
+
+
+def _composed(value: str) -> list[str]:
+    """What stands between the "+" of a composition; all of it where that is a file."""
+    return [value] if os.path.exists(value) else value.split("+")
 
 
 def check_out(out: Path) -> None:
@@ -101,11 +108,24 @@ def search_places(out: Path, scores: Path | None) -> Path:
     return kept
 
 
-def _subject(value: str) -> Plan | str:
+def _subject(value: str) -> Plan | str | list[Plan | str]:
+    parts = [_part(part) for part in _composed(value)]
+    subject = parts if len(parts) > 1 else parts[0]
+    try:
+        split(subject, {})
+    except ValueError as error:
+        raise ValueError(f"--plan {printable(value)}: {error}") from error
+    return subject
+
+
+def _part(value: str) -> Plan | str:
     if value in NAMES:
         return value
     path = Path(value)
-    if path.suffix == ".json" or os.path.exists(path):
+    if path.suffix == ".json" or (value and os.path.exists(path)):
         return read_plan(path)
     meant = did_you_mean(value, NAMES) or did_you_mean_file(path)
-    raise ValueError(f"--plan: expected a method ({', '.join(NAMES)}) or a plan file, found {quoted(value)}{meant}")
+    raise ValueError(
+        f"--plan: expected a method ({', '.join(NAMES)}), a plan file, or a step cache and one of these with + between them, "
+        f"found {quoted(value)}{meant}"
+    )

@@ -42,10 +42,11 @@ class Rows:
 
 
 class _Forward(threading.local):
-    """What the forward that runs in this thread has shown: sizes, which pass, existing text of each row."""
+    """What the forward that runs in this thread has shown: sizes, which pass, its noise level, existing text of each row."""
 
     sizes: tuple[int, ...] | None = None
     branch: str = ""
+    sigma: float | None = None
     text: tuple[int, ...] | None = None
 
 
@@ -74,6 +75,7 @@ class Model:
             self.expects(self.family.layout(self.module.config, self._forward.sizes))
             self._expected.add(self._forward.sizes)
         self._forward.branch = self.clock.branch or self._pass(self.family.text(args, kwargs))
+        self._forward.sigma = self.clock.sigma()
         self._forward.text = None
         if self.family.text_mask is not None:
             self._forward.text = self._count(self.family.text_mask(args, kwargs))
@@ -82,6 +84,11 @@ class Model:
     def branch(self) -> str:
         """The running pass: the pipeline's name for it, such as "cond", else one by its text embeddings; "" before any."""
         return self._forward.branch
+
+    @property
+    def sigma(self) -> float | None:
+        """The noise level of the running forward, see `AttentionCall.sigma`."""
+        return self._forward.sigma
 
     def rows(self, batch: int) -> list[Rows]:
         """The `batch` rows of the running call, in as few parts as have equal layouts."""
@@ -218,6 +225,7 @@ class Site:
             branch=self.model.branch,
             rows=(rows.start, rows.stop),
             now=self.model.clock.now(),
+            sigma=self.model.sigma,
             dense=self.dense,
         )
         return self.engine.attend(call, q[some], k[some, : layout.keys], v[some, : layout.keys])

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.drift import Calibration
+from diffusers_accel.engine import running_span
 from diffusers_accel.files import quoted
 from diffusers_accel.identity import plain
 from diffusers_accel.interrupted import Interrupted
@@ -174,6 +175,7 @@ class Watch:
     def __init__(self, plan: Plan, gamma: float | Sequence[float], max_lse_change: float) -> None:
         self.plan = plan
         self.steps = 0  # of the schedule; 0 before the first call
+        self.spans: dict[int, int] = {}  # step -> the span of the plan that it falls into
         self.ran: dict[str, set[int]] = {name: set() for name in plan.models}
         self._thresholds: dict[str, Any] = {"gamma": gamma, "max_lse_change": max_lse_change}
         self._calibrations: dict[Members, Calibration] = {}
@@ -195,7 +197,7 @@ class Watch:
         if steps != (self.steps or steps):
             raise RuntimeError(f"expected {self.steps} steps as in the first call of the pipeline, found {steps}")
         self.steps = steps
-        span = self.plan.span_at(step, steps)
+        span = self.spans[step] = running_span(self.plan, call)
         if self._at != (call.transformer, span):
             self._forget()
             self._at = call.transformer, span
@@ -331,7 +333,7 @@ def _counts(plan: Plan, gates: Mapping[str, Tensor], watch: Watch) -> dict[str, 
     for name, gate in gates.items():
         steps: dict[int, list[int]] = {}
         for step in watch.ran[name]:
-            steps.setdefault(plan.span_at(step, watch.steps), []).append(step)
+            steps.setdefault(watch.spans[step], []).append(step)
         for span, layer, head in _reusing(plan, name):
             if span in steps:
                 period = plan.method(span, name, layer, head).rest.period
