@@ -34,7 +34,7 @@ CONFIGS: dict[tuple[int, int], Config] = {
     (80, 2): Config(64, 32, 4, 3),
     (90, 2): Config(128, 64, 8, 2),
     (120, 2): Config(64, 32, 4, 3),
-    (80, 4): Config(32, 16, 8, 2),
+    (80, 4): Config(16, 16, 4, 2),
 }
 
 
