@@ -53,10 +53,11 @@ def prep(
 
     Args:
         q: `[B, S_q, H, D]`, fp16, bf16 or fp32, any strides, in the model's order.
-        k, v: `[B, S_k, H, D]`, S_k <= S_q, dtype and device of q.
+        k, v: `[B, S_k, H_k, D]`, S_k <= S_q, dtype and device of q; H_k divides H.
         rows: int64 or int32 `[S_q * heads]`: place s of launch head j takes row `rows[s * heads + j]` of q seen as
             `[S_q * H]` rows. The first S_k places of keys and values take theirs by the same numbers, which therefore
-            must name their S_k tokens.
+            must name their S_k tokens. Where queries are grouped, that is the row of the key head that the query head
+            reads: heads of a group may lie in different orders, so each gets keys and values of its own.
         heads: h, of the launch; any of the H.
         precision: one of `attention.PRECISIONS`; all but `input` make codes.
         pooled: whether the means of the blocks are wanted.
@@ -93,7 +94,7 @@ def prep(
 def _check_rows(rows: Tensor, q: Tensor, k: Tensor, heads: int) -> None:
     """Reads the values. Synchronises the device."""
     for name, x in (("q", q), ("k", k)):
-        size = x.shape[1] * x.shape[2]
+        size = x.shape[1] * q.shape[2]
         lowest, highest = (int(end) for end in torch.aminmax(rows[: x.shape[1] * heads]))
         if lowest < 0 or highest >= size:
             raise ValueError(f"rows of {name} must lie in 0..{size - 1}, found {lowest}..{highest}")

@@ -49,6 +49,7 @@ def prep(
     k_means = per_block(keys) if pooled or measured else None
     largest = per_block(keys) if precision == "int8_fp8" else None
     sizes = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "BLOCK": block, "TOKENS": KEY_GROUP, "num_warps": 8}
+    sizes["HEAD_GROUP"] = model_heads // k.shape[2]
     with launch.on(q.device):
         if measured or largest is not None:
             measure_kernel[(triton.cdiv(keys, block) * heads * batch,)](
@@ -78,12 +79,18 @@ def prep(
 @triton.jit
 def gathered(
     x_ptr, row, exists, model_heads, batch, stride_b, stride_s, stride_h, stride_d,
-    DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, HEAD_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The rows of x, seen as `[S * model_heads]` rows, of which those that do not exist are 0."""
+    """The rows of x, seen as `[S * model_heads]` rows, of which those that do not exist are 0.
+
+    HEAD_GROUP of these heads share one of x.
+    """
     column = tl.arange(0, PADDED_DIM)
     # 32 bits are enough for a number of rows and much faster to divide.
-    token, head = (row.to(tl.int32) // model_heads).to(tl.int64), (row.to(tl.int32) % model_heads).to(tl.int64)
+    token, head = (
+        (row.to(tl.int32) // model_heads).to(tl.int64),
+        (row.to(tl.int32) % model_heads // HEAD_GROUP).to(tl.int64),
+    )
     at = x_ptr + batch * stride_b + token * stride_s + head * stride_h
     inside = exists[:, None] & (column[None, :] < DIM)
     return tl.load(at[:, None] + column[None, :] * stride_d, mask=inside, other=0.0)
@@ -95,6 +102,7 @@ def measure_kernel(
     k_stride_b, k_stride_s, k_stride_h, k_stride_d, v_stride_b, v_stride_s, v_stride_h, v_stride_d,
     keys, heads, model_heads,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+    HEAD_GROUP: tl.constexpr,
 ):  # fmt: skip
     """One block of one head of the launch: the mean of its keys, the largest size in each channel of its values.
 
@@ -112,12 +120,14 @@ def measure_kernel(
         row = tl.load(rows_ptr + token.to(tl.int64) * heads + head, mask=token < keys, other=0)
         if k_means_ptr is not None:
             k = gathered(
-                k_ptr, row, token < keys, model_heads, batch, k_stride_b, k_stride_s, k_stride_h, k_stride_d, DIM, PADDED_DIM,
+                k_ptr, row, token < keys, model_heads, batch, k_stride_b, k_stride_s, k_stride_h, k_stride_d,
+                DIM, PADDED_DIM, HEAD_GROUP,
             )  # fmt: skip
             total += tl.sum(k.to(tl.float32), 0)
         if largest_ptr is not None:
             v = gathered(
-                v_ptr, row, token < keys, model_heads, batch, v_stride_b, v_stride_s, v_stride_h, v_stride_d, DIM, PADDED_DIM,
+                v_ptr, row, token < keys, model_heads, batch, v_stride_b, v_stride_s, v_stride_h, v_stride_d,
+                DIM, PADDED_DIM, HEAD_GROUP,
             )  # fmt: skip
             largest = tl.maximum(largest, tl.max(size_of(v.to(tl.float32)), 0))
     line = ((batch * blocks + at) * heads + head) * DIM + column
@@ -135,7 +145,7 @@ def prep_kernel(
     v_stride_b, v_stride_s, v_stride_h, v_stride_d, v_out_stride_d,
     queries, keys, heads, model_heads,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
-    INT8_MAX: tl.constexpr, SMALLEST: tl.constexpr,
+    INT8_MAX: tl.constexpr, SMALLEST: tl.constexpr, HEAD_GROUP: tl.constexpr,
 ):  # fmt: skip
     """One block of one head of the launch: its queries, and its keys and values where there are any.
 
@@ -155,7 +165,7 @@ def prep_kernel(
         token = start + tl.arange(0, TOKENS)
         row = tl.load(rows_ptr + token.to(tl.int64) * heads + head, mask=token < queries, other=0)
         q = gathered(
-            q_ptr, row, token < queries, model_heads, batch, q_stride_b, q_stride_s, q_stride_h, q_stride_d, DIM, PADDED_DIM,
+            q_ptr, row, token < queries, model_heads, batch, q_stride_b, q_stride_s, q_stride_h, q_stride_d, DIM, PADDED_DIM, 1,
         )  # fmt: skip
         if q_means_ptr is not None:
             q_total += tl.sum(q.to(tl.float32), 0)
@@ -171,7 +181,8 @@ def prep_kernel(
             inside = (token[:, None] < keys) & (column[None, :] < DIM)
             out_at = ((batch * keys + token[:, None]) * heads + head) * DIM + column[None, :]
             k = gathered(
-                k_ptr, row, token < keys, model_heads, batch, k_stride_b, k_stride_s, k_stride_h, k_stride_d, DIM, PADDED_DIM,
+                k_ptr, row, token < keys, model_heads, batch, k_stride_b, k_stride_s, k_stride_h, k_stride_d,
+                DIM, PADDED_DIM, HEAD_GROUP,
             )  # fmt: skip
             if k_means_ptr is not None:
                 k_total += tl.sum(k.to(tl.float32), 0)
@@ -183,7 +194,8 @@ def prep_kernel(
                     DIM, PADDED_DIM, INT8_MAX, SMALLEST,
                 )  # fmt: skip
             v = gathered(
-                v_ptr, row, token < keys, model_heads, batch, v_stride_b, v_stride_s, v_stride_h, v_stride_d, DIM, PADDED_DIM,
+                v_ptr, row, token < keys, model_heads, batch, v_stride_b, v_stride_s, v_stride_h, v_stride_d,
+                DIM, PADDED_DIM, HEAD_GROUP,
             )  # fmt: skip
             if v_scale_ptr is None:
                 tl.store(v_out_ptr + out_at, v, mask=inside)

@@ -27,7 +27,15 @@ def prep(
     k_mean: Tensor | None,
 ) -> Prepared:
     """The launch's heads; the arguments have been checked by the caller."""
-    q, k, v = (x.flatten(1, 2).index_select(1, rows[: x.shape[1] * heads]).unflatten(1, (-1, heads)) for x in (q, k, v))
+    model_heads = q.shape[2]
+
+    def gathered(x: Tensor) -> Tensor:
+        of = rows[: x.shape[1] * heads]
+        if x.shape[2] != model_heads:  # the row of the key head that the query head reads
+            of = of // model_heads * x.shape[2] + of % model_heads // (model_heads // x.shape[2])
+        return x.flatten(1, 2).index_select(1, of).unflatten(1, (-1, heads))
+
+    q, k, v = gathered(q), gathered(k), gathered(v)
     means = (pool(q, block, impl="reference"), pool(k, block, impl="reference")) if pooled else None
     if precision == "input":
         return Prepared((q, k, v), means)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusers_accel.kernels.checks import score_scale
 from diffusers_accel.kernels.choice import Operator
+from diffusers_accel.kernels.grouped import check_key_heads
 from diffusers_accel.kernels.pattern import BlockPattern
 
 __all__ = ["RULES", "select", "starved_rows"]
@@ -54,7 +55,8 @@ def select(
 
     Args:
         q_means: fp32 `[B, Q, H, D]`, one mean per query block, as `pool` returns them.
-        k_means: fp32 `[B, K, H, D]`, one mean per key block.
+        k_means: fp32 `[B, K, H_k, D]`, one mean per key block; H_k divides H, and query head h reads key head
+            h // (H // H_k).
         queries: tokens in the query sequence, of which Q blocks of `block_q`.
         keys: tokens in the key sequence, of which K blocks of `block_k`.
         density: share of the competing pairs that is kept, in (0, 1]; 1 keeps all.
@@ -113,11 +115,16 @@ def _check_means(q_means: Tensor, k_means: Tensor, queries: int, keys: int, bloc
     if q_means.dim() != 4 or 0 in q_means.shape:
         raise ValueError(f"q_means must be [B, Q, H, D] without an empty dimension, found {list(q_means.shape)}")
     batch, _, heads, dim = q_means.shape
-    sides = (("q_means", q_means, "queries", queries, block_q), ("k_means", k_means, "keys", keys, block_k))
-    for name, means, tokens_name, tokens, block in sides:
+    check_key_heads("k_means", k_means, heads)
+    key_heads = k_means.shape[2] if k_means.dim() == 4 else heads
+    sides = (
+        ("q_means", q_means, "queries", queries, block_q, heads),
+        ("k_means", k_means, "keys", keys, block_k, key_heads),
+    )
+    for name, means, tokens_name, tokens, block, of in sides:
         if min(tokens, block) < 1:
             raise ValueError(f"{tokens_name} and its block must be positive, found {tokens} in blocks of {block}")
-        expected = [batch, -(-tokens // block), heads, dim]
+        expected = [batch, -(-tokens // block), of, dim]
         if list(means.shape) != expected:
             raise ValueError(
                 f"{name} must be {expected} ({tokens} {tokens_name} in blocks of {block}), found {list(means.shape)}"
