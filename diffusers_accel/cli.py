@@ -197,22 +197,16 @@ def search(
     texts = _texts(pipe, prompt, prompts, for_search=True)
     from diffusers_accel import search_plan
     from diffusers_accel.cli_arguments import (
-        check_out,
-        check_scores,
         check_seed,
         check_share,
-        prepare_search,
-        scores_beside,
+        search_places,
     )
     from diffusers_accel.search.candidates import candidates_for, check_sets
 
     sets = None if methods is None else check_sets([name.strip() for name in methods.split(",")])
     check_seed(seed)
     check_share("--dense-steps", dense_steps)
-    check_out(out)
-    kept = scores or scores_beside(out)
-    check_scores(kept, out)
-    prepare_search(out, kept)
+    kept = search_places(out, scores)
     pipeline = _load(setup)
     plan = search_plan(
         pipeline,

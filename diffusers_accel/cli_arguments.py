@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers_accel.arguments import NAMES
-from diffusers_accel.files import FileError, prepare_file, printable, quoted, read_bytes
+from diffusers_accel.files import FileError, printable, quoted, read_bytes
 from diffusers_accel.plan import Plan
+from diffusers_accel.search.keeping import check_places
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.subject import split
 from diffusers_accel.suggest import did_you_mean, did_you_mean_file
@@ -98,34 +99,13 @@ def check_out(out: Path) -> None:
         raise ValueError(f'--out: expected a file name that ends in ".json", found {quoted(str(out))}')
 
 
-def check_scores(scores: Path, out: Path) -> None:
-    """Refuses a file of scores that the plan would replace, or that holds something else."""
-    for path, what in ((scores, "the scores"), (cost_beside(scores), "the kernel times beside the scores")):
-        if _same(path, out):
-            raise ValueError(
-                f"--scores: {what} and the plan would be one file, {quoted(str(out))}; name another one, "
-                f"such as {quoted(str(scores_beside(out)))}"
-            )
-    if os.path.isdir(scores):
-        raise FileError(f"--scores: expected a file that ends in .safetensors, found the folder {quoted(str(scores))}")
-    if scores.suffix != ".safetensors":
-        raise ValueError(f'--scores: expected a file name that ends in ".safetensors", found {quoted(str(scores))}')
-    if os.path.exists(scores):
-        Scores.load(scores)
-
-
-def prepare_search(out: Path, scores: Path) -> None:
-    """Makes sure that the plan, the scores and the kernel times can be written."""
-    for path in (out, scores, cost_beside(scores)):
-        prepare_file(path)
-
-
-def scores_beside(out: Path) -> Path:
-    return out.with_suffix(".scores.safetensors")
-
-
-def cost_beside(scores: Path) -> Path:
-    return scores.with_suffix(".cost.json")
+def search_places(out: Path, scores: Path | None) -> Path:
+    """Where a search keeps its scores; all its files can be written, and scores that are there are scores."""
+    _, kept = check_places(out, scores, ("--out", "--scores"))
+    assert kept is not None  # beside the plan, at least
+    if os.path.exists(kept):
+        Scores.load(kept)
+    return kept
 
 
 def _subject(value: str) -> Plan | str | list[Plan | str]:
@@ -149,10 +129,3 @@ def _part(value: str) -> Plan | str:
         f"--plan: expected a method ({', '.join(NAMES)}), a plan file, or a step cache and one of these with + between them, "
         f"found {quoted(value)}{meant}"
     )
-
-
-def _same(a: Path, b: Path) -> bool:
-    """Whether two paths name one file, or would."""
-    if os.path.realpath(a) == os.path.realpath(b):
-        return True
-    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)

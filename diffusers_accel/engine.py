@@ -20,6 +20,15 @@ from diffusers_accel.site import Site
 
 
 @dataclass
+class ReadTotal:
+    """What the heads of a method have read: heads x calls, and sums over them of their density and of their starved rows."""
+
+    heads: int = 0
+    density: float | Tensor = 0.0
+    starved: float | Tensor = 0.0
+
+
+@dataclass
 class Tally:
     """What a site has done since it was patched or cleared."""
 
@@ -30,9 +39,7 @@ class Tally:
     notes: Counter[str] = field(default_factory=Counter)  # reason -> calls
     reused: int = 0  # heads x calls that merged a kept part
     cache_bytes: int = 0  # most that was kept at once
-    reads: dict[Method, tuple[int, float | Tensor]] = field(
-        default_factory=dict
-    )  # heads x calls, density summed over them
+    reads: dict[Method, ReadTotal] = field(default_factory=dict)
     layout: TokenLayout | None = None  # of the last call
 
 
@@ -179,9 +186,12 @@ class PlanEngine:
         tally.kernels[" + ".join(ran.kernels) or "none"] += 1
         tally.heads.update(mix.labels)
         tally.reused += ran.reused
-        for method, heads, density in ran.read:
-            before, summed = tally.reads.get(method, (0, 0.0))
-            tally.reads[method] = before + heads, summed + density * heads
+        for each in ran.read:
+            total = tally.reads.setdefault(each.method, ReadTotal())
+            total.heads += each.heads
+            total.density = total.density + each.density * each.heads
+            if each.starved is not None:
+                total.starved = total.starved + each.starved * each.heads
 
 
 def running_span(plan: Plan, call: AttentionCall) -> int:

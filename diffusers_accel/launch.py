@@ -24,7 +24,19 @@ from diffusers_accel.methods.select import Inputs
 from diffusers_accel.methods.steps import read_blocks, selects, take_turn
 from diffusers_accel.methods.uses import Tensors
 
-Reads = tuple[tuple[Method, int, float | Tensor], ...]
+
+class GroupRead(NamedTuple):
+    """What a group of heads has read at a step. Numbers are 0-d tensors where only the device knows them.
+
+    Args:
+        density: share of the block pairs.
+        starved: see `Select.starved`; None where that cannot be.
+    """
+
+    method: Method
+    heads: int
+    density: float | Tensor
+    starved: Tensor | None
 
 
 class Ran(NamedTuple):
@@ -35,14 +47,14 @@ class Ran(NamedTuple):
         density: the share of block pairs that was computed; a 0-d tensor where only the device knows it.
         reused: how many heads reused a kept part.
         kernels: names of what ran, such as "portable int8".
-        read: (method, heads, density) of the groups that computed just what their method selects.
+        read: of the groups that computed just what their method selects.
     """
 
     out: Tensor
     density: float | Tensor
     reused: int
     kernels: tuple[str, ...] = ()
-    read: Reads = ()
+    read: tuple[GroupRead, ...] = ()
 
 
 def run(deal: Deal, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, memory: Memory | None = None) -> Ran:
@@ -61,7 +73,7 @@ def run(deal: Deal, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, memory
     out = v.new_zeros(q.shape) if deal.skipped else v.new_empty(q.shape)
     density: float | Tensor = float(len(deal.dense))
     kernels: tuple[str, ...] = ("dense",) if deal.dense else ()
-    read: Reads = ()
+    read: tuple[GroupRead, ...] = ()
     reused = 0
     if deal.dense:
         assert call.dense is not None
@@ -104,16 +116,18 @@ def _attend(
     else:
         out, lse = attention(*prepared.operands, together, precision=launch.precision, impl=kernel)
     density: float | Tensor = 0.0
-    read: Reads = ()
+    read: tuple[GroupRead, ...] = ()
     reused = 0
     for group, turn, pattern in zip(launch.groups, turns, patterns, strict=True):
         share = _density(pattern, turn.refresh)
         density = density + share * len(group.heads)
         if not any(turn.refresh):
-            read += ((group.method, len(group.heads), share),)
+            starved = group.method.select.starved(pattern, call.layout)
+            read += (GroupRead(group.method, len(group.heads), share, starved),)
         place = group.place
         mine = Read((out[:, :, place], lse[:, place]), pattern, pattern is group.pattern)
-        reader = _Kernels(prepared.operands, place, launch.precision, kernel)
+        k_means = prepared.means[1][:, :, place] if prepared.means else None
+        reader = _Kernels(prepared.operands, place, launch.precision, kernel, k_means)
         part, held = group.method.rest.complete(mine, turn, reader)
         if part is not mine.part:
             out[:, :, place] = part[0]
@@ -131,6 +145,7 @@ class _Kernels:
     place: slice
     precision: str
     kernel: str
+    k_means: Tensor | None  # where they were needed to select
 
     def attend(self, pattern: BlockPattern, heads: Sequence[int] | None = None) -> Part:
         q, k, v = self._own()
@@ -141,7 +156,8 @@ class _Kernels:
 
     def pooled(self, pattern: BlockPattern) -> Part:
         q, k, v = self._own()
-        return pooled(q, pool(k, BLOCK), pool(v, BLOCK), pattern)
+        k_means = pool(k, BLOCK) if self.k_means is None else self.k_means
+        return pooled(q, k_means, pool(v, BLOCK), pattern)
 
     def _own(self) -> tuple[Tensor, Tensor, Tensor]:
         assert isinstance(self.operands, tuple)  # codes are made only where no stage looks at more

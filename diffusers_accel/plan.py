@@ -97,7 +97,8 @@ class Plan:
         Raises:
             PlanError: the name does not end in ".json".
             FileError: the plan is longer than `load` would read again.
-            OSError: the folder cannot be written.
+            OSError: the folder cannot be written; or (`FlushError`) the new plan is in its place, but the folder that holds it
+                could not be flushed to the disk.
         """
         path = Path(path)
         if path.suffix != ".json":

@@ -10,7 +10,7 @@ from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import AUTO
 from diffusers_accel.plan_file import MOST
 from diffusers_accel.plan_span import EDGES, LONGEST_SYMBOL, SYMBOL, Span, row_text
-from diffusers_accel.plan_uses import told_layouts, uses
+from diffusers_accel.plan_uses import uses
 
 if TYPE_CHECKING:
     from diffusers_accel.plan import Plan
@@ -148,10 +148,9 @@ def _check_tensors(plan: Plan) -> None:
         check_tensors(plan.tensors)
     except FileError as error:
         raise FileError(f"tensors.{error}") from error
-    layouts = told_layouts(plan.provenance)
     first: tuple[str, tuple[int, ...]] | None = None
     for name in plan.models:
-        for each in uses(plan, name, layouts):
+        for each in uses(plan, name):
             method = plan.methods[each.symbol]
             method.select.check(method.order, each, plan.tensors)
             method.rest.check(each, plan.tensors)

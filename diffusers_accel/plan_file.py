@@ -223,7 +223,7 @@ def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
     if long := next((symbol for symbol in methods if len(symbol) != 1), None):
         raise FileError(f"methods: expected symbols of one character in version 1, found {quoted(long)}")
     heads = {
-        "methods": {symbol: _upgraded_method(method, f"methods.{symbol}") for symbol, method in methods.items()},
+        "methods": {symbol: _upgraded_method(method, f"methods.{_key(symbol)}") for symbol, method in methods.items()},
         "spans": data["spans"],
     }
     del plan["methods"], plan["spans"]
@@ -237,6 +237,8 @@ def _upgraded_method(method: object, path: str) -> object:
     if not isinstance(method, Mapping) or "reuse" not in method:
         return method
     reuse = method["reuse"]
+    if isinstance(reuse, Mapping) and "kind" in reuse:
+        return method  # which version 1 did not know either: "reuse" is refused
     kept = {"kind": "kept", **reuse} if isinstance(reuse, Mapping) else reuse
     return {**{key: value for key, value in method.items() if key != "reuse"}, "rest": kept}
 

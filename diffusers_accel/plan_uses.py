@@ -11,30 +11,36 @@ from diffusers_accel.methods.uses import Uses
 if TYPE_CHECKING:
     from diffusers_accel.plan import Plan
 
-SIZES = ("frames", "height", "width", "text_tokens")
+GRID = ("frames", "height", "width")
 
 
-def uses(plan: Plan, transformer: str, layouts: tuple[TokenLayout, ...]) -> Iterator[Uses]:
+def uses(plan: Plan, transformer: str) -> Iterator[Uses]:
     """Of each method that some head of a transformer takes, by its symbol."""
     heads: dict[str, dict[tuple[int, int], None]] = {}
     for span in plan.spans:
         for layer, row in enumerate(span.heads[transformer]):
             for head, symbol in enumerate(row):
                 heads.setdefault(symbol, {})[layer, head] = None
+    shape, grid, layouts = plan.models[transformer], told_grid(plan.provenance), _told_layouts(plan.provenance)
     for symbol in sorted(heads):
-        yield Uses(
-            transformer, plan.models[transformer], symbol, plan.methods[symbol].label, tuple(heads[symbol]), layouts
-        )
+        yield Uses(transformer, shape, symbol, plan.methods[symbol].label, tuple(heads[symbol]), grid, layouts)
 
 
-def told_layouts(provenance: Mapping[str, Any]) -> tuple[TokenLayout, ...]:
-    """The layout that a plan was made for, once for each end at which text may be; empty where it is not told."""
-    told = provenance.get("layout") if isinstance(provenance, Mapping) else None
-    if not isinstance(told, Mapping) or any(type(told.get(name)) is not int for name in SIZES):
-        return ()
-    frames, height, width, text = (told[name] for name in SIZES)
-    if min(frames, height, width) < 1 or text < 0:
+def told_grid(provenance: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """Frames, rows and columns of the tokens for which a plan was made; None where it does not tell them."""
+    told = provenance.get("layout")
+    if not isinstance(told, Mapping) or any(type(told.get(name)) is not int for name in GRID):
+        return None
+    frames, height, width = (told[name] for name in GRID)
+    return frames, height, width
+
+
+def _told_layouts(provenance: Mapping[str, Any]) -> tuple[TokenLayout, ...]:
+    """The layout that a plan was made for, once for each end at which text may be; empty where it is not told whole."""
+    grid = told_grid(provenance)
+    text = provenance["layout"].get("text_tokens") if grid else None
+    if grid is None or type(text) is not int or min(grid) < 1 or text < 0:
         return ()
     if not text:
-        return (TokenLayout(frames, height, width),)
-    return tuple(TokenLayout(frames, height, width, text, place) for place in ("end", "start"))
+        return (TokenLayout(*grid),)
+    return tuple(TokenLayout(*grid, text, place) for place in ("end", "start"))

@@ -51,7 +51,7 @@ class PatchReport:
                     "notes": dict(tally.notes),
                 }
             )
-        return PatchReport(rows, list(dict.fromkeys([*remarks, *_exceeded(engines)])), forwards)
+        return PatchReport(rows, list(dict.fromkeys([*remarks, *_exceeded(engines), *_starved(engines)])), forwards)
 
     @property
     def density(self) -> float | None:
@@ -119,18 +119,31 @@ def _exceeded(engines: Sequence[PlanEngine]) -> list[str]:
     reads: dict[str, list[float]] = {}
     tokens: dict[str, int] = {}
     for tally in (engine.tally for engine in engines):
-        for method, (heads, summed) in tally.reads.items():
+        for method, read in tally.reads.items():
             density = method.select.expected_density
             if density is not None and not method.select.reads_all:
                 asked[method.label], tokens[method.label] = density, tally.layout.tokens if tally.layout else 0
                 total = reads.setdefault(method.label, [0.0, 0.0])
-                total[0], total[1] = total[0] + heads, total[1] + float(summed)
+                total[0], total[1] = total[0] + read.heads, total[1] + float(read.density)
     found = {label: summed / heads for label, (heads, summed) in reads.items()}
     return [
         f"{label}: density {density:g} was asked for, {found[label]:.2f} was read: of the {-(-tokens[label] // BLOCK):,} "
         f"blocks of {BLOCK} tokens in {tokens[label]:,}, its own, the first frame's and those with text are always read"
         for label, density in asked.items()
         if found[label] > EXCEEDED * density
+    ]
+
+
+def _starved(engines: Sequence[PlanEngine]) -> list[str]:
+    """Methods that leave rows of the video without any block of it."""
+    totals: dict[str, list[float]] = {}
+    for method, read in (entry for engine in engines for entry in engine.tally.reads.items()):
+        total = totals.setdefault(method.label, [0.0, 0.0])
+        total[0], total[1] = total[0] + read.heads, total[1] + float(read.starved)
+    return [
+        f"{label}: {starved / heads:.1%} of the video's query blocks read no block of the video; floor=1 gives each its best one"
+        for label, (heads, starved) in totals.items()
+        if starved > 0
     ]
 
 

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from diffusers_accel.api import Patch, patch
 from diffusers_accel.evals import arguments
-from diffusers_accel.evals.clip_record import ClipNumbers, ClipRecord, Seen
+from diffusers_accel.evals.clip_record import ClipNumbers, ClipRecord, LayerSeen, Seen
 from diffusers_accel.evals.generate import (
     Prompt,
     Run,
@@ -245,7 +245,8 @@ class _Session:
             into.attention.append(timer.attention_ms)
             into.shares.append(timer.attention_ms / run.milliseconds)
             into.densities.append(report.density)
-            into.layers[:] = report.rows
+            into.layers[:] = [LayerSeen(**row) for row in report.rows]
+            into.notes[:] = report.notes
         into.times.append(run.milliseconds)
         into.peaks.append(run.peak_bytes)
         return run

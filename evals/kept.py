@@ -18,6 +18,7 @@ from diffusers_accel import plan_file
 from diffusers_accel.evals.clip_record import KIND as CLIP
 from diffusers_accel.evals.clip_record import ClipRecord
 from diffusers_accel.evals.machine import git_sha, machine, versions
+from diffusers_accel.evals.tally import BASELINE
 from diffusers_accel.families import find
 from diffusers_accel.files import (
     FileError,
@@ -129,6 +130,13 @@ class Kept:
             raise FileError(
                 f"{printable(path)}: expected the clip of {quoted(prompt)[:100]} with seed {seed}, found that of "
                 f"{quoted(numbers.prompt)[:100]} with seed {numbers.seed}; was it renamed? {CLIP.remedy.capitalize()}"
+            )
+        expected = {BASELINE: set(), **{name: set(self.identity.metrics) for name in self.identity.subjects}}
+        found = {name: set(seen.scores) for name, seen in numbers.seen.items()}
+        if found != expected or any(bool(seen.layers) == (name == BASELINE) for name, seen in numbers.seen.items()):
+            raise FileError(
+                f"{printable(path)}: expected what was seen of {quoted(list(expected))} by {quoted(self.identity.metrics)}, "
+                f"found other subjects or metrics; {CLIP.remedy}"
             )
         return record
 

@@ -144,6 +144,4 @@ def check_sets(names: Sequence[str]) -> tuple[str, ...]:
 
 def _unmeasured(method: Method) -> str | None:
     """Why a probe cannot tell the error of a method, or None."""
-    if method.select.reselect_every > 1:
-        return "the error of a selection that is held for several steps is not measured"
     return method.rest.unmeasured

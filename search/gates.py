@@ -54,7 +54,7 @@ def calibrate_gates(
     *,
     call: Mapping[str, Any] | None = None,
     seed: int = 0,
-    gamma: float = 0.85,
+    gamma: float | Sequence[float] = 0.85,
     max_lse_change: float = 0.05,
     progress: bool = True,
 ) -> Plan:
@@ -72,7 +72,8 @@ def calibrate_gates(
         call: all further arguments of `pipe(...)`: size, frames, steps, guidance; None: the pipeline's own. The gate gets a part
             for each step of it, and a call of another number of steps refreshes at the same shares of the schedule.
         seed: of the noise of prompt i (seed + i).
-        gamma: smallest mean cosine between a part and what is kept of it at which a head reuses, in -1..1. The paper's 0.85.
+        gamma: smallest mean cosine between a part and what is kept of it at which a head reuses, in -1..1, or one for
+            each step of the call. The paper's 0.85.
         max_lse_change: largest mean change of its log-sum-exp at which a head reuses, 0 or more. The paper's 0.05.
         progress: show progress on stderr.
 
@@ -113,7 +114,7 @@ def calibrate_gates(
                 "prompts": [prompt_label(prompt) for prompt in prompts],
                 "call": plain(arguments),
                 "seed": seed,
-                "gamma": gamma,
+                "gamma": gamma if isinstance(gamma, (int, float)) else list(gamma),
                 "max_lse_change": max_lse_change,
                 **counts,
             },
@@ -122,11 +123,11 @@ def calibrate_gates(
     )
 
 
-def check_gated(plan: Plan, gamma: float, max_lse_change: float) -> None:
+def check_gated(plan: Plan, gamma: float | Sequence[float], max_lse_change: float) -> None:
     """Refuses a plan without heads that reuse, and thresholds that are none; needs no pipeline."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan (Plan.load reads one), found {quoted(plan)}")
-    Calibration(1, 1, 1, gamma=gamma, max_lse_change=max_lse_change)
+    Calibration(1 if isinstance(gamma, (int, float)) else len(gamma), 1, 1, gamma=gamma, max_lse_change=max_lse_change)
     if math.isinf(max_lse_change):
         raise ValueError(
             "max_lse_change must be finite, to be kept in a plan: 1e9 leaves the decision to gamma, found inf"
@@ -171,12 +172,12 @@ class Watch:
         gamma, max_lse_change: of `Calibration`.
     """
 
-    def __init__(self, plan: Plan, gamma: float, max_lse_change: float) -> None:
+    def __init__(self, plan: Plan, gamma: float | Sequence[float], max_lse_change: float) -> None:
         self.plan = plan
         self.steps = 0  # of the schedule; 0 before the first call
         self.spans: dict[int, int] = {}  # step -> the span of the plan that it falls into
         self.ran: dict[str, set[int]] = {name: set() for name in plan.models}
-        self._thresholds = {"gamma": gamma, "max_lse_change": max_lse_change}
+        self._thresholds: dict[str, Any] = {"gamma": gamma, "max_lse_change": max_lse_change}
         self._calibrations: dict[Members, Calibration] = {}
         self._unread: dict[tuple[Members, str], BlockPattern] = {}
         self._at: tuple[str, int] | None = None  # the transformer and the span that run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import diffusers
@@ -16,11 +17,12 @@ from diffusers_accel.layout import TokenLayout
 from diffusers_accel.search.cost import describe_device
 from diffusers_accel.search.schedule import Settings
 from diffusers_accel.search.scores import Scores
+from diffusers_accel.search.stored_masks import USUAL_MASKS
 from diffusers_accel.shape import ModelShape
 
 
 def configuration(pipe: Any, found: Found, call: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """JSON data that is equal exactly where two searches measure the same."""
+    """JSON data that is equal exactly where two searches measure the same; what tells most of a difference stands first."""
     return {
         "pipeline": type(pipe).__name__,
         "model": model_name(pipe),
@@ -31,6 +33,7 @@ def configuration(pipe: Any, found: Found, call: Mapping[str, Any], settings: Se
         "seed": settings.seed,
         "rows": settings.rows,
         "probe_steps": settings.probe_steps,
+        **({"masks": asdict(settings.masks)} if settings.masks != USUAL_MASKS else {}),
     }
 
 
@@ -45,7 +48,7 @@ def check_same_search(
     """Refuses scores that another search measured, naming what differs; more prompts at the end are fine."""
     mine = {**config, "models": models, "candidates": settings.candidates, "spans": settings.spans}
     theirs = {**scores.config, "models": scores.models, "candidates": scores.candidates, "spans": scores.spans}
-    for key in sorted({*mine, *theirs}):
+    for key in {**mine, **theirs}:
         if mine.get(key) != theirs.get(key):
             what, other, own = _difference(key, theirs.get(key), mine.get(key))
             raise ValueError(

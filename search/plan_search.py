@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusers_accel.files import only_writer
+from diffusers_accel.files import only_writer, quoted
 from diffusers_accel.interrupted import Interrupted
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import Method
@@ -49,6 +49,7 @@ from diffusers_accel.search.schedule import Schedule, Settings, open_share
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.search.screen import Screen, clock
 from diffusers_accel.search.sensitivity import Dense, LastLatents, impact, plan_engine, span_choice
+from diffusers_accel.search.stored_masks import USUAL_MASKS, MaskSettings
 from diffusers_accel.search.trial import CostTimer, Stopwatch, Trial
 from diffusers_accel.site import Engine, Site
 
@@ -71,6 +72,7 @@ def search_plan(
     seed: int = 0,
     rows: int = ROWS,
     probe_steps: int = 1,
+    masks: MaskSettings = USUAL_MASKS,
     scores_path: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Plan:
@@ -94,6 +96,7 @@ def search_plan(
         seed: of the noise of prompt i (seed + i) and of the sampled rows.
         rows: sampled query rows per measured call.
         probe_steps: measured steps per span and prompt.
+        masks: how the orders and blocks of stored masks are chosen.
         scores_path: file (.safetensors) that keeps what was measured, for this search alone while it runs; None: beside `out`,
             else in the user's cache. If it exists, the search goes on from there: more prompts can be added, another budget
             costs seconds. The kernel times are kept beside it as .cost.json.
@@ -116,6 +119,8 @@ def search_plan(
     check_budget(budget)
     edges = borders(spans, dense_steps)
     weights = check_weights(span_weights, len(edges))
+    if not isinstance(masks, MaskSettings):
+        raise TypeError(f"masks: expected a MaskSettings, found {quoted(masks)}")
     chosen = check_candidates(candidates_for(pipe) if candidates is None else candidates)
     settings = Settings(
         chosen,
@@ -123,6 +128,7 @@ def search_plan(
         whole_number("rows", rows, 2),
         whole_number("probe_steps", probe_steps, 1),
         whole_number("seed", seed, 0),
+        masks,
     )
     measures_spans = weights is None and budget.kind != "paper" and len(edges) > 1
     if measures_spans:

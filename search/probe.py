@@ -29,7 +29,7 @@ from diffusers_accel.search.row import Chunk, RowProbe, grouped, keep
 from diffusers_accel.search.running import SiteEngine, now
 from diffusers_accel.search.schedule import Schedule, Settings, kept_age, span_index
 from diffusers_accel.search.scores import Array, Pass, Scores
-from diffusers_accel.search.selections import Kept, RowReader, Selections
+from diffusers_accel.search.selections import KeptRows, RowReader, Selections
 from diffusers_accel.shape import ModelShape
 from diffusers_accel.site import Engine, Site, Timer
 
@@ -80,12 +80,13 @@ class PassProbe:
         self._number = number
         self._on_call = on_call
         self._recorders = [
-            each(settings.candidates, self.sums, before, models) for each in recorders(settings.candidates)
+            each(settings.candidates, self.sums, before, models, settings.masks)
+            for each in recorders(settings.candidates)
         ]
         tensors = {name: tensor for each in self._recorders for name, tensor in each.found().items()}
         self._selections = Selections(tensors)
         # (measured step, transformer, layer, branch, batch row) -> candidate -> what it keeps
-        self._kept: dict[tuple[int, str, int, str, int], dict[int, Kept]] = defaultdict(dict)
+        self._kept: dict[tuple[int, str, int, str, int], dict[int, KeptRows]] = defaultdict(dict)
 
     def engine(self, site: Site) -> Engine:
         return SiteEngine(self, site)
@@ -188,7 +189,7 @@ class PassProbe:
         return (rows[::2], rows[1::2]) if self.settings.splits_rows else (rows, rows[:0])
 
     def _measure_row(
-        self, call: AttentionCall, span: int, weight: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: dict[int, Kept]
+        self, call: AttentionCall, span: int, weight: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: dict[int, KeptRows]
     ) -> None:
         """One batch row: q [S, H, D], k and v [keys, H, D]."""
         tokens, heads, dim = q.shape
@@ -211,18 +212,18 @@ class PassProbe:
         self._add(call, span, found, layer_energy(dense, weight), energy)
 
     def _age(self, method: Method, step: int) -> int:
-        """Of what a candidate has kept at a measured step, in steps; 1 for one that keeps nothing."""
+        """Of the output that a candidate has kept at a measured step, in steps; 1 for one that keeps none."""
         if method.rest.period is None:
             return 1
         return max(1, kept_age(self.settings.spans, step, self.schedule.steps, method.rest.period))
 
     def _keep_row(
         self, call: AttentionCall, later: int, members: list[int], q: Tensor, k: Tensor, v: Tensor
-    ) -> dict[int, Kept]:
+    ) -> dict[int, KeptRows]:
         """One batch row: q [S, H, D], k and v [keys, H, D]; what each candidate keeps for the rows of the `later` step."""
         rows, _ = self._rows(call, later, q.device)
         candidates = self.settings.candidates
-        chunks: dict[int, list[Kept]] = {index: [] for index in members}
+        chunks: dict[int, list[KeptRows]] = {index: [] for index in members}
         for some in self._chunks(*q.shape):
             here = call.of(call.heads[some])
             sampled = SampledHeads(q[:, some], k[:, some], v[:, some], rows, call.layout)
@@ -230,7 +231,7 @@ class PassProbe:
                 reader = RowReader(sampled, order, precision)
                 for index in group:
                     chunks[index].append(keep(candidates[index], here, sampled, reader, self._selections))
-        return {index: Kept.cat(some) for index, some in chunks.items()}
+        return {index: KeptRows.cat(some) for index, some in chunks.items()}
 
     def _add(self, call: AttentionCall, span: int, found: RowProbe, layer: float, energy: Array) -> None:
         name, at = call.transformer, (span, call.layer)

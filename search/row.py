@@ -16,7 +16,7 @@ from diffusers_accel.methods.rest import Read, Turn
 from diffusers_accel.methods.steps import read_blocks, take_turn
 from diffusers_accel.search.measure import SampledHeads, deviations
 from diffusers_accel.search.scores import DENSE, Array
-from diffusers_accel.search.selections import Kept, RowBlocks, RowReader, Selections, as_part
+from diffusers_accel.search.selections import KeptRows, RowBlocks, RowReader, Selections, as_part
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RowProbe:
     """What is found in one row, [heads, candidates] each: felt and mse as in `Deviations`, density, samples (0 or 1).
 
     Args:
-        kept: what each candidate that remembers something kept for this row; one that is missing is not measured.
+        kept: what candidates have kept for this row. One that keeps an output and is missing is not measured.
         ages: of each candidate, the steps since then, by which what is found is divided; 1 for those that keep nothing.
         heads: of the whole row.
     """
@@ -57,7 +57,7 @@ class RowProbe:
         self,
         candidates: Sequence[Method],
         selections: Selections,
-        kept: Mapping[int, Kept],
+        kept: Mapping[int, KeptRows],
         ages: Sequence[int],
         heads: int,
     ) -> None:
@@ -124,13 +124,15 @@ class RowProbe:
         return turn, pattern, kept.density
 
 
-def keep(method: Method, call: AttentionCall, sampled: SampledHeads, reader: RowReader, selections: Selections) -> Kept:
+def keep(
+    method: Method, call: AttentionCall, sampled: SampledHeads, reader: RowReader, selections: Selections
+) -> KeptRows:
     """What a candidate that begins now, or refreshes, keeps of the rows of a later step."""
     assert call.now is not None
     turn = take_turn(method, len(call.heads), None, call.now, None, None)
     rows = selections.rows(method, call, sampled)
     read = Read(reader.attend(rows.pattern), rows.pattern, shared=False)
-    return Kept.of(method.rest.complete(read, turn, reader)[1], rows.density, sampled.q.dtype)
+    return KeptRows.of(method.rest.complete(read, turn, reader)[1], rows.density, sampled.q.dtype)
 
 
 def grouped(candidates: Sequence[Method], members: Iterable[int]) -> dict[tuple[Order, str], list[int]]:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from diffusers_accel.methods import Method
 from diffusers_accel.methods.blocks import part_of
 from diffusers_accel.search.recorders import recorders
-
-PARTS = 3  # equal parts of the schedule that have stored masks of their own
+from diffusers_accel.search.stored_masks import USUAL_MASKS, MaskSettings
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,7 @@ class Settings:
         rows: sampled query rows per call; half of them calibrate stripes where a candidate needs that.
         probe_steps: steps per span at which errors are measured.
         seed: of the sampled rows.
+        masks: how stored masks are chosen.
     """
 
     candidates: tuple[Method, ...]
@@ -30,6 +30,7 @@ class Settings:
     rows: int
     probe_steps: int
     seed: int
+    masks: MaskSettings = USUAL_MASKS
 
     def __post_init__(self) -> None:
         if self.rows < 2 or self.probe_steps < 1:
@@ -69,10 +70,10 @@ class Schedule:
         kept: dict[int, tuple[tuple[int, int], ...]] = {}
         for step in sorted(measured):
             for index, method in enumerate(settings.candidates):
-                period = method.rest.period
+                period = method.period
                 if period and (age := kept_age(settings.spans, step, steps, period)):
                     kept[step - age] = (*kept.get(step - age, ()), (step, index))
-        parts = mask_steps(steps, PARTS) if settings.in_parts else {}
+        parts = mask_steps(steps, settings.masks.parts) if settings.in_parts else {}
         return cls(steps, measured, kept, parts)
 
     @property

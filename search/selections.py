@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -115,7 +115,7 @@ def as_part(out: Tensor, lse: Tensor) -> Part:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptRows:
     """What a candidate holds of an earlier call for sampled rows of a later one, on the CPU, outputs in the model's type.
 
     Args:
@@ -126,37 +126,35 @@ class Kept:
     density: Tensor
 
     @classmethod
-    def of(cls, held: Held, density: Tensor, dtype: torch.dtype) -> Kept:
-        assert held.out is not None and held.lse is not None
-        moved = replace(held, pattern=held.pattern.to("cpu"), out=held.out.to(dtype).cpu(), lse=held.lse.cpu())
+    def of(cls, held: Held, density: Tensor, dtype: torch.dtype) -> KeptRows:
+        moved = replace(held, pattern=held.pattern.to("cpu"))
+        if held.out is not None and held.lse is not None:
+            moved = replace(moved, out=held.out.to(dtype).cpu(), lse=held.lse.cpu())
         return cls(moved, density)
 
     @classmethod
-    def cat(cls, some: Iterable[Kept]) -> Kept:
+    def cat(cls, some: Sequence[KeptRows]) -> KeptRows:
         """Of several groups of heads."""
         held = [each.held for each in some]
-        outs, lses = (
-            [each.out for each in held if each.out is not None],
-            [each.lse for each in held if each.lse is not None],
-        )
+        outs = [each.out for each in held if each.out is not None]
+        lses = [each.lse for each in held if each.lse is not None]
         whole = Held(
             BlockPattern.cat([each.pattern for each in held]),
             held[0].selected,
             [step for each in held for step in each.refreshed],
-            torch.cat(outs, 2),
-            torch.cat(lses, 1),
+            torch.cat(outs, 2) if outs else None,
+            torch.cat(lses, 1) if lses else None,
         )
         return cls(whole, torch.cat([each.density for each in some]))
 
-    def take(self, heads: Sequence[int], device: torch.device) -> Kept:
+    def take(self, heads: Sequence[int], device: torch.device) -> KeptRows:
         """Of some heads, on a device, in fp32."""
         some, held = list(heads), self.held
-        assert held.out is not None and held.lse is not None
         taken = Held(
             held.pattern.take(some).to(device),
             held.selected,
-            [held.refreshed[head] for head in some],
-            held.out[:, :, some].float().to(device),
-            held.lse[:, some].to(device),
+            [held.refreshed[head] for head in some] if held.refreshed else [],
+            None if held.out is None else held.out[:, :, some].float().to(device),
+            None if held.lse is None else held.lse[:, some].to(device),
         )
-        return Kept(taken, self.density[some])
+        return KeptRows(taken, self.density[some])

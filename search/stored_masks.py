@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffusers_accel.files import quoted
 from diffusers_accel.kernels.block_stats import block_stats
 from diffusers_accel.kernels.pattern import block_lengths
 from diffusers_accel.layout import TokenLayout
@@ -24,14 +26,42 @@ from diffusers_accel.methods.orders import parse_order
 from diffusers_accel.search.scores_file import Array
 
 TILE = 64  # tokens of a tile's side, as in the paper
-ALPHA = 0.5
-SMALL = 1e-3  # entries below it are small
-NEARLY_EMPTY = 0.9  # share of small entries from which on a tile is
 ORDER_TILES = 4  # orders are judged by every fourth row of tiles
 QUERY_STEP = 4  # and blocks by every fourth query, whose neighbours look alike
 
 
-def order_scores(q: Tensor, k: Tensor, lse: Tensor, layout: TokenLayout, axes: Sequence[str]) -> tuple[Array, Array]:
+@dataclass(frozen=True)
+class MaskSettings:
+    """How orders and masks are chosen, in the paper's letters.
+
+    Args:
+        alpha: weight of empty tiles against even ones in the choice of an order, in [0, 1]. The paper does not report its own.
+        epsilon: attention weights below it are small, in (0, 1).
+        sigma: share of small weights from which on a tile counts as empty, in (0, 1].
+        parts: equal parts of the schedule that have masks of their own, 1 or more. The paper's code has between 4 and 30.
+    """
+
+    alpha: float = 0.5
+    epsilon: float = 1e-3
+    sigma: float = 0.9
+    parts: int = 3
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.alpha <= 1 and 0 < self.epsilon < 1 and 0 < self.sigma <= 1):
+            raise ValueError(
+                f"masks: expected alpha in [0, 1], epsilon in (0, 1) and sigma in (0, 1], found {self.alpha}, "
+                f"{self.epsilon} and {self.sigma}"
+            )
+        if not isinstance(self.parts, int) or isinstance(self.parts, bool) or self.parts < 1:
+            raise ValueError(f"masks: expected parts to be a whole number of 1 or more, found {quoted(self.parts)}")
+
+
+USUAL_MASKS = MaskSettings()
+
+
+def order_scores(
+    q: Tensor, k: Tensor, lse: Tensor, layout: TokenLayout, axes: Sequence[str], masks: MaskSettings = USUAL_MASKS
+) -> tuple[Array, Array]:
     """How well each order gathers the attention of each head.
 
     Args:
@@ -52,23 +82,23 @@ def order_scores(q: Tensor, k: Tensor, lse: Tensor, layout: TokenLayout, axes: S
         rows = sequence[places]
         stats = block_stats(
             q[:, rows], k[:, sequence[: k.shape[1]]], lse[:, :, rows].contiguous(),
-            block_q=TILE, block_k=TILE, epsilon=SMALL,
+            block_q=TILE, block_k=TILE, epsilon=masks.epsilon,
         )  # fmt: skip
         mean = stats.total / entries
         ratio = torch.where(mean > 0, stats.largest / mean, 1.0)
-        sparse.append((stats.small >= NEARLY_EMPTY * entries).double().mean((2, 3))[0])
+        sparse.append((stats.small >= masks.sigma * entries).double().mean((2, 3))[0])
         quant.append(ratio.double().mean((2, 3))[0])
     return torch.stack(sparse, 1).cpu().numpy(), torch.stack(quant, 1).cpu().numpy()
 
 
-def best_orders(sparse: Array, quant: Array) -> Array:
+def best_orders(sparse: Array, quant: Array, masks: MaskSettings = USUAL_MASKS) -> Array:
     """int [..., heads]: which order each head takes, from `order_scores` [..., heads, orders]; -1 where there are none."""
 
     def share(scores: Array) -> Array:
         total = scores.sum(-1, keepdims=True)
         return np.divide(scores, total, out=np.zeros_like(scores), where=total > 0)
 
-    best = (ALPHA * (1 - share(sparse)) + (1 - ALPHA) * share(quant)).argmin(-1)
+    best = (masks.alpha * (1 - share(sparse)) + (1 - masks.alpha) * share(quant)).argmin(-1)
     return np.where(quant.any(-1), best, -1)
 
 
@@ -81,7 +111,7 @@ def block_shares(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
         lse: fp32 [1, H, rows], of these queries.
     """
     block = BLOCK // QUERY_STEP
-    total = block_stats(q, k, lse, block_q=block, block_k=BLOCK, epsilon=SMALL).total[0]
+    total = block_stats(q, k, lse, block_q=block, block_k=BLOCK, epsilon=USUAL_MASKS.epsilon).total[0]
     return total / block_lengths(q.shape[1], block, None, q.device)[:, None]
 
 

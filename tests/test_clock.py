@@ -18,8 +18,8 @@ from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseSte
 
 from diffusers_accel import patch
 from diffusers_accel.api import attach
+from diffusers_accel.call import AttentionCall
 from diffusers_accel.methods import Method, Recipe, Skip
-from diffusers_accel.site import Site
 from tests.tiny import (
     HEADS,
     TEXT_DIM,
@@ -38,19 +38,19 @@ VIDEO = [np.zeros((64, 64, 3), dtype=np.uint8)] * 5
 class Watch:
     """An engine that notes what the clock says at the first layer."""
 
-    def __init__(self, site: Site, seen: list[tuple[Any, str]]) -> None:
-        self.site = site
+    def __init__(self, seen: list[tuple[Any, str]]) -> None:
         self.seen = seen
 
-    def attend(self, q: Any, k: Any, v: Any, dense: Any) -> torch.Tensor:
-        if self.site.layer == 0:
-            self.seen.append((self.site.clock.now(), self.site.branch))
-        return dense(q, k, v)
+    def attend(self, call: AttentionCall, q: Any, k: Any, v: Any) -> torch.Tensor:
+        if call.layer == 0:
+            self.seen.append((call.now, call.branch))
+        assert call.dense is not None
+        return call.dense(q, k, v)
 
 
 def watched(target: Any, run: Any) -> list[tuple[Any, str]]:
     seen: list[tuple[Any, str]] = []
-    with attach(target, lambda site: Watch(site, seen)):
+    with attach(target, lambda site: Watch(seen)):
         run()
     return seen
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusers_accel import patch
-from diffusers_accel.launch import Deal, Ran, deal, run
+from diffusers_accel.launch import Ran
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.memory import Memory
 from diffusers_accel.methods import (
@@ -21,23 +21,26 @@ from diffusers_accel.methods import (
     DENSE,
     AxisOrder,
     Band,
-    Context,
     Draft,
+    Drop,
+    Kept,
     Method,
     Patches,
+    Pooled,
     Recipe,
-    Reuse,
+    Rest,
     Skip,
     Stored,
     Stripe,
 )
-from diffusers_accel.methods.stored import packed
+from diffusers_accel.methods.selects.stored import packed
+from tests.stages import attend, dealt, mask_of, pattern_of, sdpa
 from tests.tiny import TEXT_DIM, tiny_wan_transformer
 
 HEAD_DIM = 16
 PARTS = 3  # of the schedule, in the stored masks and in the gate
 STEPS = 7
-CPU = torch.device("cpu")
+NOW = (0, STEPS)
 AXES = ("fhw", "fwh", "hfw", "hwf", "wfh", "whf")
 LAYOUTS = (
     TokenLayout(2, 16, 20),
@@ -61,32 +64,33 @@ DRAFTS = st.one_of(
     st.builds(Draft, SHARES, rule=st.sampled_from(["quantile", "row"]), **DRAFT_FLAGS),
     st.builds(Draft, st.none(), SHARES, **DRAFT_FLAGS),
 )
-REUSES = st.one_of(st.builds(Reuse, st.integers(2, 4)), st.just(Reuse(gated=True)))
+KEPT = st.one_of(st.builds(Kept, st.integers(2, 4)), st.just(Kept(gated=True)))
 
 
-def methods(reuse: st.SearchStrategy[Reuse | None], precision: str = "input") -> st.SearchStrategy[Method]:
+def methods(rest: st.SearchStrategy[Rest], precision: str = "input") -> st.SearchStrategy[Method]:
     """Sparse methods of every kind."""
     axes, computed = st.sampled_from(AXES).map(AxisOrder), st.just(precision)
     return st.one_of(
-        st.builds(Method, ORDERS, st.builds(Band, SHARES, st.booleans()), computed, reuse),
+        st.builds(Method, ORDERS, st.builds(Band, SHARES, st.booleans()), computed, rest),
         st.builds(
-            Method, st.just(AxisOrder()), st.builds(Stripe, SHARES, st.booleans(), st.booleans()), computed, reuse
+            Method, st.just(AxisOrder()), st.builds(Stripe, SHARES, st.booleans(), st.booleans()), computed, rest
         ),
-        st.builds(Method, ORDERS, DRAFTS, computed, reuse),
-        st.builds(Method, axes, st.just(Stored(0.5)), computed, reuse),
+        st.builds(Method, ORDERS, DRAFTS, computed, rest),
+        st.builds(Method, axes, st.just(Stored(0.5)), computed, rest),
     )
 
 
-ONCE, REUSING = methods(st.none()), methods(REUSES)
+ONCE, KEEPING, POOLED = methods(st.just(Drop())), methods(KEPT), methods(st.just(Pooled()))
 ANY = st.one_of(
     ONCE,
-    REUSING,
-    methods(st.none(), "int8"),
+    KEEPING,
+    POOLED,
+    methods(st.sampled_from([Drop(), Pooled()]), "int8"),
     st.builds(Method, ORDERS, st.builds(Draft, SHARES, hold=st.integers(2, 3))),
     st.sampled_from([DENSE, Method(select=Skip()), Method(precision="int8")]),
 )
 EVERYTHING = st.one_of(
-    st.builds(Method, ORDERS, st.builds(Band, st.just(1.0), st.booleans())),
+    st.builds(Method, ORDERS, st.builds(Band, st.just(1.0), st.booleans()), rest=st.sampled_from([Drop(), Pooled()])),
     st.builds(Method, select=st.builds(Stripe, st.just(1.0), st.booleans(), st.booleans())),
     st.builds(Method, ORDERS, st.builds(Draft, st.just(1.0), **DRAFT_FLAGS)),
     st.builds(Method, ORDERS, st.builds(Draft, st.none(), st.just(1.0), **DRAFT_FLAGS)),
@@ -134,16 +138,6 @@ def inputs(layout: TokenLayout, heads: int, seed: int = 0, batch: int = 2) -> tu
     return q, k[:, : layout.keys], v[:, : layout.keys]
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-
-
-def dealt(
-    heads: tuple[Method, ...], layout: TokenLayout, tensors: dict[str, Tensor], now: tuple[int, int] = (0, STEPS)
-) -> Deal:
-    return deal(heads, Context(layout, "transformer", 0, (), tensors, now), CPU)
-
-
 def steps_of(
     heads: tuple[Method, ...],
     layout: TokenLayout,
@@ -152,8 +146,7 @@ def steps_of(
 ) -> list[Ran]:
     """What comes out step by step; as in an engine, the heads are dealt anew where stored masks change."""
     memory = Memory()
-    deals = [dealt(heads, layout, tensors, (step, len(calls))) for step in range(len(calls))]
-    return [run(deals[step], *qkv, sdpa, memory, (step, len(calls))) for step, qkv in enumerate(calls)]
+    return [attend(heads, layout, qkv, tensors, memory, now=(step, len(calls))) for step, qkv in enumerate(calls)]
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
@@ -167,7 +160,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
 @given(st.lists(EVERYTHING, min_size=1, max_size=3), st.sampled_from(LAYOUTS))
 def test_density_1_is_dense_attention_in_any_order(heads: list[Method], layout: TokenLayout) -> None:
     q, k, v = inputs(layout, len(heads))
-    ran = run(dealt(tuple(heads), layout, plan_tensors(layout, len(heads))), q, k, v, sdpa)
+    ran = attend(heads, layout, (q, k, v), plan_tensors(layout, len(heads)), now=NOW)
     assert close(ran.out, sdpa(q, k, v))
     assert float(ran.density) == 1 and ran.reused == 0
 
@@ -178,7 +171,7 @@ def test_dense_attention_does_not_see_the_order(select: Any, layout: TokenLayout
     """Each head in an order of its own: queries, keys and outputs must be moved alike."""
     heads = tuple(Method(order, select) for order in (*map(AxisOrder, AXES), Patches(), Patches(4, 4)))
     q, k, v = inputs(layout, len(heads))
-    assert close(run(dealt(heads, layout, {}), q, k, v, sdpa).out, sdpa(q, k, v))
+    assert close(attend(heads, layout, (q, k, v)).out, sdpa(q, k, v))
 
 
 @few
@@ -187,12 +180,13 @@ def test_a_selection_and_its_complement_are_all_keys_once(method: Method, layout
     tensors = plan_tensors(layout, 2)
     q, k, _ = inputs(layout, 2)
     order = method.order.index(layout)
-    if isinstance(method.select, Draft):
-        pattern = method.select.pattern(q[:, order], k[:, order[: layout.keys]], layout, method.order)
+    sorted_qk = q[:, order], k[:, order[: layout.keys]]
+    pattern = pattern_of(method, layout, *sorted_qk, tensors, now=(part, PARTS))
+    (launch,) = dealt((method,) * 2, layout, tensors, (part, PARTS)).launches
+    if method.select.wants:
+        assert launch.pattern is None
     else:
-        (launch,) = dealt((method,) * 2, layout, tensors, (part, PARTS)).launches
-        assert launch.pattern is not None
-        pattern = launch.pattern
+        assert launch.pattern is not None and torch.equal(launch.pattern.mask(), pattern.mask())
     rest = pattern.complement()
     pattern.check()
     rest.check()
@@ -208,29 +202,30 @@ def test_ragged_edges_weigh_nothing(select: Any, grid: tuple[int, int]) -> None:
     layout = TokenLayout(1, *grid, 20, "end", text_valid=7)
     heads = (Method(Patches(), select), Method(AxisOrder("whf"), select))
     q, k, v = inputs(layout, 2, batch=1)
-    assert close(run(dealt(heads, layout, {}), q, k, v, sdpa).out, sdpa(q, k, v))
+    assert close(attend(heads, layout, (q, k, v)).out, sdpa(q, k, v))
 
 
 @few
-@given(ONCE, st.sampled_from([layout for layout in LAYOUTS if layout.text_tokens]))
+@given(st.one_of(ONCE, POOLED), st.sampled_from([layout for layout in LAYOUTS if layout.text_tokens]))
 def test_text_queries_are_dense(method: Method, layout: TokenLayout) -> None:
     q, k, v = inputs(layout, 2)
-    out = run(dealt((method,) * 2, layout, plan_tensors(layout, 2)), q, k, v, sdpa).out
+    out = attend((method,) * 2, layout, (q, k, v), plan_tensors(layout, 2), now=NOW).out
     text = slice(layout.text_start, layout.text_start + layout.text_tokens)
     assert close(out[:, text], sdpa(q, k, v)[:, text])
 
 
 @few
-@given(st.lists(ONCE, min_size=2, max_size=4), st.sampled_from(LAYOUTS))
+@given(st.lists(st.one_of(ONCE, POOLED), min_size=2, max_size=4), st.sampled_from(LAYOUTS))
 def test_a_head_among_others_is_what_it_is_alone(heads: list[Method], layout: TokenLayout) -> None:
     heads = [*heads, DENSE, Method(select=Skip()), replace(heads[0], precision="int8")]
     tensors = plan_tensors(layout, len(heads))
     q, k, v = inputs(layout, len(heads))
-    together = run(dealt(tuple(heads), layout, tensors), q, k, v, sdpa)
+    together = attend(heads, layout, (q, k, v), tensors, now=NOW)
     densities = []
     for head, method in enumerate(heads):
         one = slice(head, head + 1)
-        alone = run(dealt((method,), layout, only(tensors, head)), q[:, :, one], k[:, :, one], v[:, :, one], sdpa)
+        own = q[:, :, one], k[:, :, one], v[:, :, one]
+        alone = attend((method,), layout, own, only(tensors, head), now=NOW)
         assert close(together.out[:, :, one], alone.out, 2e-6)
         densities.append(float(alone.density))
     assert float(together.density) == pytest.approx(sum(densities) / len(heads), abs=1e-6)
@@ -243,28 +238,28 @@ def test_heads_read_exactly_the_pattern(method: Method, layout: TokenLayout) -> 
     heads = 2
     tensors = plan_tensors(layout, heads)
     q, k, v = inputs(layout, heads)
-    ran = run(dealt((method,) * heads, layout, tensors), q, k, v, sdpa)
+    ran = attend((method,) * heads, layout, (q, k, v), tensors, now=NOW)
     order = method.order.index(layout)
     qs, ks, vs = q[:, order], k[:, order[: layout.keys]], v[:, order[: layout.keys]]
-    if isinstance(method.select, Draft):
-        mask = method.select.pattern(qs, ks, layout, method.order).token_mask()
-    else:
-        blocks = method.mask(Context(layout, "transformer", 0, tuple(range(heads)), tensors, (0, STEPS)))
-        mask = blocks.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)[None, :, : layout.tokens, : layout.keys]
-        mask = mask.expand(1, heads, -1, -1)
+    mask = pattern_of(method, layout, qs, ks, tensors, now=NOW).token_mask()
+    if not method.select.wants:
+        blocks = mask_of(method, layout, tensors, heads, now=NOW)
+        wide = blocks.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)[None, :, : layout.tokens, : layout.keys]
+        assert torch.equal(mask, wide)
     scores = torch.einsum("bqhd,bkhd->bhqk", qs, ks) * HEAD_DIM**-0.5
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num()
     assert close(ran.out[:, order], torch.einsum("bhqk,bkhd->bqhd", weights, vs))
 
 
 @few
-@given(methods(st.none()), st.sampled_from(LAYOUTS))
+@given(methods(st.just(Drop())), st.sampled_from(LAYOUTS))
 def test_int8_stays_close_on_smooth_inputs(method: Method, layout: TokenLayout) -> None:
     """A draft selects from what was not quantized yet, so both read the same blocks."""
-    smooth = [smoothed(x, layout) for x in inputs(layout, 2)]
+    q, k, v = inputs(layout, 2)
+    smooth = smoothed(q, layout), smoothed(k, layout), smoothed(v, layout)
     tensors = plan_tensors(layout, 2)
     exact, rounded = (
-        run(dealt((replace(method, precision=precision),) * 2, layout, tensors), *smooth, sdpa)
+        attend((replace(method, precision=precision),) * 2, layout, smooth, tensors, now=NOW)
         for precision in ("input", "int8")
     )
     assert float(exact.density) == float(rounded.density)
@@ -284,11 +279,11 @@ def smoothed(x: Tensor, layout: TokenLayout) -> Tensor:
     return out + 2 * torch.randn(x.shape[2:], generator=torch.Generator().manual_seed(9))
 
 
-# Reuse
+# Kept
 
 
 @few
-@given(st.lists(REUSING, min_size=1, max_size=3), st.sampled_from(LAYOUTS))
+@given(st.lists(KEEPING, min_size=1, max_size=3), st.sampled_from(LAYOUTS))
 def test_a_refresh_is_dense_for_any_selection(heads: list[Method], layout: TokenLayout) -> None:
     q, k, v = inputs(layout, len(heads))
     (ran,) = steps_of(tuple(heads), layout, plan_tensors(layout, len(heads)), [(q, k, v)])
@@ -297,7 +292,7 @@ def test_a_refresh_is_dense_for_any_selection(heads: list[Method], layout: Token
 
 
 @few
-@given(st.lists(REUSING, min_size=1, max_size=3), st.sampled_from(LAYOUTS))
+@given(st.lists(KEEPING, min_size=1, max_size=3), st.sampled_from(LAYOUTS))
 def test_reuse_is_dense_while_nothing_changes(heads: list[Method], layout: TokenLayout) -> None:
     """Whatever refreshes when, and although stored masks change along the schedule: the parts make up the whole."""
     call = inputs(layout, len(heads))
@@ -305,7 +300,7 @@ def test_reuse_is_dense_while_nothing_changes(heads: list[Method], layout: Token
     for each in ran:
         assert close(each.out, sdpa(*call))
     assert all(each.reused == 0 for each in ran[:1])
-    intervals = [method.reuse.every for method in heads if method.reuse and not method.reuse.gated]
+    intervals = [method.rest.every for method in heads if isinstance(method.rest, Kept) and not method.rest.gated]
     gated = len(heads) - len(intervals)
     expected = sum(STEPS - len(range(0, STEPS, every)) for every in intervals)
     assert expected <= sum(each.reused for each in ran) <= expected + gated * (STEPS - 1)
@@ -314,11 +309,11 @@ def test_reuse_is_dense_while_nothing_changes(heads: list[Method], layout: Token
 def test_between_refreshes_selected_blocks_are_new_and_the_rest_is_kept() -> None:
     """By hand: attention over the blocks that are read, of this step, merged with the rest, of the step that refreshed."""
     layout = LAYOUTS[0]
-    method = Method(AxisOrder("hwf"), Band(0.4), reuse=Reuse(3))
+    method = Method(AxisOrder("hwf"), Band(0.4), rest=Kept(3))
     calls = [inputs(layout, 1, seed) for seed in range(4)]
     ran = steps_of((method,), layout, {}, calls)
     order = method.order.index(layout)
-    blocks = method.mask(Context(layout, "transformer", 0, (0,)))
+    blocks = mask_of(method, layout)
     mask = blocks.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)[None, :, : layout.tokens, : layout.tokens]
 
     def weights(call: tuple[Tensor, Tensor, Tensor], reads: Tensor) -> tuple[Tensor, Tensor]:
@@ -336,7 +331,7 @@ def test_between_refreshes_selected_blocks_are_new_and_the_rest_is_kept() -> Non
 
 
 @few
-@given(st.lists(methods(st.just(Reuse(gated=True))), min_size=1, max_size=2), st.sampled_from(LAYOUTS))
+@given(st.lists(methods(st.just(Kept(gated=True))), min_size=1, max_size=2), st.sampled_from(LAYOUTS))
 def test_a_gate_by_head_is_a_loop_over_heads(kinds: list[Method], layout: TokenLayout) -> None:
     """Some heads of a group refresh while others keep what they have, while q, k, v and stored masks change."""
     heads = tuple(kinds[head % len(kinds)] for head in range(4))
@@ -363,7 +358,7 @@ def test_heads_of_a_group_refresh_apart() -> None:
     """The gate of one part refreshes head 0 only, that of the next head 1 only."""
     layout = LAYOUTS[0]
     gate = torch.tensor([[[0, 0]], [[1, 0]], [[0, 1]]], dtype=torch.uint8)
-    method = Method(Patches(), Draft(0.4), reuse=Reuse(gated=True))
+    method = Method(Patches(), Draft(0.4), rest=Kept(gated=True))
     calls = [inputs(layout, 2, seed) for seed in range(3)]
     ran = steps_of((method,) * 2, layout, {"refresh/transformer": gate}, calls)
     for step, exact in enumerate(([True, True], [True, False], [False, True])):
@@ -381,7 +376,7 @@ def test_a_mask_that_changes_waits_for_a_refresh() -> None:
         None
     ]
     tensors = dict(zip(names, (packed(masks), torch.zeros(1, 1, dtype=torch.int32)), strict=True))
-    method = Method(select=Stored(0.5), reuse=Reuse(3))
+    method = Method(select=Stored(0.5), rest=Kept(3))
     call = inputs(layout, 1)
     ran = steps_of((method,), layout, tensors, [call] * 4)
     assert all(close(each.out, sdpa(*call)) for each in ran)
@@ -425,9 +420,8 @@ def test_what_comes_out_is_never_what_is_kept(heads: list[Method], layout: Token
     for step in range(3):
         call = inputs(layout, len(heads), step)
         other = [x.clone() for x in call]
-        here = dealt(tuple(heads), layout, tensors, (step, 3))
-        kept = run(here, *call, sdpa, memory, (step, 3)).out
-        out = run(here, other[0], other[1], other[2], sdpa, spoiled, (step, 3)).out
+        kept = attend(heads, layout, call, tensors, memory, now=(step, 3)).out
+        out = attend(heads, layout, (other[0], other[1], other[2]), tensors, spoiled, now=(step, 3)).out
         assert torch.equal(out, kept)
         for x in (out, *other):
             x.fill_(torch.nan)
@@ -444,10 +438,10 @@ def branch_inputs(seed: int, batch: int = 1) -> dict[str, Tensor]:
 
 MIXED = Recipe(
     (
-        Method(Patches(), Draft(0.34), reuse=Reuse(3)),
+        Method(Patches(), Draft(0.34), rest=Kept(3)),
         Method(AxisOrder("hwf"), Draft(0.34, hold=3)),
-        Method(AxisOrder("hwf"), Band(0.34), reuse=Reuse(2)),
-        Method(AxisOrder("whf"), Draft(0.5), "int8", Reuse(2)),
+        Method(AxisOrder("hwf"), Band(0.34), rest=Kept(2)),
+        Method(AxisOrder("whf"), Draft(0.5), "int8", Kept(2)),
     )
 )
 
@@ -485,16 +479,16 @@ def test_heads_in_the_order_of_the_model_are_not_moved(precision: str, layout: T
     """One launch of all heads takes q, k and v as they are, padding cut off or not; beside a dense head it cannot."""
     method = Method(select=Band(0.4), precision=precision)
     q, k, v = inputs(layout, 3)
-    alone, mixed = (dealt(heads, layout, {}) for heads in ((method,) * 3, (method, DENSE, method)))
+    alone, mixed = (dealt(heads, layout) for heads in ((method,) * 3, (method, DENSE, method)))
     assert alone.launches[0].whole and not mixed.launches[0].whole
-    assert not dealt((Method(AxisOrder("hwf"), Band(0.4)),) * 3, layout, {}).launches[0].whole
-    a, b = (run(each, q, k, v, sdpa).out for each in (alone, mixed))
+    assert not dealt((Method(AxisOrder("hwf"), Band(0.4)),) * 3, layout).launches[0].whole
+    a, b = (attend(each.methods, layout, (q, k, v)).out for each in (alone, mixed))
     assert close(a[:, :, ::2], b[:, :, ::2], 2e-6)
     assert close(b[:, :, 1], sdpa(q, k, v)[:, :, 1])
 
 
 @few
-@given(st.lists(methods(REUSES, "int8"), min_size=1, max_size=2), st.sampled_from(LAYOUTS))
+@given(st.lists(methods(KEPT, "int8"), min_size=1, max_size=2), st.sampled_from(LAYOUTS))
 def test_quantized_parts_make_up_a_quantized_whole(heads: list[Method], layout: TokenLayout) -> None:
     """Both parts have the same key means and scales, and the log-sum-exp of the true scores: merging adds no error.
 
@@ -503,7 +497,7 @@ def test_quantized_parts_make_up_a_quantized_whole(heads: list[Method], layout: 
     call = inputs(layout, len(heads))
     ran = steps_of(tuple(heads), layout, plan_tensors(layout, len(heads)), [call] * 5)
     everything = tuple(Method(method.order, Band(1.0), "int8") for method in heads)
-    whole = run(dealt(everything, layout, {}), *call, sdpa).out
+    whole = attend(everything, layout, call).out
     for each in ran:
         assert close(each.out, whole, 2e-5)
     assert torch.cosine_similarity(whole, sdpa(*call), dim=-1).mean() > 0.999
@@ -512,10 +506,10 @@ def test_quantized_parts_make_up_a_quantized_whole(heads: list[Method], layout: 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_its_log_sum_exp_in_fp32(dtype: torch.dtype) -> None:
     layout = LAYOUTS[0]
-    method = Method(Patches(), Draft(0.4), reuse=Reuse(3))
+    method = Method(Patches(), Draft(0.4), rest=Kept(3))
     q, k, v = (x.to(dtype) for x in inputs(layout, 2))
     memory = Memory()
-    ran = [run(dealt((method,) * 2, layout, {}), q, k, v, sdpa, memory, (step, 3)) for step in range(3)]
+    ran = [attend((method,) * 2, layout, (q, k, v), memory=memory, now=(step, 3)) for step in range(3)]
     (held,) = memory.held.values()
     assert held.out is not None and held.lse is not None and held.out.dtype == dtype and held.lse.dtype == torch.float32
     assert memory.bytes == held.out.numel() * 2 + held.lse.numel() * 4
@@ -527,17 +521,17 @@ def test_half_precision_keeps_its_log_sum_exp_in_fp32(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("floor", [0, 1])
 def test_rows_that_read_nothing_give_0_or_all_of_the_rest(floor: int) -> None:
-    """The paper's draft leaves rows empty: alone they are 0, with a reuse the rest of them is everything."""
+    """The paper's draft leaves rows empty: alone they are 0, with what is kept the rest of them is everything."""
     layout = TokenLayout(5, 16, 16)
     q, k, v = inputs(layout, 1)
     q[:, : 3 * BLOCK] *= 0.01  # attends to all alike, so that no pair of it is among the best
     q[:, 3 * BLOCK :] *= 4
     select = Draft(0.1, floor=floor, diagonal=False, first_frame=False)
     method = Method(select=select)
-    out = run(dealt((method,), layout, {}), q, k, v, sdpa).out
-    empty = select.pattern(q, k, layout, method.order).counts[:, 0] == 0
+    out = attend((method,), layout, (q, k, v)).out
+    empty = pattern_of(method, layout, q, k).counts[:, 0] == 0
     assert bool(empty.any()) == (floor == 0)
     rows = empty.repeat_interleave(BLOCK, 1)
     assert torch.equal(out[..., 0, 0] == 0, rows)
-    for ran in steps_of((replace(method, reuse=Reuse(2)),), layout, {}, [(q, k, v)] * 4):
+    for ran in steps_of((replace(method, rest=Kept(2)),), layout, {}, [(q, k, v)] * 4):
         assert close(ran.out, sdpa(q, k, v))

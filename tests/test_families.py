@@ -21,11 +21,13 @@ from torch._dynamo.testing import CompileCounter
 
 from diffusers_accel import patch, unpatch
 from diffusers_accel.api import Attachment, attach
+from diffusers_accel.call import AttentionCall
 from diffusers_accel.families import find, list_families
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import BLOCK, AxisOrder, Band, Context, Method
-from diffusers_accel.site import Site
+from diffusers_accel.methods import BLOCK, AxisOrder, Band, Method
+from diffusers_accel.site import Rows
 from diffusers_accel.step_timing import time_step
+from tests.stages import mask_of
 from tests.tiny import (
     HEAD_DIM,
     HEADS,
@@ -124,20 +126,19 @@ def snapshot(module: torch.nn.Module) -> dict[str, Any]:
 class Watch:
     """An engine that attends densely and notes what it was given and where."""
 
-    def __init__(self, seen: list[dict[str, Any]], site: Site) -> None:
+    def __init__(self, seen: list[dict[str, Any]]) -> None:
         self.seen = seen
-        self.site = site
 
-    def attend(self, q: Any, k: Any, v: Any, dense: Any) -> torch.Tensor:
-        site = self.site
-        out = dense(q, k, v)
+    def attend(self, call: AttentionCall, q: Any, k: Any, v: Any) -> torch.Tensor:
+        assert call.dense is not None
+        out = call.dense(q, k, v)
         self.seen.append(
             {
-                "layer": site.layer,
-                "now": site.clock.now(),
-                "branch": site.branch,
-                "layout": site.layout(),
-                "rows": site.rows,
+                "layer": call.layer,
+                "now": call.now,
+                "branch": call.branch,
+                "layout": call.layout,
+                "rows": call.rows,
                 "qkv": (q, k, v),
                 "out": out,
             }
@@ -147,7 +148,7 @@ class Watch:
 
 def watched(pipe: Any) -> tuple[Attachment, list[dict[str, Any]]]:
     seen: list[dict[str, Any]] = []
-    return attach(pipe, partial(Watch, seen)), seen
+    return attach(pipe, lambda site: Watch(seen)), seen
 
 
 @pytest.fixture(autouse=True)
@@ -208,10 +209,10 @@ def test_sparse_layers_read_the_blocks_of_the_method_and_no_padding(name: str, l
     k[:, layout.keys :], v[:, layout.keys :] = torch.nan, torch.nan
     with patch(transformer, HWF_BAND) as done:
         sample(transformer, inputs)  # the layout is what the model last saw
-        assert done.sites[0].layout() == layout
+        assert done.sites[0].model.rows(batch) == [Rows(0, batch, layout)]
         out = done.sites[0].attend(q, k, v)
     order = HWF_BAND.order.index(layout)
-    blocks = HWF_BAND.mask(Context(layout, "transformer", 0, (0,)))[0]
+    (blocks,) = mask_of(HWF_BAND, layout)
     assert not blocks.all()
     mask = blocks.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[: layout.tokens, : layout.keys]
     q, k, v = (x[:, order].transpose(1, 2) for x in (q, k, v))

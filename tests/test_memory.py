@@ -14,9 +14,12 @@ from diffusers import UniPCMultistepScheduler
 from diffusers_accel import Plan, launch, patch
 from diffusers_accel import memory as memory_module
 from diffusers_accel.api import Patch
+from diffusers_accel.call import AttentionCall
 from diffusers_accel.kernels.pattern import BlockPattern
-from diffusers_accel.memory import CacheBudget, Held, Memories, Memory, mixed
-from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Method, Patches, Recipe, Reuse
+from diffusers_accel.memory import CacheBudget, Memories, Memory
+from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Recipe
+from diffusers_accel.methods.rest import Held
+from diffusers_accel.methods.steps import mixed
 from diffusers_accel.plan import Span
 from diffusers_accel.shape import ModelShape
 from tests.tiny import (
@@ -35,7 +38,7 @@ from tests.tiny import (
 
 TOKENS = 768  # of tiny Wan's call
 ONE_HEAD = TOKENS * (4 * HEAD_DIM + 4)  # bytes of an output and an LSE in fp32
-CACHED = Method(Patches(), Draft(0.34), reuse=Reuse(3))
+CACHED = Method(Patches(), Draft(0.34), rest=Kept(3))
 WAN = {"transformer": ModelShape(LAYERS, HEADS, HEAD_DIM)}
 
 
@@ -146,7 +149,7 @@ def test_memories_are_of_one_generation_and_one_expert() -> None:
 
     def run(transformer: str, step: int, steps: int = 9, branch: str = "cond") -> Memory:
         memories.at(transformer, (step, steps))
-        memory = memories.of((transformer, 0), branch)
+        memory = memories.of((transformer, 0), (branch, (0, 1)))
         memory.begin((step, steps), *tensors(), {"a"})
         if not memory.held:
             memory.held["a"] = filled().held["a"]
@@ -192,7 +195,7 @@ def budget(heads_that_fit: float, tokens: int = 100) -> CacheBudget:
 
 
 def admitted(made: CacheBudget, branch: str = "cond", tokens: int = 100, transformer: str = "transformer") -> list[int]:
-    return [layer for layer in range(4) if made.admits((transformer, layer), branch, queries(tokens))]
+    return [layer for layer in range(4) if made.admits((transformer, layer), (branch, (0, 2)), queries(tokens))]
 
 
 @pytest.mark.parametrize(
@@ -246,15 +249,15 @@ def test_groups_of_rows_in_one_call_do_not_overturn_each_other() -> None:
     made = budget(7)
     made._free = free
     for _ in range(3):
-        assert [made.admits(("transformer", layer), (0, 2), queries()) for layer in range(4)] == [
+        assert [made.admits(("transformer", layer), ("cond", (0, 2)), queries()) for layer in range(4)] == [
             False,
             True,
             True,
             False,
         ]
-        assert [made.admits(("transformer", layer), (2, 3), queries()[:1]) for layer in range(4)] == [False] * 3 + [
-            True
-        ]
+        assert [made.admits(("transformer", layer), ("cond", (2, 3)), queries()[:1]) for layer in range(4)] == [
+            False
+        ] * 3 + [True]
     assert asked == 1
 
 
@@ -424,7 +427,7 @@ def test_layers_that_do_not_fit_stay_dense(monkeypatch: pytest.MonkeyPatch) -> N
 def test_layers_that_save_more_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_module, "free_bytes", lambda device: HEADS * ONE_HEAD)
     rows = ("a" * HEADS, "b" * HEADS, "a" * HEADS)
-    methods = {"a": CACHED, "b": Method(Patches(), Draft(0.17), reuse=Reuse(3))}
+    methods = {"a": CACHED, "b": Method(Patches(), Draft(0.17), rest=Kept(3))}
     plan = Plan("wan", WAN, methods, (Span(0, 1, {"transformer": rows}),))
     pipe = tiny_wan()
     with patch(pipe, plan, max_cache=1.0) as done:
@@ -437,7 +440,7 @@ def test_layers_whose_gate_reuses_more_come_first(monkeypatch: pytest.MonkeyPatc
     gate = torch.zeros(5, LAYERS, HEADS, dtype=torch.bool)
     gate[1:3, 0], gate[2, 1], gate[2:, 2] = True, True, True
     spans = (Span(0, 1, {"transformer": ("g" * HEADS,) * LAYERS}),)
-    methods = {"g": Method(Patches(), Draft(0.34), reuse=Reuse(gated=True))}
+    methods = {"g": Method(Patches(), Draft(0.34), rest=Kept(gated=True))}
     plan = Plan("wan", WAN, methods, spans, tensors={"refresh/transformer": gate.byte()})
     pipe = tiny_wan()
     with patch(pipe, plan, max_cache=1.0) as done:
@@ -448,14 +451,14 @@ def test_layers_whose_gate_reuses_more_come_first(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(("hold", "selections"), [(1, 5), (2, 3), (3, 2), (9, 1)])
 def test_a_selection_is_made_as_often_as_asked(hold: int, selections: int, monkeypatch: pytest.MonkeyPatch) -> None:
     count = 0
-    original = Draft.pattern_of_means
+    original = Draft.pattern
 
     def counted(*args: Any) -> BlockPattern:
         nonlocal count
         count += 1
         return original(*args)
 
-    monkeypatch.setattr(Draft, "pattern_of_means", counted)
+    monkeypatch.setattr(Draft, "pattern", counted)
     pipe = tiny_wan()
     with patch(pipe, Method(Patches(), Draft(0.34, hold=hold))) as done:
         for _ in range(2):
@@ -465,19 +468,18 @@ def test_a_selection_is_made_as_often_as_asked(hold: int, selections: int, monke
         assert all(row["reused"] == 0 and row["cache_bytes"] == 0 for row in done.report().rows)
 
 
-def test_a_reuse_selects_when_it_refreshes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_kept_selects_when_it_refreshes(monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
-    original = Draft.pattern_of_means
+    original = Draft.pattern
+
+    def noted(select: Draft, call: AttentionCall, *args: Any) -> BlockPattern:
+        assert call.now is not None
+        steps.append(call.now[0])
+        return original(select, call, *args)
+
+    monkeypatch.setattr(Draft, "pattern", noted)
     pipe = tiny_wan()
-    with patch(pipe, CACHED) as done:
-
-        def noted(*args: Any) -> BlockPattern:
-            now = done.sites[0].clock.now()
-            assert now is not None
-            steps.append(now[0])
-            return original(*args)
-
-        monkeypatch.setattr(Draft, "pattern_of_means", noted)
+    with patch(pipe, CACHED):
         frames(pipe, num_inference_steps=7)
     assert sorted(set(steps)) == [0, 3, 6] and len(steps) == 3 * 2 * LAYERS
 
@@ -516,8 +518,8 @@ def test_experts_hand_the_memory_over() -> None:
 
 def test_spans_keep_what_goes_on_and_drop_the_rest() -> None:
     """Head 0 takes the same method in both spans, alone; the others are regrouped or become dense."""
-    other = Method(AxisOrder("hwf"), Band(0.34), reuse=Reuse(9))
-    methods = {".": DENSE, "a": Method(Patches(), Draft(0.34), reuse=Reuse(9)), "b": other}
+    other = Method(AxisOrder("hwf"), Band(0.34), rest=Kept(9))
+    methods = {".": DENSE, "a": Method(Patches(), Draft(0.34), rest=Kept(9)), "b": other}
     spans = (
         Span(0.0, 0.5, {"transformer": ("abb.",) * LAYERS}),
         Span(0.5, 0.8, {"transformer": ("a.bb",) * LAYERS}),
@@ -580,7 +582,7 @@ def test_gated_heads_that_never_reuse_are_dense_and_keep_nothing() -> None:
     plan = Plan(
         "wan",
         WAN,
-        {"g": Method(Patches(), Draft(0.34), reuse=Reuse(gated=True))},
+        {"g": Method(Patches(), Draft(0.34), rest=Kept(gated=True))},
         (Span(0, 1, {"transformer": ("g" * HEADS,) * LAYERS}),),
         tensors={"refresh/transformer": gate},
     )
@@ -600,7 +602,7 @@ def test_a_head_is_dense_in_the_spans_in_which_its_gate_always_refreshes() -> No
     plan = Plan(
         "wan",
         WAN,
-        {"g": Method(Patches(), Draft(0.34), reuse=Reuse(gated=True))},
+        {"g": Method(Patches(), Draft(0.34), rest=Kept(gated=True))},
         (Span(0, 0.5, heads), Span(0.5, 1, heads)),
         tensors={"refresh/transformer": gate},
     )
@@ -616,7 +618,7 @@ def test_a_head_is_dense_in_the_spans_in_which_its_gate_always_refreshes() -> No
 def test_a_step_that_fails_half_way_spoils_nothing(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory may run out between a group's pattern and its rest, at the first step or at a later refresh."""
     pipe = tiny_wan()
-    with patch(pipe, Recipe((CACHED, Method(AxisOrder("hwf"), Band(0.34), reuse=Reuse(2))))):
+    with patch(pipe, Recipe((CACHED, Method(AxisOrder("hwf"), Band(0.34), rest=Kept(2))))):
         clean = frames(pipe)
         original, calls = launch.attention, 0
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.pool import pool
 from diffusers_accel.kernels.select import starved_rows
 from diffusers_accel.layout import TokenLayout
@@ -23,20 +24,24 @@ from diffusers_accel.methods import (
     All,
     AxisOrder,
     Band,
-    Context,
     Draft,
+    Drop,
+    Kept,
     Method,
     Order,
     Patches,
+    Pooled,
     Recipe,
-    Reuse,
     Skip,
     Stored,
     Stripe,
 )
+from diffusers_accel.methods.blocks import part_of
 from diffusers_accel.methods.orders import parse_order
-from diffusers_accel.methods.reuse import begun, part_of, refreshes
-from diffusers_accel.methods.stored import packed
+from diffusers_accel.methods.rest import Held
+from diffusers_accel.methods.select import StaticSelect
+from diffusers_accel.methods.selects.stored import packed
+from tests.stages import call_of, mask_of, pattern_of
 
 WAN_480P = TokenLayout(21, 30, 52)
 RAGGED = TokenLayout(5, 9, 13)
@@ -44,10 +49,6 @@ TEXT_END = TokenLayout(9, 16, 16, text_tokens=226, text_at="end")
 TEXT_START = TokenLayout(9, 16, 16, text_tokens=226, text_at="start")
 LAYOUTS = [WAN_480P, RAGGED, TEXT_END, TEXT_START, TokenLayout(1, 4, 4)]
 HWF = AxisOrder("hwf")
-
-
-def mask_of(method: Method, layout: TokenLayout, **tensors: torch.Tensor) -> torch.Tensor:
-    return method.mask(Context(layout, "transformer", 0, (0,), tensors))[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -74,7 +75,7 @@ def test_order_is_a_permutation_that_sorts_by_its_axes(layout: TokenLayout, axes
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("density", [0.05, 0.25, 0.5, 1.0])
 def test_density_is_what_was_asked_for(select: type, layout: TokenLayout, density: float) -> None:
-    mask = mask_of(Method(select=select(density, first_frame=False)), layout)
+    mask = mask_of(Method(select=select(density, first_frame=False)), layout)[0]
     blocks = layout.blocks(BLOCK)
     rows = mask.sum(1)
     text = rows == blocks if layout.text_tokens and density < 1 else torch.zeros(blocks, dtype=torch.bool)
@@ -88,7 +89,7 @@ def test_density_is_what_was_asked_for(select: type, layout: TokenLayout, densit
 @pytest.mark.parametrize("layout", [TEXT_END, TEXT_START])
 @pytest.mark.parametrize("method", [Method(select=Band(0.2)), Method(HWF, Band(0.2)), Method(select=Stripe(0.2))])
 def test_text_is_always_read_and_reads_everything(layout: TokenLayout, method: Method) -> None:
-    mask = mask_of(method, layout)
+    mask = mask_of(method, layout)[0]
     tokens = torch.arange(layout.text_start, layout.text_start + layout.text_tokens)
     for block in (tokens // BLOCK).unique():
         assert mask[block].all() and mask[:, block].all()
@@ -97,13 +98,13 @@ def test_text_is_always_read_and_reads_everything(layout: TokenLayout, method: M
 
 def test_first_frame_is_read_where_frames_lie_together() -> None:
     first = -(-30 * 52 // BLOCK)
-    assert mask_of(Method(select=Band(0.2)), WAN_480P)[:, :first].all()
-    assert not mask_of(Method(select=Band(0.2, first_frame=False)), WAN_480P)[:, :first].all()
-    assert not mask_of(Method(HWF, Band(0.2)), WAN_480P)[:, :first].all()
+    assert mask_of(Method(select=Band(0.2)), WAN_480P)[0][:, :first].all()
+    assert not mask_of(Method(select=Band(0.2, first_frame=False)), WAN_480P)[0][:, :first].all()
+    assert not mask_of(Method(HWF, Band(0.2)), WAN_480P)[0][:, :first].all()
 
 
 def test_band_reads_the_nearest_blocks() -> None:
-    mask = mask_of(Method(select=Band(0.25, first_frame=False)), WAN_480P)
+    mask = mask_of(Method(select=Band(0.25, first_frame=False)), WAN_480P)[0]
     blocks = len(mask)
     for row in range(blocks):
         kept = mask[row].nonzero().flatten()
@@ -113,7 +114,7 @@ def test_band_reads_the_nearest_blocks() -> None:
 
 
 def test_stripe_is_the_same_columns_for_all_queries() -> None:
-    mask = mask_of(Method(select=Stripe(0.3, first_frame=False)), WAN_480P)
+    mask = mask_of(Method(select=Stripe(0.3, first_frame=False)), WAN_480P)[0]
     off_diagonal = mask & ~torch.eye(len(mask), dtype=torch.bool)
     common = off_diagonal.float().mean(0) > 0.9
     assert common.sum() >= round(0.3 * len(mask)) - 2
@@ -126,8 +127,8 @@ def test_calibrated_stripe_reads_the_heaviest_rows_at_any_size(calibrated_at: To
     mass = torch.full((2, 3, calibrated_at.frames, calibrated_at.height), 1e-4)
     middle = calibrated_at.frames // 2
     mass[1, 2, middle] = 1.0
-    ctx = Context(WAN_480P, "transformer", 1, (2, 0), {"stripe_mass/transformer": mass})
-    masks = Method(select=Stripe(0.1, first_frame=False, calibrated=True)).mask(ctx)
+    stripe = Method(select=Stripe(0.1, first_frame=False, calibrated=True))
+    masks = mask_of(stripe, WAN_480P, {"stripe_mass/transformer": mass}, (2, 0), layer=1)
     assert masks.shape[0] == 2
     frame = 30 * 52
     centre = (10 * frame + frame // 2) // BLOCK
@@ -164,14 +165,14 @@ def test_wrong_axes() -> None:
 
 
 COMBINATIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "all, reused": ({"reuse": Reuse()}, '"all" leaves no blocks whose attention could be kept'),
-    "skip, reused": ({"select": Skip(), "reuse": Reuse()}, '"skip" leaves no blocks'),
+    "all, kept": ({"rest": Kept()}, '"all" leaves no blocks whose attention could be kept'),
+    "skip, kept": ({"select": Skip(), "rest": Kept()}, '"skip" leaves no blocks'),
     "skip, quantized": ({"select": Skip(), "precision": "int8"}, "computes nothing: leave its precision out"),
     "all in patches": ({"order": Patches()}, '"all" reads the same in every order'),
     "skip in patches": ({"order": Patches(), "select": Skip()}, '"skip" reads the same in every order'),
     "stripe in patches": ({"order": Patches(), "select": Stripe(0.5)}, "a stripe is a set of frame rows"),
     "stored in patches": ({"order": Patches(), "select": Stored(0.5)}, "six axis orders, found the order 8x16"),
-    "reuse of a held draft": ({"select": Draft(hold=2), "reuse": Reuse()}, "leave hold at 1, found 2"),
+    "kept with a held draft": ({"select": Draft(hold=2), "rest": Kept()}, "leave hold at 1, found 2"),
     "unknown precision": (
         {"select": Draft(), "precision": "fp8"},
         "precision is one of input, int8, int8_fp8, found 'fp8'",
@@ -190,7 +191,7 @@ SHARES = st.floats(0.01, 1.0)
 AXES = st.sampled_from(["fhw", "hwf", "whf"]).map(AxisOrder)
 PATCHES = st.builds(Patches, st.integers(1, 99), st.integers(1, 99))
 PRECISION = st.sampled_from(["input", "int8", "int8_fp8"])
-REUSE = st.one_of(st.none(), st.builds(Reuse, st.integers(2, 9)), st.just(Reuse(gated=True)))
+REST = st.one_of(st.just(Drop()), st.just(Pooled()), st.builds(Kept, st.integers(2, 9)), st.just(Kept(gated=True)))
 FLAGS = {"floor": st.integers(0, 3), "diagonal": st.booleans(), "first_frame": st.booleans()}
 DRAFT = st.one_of(
     st.builds(Draft, SHARES, rule=st.sampled_from(["quantile", "row"]), **FLAGS),
@@ -201,15 +202,15 @@ METHODS = st.one_of(
     st.just(Method(select=Skip())),
     st.builds(Method, select=st.just(All()), precision=PRECISION),
     st.builds(
-        Method, st.one_of(AXES, PATCHES), st.one_of(st.builds(Band, SHARES, st.booleans()), DRAFT), PRECISION, REUSE
+        Method, st.one_of(AXES, PATCHES), st.one_of(st.builds(Band, SHARES, st.booleans()), DRAFT), PRECISION, REST
     ),
     st.builds(Method, st.one_of(AXES, PATCHES), HELD, PRECISION),
-    st.builds(Method, AXES, st.builds(Stored, SHARES), PRECISION, REUSE),
+    st.builds(Method, AXES, st.builds(Stored, SHARES), PRECISION, REST),
     st.builds(
         Method,
         select=st.builds(Stripe, SHARES, st.booleans(), st.booleans()),
         precision=PRECISION,
-        reuse=REUSE,
+        rest=REST,
     ),
 )
 
@@ -241,9 +242,15 @@ def test_json_round_trip(method: Method) -> None:
         ({"select": {"kind": "draft", "diagonal": 1}}, r"select\.diagonal: expected bool, found 1"),
         ({"select": {"kind": "stored"}}, "'density' is missing"),
         ({"select": {"kind": "draft"}, "order": "8x0"}, "an order is a permutation"),
-        ({"select": {"kind": "draft"}, "reuse": {"every": 1}}, "expected 2 or more, found 1"),
-        ({"select": {"kind": "draft"}, "reuse": {"gated": 1}}, r"reuse\.gated: expected bool, found 1"),
-        ({"select": {"kind": "draft"}, "reuse": None}, "reuse: expected an object"),
+        ({"select": {"kind": "draft"}, "rest": {"kind": "kept", "every": 1}}, "rest: .*expected 2 or more, found 1"),
+        ({"select": {"kind": "draft"}, "rest": {"kind": "kept", "gated": 1}}, r"rest\.gated: expected bool, found 1"),
+        ({"select": {"kind": "draft"}, "rest": {"kind": "kept", "age": 1}}, "rest 'kept': unknown key 'age'"),
+        (
+            {"select": {"kind": "draft"}, "rest": {"kind": "lost"}},
+            r"rest\.kind: expected one of \['drop', .*found 'lost'",
+        ),
+        ({"select": {"kind": "draft"}, "rest": None}, r"rest\.kind: expected one of .*found None"),
+        ({"select": {"kind": "draft"}, "reuse": {"every": 3}}, "unknown key 'reuse'"),
         ({"select": {"kind": "all"}, "order": 7}, "order: expected str"),
     ],
 )
@@ -354,7 +361,8 @@ def test_drafts_that_mean_nothing(arguments: dict[str, Any], message: str) -> No
 
 
 def test_a_draft_has_no_mask_of_its_own() -> None:
-    with pytest.raises(TypeError, match=r"select\.pattern"):
+    assert Draft.wants == "means" and not issubclass(Draft, StaticSelect)
+    with pytest.raises(AssertionError):
         mask_of(Method(select=Draft()), RAGGED)
 
 
@@ -385,7 +393,7 @@ def test_the_faithful_draft_keeps_as_many_blocks_as_the_official_code(
     layout: TokenLayout, density: float, count: int
 ) -> None:
     q, k = noise(layout, dim=8)
-    pattern = Draft(density, **FAITHFUL).pattern(q, k, layout, Patches())
+    pattern = pattern_of(Method(Patches(), Draft(density, **FAITHFUL)), layout, q, k)
     assert pattern.computed_blocks == count
 
 
@@ -393,8 +401,8 @@ def test_the_faithful_draft_starves_rows_and_a_floor_feeds_them() -> None:
     layout = TokenLayout(21, 32, 48)
     q, k = noise(layout, heads=2)
     q[:, : 8 * BLOCK] *= 0.01  # rows whose attention is spread over all blocks
-    bare = Draft(0.05, **FAITHFUL).pattern(q, k, layout, Patches())
-    fed = Draft(0.05, floor=2, diagonal=False, first_frame=False).pattern(q, k, layout, Patches())
+    bare = pattern_of(Method(Patches(), Draft(0.05, **FAITHFUL)), layout, q, k)
+    fed = pattern_of(Method(Patches(), Draft(0.05, floor=2, diagonal=False, first_frame=False)), layout, q, k)
     assert int(starved_rows(bare).sum()) > 0
     assert int(starved_rows(fed, 2).sum()) == 0
     assert torch.all(fed.mask() | ~bare.mask()), "a floor adds blocks and takes none away"
@@ -413,7 +421,7 @@ def test_the_faithful_draft_starves_rows_and_a_floor_feeds_them() -> None:
 )
 def test_drafts_read_text_whole(select: Draft, layout: TokenLayout) -> None:
     q, k = noise(layout, heads=2, keys=layout.keys)
-    mask = select.pattern(q, k, layout, Patches()).mask()[0]
+    mask = pattern_of(Method(Patches(), select), layout, q, k).mask()[0]
     assert mask.shape[1:] == (layout.blocks(BLOCK), layout.key_blocks(BLOCK))
     text = torch.arange(layout.text_start, layout.text_start + layout.text_tokens).div(BLOCK, rounding_mode="floor")
     rows = torch.zeros(layout.blocks(BLOCK), dtype=torch.bool)
@@ -426,10 +434,10 @@ def test_forced_blocks_are_read_and_count_towards_the_density() -> None:
     layout = TokenLayout(21, 32, 48)
     blocks, first = layout.blocks(BLOCK), 32 * 48 // BLOCK
     q, k = noise(layout)
-    mask = Draft(0.25).pattern(q, k, layout, Patches()).mask()[0, 0]
+    mask = pattern_of(Method(Patches(), Draft(0.25)), layout, q, k).mask()[0, 0]
     assert mask.diagonal().all() and mask[:, :first].all()
     assert mask.float().mean() == pytest.approx(0.25, abs=2 / blocks)
-    across = Draft(0.25).pattern(q, k, layout, AxisOrder("hwf")).mask()[0, 0]
+    across = pattern_of(Method(AxisOrder("hwf"), Draft(0.25)), layout, q, k).mask()[0, 0]
     assert across.diagonal().all() and not across[:, :first].all(), "no first frame where frames do not lie together"
 
 
@@ -438,20 +446,20 @@ def test_forced_blocks_are_read_and_count_towards_the_density() -> None:
 def test_density_1_keeps_every_block_of_a_ragged_grid(rule: str, grid: tuple[int, int]) -> None:
     layout = TokenLayout(2, *grid)
     q, k = noise(layout)
-    assert Draft(1.0, rule=rule).pattern(q, k, layout, Patches()).density == 1
-    assert Draft(None, 1.0).pattern(q, k, layout, Patches()).density == 1
+    assert pattern_of(Method(Patches(), Draft(1.0, rule=rule)), layout, q, k).density == 1
+    assert pattern_of(Method(Patches(), Draft(None, 1.0)), layout, q, k).density == 1
 
 
 def test_a_floor_above_the_number_of_blocks_reads_them_all() -> None:
     layout = TokenLayout(2, 16, 16)
     q, k = noise(layout)
-    assert Draft(0.25, floor=99).pattern(q, k, layout, Patches()).density == 1
+    assert pattern_of(Method(Patches(), Draft(0.25, floor=99)), layout, q, k).density == 1
 
 
 def test_a_video_without_a_block_of_its_own_is_read_whole() -> None:
     layout = TokenLayout(1, 8, 8, 20, "end", text_valid=7)
     q, k = noise(layout, heads=2, keys=layout.keys)
-    assert Draft(0.25).pattern(q, k, layout, Patches()).mask().all()
+    assert pattern_of(Method(Patches(), Draft(0.25)), layout, q, k).mask().all()
 
 
 def test_pooled_scores_are_block_means_of_the_scores() -> None:
@@ -479,7 +487,7 @@ def test_where_patches_are_constant_the_map_is_attention_itself(select: Draft) -
     q, k = model[:, order][:, None].transpose(1, 2).unbind(0)
     whole = torch.softmax(q[:, 0] @ k[:, 0].T * 8**-0.5, dim=-1)
     mass = whole.view(blocks, BLOCK, blocks, BLOCK).sum(3).mean(1)
-    mask = select.pattern(q[None], k[None], layout, Patches()).mask()[0, 0]
+    mask = pattern_of(Method(Patches(), select), layout, q[None], k[None]).mask()[0, 0]
     if select.mass is not None:
         ranked = mass.sort(1, descending=True)
         needed = (ranked.values.cumsum(1) - ranked.values < select.mass).sum(1)
@@ -517,7 +525,7 @@ def test_stored_masks_come_back_bit_for_bit(layout: TokenLayout) -> None:
     masks = random_masks(layout, 3, 1)
     tensors = stored(layout, masks, [[-1, -1, -1], [2, 0, 2]])
     assert tensors[STORED.select.names(STORED.order, "transformer")[0]].dtype == torch.uint8  # type: ignore[union-attr]
-    found = STORED.mask(Context(layout, "transformer", 1, (1, 2, 0), tensors))
+    found = mask_of(STORED, layout, tensors, (1, 2, 0), layer=1)
     assert torch.equal(found, masks[[0, 2, 2], 0])
 
 
@@ -526,20 +534,20 @@ def test_stored_masks_follow_the_schedule() -> None:
     tensors = stored(RAGGED, masks, [[0]])
 
     def at(step: int, steps: int) -> torch.Tensor:
-        return STORED.mask(Context(RAGGED, "transformer", 0, (0,), tensors, (step, steps)))[0]
+        return mask_of(STORED, RAGGED, tensors, now=(step, steps))[0]
 
     assert [int(torch.tensor([torch.equal(at(s, 10), masks[0, p]) for p in range(4)]).nonzero()) for s in range(10)] == [
         0, 0, 0, 1, 1, 2, 2, 2, 3, 3,
     ]  # fmt: skip
     with pytest.raises(RuntimeError, match=r"Patch\.step\(i, steps\)"):
-        STORED.mask(Context(RAGGED, "transformer", 0, (0,), tensors))
+        mask_of(STORED, RAGGED, tensors)
 
 
 @pytest.mark.parametrize("layout", [TEXT_END, TEXT_START])
 def test_stored_masks_never_leave_text_out(layout: TokenLayout) -> None:
     blocks = layout.blocks(BLOCK)
     tensors = stored(layout, torch.zeros(1, 1, blocks, blocks, dtype=torch.bool), [[0]])
-    mask = STORED.mask(Context(layout, "transformer", 0, (0,), tensors))[0]
+    mask = mask_of(STORED, layout, tensors)[0]
     text = torch.arange(layout.text_start, layout.text_start + layout.text_tokens).div(BLOCK, rounding_mode="floor")
     assert mask[text].all() and mask[:, text].all() and not mask.all()
 
@@ -547,47 +555,58 @@ def test_stored_masks_never_leave_text_out(layout: TokenLayout) -> None:
 def test_stored_masks_that_do_not_fit_are_refused() -> None:
     tensors = stored(RAGGED, random_masks(RAGGED, 1, 1), [[0, -1]])
     with pytest.raises(ValueError, match="for 5 blocks of 128 tokens, this call has 256: .*search a plan for this one"):
-        STORED.mask(Context(WAN_480P, "transformer", 0, (0,), tensors))
+        mask_of(STORED, WAN_480P, tensors)
     with pytest.raises(ValueError, match="no mask for head 1 of layer 0: search the plan again"):
-        STORED.mask(Context(RAGGED, "transformer", 0, (0, 1), tensors))
+        mask_of(STORED, RAGGED, tensors, 2)
     with pytest.raises(
         ValueError, match=r"needs the tensor 'stored_bits/hwf/0\.5/transformer' of a searched plan, found \[\]"
     ):
-        STORED.mask(Context(RAGGED, "transformer", 0, (0,)))
+        mask_of(STORED, RAGGED)
     with pytest.raises(ValueError, match="density"):
         Stored(0)
 
 
-# Reuse
+# Kept
 
 
 @pytest.mark.parametrize("every", [1, 0, -3, 2.0, True, "3"])
-def test_a_reuse_that_never_reuses_is_refused(every: Any) -> None:
-    with pytest.raises(ValueError, match=r"Reuse\.every is a number of steps, expected 2 or more, found"):
-        Reuse(every)
+def test_what_is_never_used_again_is_not_kept(every: Any) -> None:
+    with pytest.raises(ValueError, match=r"every is a number of steps, expected 2 or more, found"):
+        Kept(every)
 
 
 def test_a_gate_takes_no_interval() -> None:
-    with pytest.raises(ValueError, match="takes its refresh steps from the plan: leave every out, found 4"):
-        Reuse(4, gated=True)
+    with pytest.raises(ValueError, match="take their refresh steps from the plan: leave every out, found 4"):
+        Kept(4, gated=True)
+
+
+def held(refreshed: list[int]) -> Held:
+    """Of heads that refreshed last at these steps."""
+    return Held(BlockPattern.full(len(refreshed), BLOCK, BLOCK), min(refreshed), refreshed)
+
+
+def due(gate: torch.Tensor, now: tuple[int, int]) -> list[bool]:
+    """Which heads refresh at a step whose gate, bool [parts, heads], is this."""
+    return Kept(gated=True).due(held([0] * gate.shape[1]), now, gate, None)
 
 
 def test_refreshes_are_counted_from_the_last_one() -> None:
-    assert refreshes(3, None, (4, 9), [1, 2, 3, 0]) == [True, False, False, True]
+    assert Kept(3).due(held([1, 2, 3, 0]), (4, 9), None, None) == [True, False, False, True]
+    assert Kept(2).due(held([1, 2, 3, 0]), (4, 9), None, 1) == [True, True, False, True], "whenever it attended last"
 
 
 def test_a_gate_is_read_by_the_part_of_the_schedule() -> None:
     gate = torch.zeros(3, 2, 4, dtype=torch.uint8)
     gate[1, 1] = torch.tensor([1, 0, 0, 1])
-    ctx = Context(RAGGED, "transformer", 1, (3, 1), {"refresh/transformer": gate})
-    rows = Reuse(gated=True).gate(ctx)
+    tensors = {"refresh/transformer": gate}
+    rows = Kept(gated=True).gate(("transformer", 1), (3, 1), tensors)
     assert rows is not None and rows.tolist() == [[False, False], [True, False], [False, False]]
-    assert [refreshes(3, rows, (step, 7), [0, 0])[0] for step in range(7)] == [False] * 3 + [True] + [False] * 3, (
+    assert [due(rows, (step, 7))[0] for step in range(7)] == [False] * 3 + [True] + [False] * 3, (
         "the middle part is steps 3 and 4, and refreshes once"
     )
-    assert Reuse().gate(ctx) is None
+    assert Kept().gate(("transformer", 1), (3, 1), tensors) is None
     with pytest.raises(ValueError, match=r"needs the tensor 'refresh/transformer' of a searched plan, found \[\]"):
-        Reuse(gated=True).gate(Context(RAGGED, "transformer", 0, (0,)))
+        Kept(gated=True).gate(("transformer", 0), (0,), {})
 
 
 @given(st.integers(1, 60), st.integers(1, 60))
@@ -601,7 +620,8 @@ def test_parts_of_a_schedule_are_in_order_and_equal_up_to_a_step(steps: int, par
 
 @given(st.integers(1, 60), st.integers(1, 60))
 def test_every_part_begins_once_and_not_before_its_time(steps: int, parts: int) -> None:
-    of = [range(parts)[begun((step, steps), parts)] for step in range(steps)]
+    gate = torch.eye(parts, dtype=torch.bool)  # head i refreshes when part i begins
+    of = [[part for part, begins in enumerate(due(gate, (step, steps))) if begins] for step in range(steps)]
     assert [part for each in of for part in each] == list(range(part_of((steps - 1, steps), parts) + 1))
     assert all(step / steps >= part / parts for step in range(steps) for part in of[step])
     assert all((step - 1) / steps < part / parts for step in range(1, steps) for part in of[step])
@@ -614,7 +634,7 @@ def test_every_part_begins_once_and_not_before_its_time(steps: int, parts: int) 
 def test_a_gate_serves_another_number_of_steps(steps: int, expected: str) -> None:
     """A gate of 5 steps: more of them refresh once in a part, fewer as soon as one is due."""
     gate = torch.tensor([[0], [1], [0], [0], [1]]).bool()
-    assert "".join(str(int(refreshes(3, gate, (step, steps), [0])[0])) for step in range(steps)) == expected
+    assert "".join(str(int(due(gate, (step, steps))[0])) for step in range(steps)) == expected
 
 
 # Names
@@ -631,8 +651,8 @@ def test_a_gate_serves_another_number_of_steps(steps: int, expected: str) -> Non
         (Method(Patches(), Draft()), "draft 8x16 0.25"),
         (Method(Patches(), Draft(None, 0.9), "int8"), "draft 8x16 mass 0.9 int8"),
         (Method(Patches(), Draft(rule="row", hold=4)), "draft 8x16 row 0.25 hold 4"),
-        (Method(Patches(4, 32), Draft(0.125), "int8_fp8", Reuse(4)), "draft 4x32 0.125 int8_fp8, cached 4"),
-        (Method(HWF, Stored(0.3), reuse=Reuse(gated=True)), "stored hwf 0.3, cached gated"),
+        (Method(Patches(4, 32), Draft(0.125), "int8_fp8", Kept(4)), "draft 4x32 0.125 int8_fp8, cached 4"),
+        (Method(HWF, Stored(0.3), rest=Kept(gated=True)), "stored hwf 0.3, cached gated"),
     ],
 )
 def test_labels(method: Method, label: str) -> None:
@@ -641,14 +661,20 @@ def test_labels(method: Method, label: str) -> None:
 
 def test_what_methods_say_of_themselves() -> None:
     draft, held, cached = (Method(Patches(), Draft(hold=hold)) for hold in (1, 2, 1))
-    cached = dataclasses.replace(cached, reuse=Reuse())
+    cached = dataclasses.replace(cached, rest=Kept())
     assert [method.timed for method in (DENSE, draft, held, cached)] == [False, False, True, True]
-    assert [method.dynamic for method in (DENSE, draft, STORED)] == [False, True, False]
-    assert [method.calibrated for method in (draft, STORED, Method(select=Stripe(0.5, calibrated=True)))] == [
-        False,
-        True,
-        True,
+    assert [method.select.wants for method in (DENSE, draft, STORED)] == ["", "means", ""]
+    stripe, spread = Stripe(0.5, calibrated=True), Stripe(0.5)
+    assert [select.records for select in (draft.select, spread, STORED.select, stripe)] == [
+        None,
+        None,
+        "stored masks",
+        "column mass",
     ]
+    call, tensors = call_of(RAGGED, layer=1), stored(RAGGED, random_masks(RAGGED, 1, 1), [[0], [0]])
+    assert [select.depends(call, HWF, tensors) for select in (draft.select, spread)] == [None, None]
+    assert STORED.select.depends(call, HWF, tensors) == (("transformer", 1), 0)
+    assert stripe.depends(call, AxisOrder(), tensors) == ("transformer", 1)
     assert DENSE.dense and not Method(precision="int8").dense, "a quantized head is not the user's own attention"
 
 
@@ -675,9 +701,9 @@ RECIPES: dict[str, tuple[Recipe, dict[str, Any], Recipe]] = {
         Recipe((Method(Patches(4, 32), Draft(None, 0.9, hold=2, **FAITHFUL), "int8_fp8"),), 0.3, 2),
     ),
     "cached": (
-        Recipe((Method(Patches(), Draft(0.25), reuse=Reuse(3)),)),
+        Recipe((Method(Patches(), Draft(0.25), rest=Kept(3)),)),
         {"density": 0.3, "every": 4, "dense_steps": 0.1, "dense_layers": 1, "precision": "int8"},
-        Recipe((Method(Patches(), Draft(0.3), "int8", Reuse(4)),), 0.1, 1),
+        Recipe((Method(Patches(), Draft(0.3), "int8", Kept(4)),), 0.1, 1),
     ),
     "reordered": (
         Recipe((Method(HWF, Draft(0.5), AUTO),)),

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from diffusers_accel import Plan, patch, unpatch
 from diffusers_accel.families import find
 from diffusers_accel.methods import AUTO, NAMED, Band, Draft, Method, Patches, Stored
-from diffusers_accel.methods.stored import packed
+from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.plan import PlanError, Span
 from diffusers_accel.shape import ModelShape
 from tests.tiny import (
@@ -319,7 +319,7 @@ def test_block_lists_of_one_part_of_the_schedule_are_held() -> None:
             done.step(step, 2)
             transformer(**inputs())
             assert done.report().density == pytest.approx(density)
-            assert len(deals) == LAYERS
+            assert len(deals.all()) == LAYERS
 
 
 def test_block_lists_of_stored_masks_go_when_another_method_takes_over() -> None:
@@ -333,4 +333,4 @@ def test_block_lists_of_stored_masks_go_when_another_method_takes_over() -> None
         for step, held in ((0, LAYERS), (1, 1), (0, 1 + LAYERS)):  # the layers share the lists of a band
             done.step(step, 2)
             transformer(**inputs())
-            assert len(deals) == held
+            assert len(deals.all()) == held

@@ -19,16 +19,18 @@ from torch._dynamo.testing import CompileCounter
 
 from diffusers_accel import Plan, patch, unpatch
 from diffusers_accel.api import attach
-from diffusers_accel.engine import MAX_LAYOUTS
+from diffusers_accel.call import AttentionCall
+from diffusers_accel.deals import MAX_LAYOUTS
 from diffusers_accel.families import COGVIDEOX, WAN, find, list_families
 from diffusers_accel.kernels.attention import attention
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import BLOCK, DENSE, AxisOrder, Band, Context, Method, Recipe, Skip, Stripe
+from diffusers_accel.methods import BLOCK, DENSE, AxisOrder, Band, Method, Recipe, Skip, Stripe
 from diffusers_accel.plan import PlanError
 from diffusers_accel.processor import SITES
 from diffusers_accel.shape import ModelShape
-from diffusers_accel.site import Site
+from diffusers_accel.site import Rows
+from tests.stages import mask_of
 from tests.tiny import (
     HEAD_DIM,
     HEADS,
@@ -134,10 +136,10 @@ def test_sparse_layers_compute_exactly_the_blocks_of_the_plan() -> None:
     transformer = tiny_wan_transformer()
     with patch(transformer, Recipe(heads=MIXED.heads)) as done, torch.no_grad():
         transformer(**model_inputs(32))  # the layout is what the model last saw
-        assert done.sites[0].layout() == layout
+        assert done.sites[0].model.rows(2) == [Rows(0, 2, layout)]
         out = done.sites[0].attend(q, k, v)
     for head, method in enumerate(MIXED.heads):
-        mask = method.mask(Context(layout, "transformer", 0, (head,)))[:1, None]
+        mask = mask_of(method, layout, heads=(head,))[None]
         order = method.order.index(layout)
         pattern = BlockPattern.from_mask(mask, layout.tokens, layout.tokens, BLOCK, BLOCK)
         one = slice(head, head + 1)
@@ -167,15 +169,13 @@ def test_clock_reads_step_and_branch(experts: int, source: str, monkeypatch: pyt
     seen: list[tuple[Any, str]] = []
 
     class Watch:
-        def __init__(self, site: Site) -> None:
-            self.site = site
+        def attend(self, call: AttentionCall, q: Any, k: Any, v: Any) -> torch.Tensor:
+            if call.layer == 0:
+                seen.append((call.now, call.branch))
+            assert call.dense is not None
+            return call.dense(q, k, v)
 
-        def attend(self, q: Any, k: Any, v: Any, dense: Any) -> torch.Tensor:
-            if self.site.layer == 0:
-                seen.append((self.site.clock.now(), self.site.clock.branch))
-            return dense(q, k, v)
-
-    with attach(pipe, Watch):
+    with attach(pipe, lambda site: Watch()):
         frames(pipe)
         frames(pipe, num_inference_steps=3)
     expected = [((i, n), branch) for n in (5, 3) for i in range(n) for branch in ("cond", "uncond")]
@@ -317,7 +317,7 @@ def test_calibrated_stripes_differ_by_layer() -> None:
     transformer = tiny_wan_transformer()
     with patch(transformer, plan) as done, torch.no_grad():
         transformer(**model_inputs(32))
-        patterns = [dealt.launches[0].pattern for dealt in done.sites[0].engine._deals.values()]
+        patterns = [dealt.launches[0].pattern for dealt in done.sites[0].engine._deals.all()]
     assert len(patterns) == LAYERS
     assert [int(p.mask()[0, 0].all(0).nonzero()[0]) for p in patterns if p is not None] == [0, 2, 4]
 
@@ -339,11 +339,11 @@ def test_the_preset_stays_dense_on_short_sequences_and_says_why() -> None:
 def test_block_lists_are_kept_for_a_few_layouts_only() -> None:
     transformer = tiny_wan_transformer()
     with patch(transformer, BAND) as done, torch.no_grad():
-        launches = done.sites[0].engine._deals
+        deals = done.sites[0].engine._deals
         sizes = []
         for size in range(16, 16 + 2 * (MAX_LAYOUTS + 1), 2):
             transformer(**model_inputs(size))
-            sizes.append(len(launches))
+            sizes.append(len(deals.all()))
     assert sizes == [*range(1, MAX_LAYOUTS + 1), 1]
 
 

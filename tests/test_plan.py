@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import string
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from diffusers_accel.files import strict_json
-from diffusers_accel.methods import AUTO, NAMED, All, AxisOrder, Band, Draft, Method, Patches, Reuse, Skip, Stripe
+from diffusers_accel.files import FlushError, strict_json
+from diffusers_accel.methods import AUTO, NAMED, All, AxisOrder, Band, Draft, Kept, Method, Patches, Skip, Stripe
 from diffusers_accel.plan import ModelShape, Plan, PlanError, Span
 
 # A plan as version 1 was saved before plans had a checksum.
@@ -179,9 +180,9 @@ EDITED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         r"the plan: expected only the keys format, .* found the unknown key 'colour'",
     ),
     "missing key": (lambda data: data.pop("budget"), r"the plan: expected the keys .* found none called 'budget'"),
-    "newer version": (rewrite(version=2), r"version: expected 1, found 2; upgrade diffusers-accel"),
-    "older version": (rewrite(version=0), r"version: expected 1, found 0; search the plan again"),
-    "bool version": (rewrite(version=True), r"version: expected 1, found True"),
+    "newer version": (rewrite(version=3), r"version: expected 2, found 3; upgrade diffusers-accel"),
+    "older version": (rewrite(version=0), r"version: expected 2, found 0; search the plan again"),
+    "bool version": (rewrite(version=True), r"version: expected 2, found True"),
     "other format": (rewrite(format="other.plan"), r'format: expected "diffusers_accel\.plan", found \'other\.plan\''),
     "models as list": (rewrite(models=[]), r"models: expected an object, found a list"),
     "model without heads": (
@@ -232,8 +233,16 @@ EDITED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         r"methods\.a: select\.floor: expected a whole number of at most 2,147,483,647, found 46",
     ),
     "interval of bool": (
-        lambda data: data["methods"].update(a={"select": {"kind": "draft"}, "reuse": {"every": True}}),
-        r"methods\.a: reuse\.every: expected int, found True",
+        lambda data: data["methods"].update(a={"select": {"kind": "draft"}, "rest": {"kind": "kept", "every": True}}),
+        r"methods\.a: rest\.every: expected int, found True",
+    ),
+    "rest of no kind": (
+        lambda data: data["methods"].update(a={"select": {"kind": "draft"}, "rest": {"every": 3}}),
+        r"methods\.a: rest\.kind: expected one of \['drop', 'kept', 'pooled'\], found None",
+    ),
+    "rest of version 1": (
+        lambda data: data["methods"].update(a={"select": {"kind": "draft"}, "reuse": {"every": 3}}),
+        r"methods\.a: a method: unknown key 'reuse'",
     ),
     "precision of a list": (lambda data: data["methods"]["a"].update(precision=["int8"]), r"methods\.a: precision: "),
     "meaningless method": (lambda data: data["methods"]["."].update(order="hwf"), r"methods\.\.: .*order"),
@@ -348,9 +357,38 @@ def test_a_plan_saved_before_there_was_a_checksum_still_loads(tmp_path: Path) ->
     path = tmp_path / "plan.json"
     path.write_text(EARLIER)
     found = Plan.load(path)
-    assert found.method(1, "transformer", 1, 1) == Method(Patches(), Draft(0.3), "int8", Reuse(3))
+    assert found.method(1, "transformer", 1, 1) == Method(Patches(), Draft(0.3), "int8", Kept(3))
     found.save(path)
-    assert Plan.load(path) == found and "sha256" in json.loads(path.read_text())
+    saved = json.loads(path.read_text())
+    assert Plan.load(path) == found and "sha256" in saved
+    assert saved["version"] == 2 and saved["methods"]["a"]["rest"] == {"kind": "kept", "every": 3, "gated": False}
+
+
+@pytest.mark.parametrize(
+    ("reuse", "message"),
+    [
+        ({"every": 1}, r"methods\.a: rest: .*expected 2 or more, found 1"),
+        ({"every": True}, r"methods\.a: rest\.every: expected int, found True"),
+        ({"age": 3}, r"methods\.a: rest 'kept': unknown key 'age'"),
+        ({"kind": "pooled"}, r"methods\.a: a method: unknown key 'reuse'"),
+        (None, r"methods\.a: rest\.kind: expected one of .*, found None"),
+        ("often", r"methods\.a: rest\.kind: expected one of .*, found None"),
+    ],
+)
+def test_what_version_1_kept_is_checked_as_what_version_2_keeps(reuse: Any, message: str, tmp_path: Path) -> None:
+    data = json.loads(EARLIER)
+    data["methods"]["a"]["reuse"] = reuse
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=message):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_method_says_what_it_keeps_once(tmp_path: Path) -> None:
+    data = json.loads(EARLIER)
+    data["methods"]["a"]["rest"] = {"kind": "pooled"}
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=r"methods\.a: a method: unknown key 'reuse'"):
+        Plan.load(tmp_path / "plan.json")
 
 
 class Trap:
@@ -435,11 +473,14 @@ def fail(*args: Any, **kwargs: Any) -> None:
     raise OSError("disk full")
 
 
-@pytest.mark.parametrize(("broken", "at"), [("fsync", 1), ("fsync", 2), ("fsync", 3), ("replace", 1), ("replace", 2)])
+@pytest.mark.parametrize(("broken", "at"), [("fsync", 1), ("fsync", 2), ("replace", 1), ("replace", 2)])
 def test_a_failed_save_keeps_the_old_plan(
     broken: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever write fails, of the side file (first) or of the JSON (last), what was saved before still loads."""
+    """Whatever fails up to the JSON's new name, what was saved before still loads.
+
+    Flushed are the side file, the JSON, and the folder with the side file's name.
+    """
     path = tmp_path / "plan.json"
     old = plan()
     old.save(path)
@@ -463,6 +504,33 @@ def test_a_failed_save_keeps_the_old_plan(
     assert not list(tmp_path.glob(".*")), "a temporary file was left behind"
     newer.save(path)
     assert Plan.load(path) == newer
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are not flushed on Windows")
+def test_a_folder_that_cannot_be_flushed_holds_the_new_plan_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last flush comes after the new name: the plan is there, and only a power cut may bring the old one back."""
+    path = tmp_path / "plan.json"
+    plan().save(path)
+    newer = plan(budget={"speedup": 2.0}, tensors={"stripe_mass/transformer": torch.zeros(2, 3, 1, 1)})
+    named: list[str] = []
+    replace, fsync = os.replace, os.fsync
+
+    def flush(descriptor: int) -> None:
+        if path.name in named:
+            fail()
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda a, b: (replace(a, b), named.append(Path(b).name)))
+        patch.setattr(os, "fsync", flush)
+        with pytest.raises(
+            FlushError, match=r"plan\.json: was written, but the folder .* disk full; the new one is in its"
+        ):
+            newer.save(path)
+    assert Plan.load(path) == newer
+    assert not list(tmp_path.glob(".*")), "a temporary file was left behind"
 
 
 def test_the_example_of_the_docs_is_a_plan(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from diffusers_accel.kernels import pattern as patterns
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.log import LOG
 from diffusers_accel.methods import BLOCK, NAMED, AxisOrder, Draft, Method, Recipe, Skip, Stored
-from diffusers_accel.methods.stored import packed
+from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.plan import PlanError
 from diffusers_accel.shape import ModelShape
 from tests.tiny import HEAD_DIM, HEADS, LAYERS, tiny_wan, tiny_wan_call
@@ -157,11 +157,11 @@ def test_unpatch_frees_what_was_kept_though_the_patch_is_held() -> None:
         (engine, *_) = (site.engine for site in done.sites)
         kept = [weakref.ref(held.out) for memory in engine._memories._kept.values() for held in memory.held.values()]
         small = weakref.ref(patterns.head_index((0, 2), torch.device("cpu")))
-        assert kept and all(ref() is not None for ref in kept) and engine._deals and small() is not None
+        assert kept and all(ref() is not None for ref in kept) and engine._deals.all() and small() is not None
         calls = done.report().rows[0]["calls"]
         take_off(pipe, done)
         gc.collect()
-        assert not engine._deals and all(ref() is None for ref in kept) and small() is None
+        assert not engine._deals.all() and all(ref() is None for ref in kept) and small() is None
         assert done.report().rows[0]["calls"] == calls, "what ran is still known"
 
 

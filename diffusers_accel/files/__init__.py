@@ -18,7 +18,7 @@ from diffusers_accel.files.documents import (
     save_document,
     save_tensor_document,
 )
-from diffusers_accel.files.errors import FileError, WriteError, printable, quoted
+from diffusers_accel.files.errors import FileError, FlushError, WriteError, printable, quoted
 from diffusers_accel.files.lines import append_line, encode_line, read_lines
 from diffusers_accel.files.lock import only_writer
 from diffusers_accel.files.reading import read_bytes
@@ -31,6 +31,7 @@ from diffusers_accel.files.whole_folder import prepare_whole_folder, whole_folde
 
 __all__ = [
     "FileError",
+    "FlushError",
     "Kind",
     "Schema",
     "TensorFile",

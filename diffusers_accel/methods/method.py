@@ -87,6 +87,12 @@ class Method:
         return self.rest.remembers or self.select.reselect_every > 1
 
     @property
+    def period(self) -> int | None:
+        """After how many steps it makes anew what it uses again until then; None where it uses nothing again."""
+        held = self.select.reselect_every
+        return self.rest.period or (held if held > 1 else None)
+
+    @property
     def expected_density(self) -> float | None:
         """The share of the blocks that it computes, in the mean over the schedule; None where that is not known ahead."""
         return self.rest.expected_density(self.select.expected_density)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from diffusers_accel.files import quoted
 from diffusers_accel.methods.method import AUTO, DENSE, Method
 from diffusers_accel.methods.orders import AxisOrder, Patches
-from diffusers_accel.methods.rests import Kept
+from diffusers_accel.methods.rest import Rest
+from diffusers_accel.methods.rests import RESTS, Kept
 from diffusers_accel.methods.selects import All, Band, Draft
+from diffusers_accel.suggest import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,13 @@ def dense(precision: str = "input") -> Recipe:
     return Recipe(heads=(Method(select=All(), precision=precision),))
 
 
-def pattern(density: float = 0.5, dense_steps: float = 0.2, dense_layers: int = 0, precision: str = "input") -> Recipe:
+def pattern(
+    density: float = 0.5,
+    dense_steps: float = 0.2,
+    dense_layers: int = 0,
+    precision: str = "input",
+    rest: str = "drop",
+) -> Recipe:
     """Sparse-vDiT's patterns (arXiv 2506.03065) without its search.
 
     The paper decides each head's mode by profiling; without a plan no head's taste is known, so even heads take the band
@@ -63,8 +71,9 @@ def pattern(density: float = 0.5, dense_steps: float = 0.2, dense_layers: int = 
         dense_steps: share of the schedule that stays dense at its start, where the layout of the video is decided.
         dense_layers: number of first layers that stay dense.
         precision: of the products, "input", "int8" or "int8_fp8".
+        rest: what happens to the blocks that are not read: "drop" or "pooled" (each takes part as its mean).
     """
-    heads = tuple(Method(order=AxisOrder(axes), select=Band(density), precision=precision) for axes in ("fhw", "hwf"))
+    heads = tuple(Method(AxisOrder(axes), Band(density), precision, _rest(rest)) for axes in ("fhw", "hwf"))
     return Recipe(heads=heads, dense_steps=dense_steps, dense_layers=dense_layers)
 
 
@@ -80,6 +89,7 @@ def draft(
     dense_steps: float = 0.25,
     dense_layers: int = 1,
     precision: str = "input",
+    rest: str = "drop",
 ) -> Recipe:
     """DraftAttention (arXiv 2505.14708): a low-resolution attention map, computed anew at each call, guides the full one.
 
@@ -98,11 +108,12 @@ def draft(
         dense_steps: share of the schedule that stays dense at its start.
         dense_layers: number of first layers that stay dense.
         precision: of the products, "input", "int8" or "int8_fp8".
+        rest: what happens to the blocks that are not read: "drop" or "pooled" (each takes part as its mean).
     """
     if density is None and mass is None:
         density = 0.25
     select = Draft(density, mass, rule, floor, diagonal, first_frame, hold)
-    method = Method(order=Patches(*patch), select=select, precision=precision)
+    method = Method(Patches(*patch), select, precision, _rest(rest))
     return Recipe(heads=(method,), dense_steps=dense_steps, dense_layers=dense_layers)
 
 
@@ -121,12 +132,17 @@ def cached(
         dense_layers: number of first layers that stay dense.
         precision: of the products, "input", "int8" or "int8_fp8".
     """
-    method = Method(order=Patches(), select=Draft(density), precision=precision, rest=Kept(every))
+    method = Method(Patches(), Draft(density), precision, Kept(every))
     return Recipe(heads=(method,), dense_steps=dense_steps, dense_layers=dense_layers)
 
 
 def reordered(
-    density: float = 0.5, axes: str = "hwf", dense_steps: float = 0.0, dense_layers: int = 0, precision: str = AUTO
+    density: float = 0.5,
+    axes: str = "hwf",
+    dense_steps: float = 0.0,
+    dense_layers: int = 0,
+    precision: str = AUTO,
+    rest: str = "drop",
 ) -> Recipe:
     """PAROAttention (arXiv 2506.16054) without its calibration: reordered tokens, sparse blocks, quantized products.
 
@@ -139,9 +155,21 @@ def reordered(
         dense_steps: share of the schedule that stays dense at its start; the paper has none.
         dense_layers: number of first layers that stay dense.
         precision: of the products; "auto" is "int8" on a GPU and "input" on a CPU, where int8 would only be simulated.
+        rest: what happens to the blocks that are not read: "drop" or "pooled" (each takes part as its mean).
     """
-    method = Method(order=AxisOrder(axes), select=Draft(density), precision=precision)
+    method = Method(AxisOrder(axes), Draft(density), precision, _rest(rest))
     return Recipe(heads=(method,), dense_steps=dense_steps, dense_layers=dense_layers)
+
+
+PLAIN_RESTS = {kind: each for kind, each in RESTS.items() if not each.remembers}  # "cached" is the method that keeps
+
+
+def _rest(kind: str) -> Rest:
+    if kind not in PLAIN_RESTS:
+        raise ValueError(
+            f"rest: expected one of {', '.join(PLAIN_RESTS)}, found {quoted(kind)}{did_you_mean(kind, PLAIN_RESTS)}"
+        )
+    return PLAIN_RESTS[kind]()
 
 
 NAMED: dict[str, Callable[..., Recipe]] = {

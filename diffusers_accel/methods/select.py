@@ -117,6 +117,11 @@ class Select(ABC):
         """
         return None
 
+    def starved(self, pattern: BlockPattern, layout: TokenLayout) -> Tensor | None:
+        """Which share of the video's query blocks read nothing of the video, 0-d and on the pattern's device; None where that
+        cannot be."""
+        return None
+
     @abstractmethod
     def pattern(self, call: AttentionCall, order: Order, tensors: Tensors, inputs: Inputs) -> BlockPattern:
         """The block lists of the heads of a call: [1 or B, heads, query blocks, capacity], on the device of the inputs.

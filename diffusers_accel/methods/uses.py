@@ -22,7 +22,8 @@ class Uses:
     Args:
         symbol, label: of the method, for messages.
         heads: (layer, head) of each, in order.
-        layouts: the layout that the plan was made for, as far as it tells it: one for each place where text may be.
+        grid: frames, rows and columns of the tokens for which the plan was made; None where it does not tell them.
+        layouts: the layout that it was made for, one for each place where text may be; empty where it does not tell it whole.
     """
 
     transformer: str
@@ -30,6 +31,7 @@ class Uses:
     symbol: str
     label: str
     heads: tuple[tuple[int, int], ...]
+    grid: tuple[int, int, int] | None = None
     layouts: tuple[TokenLayout, ...] = ()
 
     def tensor(self, tensors: Tensors, name: str) -> Tensor:

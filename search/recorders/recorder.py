@@ -13,6 +13,7 @@ from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import Method
 from diffusers_accel.search.measure import SampledHeads
 from diffusers_accel.search.scores_file import Array
+from diffusers_accel.search.stored_masks import USUAL_MASKS, MaskSettings
 from diffusers_accel.shape import ModelShape
 
 Kinds = dict[str, tuple[tuple[int, ...], str]]  # name of an array without its transformer -> shape and dtype
@@ -26,6 +27,7 @@ class Recorder(ABC):
         sums: the arrays of this pass, to which it adds.
         before: those of the earlier passes.
         models: the transformers.
+        masks: how stored masks are chosen.
 
     Class attributes:
         splits_rows: it looks at half of the sampled rows, at which no errors are measured.
@@ -41,11 +43,13 @@ class Recorder(ABC):
         sums: dict[str, Array],
         before: Mapping[str, Array],
         models: Mapping[str, ModelShape],
+        masks: MaskSettings = USUAL_MASKS,
     ) -> None:
         self.candidates = tuple(candidates)
         self.sums = sums
         self.before = before
         self.models = models
+        self.masks = masks
 
     @classmethod
     @abstractmethod

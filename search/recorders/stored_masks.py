@@ -76,7 +76,7 @@ class StoredMasks(Recorder):
     def found(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for name in self.models:
-            orders = best_orders(self.before[f"order_sparse/{name}"], self.before[f"order_quant/{name}"])
+            orders = best_orders(self.before[f"order_sparse/{name}"], self.before[f"order_quant/{name}"], self.masks)
             for method in _stored(self.candidates):
                 own = orders == self._orders.index(method.order.label)
                 tensors |= self.tensors(self.candidates, self.before, name, method, own)
@@ -96,8 +96,10 @@ class StoredMasks(Recorder):
             q_some, k_some, v_some = (x[-1:, :, some] for x in (q, k, v))
             if not decided:
                 lse = attend_densely(q_some, k_some, v_some)[1]
-                sparse[layer, some], quant[layer, some] = order_scores(q_some, k_some, lse, layout, self._orders)
-            orders = best_orders(sparse[layer, some], quant[layer, some])
+                sparse[layer, some], quant[layer, some] = order_scores(
+                    q_some, k_some, lse, layout, self._orders, self.masks
+                )
+            orders = best_orders(sparse[layer, some], quant[layer, some], self.masks)
             for order in np.unique(orders):
                 sequence = parse_order(self._orders[order]).index(layout).to(q.device)
                 own = torch.from_numpy(np.flatnonzero(orders == order)).to(q.device)

@@ -10,27 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_accel.layout import TokenLayout
+from diffusers_accel.call import AttentionCall
+from diffusers_accel.kernels.pool import pool
 from diffusers_accel.methods import (
     BLOCK,
     DENSE,
     AxisOrder,
     Band,
-    Context,
     Draft,
+    Drop,
+    Kept,
     Method,
     Patches,
+    Pooled,
     Recipe,
-    Reuse,
     Skip,
     Stored,
     Stripe,
 )
-from diffusers_accel.methods.reuse import begun
-from diffusers_accel.methods.stored import packed
+from diffusers_accel.methods.blocks import part_of
+from diffusers_accel.methods.select import Inputs
+from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.plan import Plan, Span
 from diffusers_accel.shape import ModelShape
-from diffusers_accel.site import DenseAttention, Engine, Site
+from diffusers_accel.site import Engine
 from tests.tiny import (
     HEAD_DIM,
     HEADS,
@@ -132,9 +135,10 @@ def method(random: Random, plain: bool = False) -> Method:
             )
         )
         precision = random.choice(("input", "input", "input", "int8"))
-        reuse = random.choice((None, None, Reuse(random.randrange(2, 5)), None if plain else Reuse(gated=True)))
+        kept = Kept(random.randrange(2, 5)), Drop() if plain else Kept(gated=True)
+        rest = random.choice((Drop(), Drop(), Pooled(), *kept))
         try:
-            return Method(order, select, precision, reuse)
+            return Method(order, select, precision, rest)
         except ValueError:
             continue
 
@@ -158,7 +162,7 @@ def tensors(generator: torch.Generator, names: tuple[str, ...], blocks: int) -> 
 
 
 @dataclass
-class Kept:
+class Remembered:
     """What a head keeps: the mask that it read, when it chose and refreshed it, and the rest of attention then."""
 
     step: int
@@ -173,73 +177,85 @@ class Oracle:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._kept: dict[Any, Kept] = {}
+        self._kept: dict[Any, Remembered] = {}
 
-    def heads(self, site: Site, engine: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> list[Head]:
-        now, layout = site.clock.now(), site.layout()
+    def heads(self, call: AttentionCall, engine: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> list[Head]:
+        now = call.now
         assert now is not None
         span = self.plan.span_at(*now)
-        row = self.plan.spans[span].heads[site.transformer][site.layer]
+        row = self.plan.spans[span].heads[call.transformer][call.layer]
         # A gate that is always open makes a head dense, and its neighbours are then a group of their own.
-        methods = engine._methods[span]
+        methods = engine._mixes[span].methods
         found = []
         for head, symbol in enumerate(row):
             method = self.plan.methods[symbol]
             group = method, tuple(each for each, other in enumerate(methods) if other == method)
-            ctx = Context(layout, site.transformer, site.layer, (head,), self.plan.tensors, now)
             own = q[:, :, head], k[:, :, head], v[:, :, head]
-            key = site.transformer, site.layer, site.branch, site.rows, head, group
-            expected = self._head(methods[head], ctx, own, key)
-            what = f"step {now[0]} of {now[1]}, {site.transformer} layer {site.layer} head {head}, {method.label}, {site.branch}"
+            key = call.transformer, call.layer, call.branch, call.rows, head, group
+            expected = self._head(methods[head], call.of((head,)), own, key)
+            what = f"step {now[0]} of {now[1]}, {call.transformer} layer {call.layer} head {head}, {method.label}, {call.branch}"
             found.append(Head(what, method, out[:, :, head], expected))
         return found
 
-    def _head(self, method: Method, ctx: Context, qkv: tuple[Tensor, Tensor, Tensor], key: Any) -> Tensor:
+    def _head(self, method: Method, call: AttentionCall, qkv: tuple[Tensor, Tensor, Tensor], key: Any) -> Tensor:
         if method.skips:
             return torch.zeros_like(qkv[0])
-        assert ctx.now is not None
-        order = method.order.index(ctx.layout)
-        q, k, v = qkv[0][:, order], qkv[1][:, order[: ctx.layout.keys]], qkv[2][:, order[: ctx.layout.keys]]
-        step = ctx.now[0]
+        assert call.now is not None
+        order = method.order.index(call.layout)
+        q, k, v = qkv[0][:, order], qkv[1][:, order[: call.layout.keys]], qkv[2][:, order[: call.layout.keys]]
+        step = call.now[0]
         kept = self._kept.get(key)
         if kept is not None and kept.step != step - 1:
             kept = None  # nothing is kept over a gap, or from another generation
         selects = kept is None or not method.timed
-        if kept is not None and method.reuse:
-            selects = due(method.reuse, ctx, kept.refreshed)
+        if kept is not None and isinstance(method.rest, Kept):
+            selects = self._due(method.rest, call, kept.refreshed)
         elif kept is not None and isinstance(method.select, Draft):
             selects = step - kept.selected >= method.select.hold
-        mask = token_mask(method, ctx, q, k) if selects or kept is None else kept.mask
+        mask = self._token_mask(method, call, q, k) if selects or kept is None else kept.mask
         out, lse = attend(q, k, v, mask)
         rest = None
-        if method.reuse:
+        if isinstance(method.rest, Pooled):
+            out = merged((out, lse), attend_to_means(q, k, v, mask))
+        if isinstance(method.rest, Kept):
             rest = attend(q, k, v, ~mask) if selects or kept is None else kept.rest
             assert rest is not None
             out = merged((out, lse), rest)
         if method.timed:
-            last = kept or Kept(step, step, step, mask, rest)
-            self._kept[key] = Kept(
+            last = kept or Remembered(step, step, step, mask, rest)
+            self._kept[key] = Remembered(
                 step, step if selects else last.selected, step if selects else last.refreshed, mask, rest
             )
         result = torch.empty_like(out)
         result[:, order] = out
         return result
 
+    def _due(self, rest: Kept, call: AttentionCall, refreshed: int) -> bool:
+        assert call.now is not None
+        step, steps = call.now
+        gate = rest.gate(call.place, call.heads, self.plan.tensors)
+        if gate is None:
+            return step - refreshed >= rest.every
+        begun = range(part_of((step - 1, steps), len(gate)) + 1, part_of(call.now, len(gate)) + 1)
+        return bool(gate[list(begun)].any())
 
-def due(reuse: Reuse, ctx: Context, refreshed: int) -> bool:
-    gate = reuse.gate(ctx)
-    assert ctx.now is not None
-    return bool(gate[begun(ctx.now, len(gate))].any()) if gate is not None else ctx.now[0] - refreshed >= reuse.every
+    def _token_mask(self, method: Method, call: AttentionCall, q: Tensor, k: Tensor) -> Tensor:
+        """bool [1 or B, S, keys], in the method's order."""
+        if not method.select.wants:
+            inputs = Inputs(q.device)
+        else:
+            inputs = Inputs(q.device, (pool(q[:, :, None], BLOCK), pool(k[:, :, None], BLOCK)))
+        return method.select.pattern(call, method.order, self.plan.tensors, inputs).token_mask()[:, 0]
 
 
-def token_mask(method: Method, ctx: Context, q: Tensor, k: Tensor) -> Tensor:
-    """bool [1 or B, S, keys], in the method's order."""
-    layout: TokenLayout = ctx.layout
-    if isinstance(method.select, Draft):
-        pattern = method.select.pattern(q[:, :, None], k[:, :, None], layout, method.order)
-        return pattern.token_mask()[:, 0]
-    blocks = method.mask(ctx)[:1]
-    return blocks.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)[:, : layout.tokens, : layout.keys]
+def attend_to_means(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to the mean key and value of each block that a mask leaves out, as if all its keys were equal, and its
+    log-sum-exp."""
+    means = [torch.stack([block.double().mean(1) for block in x.split(BLOCK, 1)], 1) for x in (k, v)]
+    sizes = torch.tensor([block.shape[1] for block in k.split(BLOCK, 1)])
+    scores = (q.double() @ means[0].transpose(1, 2)) * q.shape[-1] ** -0.5 + sizes.log()
+    scores = scores.masked_fill(mask[..., ::BLOCK], -torch.inf)
+    return scores.softmax(-1).nan_to_num(0.0) @ means[1], scores.logsumexp(-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,17 +273,17 @@ def merged(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
 class Watching:
     """Stands in for an engine and hands every head to the oracle."""
 
-    def __init__(self, site: Site, engine: Engine, oracle: Oracle, tell: Callable[[Head], None]) -> None:
-        self.site, self.engine, self.oracle, self.tell = site, engine, oracle, tell
+    def __init__(self, engine: Engine, oracle: Oracle, tell: Callable[[Head], None]) -> None:
+        self.engine, self.oracle, self.tell = engine, oracle, tell
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
+    def attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         before = [x.clone() for x in (q, k, v)]
-        out = self.engine.attend(q, k, v, dense)
+        out = self.engine.attend(call, q, k, v)
         assert all(map(torch.equal, before, (q, k, v))), "attention changes its inputs"
-        for head in self.oracle.heads(self.site, self.engine, q, k, v, out):
+        for head in self.oracle.heads(call, self.engine, q, k, v, out):
             self.tell(head)
         return out
 

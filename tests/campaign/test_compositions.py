@@ -24,7 +24,7 @@ def test_compositions(campaign: Campaign) -> None:
         with patch(drawn.pipe, drawn.plan, max_cache=1.0) as patched:
             oracle = Oracle(patched.plan)
             for site in patched.sites:
-                site.engine = Watching(site, site.engine, oracle, tell)
+                site.engine = Watching(site.engine, oracle, tell)
             for seed in (0, 1):  # the second finds what the first may have left
                 drawn.pipe(**{**drawn.call, "generator": torch.Generator().manual_seed(seed)})
                 if not campaign.long:

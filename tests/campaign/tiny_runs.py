@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Method, Patches, Reuse, Skip, Stored, Stripe
-from diffusers_accel.methods.stored import packed
+from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Skip, Stored, Stripe
+from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.plan import Plan, Span
 from diffusers_accel.shape import ModelShape
 from tests.tiny import HEAD_DIM, HEADS, LAYERS, TEXT_DIM, tiny_wan
@@ -26,7 +26,7 @@ CANDIDATES = (
     Method(select=Band(0.4)),
     Method(select=Stripe(0.4, calibrated=True)),
     Method(AxisOrder("hwf"), Stored(0.5)),
-    Method(Patches(), Draft(0.4), reuse=Reuse(2)),
+    Method(Patches(), Draft(0.4), rest=Kept(2)),
 )
 
 
@@ -56,9 +56,9 @@ def every_kind() -> Plan:
         "a": Method(AxisOrder("hwf"), Band(0.4)),
         "b": Method(select=Stripe(0.4, calibrated=True)),
         "c": Method(AxisOrder("wfh"), Stored(0.5)),
-        "d": Method(Patches(), Draft(0.4), reuse=Reuse(gated=True)),
+        "d": Method(Patches(), Draft(0.4), rest=Kept(gated=True)),
         "e": Method(Patches(4, 4), Draft(None, 0.6), precision="int8"),
-        "f": Method(select=Band(0.5, False), reuse=Reuse(2)),
+        "f": Method(select=Band(0.5, False), rest=Kept(2)),
     }
     generator = torch.Generator().manual_seed(0)
     masks = torch.rand(2, 3, BLOCKS, BLOCKS, generator=generator) < 0.5

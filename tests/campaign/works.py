@@ -17,9 +17,9 @@ import torch
 from diffusers_accel.evals import kernel_bench as bench
 from diffusers_accel.evals.clip_record import ClipRecord
 from diffusers_accel.evals.compare import compare
-from diffusers_accel.evals.kept import Kept
+from diffusers_accel.evals.kept import Kept as KeptClips
 from diffusers_accel.evals.shapes.run_state import RunState
-from diffusers_accel.methods import AxisOrder, Draft, Method, Patches, Reuse
+from diffusers_accel.methods import AxisOrder, Draft, Kept, Method, Patches
 from diffusers_accel.plan import Plan
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.budget import Budget
@@ -64,7 +64,7 @@ def search(folder: Path, note: Note) -> None:
 
 
 def calibrate(folder: Path, note: Note) -> None:
-    methods = (Method(Patches(), Draft(0.4), reuse=Reuse(2)), Method(AxisOrder("hwf"), Draft(0.5), reuse=Reuse(3)))
+    methods = (Method(Patches(), Draft(0.4), rest=Kept(2)), Method(AxisOrder("hwf"), Draft(0.5), rest=Kept(3)))
     before = [Plan.uniform(method, "wan", MODELS) for method in methods]
     for number, plan in enumerate(before):
         gated = calibrate_gates(pipeline(), plan, PROMPTS, call=CALL, progress=False)
@@ -72,13 +72,13 @@ def calibrate(folder: Path, note: Note) -> None:
 
 
 def report(folder: Path, note: Note) -> None:
-    stock = Kept.save
+    stock = KeptClips.save
 
-    def save(self: Kept, number: int, record: ClipRecord) -> None:
+    def save(self: KeptClips, number: int, record: ClipRecord) -> None:
         stock(self, number, record)
         note(f"kept clips {number + 1}")
 
-    Kept.save = save  # type: ignore[method-assign]
+    KeptClips.save = save  # type: ignore[method-assign]
     subjects = {"draft": ("draft", {"density": 0.5})}
     found = compare(
         pipeline(),

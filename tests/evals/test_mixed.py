@@ -40,8 +40,8 @@ def test_each_method_alone_and_all_of_them() -> None:
     assert set(plans) == {"mixed", "pattern", "draft", "cached"} and not missing
     kinds = {name: {m.select.kind for m in plan.methods.values()} - {"all"} for name, plan in plans.items()}
     assert kinds["draft"] == {"draft"} and kinds["pattern"] <= {"skip", "band", "stripe"} and len(kinds["mixed"]) > 2
-    assert all(m.reuse for m in plans["cached"].methods.values() if m != DENSE)
-    assert not any(m.reuse for m in plans["draft"].methods.values())
+    assert all(m.rest.remembers for m in plans["cached"].methods.values() if m != DENSE)
+    assert not any(m.rest.remembers for m in plans["draft"].methods.values())
     errors = {name: plan.provenance["predicted"]["error"] for name, plan in plans.items()}
     assert errors["mixed"] < min(errors[name] for name in ("pattern", "draft", "cached"))
     assert all(plan.provenance["predicted"]["speedup"] >= 1.3 for plan in plans.values())

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from diffusers_accel.evals.measurement import read_rows
 from diffusers_accel.evals.report import charts, check_report_folder, render, words
-from diffusers_accel.evals.report.colours import asked_density, method_colours
+from diffusers_accel.evals.report.colours import method_colours
 from diffusers_accel.evals.report.video import GAIN, encode, encode_difference
 from diffusers_accel.files import WriteError, printable
 from diffusers_accel.methods import (
@@ -25,9 +25,11 @@ from diffusers_accel.methods import (
     AxisOrder,
     Band,
     Draft,
+    Drop,
+    Kept,
     Method,
     Patches,
-    Reuse,
+    Pooled,
     Skip,
     Stored,
     Stripe,
@@ -334,9 +336,9 @@ def many_methods() -> list[Method]:
         methods += [Method(select=select) for select in selects]
         methods += [Method(order=AxisOrder("hwf"), select=select) for select in (Band(density), Stored(density))]
         methods += [
-            Method(Patches(), Draft(density), precision, reuse)
+            Method(Patches(), Draft(density), precision, rest)
             for precision in ("input", "int8")
-            for reuse in (None, Reuse())
+            for rest in (Drop(), Kept(), Pooled())
         ]
     return methods
 
@@ -367,9 +369,10 @@ def test_colours_tell_methods_apart() -> None:
         (Method(select=Skip()), 0.0),
         (Method(select=Draft(0.25)), 0.25),
         (Method(select=Draft(density=None, mass=0.9)), None),
-        (Method(select=Draft(0.25), reuse=Reuse(3)), 0.5),  # a third of the steps dense
-        (Method(select=Draft(0.25), reuse=Reuse(gated=True)), None),
+        (Method(select=Draft(0.25), rest=Kept(3)), 0.5),  # a third of the steps dense
+        (Method(select=Draft(0.25), rest=Kept(gated=True)), None),
+        (Method(select=Draft(0.25), rest=Pooled()), 0.25),
     ],
 )
 def test_density_that_a_method_asks_for(method: Method, expected: float | None) -> None:
-    assert asked_density(method) == expected
+    assert method.expected_density == expected

@@ -10,7 +10,7 @@ import torch
 
 from diffusers_accel import Plan, patch
 from diffusers_accel.forwards import easycache, schedule
-from diffusers_accel.methods import Draft, Method, Patches, Recipe, Reuse
+from diffusers_accel.methods import Draft, Kept, Method, Patches, Recipe
 from diffusers_accel.plan import Span
 from diffusers_accel.shape import ModelShape
 from tests.tiny import HEAD_DIM, HEADS, LAYERS, TEXT_DIM, tiny_wan, tiny_wan_call, tiny_wan_transformer
@@ -39,7 +39,7 @@ def reused(
 
 
 def caching(every: int) -> Method:
-    return Method(Patches(), Draft(0.34), reuse=Reuse(every))
+    return Method(Patches(), Draft(0.34), rest=Kept(every))
 
 
 def test_a_predicted_step_does_not_empty_what_is_kept() -> None:
@@ -80,7 +80,7 @@ def gated(flagged: set[int]) -> Plan:
     return Plan(
         family="wan",
         models={"transformer": ModelShape(LAYERS, HEADS, HEAD_DIM)},
-        methods={"a": Method(Patches(), Draft(0.34), reuse=Reuse(gated=True))},
+        methods={"a": Method(Patches(), Draft(0.34), rest=Kept(gated=True))},
         spans=(Span(0.0, 1.0, {"transformer": ("a" * HEADS,) * LAYERS}),),
         tensors={"refresh/transformer": gate},
     )

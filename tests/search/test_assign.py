@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Method, Patches, Reuse, Skip
+from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Skip
 from diffusers_accel.search.assign import Assignment, assign
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.cost import Cost
@@ -284,7 +284,7 @@ def test_a_mix_beats_every_single_method():
 def test_what_reuses_costs_its_refreshes_and_errs_by_its_age():
     """7 steps refreshed at the first, fourth and seventh; a span of one step has nothing to reuse."""
     spans = ((0.0, 0.125), (0.125, 1.0))
-    methods = (DENSE, Method(Patches(), Draft(0.2)), Method(Patches(), Draft(0.2), reuse=Reuse(3)))
+    methods = (DENSE, Method(Patches(), Draft(0.2)), Method(Patches(), Draft(0.2), rest=Kept(3)))
     error = np.zeros((2, 1, 2, 3))
     error[..., 1], error[..., 2] = 0.4, 0.05  # of the cached one per step of age
     scores = make_scores(error, densities=(1.0, 0.2, 0.2), spans=spans, calls=(1, 7), methods=methods)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import DENSE, AxisOrder, Band, Context, Draft, Method, Patches, Reuse, Stored
+from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Stored
 from diffusers_accel.search import cost
 from diffusers_accel.search.candidates import candidates
 from diffusers_accel.search.cost import alike, launch_all, time_candidates
-from tests.search.test_measure import HEADS, dense, qkv
+from tests.search.test_measure import HEADS, qkv
+from tests.stages import CPU, call_of, sdpa
 
 LAYOUT = TokenLayout(4, 10, 12)
-CPU = torch.device("cpu")
 
 
 def test_only_what_differs_in_cost_is_timed():
@@ -26,21 +25,21 @@ def test_only_what_differs_in_cost_is_timed():
 
 def test_refreshing_and_reusing_calls_are_timed_apart(monkeypatch):
     """Also where the clock is too coarse for one call: no refresh falls among the reusing calls."""
-    methods = (DENSE, Method(select=Band(0.4)), Method(Patches(4, 8), Draft(0.4), reuse=Reuse(2)))
-    ctx = Context(LAYOUT, "transformer", 0, tuple(range(HEADS)))
-    planned = [launch_all(alike(method), ctx, CPU) for method in methods]
+    methods = (DENSE, Method(select=Band(0.4)), Method(Patches(4, 8), Draft(0.4), rest=Kept(2)))
+    call = call_of(LAYOUT, HEADS, dense=sdpa)
+    planned = [launch_all(alike(method), call, {}, CPU) for method in methods]
     seen: list[tuple[int, int]] = []
 
-    def recorded(deal, q, k, v, dense, *rest):
-        ran = stock(deal, q, k, v, dense, *rest)
-        if rest:
-            seen.append((rest[1][0], ran.reused))
+    def recorded(deal, call, q, k, v, *memory):
+        ran = stock(deal, call, q, k, v, *memory)
+        if memory:
+            seen.append((call.now[0], ran.reused))
         return ran
 
     stock = cost.run
     monkeypatch.setattr(cost, "run", recorded)
     monkeypatch.setattr(cost, "MIN_SECONDS", 0.02)
-    ms, rounds = time_candidates(planned, *qkv(LAYOUT), dense, 0.001)
+    ms, rounds = time_candidates(planned, call, *qkv(LAYOUT), 0.001)
     assert ms.shape == (3, 2) and (ms > 0).all() and rounds == 3
     assert ms[:2, 0] == pytest.approx(ms[:2, 1])  # nothing is reused there
     assert {reused for step, reused in seen if step == 0} == {0}

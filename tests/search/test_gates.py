@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,23 +10,24 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.api import patch
+from diffusers_accel.call import AttentionCall
 from diffusers_accel.families import find
-from diffusers_accel.launch import deal, run
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.memory import Memory
-from diffusers_accel.methods import DENSE, AxisOrder, Band, Context, Draft, Method, Patches, Reuse, Skip, Stored
-from diffusers_accel.methods.stored import packed
+from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Skip, Stored
+from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.plan import Plan, PlanError, Span
 from diffusers_accel.search import gates
 from diffusers_accel.search.gates import WATCHED, Watch, calibrate_gates, summary, watched_blocks
 from diffusers_accel.shape import ModelShape
 from tests.search.test_search import a_call, a_prompt, processors
+from tests.stages import attend
 from tests.tiny import HEAD_DIM, HEADS, LAYERS, tiny_hunyuan, tiny_hunyuan_call, tiny_wan
 
 LAYOUT = TokenLayout(3, 16, 16)
-DRAFT = Method(Patches(), Draft(0.34), reuse=Reuse(3))
-BAND = Method(AxisOrder("hwf"), Band(0.34), reuse=Reuse(2))
-GATED = Reuse(gated=True)
+DRAFT = Method(Patches(), Draft(0.34), rest=Kept(3))
+BAND = Method(AxisOrder("hwf"), Band(0.34), rest=Kept(2))
+GATED = Kept(gated=True)
 NEVER, ALWAYS = {"gamma": -1.0, "max_lse_change": 1e9}, {"gamma": 1.0, "max_lse_change": 0.0}
 
 Call = tuple[Tensor, Tensor, Tensor]
@@ -55,20 +55,15 @@ def watched(plan: Plan, generations: list[list[Call]], branch: str = "cond", **t
     for calls in generations:
         watch.begin()
         for step, qkv in enumerate(calls):
-            watch.attend(site(plan, step, len(calls), branch), *qkv, dense=lambda q, k, v: q)
+            show(watch, qkv, step, len(calls), branch)
     return watch.gate("transformer")[:, 0].bool()
 
 
-def site(plan: Plan, step: int, steps: int, branch: str) -> Any:
-    return SimpleNamespace(
-        transformer="transformer",
-        layer=0,
-        branch=branch,
-        rows=(0, 1),
-        layout=lambda: LAYOUT,
-        clock=SimpleNamespace(now=lambda: (step, steps)),
-        model=SimpleNamespace(shape=plan.models["transformer"]),
-    )
+def show(watch: Any, qkv: Call, step: int, steps: int, branch: str = "cond") -> None:
+    """One call of a layer at a step, whose dense attention is the queries themselves."""
+    heads = tuple(range(qkv[0].shape[2]))
+    call = AttentionCall(LAYOUT, "transformer", 0, heads, branch, now=(step, steps), dense=lambda q, k, v: q)
+    assert watch.attend(None, call, *qkv) is qkv[0]
 
 
 def inputs(heads: int, seed: int = 0) -> Call:
@@ -85,11 +80,10 @@ def columns(gate: Tensor) -> list[str]:
 @pytest.mark.parametrize("method", [DRAFT, BAND], ids=["selected", "fixed"])
 def test_what_is_watched_is_what_a_plan_at_work_keeps(method: Method) -> None:
     plan, memory = one_layer((method,) * 2), Memory()
-    dealt = deal((method,) * 2, Context(LAYOUT, "transformer", 0, (), {}, (0, 2)), torch.device("cpu"))
-    run(dealt, *inputs(2), dense=lambda q, k, v: q, memory=memory, now=(0, 2))
+    attend((method,) * 2, LAYOUT, inputs(2), memory=memory, now=(0, 2))
     (held,) = memory.held.values()
     watch = Watch(plan, 0.85, 0.05)
-    watch.attend(site(plan, 0, 2, "cond"), *inputs(2), dense=lambda q, k, v: q)
+    show(watch, inputs(2), 0, 2)
     ((_, out, lse),) = (each for calibration in watch._calibrations.values() for each in calibration._cached.values())
     torch.testing.assert_close(out, held.out)
     torch.testing.assert_close(lse, held.lse)
@@ -133,7 +127,7 @@ def test_a_refresh_selects_anew() -> None:
     bits, index = Stored(0.5).names(AxisOrder(), "transformer")
     masks = torch.rand(2, 4, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5
     tensors = {bits: packed(masks), index: torch.arange(2, dtype=torch.int32)[None]}
-    stored = one_layer((Method(select=Stored(0.5), reuse=Reuse()),) * 2, tensors)
+    stored = one_layer((Method(select=Stored(0.5), rest=Kept()),) * 2, tensors)
     assert columns(watched(stored, [calls], **strict)) == ["1100", "1010"], "masks that change wait for a refresh"
 
 
@@ -147,7 +141,7 @@ def test_a_refresh_reads_what_matters_then() -> None:
         k[:, seen] += 1
         v[:, 512:] = inputs(1, seed)[2][:, 512:]
         calls.append((q, k, v))
-    method = Method(select=Draft(1 / 3, diagonal=False, first_frame=False), reuse=Reuse())
+    method = Method(select=Draft(1 / 3, diagonal=False, first_frame=False), rest=Kept())
     assert columns(watched(one_layer((method,)), [calls])) == ["110"]
 
 
@@ -163,7 +157,7 @@ def test_nothing_is_held_of_what_runs_no_more() -> None:
         assert held() == (0, 0)
         for step in range(4):
             for branch in ("cond", f"pass {generation}"):
-                watch.attend(site(plan, step, 4, branch), *inputs(2), dense=lambda q, k, v: q)
+                show(watch, inputs(2), step, 4, branch)
             assert held() == (4, 4), "two methods, two passes, one span"
 
 
@@ -238,7 +232,7 @@ def patched(pipe: Any, plan: Plan) -> tuple[np.ndarray, int]:
 def reusing(plan: Plan) -> Tensor:
     """bool [5, layers, heads], of the one transformer."""
     rows = [plan.spans[plan.span_at(step, 5)].heads["transformer"] for step in range(5)]
-    return torch.tensor([[[plan.methods[symbol].reuse is not None for symbol in row] for row in each] for each in rows])
+    return torch.tensor([[[plan.methods[symbol].rest.remembers for symbol in row] for row in each] for each in rows])
 
 
 def test_a_gate_that_always_refreshes_is_dense() -> None:
@@ -254,8 +248,8 @@ def test_a_gate_that_never_fails_refreshes_at_the_first_step_of_a_span(tmp_path:
     before = processors(pipe)
     plan = calibrated(pipe, prompts=2, seed=3, **NEVER)
     assert processors(pipe) == before
-    assert plan.methods == {".": DENSE, "a": Method(Patches(), Draft(0.34), reuse=GATED)} | {
-        "b": Method(AxisOrder("hwf"), Band(0.34), reuse=GATED)
+    assert plan.methods == {".": DENSE, "a": Method(Patches(), Draft(0.34), rest=GATED)} | {
+        "b": Method(AxisOrder("hwf"), Band(0.34), rest=GATED)
     }
     assert plan.spans == tiny_plan().spans
     first = torch.tensor([True, False, True, False, False])[:, None, None]

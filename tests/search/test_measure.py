@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_accel.launch import deal, run
+from diffusers_accel.call import AttentionCall
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.memory import Memory
-from diffusers_accel.methods import DENSE, AxisOrder, Band, Context, Draft, Method, Patches, Reuse, Skip, Stripe
-from diffusers_accel.search.masks import Masks, StoredChoice
+from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Pooled, Skip, Stripe
+from diffusers_accel.methods.rest import Read
+from diffusers_accel.methods.steps import read_blocks, take_turn
 from diffusers_accel.search.measure import (
     SampledHeads,
     column_mass,
@@ -20,7 +21,9 @@ from diffusers_accel.search.measure import (
     projection,
     sample_rows,
 )
-from diffusers_accel.search.row import Kept
+from diffusers_accel.search.row import Chunk, RowProbe, keep
+from diffusers_accel.search.selections import KeptRows, RowReader, Selections
+from tests.stages import attend, call_of, pattern_of, sdpa
 
 LAYOUTS = [
     TokenLayout(4, 10, 12),
@@ -39,6 +42,9 @@ METHODS = (
     Method(AxisOrder("whf"), Draft(None, mass=0.6)),
     Method(precision="int8"),
     Method(Patches(4, 8), Draft(0.4), "int8"),
+    Method(Patches(4, 8), Draft(0.4), rest=Pooled()),
+    Method(select=Band(0.3), rest=Pooled()),
+    Method(AxisOrder("hwf"), Band(0.3), "int8", Pooled()),
 )
 
 
@@ -50,24 +56,23 @@ def qkv(layout: TokenLayout, seed: int = 0):
     return q, k[:, : layout.keys], v[:, : layout.keys]
 
 
-def dense(q, k, v):
-    return nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-
-
-def whole_context(layout: TokenLayout) -> Context:
-    return Context(layout, "transformer", 0, tuple(range(HEADS)), now=(0, 1))
+def sampled_output(
+    method: Method, call: AttentionCall, heads: SampledHeads, kept: KeptRows | None = None
+) -> torch.Tensor:
+    """[heads, rows, D] of a method that runs on sampled rows."""
+    reader, selections = RowReader(heads, method.order, method.precision), Selections({})
+    assert call.now is not None
+    turn = take_turn(method, HEADS, kept.held if kept else None, call.now, None, None)
+    pattern = read_blocks(method, turn, lambda: selections.rows(method, call, heads).pattern)
+    part, _ = method.rest.complete(Read(reader.attend(pattern), pattern, shared=False), turn, reader)
+    return part[0][0].transpose(0, 1)
 
 
 def sampled_outputs(layout: TokenLayout, rows: torch.Tensor, methods=METHODS) -> torch.Tensor:
     """[heads, candidates, rows, D] from the sampled logits."""
     heads = SampledHeads(*(x[0] for x in qkv(layout)), rows, layout)
-    masks = Masks({}, StoredChoice((), (), {}, {}))
-    outputs = []
-    for method in methods:
-        parts = heads.parts(method.order, method.precision)
-        mask = masks.of(method, whole_context(layout), heads)
-        outputs.append(parts.merge(mask[None, :, parts.query_block])[0][:, 0])
-    return torch.stack(outputs, 1)
+    call = call_of(layout, HEADS, now=(0, 1))
+    return torch.stack([sampled_output(method, call, heads) for method in methods], 1)
 
 
 def head_errors(outputs: torch.Tensor, weight: torch.Tensor):
@@ -80,10 +85,8 @@ def head_errors(outputs: torch.Tensor, weight: torch.Tensor):
 def test_sampled_rows_equal_the_kernel(layout):
     rows = sample_rows(layout.tokens, 40, (0,))
     found = sampled_outputs(layout, rows)
-    q, k, v = qkv(layout)
     for index, method in enumerate(METHODS):
-        launch = deal((method,) * HEADS, Context(layout, "transformer", 0, ()), torch.device("cpu"))
-        expected = run(launch, q, k, v, dense).out[0, rows].transpose(0, 1)
+        expected = attend((method,) * HEADS, layout, qkv(layout)).out[0, rows].transpose(0, 1)
         assert (found[:, index] - expected).abs().max() < 1e-5, method.label
 
 
@@ -94,8 +97,7 @@ def test_rounded_weights_of_fp8_are_nearly_those_of_the_kernel():
     method = Method(Patches(4, 8), Draft(0.5), "int8_fp8")
     found = sampled_outputs(layout, rows, [method])[:, 0]
     exact = sampled_outputs(layout, rows, [Method(Patches(4, 8), Draft(0.5))])[:, 0]
-    launch = deal((method,) * HEADS, Context(layout, "transformer", 0, ()), torch.device("cpu"))
-    kernel = run(launch, *qkv(layout), dense).out[0].transpose(0, 1)
+    kernel = attend((method,) * HEADS, layout, qkv(layout)).out[0].transpose(0, 1)
     real, estimated = ((each - exact).square().mean() for each in (kernel, found))
     assert 0.8 * real < estimated < 1.25 * real
 
@@ -104,24 +106,31 @@ def test_rounded_weights_of_fp8_are_nearly_those_of_the_kernel():
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_reused_part_is_that_of_the_engine(layout, precision):
     """A refresh, and a step later with other q, k and v: blocks as they were selected, and the rest as it was."""
-    method = Method(Patches(4, 8), Draft(0.4), precision, Reuse(3))
-    first, second = qkv(layout), [a + 0.3 * b for a, b in zip(qkv(layout), qkv(layout, 1))]
-    launch = deal((method,) * HEADS, Context(layout, "transformer", 0, ()), torch.device("cpu"))
+    method = Method(Patches(4, 8), Draft(0.4), precision, Kept(3))
+    first, second = qkv(layout), tuple(a + 0.3 * b for a, b in zip(qkv(layout), qkv(layout, 1)))
     memory = Memory()
-    run(launch, *first, dense, memory, (3, 9))
-    expected = run(launch, *second, dense, memory, (4, 9)).out[0].transpose(0, 1)
+    attend((method,) * HEADS, layout, first, memory=memory, now=(3, 9))
+    expected = attend((method,) * HEADS, layout, second, memory=memory, now=(4, 9)).out[0].transpose(0, 1)
 
     rows = sample_rows(layout.keys, 50, (0,))
     then, here = (SampledHeads(*(x[0] for x in each), rows, layout) for each in (first, second))
-    mask = Masks({}, StoredChoice((), (), {}, {})).of(method, whole_context(layout), then)
-    kept = Kept.of(then.parts(method.order, precision), mask, torch.float32)
-    out, lse = here.parts(method.order, precision).merge(kept.read[None])
-    found = kept.joined(out[:, 0], lse[:, 0])
+    before, now = (call_of(layout, HEADS, now=(step, 9)) for step in (3, 4))
+    kept = keep(method, before, then, RowReader(then, method.order, precision), Selections({}))
+    found = sampled_output(method, now, here, kept)
     assert (found - expected[:, rows]).abs().max() < 1e-5
-    assert (
-        found - here.parts(DENSE.order, "input").merge(torch.ones(1, 1, 1, 1, dtype=torch.bool))[0][:, 0]
-    ).abs().max() > 0.1
+    exact = sampled_output(DENSE, now, here)
+    assert (found - exact).abs().max() > 0.1
+    order = method.order.index(layout)
+    mask = pattern_of(method, layout, first[0][:, order], first[1][:, order[: layout.keys]]).mask()[0]
     assert kept.density.tolist() == pytest.approx(mask.double().mean((1, 2)).tolist())
+
+    probe = RowProbe((DENSE, method), Selections({}), {1: kept}, (1, 2), HEADS)
+    grams = head_grams(torch.randn(HEADS * DIM, 40, generator=torch.Generator().manual_seed(0)), HEADS)
+    probe.add(Chunk(now, here, torch.zeros_like(exact), grams))
+    off = deviations(torch.stack([exact, expected[:, rows]], 1), exact, grams)
+    assert probe.felt[:, 1] == pytest.approx(off.felt[:, 1] / 2, rel=1e-4), "divided by its age"
+    assert probe.mse[:, 1] == pytest.approx(off.mse[:, 1] / 2, rel=1e-4)
+    assert probe.density[:, 1] == pytest.approx(kept.density.numpy()) and (probe.samples == 1).all()
 
 
 def test_errors_equal_running_the_sparse_head_and_projecting():
@@ -133,15 +142,14 @@ def test_errors_equal_running_the_sparse_head_and_projecting():
         weight = projection(linear, HEADS * DIM, torch.zeros(1))
     error, mse_found = head_errors(sampled_outputs(layout, everything), weight)
     q, k, v = qkv(layout)
-    reference = dense(q, k, v)
+    reference = sdpa(q, k, v)
     with torch.no_grad():
         layer = (linear(reference.flatten(2)) - linear.bias).double().square().sum()
         for head in range(HEADS):
             for index, method in enumerate(METHODS):
                 mixed = [DENSE] * HEADS
                 mixed[head] = method
-                launch = deal(tuple(mixed), Context(layout, "transformer", 0, ()), torch.device("cpu"))
-                out = run(launch, q, k, v, dense).out
+                out = attend(mixed, layout, (q, k, v)).out
                 change = (linear(out.flatten(2)) - linear(reference.flatten(2))).double().square().sum()
                 assert error[head, index] == pytest.approx(float(change / layer), rel=1e-3, abs=1e-8)
                 mse = (out - reference)[:, :, head].double().square().mean()

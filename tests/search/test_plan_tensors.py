@@ -10,19 +10,18 @@ import pytest
 import torch
 
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import DENSE, AxisOrder, Context, Draft, Method, Patches, Reuse, Stored
+from diffusers_accel.methods import DENSE, AxisOrder, Draft, Kept, Method, Patches, Stored
 from diffusers_accel.plan import Plan, PlanError, Span
+from diffusers_accel.search.recorders.stored_masks import StoredMasks, of_every_part
 from diffusers_accel.search.stored_masks import (
     QUERY_STEP,
     best_orders,
     block_shares,
     kept_levels,
-    mask_of,
-    of_every_part,
     order_scores,
-    stored_tensors,
 )
 from diffusers_accel.shape import ModelShape
+from tests.stages import mask_of
 
 STORED = Method(AxisOrder("hwf"), Stored(0.3))
 BITS, HEADS = STORED.select.names(STORED.order, "transformer")
@@ -40,7 +39,7 @@ def plan(provenance: dict[str, Any] | None = None, **tensors: torch.Tensor | Non
     return Plan(
         family="wan",
         models={"transformer": ModelShape(2, 3, 64)},
-        methods={".": DENSE, "a": STORED, "b": Method(Patches(), Draft(0.3), reuse=Reuse(gated=True))},
+        methods={".": DENSE, "a": STORED, "b": Method(Patches(), Draft(0.3), rest=Kept(gated=True))},
         spans=(Span(0.0, 1.0, {"transformer": (".a.", "..b")}),),
         provenance=provenance or {},
         tensors={name: tensor for name, tensor in found.items() if tensor is not None},
@@ -159,8 +158,14 @@ def test_stored_masks_of_one_plan_are_of_one_size():
         )
 
     assert both(bits(*[3] * 6))
-    for masks, found in ((bits(*[3] * 5), "2 and 5"), (bits(*[3] * 6, parts=3), "3 and 6")):
-        with pytest.raises(PlanError, match=f"expected 2 parts and 6 blocks, as {BITS} has, found {found}"):
+    for masks, found in (
+        (bits(*[3] * 5), (r"\(2, 6\)", r"\(2, 5\)")),
+        (bits(*[3] * 6, parts=3), (r"\(2, 6\)", r"\(3, 6\)")),
+    ):
+        with pytest.raises(
+            PlanError,
+            match=f"methods.c: expected tensors for {found[0]} .parts, blocks., as those of methods.a are, found {found[1]}",
+        ):
             both(masks)
 
 
@@ -201,9 +206,10 @@ def test_masks_keep_the_blocks_with_most_attention(layout):
         1,
     )
     assert (shares - expected).abs().max() < 1e-5
-    densities = (0.3, 0.6)
-    levels = kept_levels(shares, layout, densities).numpy()
-    narrow, wide = (mask_of(levels.copy(), density, densities, layout) for density in densities)
+    levels = kept_levels(shares, layout, (0.3, 0.6)).numpy()[None, None]
+    methods = [Method(select=Stored(density)) for density in (0.3, 0.6)]
+    tensors = [recorded(levels, method, methods, np.ones((1, 2), bool)) for method in methods]
+    narrow, wide = (mask_of(*each, heads=2) for each in zip(methods, [layout] * 2, tensors, strict=True))
     assert not (narrow & ~wide).any() and narrow.any(-1).all()
     if not layout.text_tokens:
         assert wide.sum((1, 2)).tolist() == [round(0.6 * blocks**2)] * 2
@@ -215,15 +221,24 @@ def test_masks_keep_the_blocks_with_most_attention(layout):
         assert narrow[:, text].all() and narrow[:, :, text].all()
 
 
+def recorded(levels, method, methods, heads):
+    """What a plan's `heads`, bool [layers, heads], read of the levels [parts, layers, heads, blocks, blocks] of a search."""
+    return StoredMasks.tensors(methods, {"levels/transformer": levels}, "transformer", method, heads)
+
+
 def test_stored_tensors_are_what_the_method_reads():
     levels = np.random.default_rng(0).integers(0, 3, (2, 2, 3, 6, 6)).astype("u1")
     levels[1, 1] = 0  # this layer did not run at the second part's step: the first part's masks hold
     heads = np.array([[False, True, True], [True, False, False]])
-    tensors = stored_tensors(levels, 0.3, (0.3, 0.6), heads, (BITS, HEADS))
+    wide = replace(STORED, select=Stored(0.6))
+    tensors, others = (recorded(levels, method, (STORED, wide), heads) for method in (STORED, wide))
+    assert set(tensors) == {BITS, HEADS} and torch.equal(
+        others[wide.select.names(wide.order, "transformer")[1]], tensors[HEADS]
+    )
     assert tensors[HEADS].tolist() == [[-1, 0, 1], [2, -1, -1]]
     for layer, head, part in ((0, 1, 0), (0, 2, 1), (1, 0, 0), (1, 0, 1)):
-        ctx = Context(LAYOUT, "transformer", layer, (head,), tensors, now=(part, 2))
-        found = STORED.mask(ctx)[0]
-        expected = mask_of(of_every_part(levels[:, layer])[part, head], 0.3, (0.3, 0.6), LAYOUT)
-        assert torch.equal(found, expected)
+        kept_by = torch.from_numpy(of_every_part(levels[:, layer])[part, head])
+        for method, found, least in ((STORED, tensors, 2), (wide, others, 1)):
+            (mask,) = mask_of(method, LAYOUT, found, (head,), layer=layer, now=(part, 2))
+            assert torch.equal(mask, kept_by >= least)
     assert np.array_equal(of_every_part(levels[:, 1])[1], levels[0, 1])

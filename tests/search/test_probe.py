@@ -10,19 +10,21 @@ import pytest
 import torch
 
 from diffusers_accel.api import patch
-from diffusers_accel.launch import deal, run
+from diffusers_accel.call import AttentionCall
+from diffusers_accel.deals import deal
+from diffusers_accel.launch import run
 from diffusers_accel.memory import Memory
-from diffusers_accel.methods import DENSE, AxisOrder, Band, Context, Draft, Method, Patches, Reuse, Skip, Stored, Stripe
+from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Pooled, Skip, Stored, Stripe
 from diffusers_accel.plan import Plan
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.assign import Assignment
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.candidates import AXES
 from diffusers_accel.search.cost import Cost
-from diffusers_accel.search.masks import StoredChoice
 from diffusers_accel.search.measure import projection
 from diffusers_accel.search.plan_making import make_plan, plan_tensors
 from diffusers_accel.search.plan_search import search_plan
+from diffusers_accel.search.recorders.stored_masks import StoredMasks, stored_densities
 from diffusers_accel.search.running import run_pipeline
 from diffusers_accel.search.schedule import (
     Schedule,
@@ -56,8 +58,11 @@ METHODS = (
     Method(AxisOrder("hwf"), Draft(0.3)),
     Method(Patches(), Draft(0.3), "int8"),
     Method(precision="int8"),
-    Method(Patches(), Draft(0.3), reuse=Reuse(3)),
-    Method(AxisOrder("hwf"), Band(0.4), reuse=Reuse(2)),
+    Method(Patches(), Draft(0.3), rest=Kept(3)),
+    Method(AxisOrder("hwf"), Band(0.4), rest=Kept(2)),
+    Method(Patches(), Draft(0.3, hold=2)),
+    Method(Patches(), Draft(0.3), rest=Pooled()),
+    Method(AxisOrder("hwf"), Band(0.4), "int8", Pooled()),
     *(Method(AxisOrder(axes), Stored(density)) for axes in AXES for density in (0.3, 0.6)),
 )
 ROWS = 10_000  # all tokens
@@ -77,49 +82,52 @@ class Shadow:
 
     def __init__(self, site: Site, scores: Scores, tensors: dict[str, torch.Tensor], seen: dict[Any, Any]) -> None:
         self.site, self.scores, self.tensors, self.seen = site, scores, tensors, seen
-        self.stored = StoredChoice.of(scores.candidates, scores.sums, scores.models)
+        self.stored = stored_tensors(scores)
         self.memories: dict[Any, Memory] = {}
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dense: Any) -> torch.Tensor:
+    def attend(self, call: AttentionCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         site, scores = self.site, self.scores
-        now = site.clock.now()
+        assert call.now is not None and call.dense is not None
+        now = call.now
         span = span_index(scores.spans, *now)
-        out = dense(q, k, v)
+        out = call.dense(q, k, v)
         linear = site.model.family.output_projection(site.model.module, site.name)
         weight = projection(linear, q.shape[2] * q.shape[3], q)
         settings = Settings(scores.candidates, scores.spans, ROWS, 1, 0)
         for index, method in enumerate(scores.candidates):
             heads = [method] * HEADS
-            if isinstance(method.select, Stored):
-                own = self.stored.owners(method, site.transformer)[site.layer]
+            own = method.select.owners(call, method.order, self.stored)
+            if own is not None:
                 heads = [method if mine else DENSE for mine in own]
-            memory = self.memories.setdefault((index, span, site.branch), Memory())
-            dealt = deal(
-                tuple(heads), Context(site.layout(), site.transformer, site.layer, (), self.tensors, now), q.device
-            )
-            ran = run(dealt, q, k, v, dense, memory, now)
+            memory = self.memories.setdefault((index, span, call.branch), Memory())
+            ran = run(deal(tuple(heads), call, self.tensors, q.device), call, q, k, v, memory)
             if now[0] in Schedule.of(settings, now[1]).measured:
-                keys = site.layout().keys
+                keys = call.layout.keys
                 whole = (out[0, :keys].flatten(1) @ weight).double().square().sum()
                 change = (ran.out - out)[0, :keys]  # [keys, H, D]
                 felt = (
                     torch.einsum("shd,hdc->hsc", change, weight.unflatten(0, (HEADS, -1))).double().square().sum((1, 2))
                 )
-                self.seen.setdefault((span, site.layer, index), []).append((felt / whole).numpy())
-                self.seen.setdefault(("density", span, site.layer, index), []).append(float(ran.density))
+                self.seen.setdefault((span, call.layer, index), []).append((felt / whole).numpy())
+                self.seen.setdefault(("density", span, call.layer, index), []).append(float(ran.density))
         return out
+
+
+def stored_tensors(scores: Scores) -> dict[str, torch.Tensor]:
+    """What stored masks read, of all heads, as the passes after the first one see them."""
+    return StoredMasks(scores.candidates, {}, scores.sums, scores.models).found()
 
 
 def all_stored(scores: Scores) -> dict[str, np.ndarray]:
     """A choice in which each head takes its own order's mask, at each density in another span."""
     choice = {}
-    stored = StoredChoice.of(scores.candidates, scores.sums, scores.models)
+    tensors, densities = stored_tensors(scores), stored_densities(scores.candidates)
     for name, model in scores.models.items():
         table = np.zeros((len(scores.spans), model.layers, model.heads), int)
         for index, method in enumerate(scores.candidates):
             if isinstance(method.select, Stored):
-                span = stored.densities.index(method.select.density)
-                table[span][stored.owners(method, name)] = index
+                owned = tensors[method.select.names(method.order, name)[1]] >= 0
+                table[densities.index(method.select.density)][owned.numpy()] = index
         choice[name] = table
     return choice
 
@@ -177,7 +185,7 @@ def test_errors_and_densities_are_those_of_the_engine(searched):
     compared = set()
     for (span, layer, index), found in ((key, value) for key, value in seen.items() if key[0] != "density"):
         method, count = scores.candidates[index], samples[span, layer, :, index]
-        ages = kept_age(scores.spans, *_measured_step(scores, span), method.reuse.every) if method.reuse else 1
+        ages = kept_age(scores.spans, *_measured_step(scores, span), method.rest.every) if method.rest.remembers else 1
         for head in np.flatnonzero(count):
             expected = np.mean([each[head] for each in found])
             mean = error[span, layer, head, index] / count[head] * ages
@@ -218,14 +226,14 @@ def test_a_plan_of_all_kinds_round_trips_and_runs(searched, tmp_path):
         options = np.flatnonzero(measured[at])
         if len(options):
             choice[at] = options[number % len(options)]
-    kinds = {(METHODS[i].select.kind, METHODS[i].precision, bool(METHODS[i].reuse)) for i in np.unique(choice)}
+    kinds = {(METHODS[i].select.kind, METHODS[i].precision, METHODS[i].rest.kind) for i in np.unique(choice)}
     assert {
-        ("draft", "input", False),
-        ("draft", "input", True),
-        ("stored", "input", False),
-        ("band", "input", False),
+        ("draft", "input", "drop"),
+        ("draft", "input", "kept"),
+        ("stored", "input", "drop"),
+        ("band", "input", "drop"),
     } <= kinds
-    assert ("draft", "int8", False) in kinds and ("all", "int8", False) in kinds
+    assert ("draft", "int8", "drop") in kinds and ("all", "int8", "drop") in kinds
     assignment = Assignment({"transformer": choice}, 0.1, 0.5, 0.5, 1.2)
     plan = make_plan(scores, cost, assignment, Budget.density(0.5))
     plan.save(tmp_path / "plan.json")
@@ -266,7 +274,7 @@ def test_a_killed_search_of_all_kinds_goes_on_with_an_equal_plan(tmp_path, monke
 
 def test_what_is_observed_when():
     spans = ((0.0, 0.1), (0.1, 0.3), (0.3, 0.6), (0.6, 1.0))
-    cached = Method(Patches(), Draft(0.3), reuse=Reuse(3))
+    cached = Method(Patches(), Draft(0.3), rest=Kept(3))
     settings = Settings((DENSE, cached, Method(AxisOrder("hwf"), Stored(0.3))), spans, 2, 1, 0)
     schedule = Schedule.of(settings, 10)
     assert sorted(schedule.measured) == [0, 2, 4, 8]
@@ -295,7 +303,7 @@ def test_padded_prompts_of_two_lengths_in_one_call_are_counted_once(tmp_path):
     methods = (
         DENSE,
         Method(select=Band(0.4)),
-        Method(Patches(), Draft(0.3), reuse=Reuse(3)),
+        Method(Patches(), Draft(0.3), rest=Kept(3)),
         Method(select=Stripe(0.4, calibrated=True)),
     )
     search_with(tiny_hunyuan(), tmp_path / "s.safetensors", [prompt], call, methods)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from diffusers_accel.methods import Method
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.assign import SHARE_MARGIN, OutOfReach, check_reach, largest_speedup
 from diffusers_accel.search.budget import Budget
@@ -18,8 +17,9 @@ from diffusers_accel.search.running import Enough
 from diffusers_accel.search.schedule import open_share
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.search.trial import MOST_STEPS, Stopwatch, Trial
-from tests.search.test_gates import inputs, one_layer, site
+from tests.search.test_gates import LAYOUT, inputs
 from tests.search.test_search import search
+from tests.stages import call_of
 from tests.tiny import tiny_wan
 
 WEIGHTS = (1, 1, 1, 1)  # so that no span is measured
@@ -57,11 +57,11 @@ def test_a_density_below_the_dense_steps() -> None:
 @pytest.mark.parametrize(("reach", "steps"), [(False, MOST_STEPS), (True, 1)])
 def test_a_slow_first_step_is_not_trusted(reach: bool, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step compiles: attention's share looks small. Later steps are timed where that is reason to refuse."""
-    plan, run = one_layer((Method(),)), 0
+    run = 0
 
     class Probe:
         measuring_seconds = 0.0
-        settings = type("settings", (), {"stores": False})
+        settings = type("settings", (), {"in_parts": False})
 
         def measure(self, *_: Any) -> None: ...
 
@@ -72,7 +72,7 @@ def test_a_slow_first_step_is_not_trusted(reach: bool, steps: int, monkeypatch: 
     watch = Stopwatch(lambda layout, steps: Probe(), lambda trial: not reach)  # type: ignore[arg-type, return-value]
     with pytest.raises(Enough):
         for run in range(10):
-            watch.attend(site(plan, run, 10, "cond"), *inputs(1), dense=dense)
+            watch.attend(None, call_of(LAYOUT, now=(run, 10), dense=dense), *inputs(1))  # type: ignore[arg-type]
             time.sleep(0.2 if run == 0 else 0.02)
     assert run == steps
     trial = watch.result()

@@ -8,7 +8,7 @@ import torch
 
 from diffusers_accel.api import patch
 from diffusers_accel.families import find
-from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Method, Patches, Reuse, Skip, Stored, Stripe
+from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Pooled, Skip, Stored, Stripe
 from diffusers_accel.plan import Plan
 from diffusers_accel.processor import site_of
 from diffusers_accel.search import plan_search, probe
@@ -19,10 +19,11 @@ from diffusers_accel.search.cost import Cost
 from diffusers_accel.search.plan_making import make_plan
 from diffusers_accel.search.plan_search import search_plan
 from diffusers_accel.search.probe import PassProbe
+from diffusers_accel.search.recorders import ColumnMass
 from diffusers_accel.search.schedule import Settings, chosen_steps
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.shape import ModelShape
-from tests.tiny import HEADS, LAYERS, TEXT_DIM, tiny_wan, tiny_wan_call
+from tests.tiny import HEADS, LAYERS, TEXT_DIM, tiny_wan, tiny_wan_call, tiny_wan_transformer, tiny_wan_vae
 
 METHODS = (
     DENSE,
@@ -33,7 +34,13 @@ METHODS = (
 )
 
 
-KINDS = (*METHODS, Method(Patches(), Draft(0.4)), Method(AxisOrder("hwf"), Draft(0.4), reuse=Reuse(3)))
+KINDS = (
+    *METHODS,
+    Method(Patches(), Draft(0.4)),
+    Method(AxisOrder("hwf"), Draft(0.4), rest=Kept(3)),
+    Method(AxisOrder("hwf"), Draft(0.4), rest=Pooled()),
+    Method(Patches(), Draft(0.4, hold=2)),
+)
 
 
 def a_prompt(seed: int) -> dict[str, torch.Tensor]:
@@ -110,9 +117,11 @@ def test_scores_of_a_search(tmp_path):
     assert scores.samples("transformer")[:, 0, 0].T.tolist() == [[0, 4, 0, 4, 4]] * len(METHODS)
     measured = error[[1, 3, 4]]
     assert (measured[..., 0] == 0).all() and (measured[..., 1:] > 0).all() and np.isnan(error[0]).all()
-    mass = scores.stripe_mass("transformer")
+    stripe = next(method for method in METHODS if method.select.records == "column mass")
+    heads = np.ones((LAYERS, HEADS), bool)
+    (mass,) = ColumnMass.tensors(METHODS, scores.sums, "transformer", stripe, heads).values()
     assert mass.shape == (LAYERS, HEADS, 3, 16)
-    assert (mass.sum((2, 3)) * 16) == pytest.approx(
+    assert (mass.sum((2, 3)) * 16).numpy() == pytest.approx(
         1.0, abs=1e-5
     )  # 16 columns; probabilities over all keys add up to 1
     assert 0 < scores.attention_share < 1
@@ -192,8 +201,14 @@ def test_a_changed_configuration_is_refused(tmp_path_factory, change, message, f
 
 
 def test_other_weights_are_refused(finished_search):
-    with pytest.raises(ValueError, match="with weights ="):
-        search(tiny_wan(seed=3), finished_search[1])
+    for part, other, message in (
+        ("transformer", tiny_wan_transformer(seed=3), "with weights ="),
+        ("vae", tiny_wan_vae(seed=3), "with components ="),
+    ):
+        pipe = tiny_wan()
+        setattr(pipe, part, other)
+        with pytest.raises(ValueError, match=message):
+            search(pipe, finished_search[1])
 
 
 @pytest.fixture(scope="module")
@@ -205,8 +220,10 @@ def finished_search(tmp_path_factory):
     return pipe, path
 
 
-@pytest.mark.parametrize("where", ["_measure_row", "finished", "_add_mass"])
-def test_an_exception_leaves_the_pipeline_as_it_was(where, monkeypatch):
+@pytest.mark.parametrize(
+    ("of", "where"), [(PassProbe, "_measure_row"), (PassProbe, "finished"), (ColumnMass, "add_rows")]
+)
+def test_an_exception_leaves_the_pipeline_as_it_was(of, where, monkeypatch):
     pipe = tiny_wan()
     before, call = processors(pipe), {**a_call(), **a_prompt(0)}
     expected = pipe(**call, generator=torch.Generator().manual_seed(0)).frames
@@ -215,7 +232,7 @@ def test_an_exception_leaves_the_pipeline_as_it_was(where, monkeypatch):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(PassProbe, where, fails)
+        patched.setattr(of, where, fails)
         with pytest.raises(RuntimeError, match="out of memory"):
             search(pipe)
     assert all(a is b for a, b in zip(processors(pipe), before))
@@ -295,7 +312,7 @@ def test_quantized_candidates_are_for_devices_that_have_kernels_for_them():
     quantized = [method for method in candidates(quantized=True) if method.precision == "int8"]
     assert Method(precision="int8") in quantized
     assert {method.select.kind for method in quantized} == {"all", "draft", "stored"}
-    assert {bool(method.reuse) for method in quantized} == {True, False}
+    assert {method.rest.kind for method in quantized} == {"drop", "kept"}
     assert not any(isinstance(m.select, Stored) and m.precision == "input" for m in candidates(quantized=True))
 
 
@@ -307,10 +324,9 @@ def test_quantized_candidates_are_for_devices_that_have_kernels_for_them():
         ({"candidates": METHODS[1:]}, "must be dense"),
         ({"candidates": (*METHODS, METHODS[2])}, "given twice"),
         (
-            {"candidates": (*METHODS, Method(Patches(), Draft(0.3, hold=2)))},
-            "'draft 8x16 0.3 hold 2' cannot be searched: .* held",
+            {"candidates": (*METHODS, Method(Patches(), Draft(0.3), rest=Kept(gated=True)))},
+            "'draft 8x16 0.3, cached gated' cannot be searched: a gate is not searched",
         ),
-        ({"candidates": (*METHODS, Method(Patches(), Draft(0.3), reuse=Reuse(gated=True)))}, "a gate is not searched"),
         ({"spans": (0.5, 0.2)}, "ascending"),
         ({"dense_steps": 1.5}, r"in \[0, 1\]"),
         ({"probe_steps": 0}, "probe_steps: expected a whole number in 1 to"),

@@ -12,7 +12,7 @@ from diffusers_accel.call import AttentionCall
 from diffusers_accel.files import quoted
 from diffusers_accel.kernels.kept import kept
 from diffusers_accel.kernels.pattern import BlockPattern
-from diffusers_accel.kernels.select import select
+from diffusers_accel.kernels.select import select, starved_rows
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods.blocks import BLOCK, always_read, check_density, video_blocks
 from diffusers_accel.methods.order import Order
@@ -79,6 +79,12 @@ class Draft(Select):
     @property
     def reselect_every(self) -> int:
         return self.hold
+
+    def starved(self, pattern: BlockPattern, layout: TokenLayout) -> Tensor | None:
+        first, stop = video_blocks(layout)
+        if self.floor or first >= stop:
+            return None
+        return starved_rows(pattern, 1, (first, stop)).double().mean() / (stop - first)
 
     def pattern(self, call: AttentionCall, order: Order, tensors: Tensors, inputs: Inputs) -> BlockPattern:
         assert inputs.means is not None

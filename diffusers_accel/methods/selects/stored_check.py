@@ -32,10 +32,9 @@ def check_call(uses: Uses, bits: Tensor, heads: Tensor, layout: TokenLayout) -> 
     Raises:
         FileError: they are for another size, or leave rows of video without any block.
     """
-    here = _grid(layout)
-    planned = [_grid(each) for each in uses.layouts]
-    if bits.shape[2] != layout.blocks(BLOCK) or (planned and here not in planned):
-        size = f"{' x '.join(map(str, planned[0]))} tokens, " if planned else ""
+    here = layout.frames, layout.height, layout.width
+    if bits.shape[2] != layout.blocks(BLOCK) or uses.grid not in (None, here):
+        size = f"{' x '.join(map(str, uses.grid))} tokens, " if uses.grid else ""
         text = f" and {layout.text_tokens} of text" if layout.text_tokens else ""
         raise FileError(
             f"the plan's stored masks are for {size}{bits.shape[2]} blocks of {BLOCK} tokens; this call has "
@@ -49,10 +48,6 @@ def check_call(uses: Uses, bits: Tensor, heads: Tensor, layout: TokenLayout) -> 
             f"the plan's stored masks {uses.label!r} leave rows of video without any block to read, which would be text in "
             f"another layout; this call has {layout.text_tokens} tokens of text. Search a plan for this model"
         )
-
-
-def _grid(layout: TokenLayout) -> tuple[int, int, int]:
-    return layout.frames, layout.height, layout.width
 
 
 def _check_bits(name: str, bits: Tensor) -> None:
