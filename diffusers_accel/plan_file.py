@@ -223,7 +223,7 @@ def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
     if long := next((symbol for symbol in methods if len(symbol) != 1), None):
         raise FileError(f"methods: expected symbols of one character in version 1, found {quoted(long)}")
     heads = {
-        "methods": {symbol: _upgraded_method(method, f"methods.{symbol}") for symbol, method in methods.items()},
+        "methods": {symbol: _upgraded_method(method, f"methods.{_key(symbol)}") for symbol, method in methods.items()},
         "spans": data["spans"],
     }
     del plan["methods"], plan["spans"]
