@@ -14,11 +14,11 @@ from torch import Tensor
 from diffusers_accel.kernels.pattern import BlockPattern
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q `[B, S_q, H, D]`, k and v `[B, S_k, H, D]`, of one dtype and device; else ValueError with expected and found."""
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, heads: int | None = None) -> None:
+    """q `[B, S_q, H, D]`, k and v `[B, S_k, heads, D]` (None: H), of one dtype and device; else ValueError."""
     if q.dim() != 4 or 0 in q.shape:
         raise ValueError(f"q must be [B, S, H, D] without an empty dimension, found {list(q.shape)}")
-    expected = (q.shape[0], k.shape[1] if k.dim() == 4 else "S_k", *q.shape[2:])
+    expected = (q.shape[0], k.shape[1] if k.dim() == 4 else "S_k", heads or q.shape[2], q.shape[3])
     for name, x in (("k", k), ("v", v)):
         if tuple(x.shape) != expected or 0 in x.shape:
             raise ValueError(f"{name} must be {list(expected)} to fit q {list(q.shape)}, found {list(x.shape)}")

@@ -20,6 +20,7 @@ def prep(
     k: Tensor,
     v: Tensor,
     rows: Tensor,
+    key_rows: Tensor | None,
     heads: int,
     precision: str,
     pooled: bool,
@@ -27,7 +28,11 @@ def prep(
     k_mean: Tensor | None,
 ) -> Prepared:
     """The launch's heads; the arguments have been checked by the caller."""
-    q, k, v = (x.flatten(1, 2).index_select(1, rows[: x.shape[1] * heads]).unflatten(1, (-1, heads)) for x in (q, k, v))
+    of_keys = rows[: k.shape[1] * heads] if key_rows is None else key_rows
+    q, k, v = (
+        x.flatten(1, 2).index_select(1, some).unflatten(1, (-1, heads))
+        for x, some in ((q, rows), (k, of_keys), (v, of_keys))
+    )
     means = (pool(q, block, impl="reference"), pool(k, block, impl="reference")) if pooled else None
     if precision == "input":
         return Prepared((q, k, v), means)
