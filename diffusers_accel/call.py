@@ -25,8 +25,8 @@ class AttentionCall:
         branch: the pass of guidance that runs, such as "cond": what is kept of an earlier step is that pass's alone.
         rows: (start, stop) of the model's batch rows that q, k and v hold.
         now: (step, steps) of the running generation, of the steps that run; None where nobody says.
-        dense: the attention that the user has chosen for the model, q [B, S, H, D], k and v [B, keys, H, D] -> [B, S, H, D],
-            for any number of heads. None where only masks are asked for.
+        dense: the attention that the user has chosen for the model, q [B, queries, H, D], k and v [B, keys, H_k, D] -> out like
+            q, for any number of heads of which the key heads are a divisor. None where only masks are asked for.
     """
 
     layout: TokenLayout

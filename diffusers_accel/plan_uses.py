@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from diffusers_accel.layout import TokenLayout
+from diffusers_accel.layout import Segment, TokenLayout
 from diffusers_accel.methods.uses import Uses
 
 if TYPE_CHECKING:
@@ -35,6 +35,18 @@ def told_layouts(provenance: Mapping[str, Any]) -> tuple[TokenLayout, ...]:
     frames, height, width, text = (told[name] for name in SIZES)
     if min(frames, height, width) < 1 or text < 0:
         return ()
+    if "segments" in told:
+        return _segmented(told["segments"])
     if not text:
         return (TokenLayout(frames, height, width),)
     return tuple(TokenLayout(frames, height, width, text, place) for place in ("end", "start"))
+
+
+def _segmented(told: object) -> tuple[TokenLayout, ...]:
+    """The layout of segments that a search has written; empty where it is not told."""
+    try:
+        assert isinstance(told, list)
+        segments = [Segment(**{**each, "grid": None if each["grid"] is None else tuple(each["grid"])}) for each in told]
+        return (TokenLayout.of(*segments),)
+    except (AssertionError, KeyError, TypeError, ValueError):
+        return ()
