@@ -27,8 +27,8 @@ class AttentionCall:
         now: (step, steps) of the running generation, of the steps that run; None where nobody says.
         sigma: noise level of that step in flow matching, from 1 (noise alone) to 0; None where nobody says, or the scheduler has
             another measure.
-        dense: the attention that the user has chosen for the model, q [B, S, H, D], k and v [B, keys, H, D] -> [B, S, H, D],
-            for any number of heads. None where only masks are asked for.
+        dense: the attention that the user has chosen for the model, q [B, queries, H, D], k and v [B, keys, H_k, D] -> out like
+            q, for any number of heads of which the key heads are a divisor. None where only masks are asked for.
     """
 
     layout: TokenLayout

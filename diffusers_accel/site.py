@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count, groupby
 from typing import Any, Protocol, cast
 
@@ -24,10 +24,10 @@ class Engine(Protocol):
     """What attends at a site: a plan at work, or a search that watches."""
 
     def attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, S, H, D], k and v [B, keys, H, D] after norm and RoPE -> the attention output, q's shape and dtype.
+        """q [B, queries, H, D], k and v [B, keys, H_k, D] after norm and RoPE -> the attention output, q's shape and dtype.
 
         These are the batch rows `call.rows`, whose tokens lie as `call.layout` says: k and v are the first `layout.keys`
-        tokens, without the padding.
+        tokens, without the padding. H_k divides H: with grouped queries several heads read one head of the keys.
         """
         ...
 
@@ -111,7 +111,7 @@ class Model:
         if (sizes, text_valid) not in self._layouts:
             layout = self.family.layout(self.module.config, sizes)
             all_exist = text_valid is None or text_valid == layout.text_tokens
-            self._layouts[sizes, text_valid] = layout if all_exist else replace(layout, text_valid=text_valid)
+            self._layouts[sizes, text_valid] = layout if all_exist else layout.with_text(text_valid)
         return self._layouts[sizes, text_valid]
 
     def _pass(self, text: Tensor) -> str:
@@ -130,6 +130,10 @@ class Model:
             version, counts = mask._version, _row_sums(mask)
             self._counts[mask] = version, counts
         return counts
+
+
+def _counted(queries: int, keys: int) -> str:
+    return f"{keys:,} tokens" if queries == keys else f"{queries:,} queries and {keys:,} keys"
 
 
 def _row_sums(mask: Tensor) -> tuple[int, ...]:
@@ -201,7 +205,10 @@ class Site:
             module.set_processor(stock)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, S, H, D] -> [B, S, H, D]; what the engine is given is cut to tokens that exist as keys."""
+        """q [B, queries, H, D], k and v [B, tokens, H_k, D] -> out like q.
+
+        What the engine is given is cut to tokens that exist as keys.
+        """
         if self.timer is None:
             return self._attend(q, k, v)
         return self.timer.run(lambda: self._attend(q, k, v), q.device)
@@ -212,10 +219,11 @@ class Site:
 
     def _attend_rows(self, rows: Rows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         layout, some = rows.layout, slice(rows.start, rows.stop)
-        if q.shape[1] != layout.tokens:
+        if (q.shape[1], k.shape[1]) != (layout.queries, layout.tokens):
             raise RuntimeError(
-                f"{self.name} of {self.transformer}: expected the {layout.tokens:,} tokens of {layout}, found {q.shape[1]:,}: "
-                "something else changes the sequence of this model. Take that off, or call diffusers_accel.unpatch(pipe)"
+                f"{self.name} of {self.transformer}: expected the {_counted(layout.queries, layout.tokens)} of {layout}, found "
+                f"{_counted(q.shape[1], k.shape[1])}: something else changes the sequence of this model. Take that off, or call "
+                "diffusers_accel.unpatch(pipe)"
             )
         call = AttentionCall(
             layout=layout,

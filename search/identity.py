@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,6 +15,7 @@ import diffusers_accel
 from diffusers_accel.files import quoted
 from diffusers_accel.identity import Found, components, fingerprint, model_name, plain
 from diffusers_accel.layout import TokenLayout
+from diffusers_accel.plan_uses import GRID
 from diffusers_accel.search.cost import describe_device
 from diffusers_accel.search.schedule import Settings
 from diffusers_accel.search.scores import Scores
@@ -98,12 +100,8 @@ def environment(pipe: Any) -> dict[str, str]:
 
 def versions(pipe: Any, layout: TokenLayout) -> dict[str, Any]:
     """What a plan's provenance says beside the configuration."""
+    segments = {} if layout.short else {"segments": [dataclasses.asdict(each) for each in layout.segments]}
     return {
         **environment(pipe),
-        "layout": {
-            "frames": layout.frames,
-            "height": layout.height,
-            "width": layout.width,
-            "text_tokens": layout.text_tokens,
-        },
+        "layout": {**{name: getattr(layout, name) for name in (*GRID, "text_tokens")}, **segments},
     }

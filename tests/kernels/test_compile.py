@@ -6,6 +6,7 @@ the stack, and that the products run on the matrix units. That it is right or fa
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -285,15 +286,15 @@ def test_quantize(arch: int, dim: int) -> None:
 @every_arch
 @pytest.mark.parametrize("precision", ["input", "int8", "int8_fp8"])
 @pytest.mark.parametrize(
-    ("dim", "pooled", "group"),
-    [*((dim, pooled, 1) for dim in (64, 96, 128) for pooled in (True, False)), (128, True, 5)],
+    ("dim", "pooled", "group", "key_rows"),
+    [*itertools.product((64, 96, 128), (True, False), (1,), (False,)), (128, True, 5, False), (128, True, 1, True)],
 )
-def test_prep(arch: int, precision: str, dim: int, pooled: bool, group: int) -> None:
+def test_prep(arch: int, precision: str, dim: int, pooled: bool, group: int, key_rows: bool) -> None:
     if precision == "int8_fp8" and arch not in FP8:
         pytest.skip(f"compute capability {arch / 10} has no FP8")
     outs = {"q_out_ptr": "*i8", "k_out_ptr": "*i8", "v_out_ptr": "*fp8e4nv" if precision == "int8_fp8" else "*bf16"}
     types = outs if precision != "input" else dict.fromkeys(outs, "*bf16")
-    types = types | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16") | {"rows_ptr": "*i64"}
+    types = types | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16") | {"rows_ptr": "*i64", "key_rows_ptr": "*i64"}
     scales = ("mean_ptr", "q_scale_ptr", "k_scale_ptr", "offset_ptr", "v_scale_ptr")
     types |= dict.fromkeys((*scales, "q_means_ptr", "k_means_ptr", "largest_ptr"), "*fp32")
     constants: dict[str, Any] = {
@@ -309,6 +310,8 @@ def test_prep(arch: int, precision: str, dim: int, pooled: bool, group: int) -> 
     absent = {"input": scales, "int8": ("v_scale_ptr", "k_means_ptr"), "int8_fp8": ("k_means_ptr",)}[precision]
     if not pooled:
         absent = (*absent, "q_means_ptr", "k_means_ptr")
+    if not key_rows:
+        absent = (*absent, "key_rows_ptr")
     constants |= dict.fromkeys(absent) | {"INT8_MAX": 127.0, "SMALLEST": 1e-30}
     code = compiled(prep.prep_kernel, arch, types, constants, num_warps=8)
     assert len(READ_16.findall(code)) >= 3 and re.search(r"\bSTG\.E\S*\.128\b", code)
