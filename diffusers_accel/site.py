@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count, groupby
 from typing import Any, Protocol, cast
@@ -147,18 +148,19 @@ class Timer:
     _cpu_seconds: float = 0.0
     _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
-    def run(self, call: Callable[[], Tensor], device: torch.device) -> Tensor:
+    @contextmanager
+    def running(self, device: torch.device) -> Iterator[None]:
+        """Counts the time inside."""
         if device.type == "cuda":
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            out = call()
+            yield
             stop.record()
             self._events.append((start, stop))
-            return out
+            return
         begin = time.perf_counter()
-        out = call()
+        yield
         self._cpu_seconds += time.perf_counter() - begin
-        return out
 
     @property
     def attention_ms(self) -> float:
@@ -209,24 +211,25 @@ class Site:
 
         What the engine is given is cut to tokens that exist as keys.
         """
-        if self.timer is None:
-            return self._attend(q, k, v)
-        return self.timer.run(lambda: self._attend(q, k, v), q.device)
+        with self.timer.running(q.device) if self.timer else nullcontext():
+            parts = []
+            for rows in self.model.rows(len(q)):
+                self._check_sizes(rows.layout, q, k)
+                some, keys = slice(rows.start, rows.stop), rows.layout.keys
+                parts.append(self.engine.attend(self._call(rows), q[some], k[some, :keys], v[some, :keys]))
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = [self._attend_rows(rows, q, k, v) for rows in self.model.rows(len(q))]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _attend_rows(self, rows: Rows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        layout, some = rows.layout, slice(rows.start, rows.stop)
+    def _check_sizes(self, layout: TokenLayout, q: Tensor, k: Tensor) -> None:
         if (q.shape[1], k.shape[1]) != (layout.queries, layout.tokens):
             raise RuntimeError(
                 f"{self.name} of {self.transformer}: expected the {_counted(layout.queries, layout.tokens)} of {layout}, found "
                 f"{_counted(q.shape[1], k.shape[1])}: something else changes the sequence of this model. Take that off, or call "
                 "diffusers_accel.unpatch(pipe)"
             )
-        call = AttentionCall(
-            layout=layout,
+
+    def _call(self, rows: Rows) -> AttentionCall:
+        return AttentionCall(
+            layout=rows.layout,
             transformer=self.transformer,
             layer=self.layer,
             heads=self._heads,
@@ -236,4 +239,3 @@ class Site:
             sigma=self.model.sigma,
             dense=self.dense,
         )
-        return self.engine.attend(call, q[some], k[some, : layout.keys], v[some, : layout.keys])

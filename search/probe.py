@@ -103,9 +103,9 @@ class PassProbe:
             self.calls[call.transformer][span] += 1
             self._steps[call.transformer].add(step)
             self._on_call(call)
-        dense = call.dense
-        assert dense is not None
-        out = self.dense_timer.run(lambda: dense(q, k, v), q.device)
+        assert call.dense is not None
+        with self.dense_timer.running(q.device):
+            out = call.dense(q, k, v)
         if step in self.schedule.measured:
             self.measure(site, call, span, q, k, v)
         if step in self.schedule.kept:

@@ -88,9 +88,9 @@ class Stopwatch:
                 raise Enough
             self._start(step)
         self._trial.calls += call.layer == 0 and self._timed == 0
-        dense = call.dense
-        assert dense is not None
-        return self._timer.run(lambda: dense(q, k, v), q.device)
+        assert call.dense is not None
+        with self._timer.running(q.device):
+            return call.dense(q, k, v)
 
     def result(self) -> Trial:
         """What was seen; call it after the run."""
