@@ -82,7 +82,7 @@ def _check_spans(plan: Plan) -> None:
                 f"{path}.{start}: expected {edge:g}, {before}, found {span.start:g}: {wrong}; "
                 f"spans cover {1 - last:g} to {last:g} one after another"
             )
-        if (span.stop - span.start) * (last - 0.5) <= 0:
+        if span.stop <= span.start if by == "share" else span.stop >= span.start:
             more = "more" if by == "share" else "less"
             raise FileError(f"{path}.{stop}: expected {more} than its {start} {span.start:g}, found {span.stop:g}")
         edge, before = span.stop, f"where spans[{index}] stops"
@@ -158,6 +158,6 @@ def _check_tensors(plan: Plan) -> None:
             if size and first and size != first[1]:
                 raise FileError(
                     f"heads.methods.{each.symbol}: expected tensors for {first[1]} (parts, blocks), as those of "
-                    f"heads.methods.{first[0]} are, found {size}; search the plan again"
+                    f"methods.{first[0]} are, found {size}; search the plan again"
                 )
             first = first or ((each.symbol, size) if size else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -147,7 +148,9 @@ def test_a_plan_and_a_step_cache() -> None:
     plan = Plan.uniform(caching(3), family="wan", models={"transformer": ModelShape(LAYERS, HEADS, HEAD_DIM)})
     pipe = tiny_wan()
     with patch(pipe, [plan, "easycache"]) as done:
-        assert done.plan is plan and done.forwards == easycache()
+        assert done.plan == replace(plan, forwards=easycache()) and done.forwards == easycache()
+    with patch(pipe, plan) as done:
+        assert done.plan is plan and done.forwards is None
     with patch(pipe, ("easycache", {"threshold": 0.2})) as done:
         assert done.forwards == easycache(threshold=0.2) and done.sites == []
     with patch(pipe, "draft") as done:
