@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusers_accel.arguments import NAMES, check_parameters, plan_path, wrong_plan
+from diffusers_accel.arguments import check_parameters, wrong_plan
 from diffusers_accel.clock import Clock, tells_steps
 from diffusers_accel.deals import Deals
 from diffusers_accel.engine import PlanEngine
 from diffusers_accel.families import find
-from diffusers_accel.files import quoted
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.forwards.report import ForwardsReport
 from diffusers_accel.forwards.scope import Scope
@@ -51,9 +49,10 @@ class Attachment:
         self._clock = clock
         self._undo: list[Callable[[], object]] = [self._restore_processors]
 
-    def step(self, index: int, steps: int) -> None:
-        """For your own denoising loop: says that step `index` (from 0) of `steps` runs next."""
-        self._clock.set(index, steps)
+    def step(self, index: int, steps: int, sigma: float | None = None) -> None:
+        """For your own denoising loop: says that step `index` (from 0) of `steps` runs next. A plan whose spans are windows of
+        sigma asks for its noise level too, in 0..1."""
+        self._clock.set(index, steps, sigma)
 
     @contextmanager
     def timed(self) -> Iterator[Timer]:
@@ -117,8 +116,8 @@ class Patch(Attachment):
 
     @property
     def forwards(self) -> Forwards | None:
-        """Which forwards are computed, and how the others are predicted; None: all are computed."""
-        return self._forwards.forwards if self._forwards else None
+        """Which forwards are computed, and how the others are predicted; None: all are computed. It stands in `plan` too."""
+        return self.plan.forwards
 
     @property
     def layout(self) -> TokenLayout | None:
@@ -171,7 +170,8 @@ def patch(
             pipeline where you can: it knows which step runs.
         plan: a Plan, a path to a plan file, the name of a method ("dense", "pattern", "draft", "cached", "reordered"), a
             Method for all heads, or a Recipe; or a step cache, by name ("easycache", "schedule") or as Forwards,
-            which leaves attention as it is. A list of one of each composes them: ["easycache", ("draft", {"density": 0.3})].
+            which leaves attention as it is, as does a plan that holds only a step cache. A list of one of each composes them:
+            ["easycache", ("draft", {"density": 0.3})].
             None takes "pattern" with its conservative defaults, and stays dense where sparse attention cannot win.
         max_cache: share of the memory that is free at the first call which methods with a cache may fill, in [0, 1]. Layers
             whose cache does not fit stay dense, and the report says so.
@@ -198,6 +198,8 @@ def patch(
     chosen = _with_precision(chosen, pipe, found)
     resolved = chosen if isinstance(chosen, Plan) else Plan.uniform(chosen, family=family, models=shapes)
     resolved.check(shapes, family=family)
+    if scopes.forwards != resolved.forwards:
+        resolved = replace(resolved, forwards=scopes.forwards)
     if scopes.heads is not None:
         _check_kernels(pipe, resolved, found)
     deals = Deals(resolved.tensors)
@@ -344,14 +346,9 @@ def _choose(
     if isinstance(plan, str) and plan in NAMED:
         check_parameters(plan, parameters)
         return NAMED[plan](**parameters), 0
-    path = plan_path(plan) if isinstance(plan, (str, os.PathLike)) else None
-    if path is None and not isinstance(plan, (Plan, Recipe, Method)):
+    if not isinstance(plan, (Plan, Recipe, Method)):
         raise wrong_plan(plan)
-    if parameters:
-        raise TypeError(
-            f"parameters go with a named method ({', '.join(NAMES)}), found {sorted(parameters)} beside {quoted(plan)}"
-        )
-    return (Plan.load(path) if path is not None else plan), 0
+    return plan, 0
 
 
 def _check_leaves_something(recipe: Recipe, shapes: dict[str, ModelShape]) -> None:

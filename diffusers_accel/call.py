@@ -25,8 +25,10 @@ class AttentionCall:
         branch: the pass of guidance that runs, such as "cond": what is kept of an earlier step is that pass's alone.
         rows: (start, stop) of the model's batch rows that q, k and v hold.
         now: (step, steps) of the running generation, of the steps that run; None where nobody says.
-        dense: the attention that the user has chosen for the model, q [B, S, H, D], k and v [B, keys, H, D] -> [B, S, H, D],
-            for any number of heads. None where only masks are asked for.
+        sigma: noise level of that step in flow matching, from 1 (noise alone) to 0; None where nobody says, or the scheduler has
+            another measure.
+        dense: the attention that the user has chosen for the model, q [B, queries, H, D], k and v [B, keys, H_k, D] -> out like
+            q, for any number of heads of which the key heads are a divisor. None where only masks are asked for.
     """
 
     layout: TokenLayout
@@ -36,6 +38,7 @@ class AttentionCall:
     branch: str = ""
     rows: tuple[int, int] = (0, 1)
     now: tuple[int, int] | None = None
+    sigma: float | None = None
     dense: DenseAttention | None = None
 
     def of(self, heads: Sequence[int]) -> AttentionCall:

@@ -197,22 +197,16 @@ def search(
     texts = _texts(pipe, prompt, prompts, for_search=True)
     from diffusers_accel import search_plan
     from diffusers_accel.cli_arguments import (
-        check_out,
-        check_scores,
         check_seed,
         check_share,
-        prepare_search,
-        scores_beside,
+        search_places,
     )
     from diffusers_accel.search.candidates import candidates_for, check_sets
 
     sets = None if methods is None else check_sets([name.strip() for name in methods.split(",")])
     check_seed(seed)
     check_share("--dense-steps", dense_steps)
-    check_out(out)
-    kept = scores or scores_beside(out)
-    check_scores(kept, out)
-    prepare_search(out, kept)
+    kept = search_places(out, scores)
     pipeline = _load(setup)
     plan = search_plan(
         pipeline,
@@ -277,7 +271,12 @@ def calibrate(
 def report(
     pipe: Pipe,
     plan: Annotated[
-        list[str], typer.Option("--plan", help="A plan file or a method, or NAME=PLAN. May be given several times.")
+        list[str],
+        typer.Option(
+            "--plan",
+            help="A plan file or a method, such as draft; with a step cache, easycache+draft; or NAME=PLAN. "
+            "May be given several times.",
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("report"),
     rounds: Annotated[int, typer.Option("--rounds", help="Timed runs of each clip, each between two dense ones.")] = 1,
@@ -343,6 +342,14 @@ def plan_show(file: Annotated[Path, typer.Argument(help="A plan file.")]) -> Non
     from diffusers_accel.cli_arguments import read_plan
 
     print(read_plan(file).show())
+
+
+@plan_app.command("schema")
+def plan_schema() -> None:
+    """Print the JSON schema of plan files, by which an editor completes and checks them."""
+    from diffusers_accel.plan_schema import schema_text
+
+    print(schema_text(), end="")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers_accel.arguments import NAMES
-from diffusers_accel.files import FileError, prepare_file, printable, quoted, read_bytes
+from diffusers_accel.files import FileError, printable, quoted, read_bytes
 from diffusers_accel.plan import Plan
+from diffusers_accel.search.keeping import check_places
 from diffusers_accel.search.scores import Scores
+from diffusers_accel.subject import split
 from diffusers_accel.suggest import did_you_mean, did_you_mean_file
 
 MAX_PROMPT_BYTES = 2**20
@@ -70,13 +72,14 @@ def read_plan(path: Path) -> Plan:
         raise FileNotFoundError(f"{error}{did_you_mean_file(path)}") from error
 
 
-def read_subjects(plans: Sequence[str]) -> dict[str, Plan | str]:
-    """Name -> plan or name of a method. The name is what stands before "=", else that of the method or the file's stem."""
+def read_subjects(plans: Sequence[str]) -> dict[str, Plan | str | list[Plan | str]]:
+    """Name -> plan, name of a method, or list of a step cache and what goes with it, which is written with "+" between them. The
+    name is what stands before "=", else those of the methods and the files' stems."""
     given: dict[str, str] = {}
     for item in plans:
         name, separator, value = item.partition("=")
         if not separator or os.path.isfile(item):
-            name, value = item if item in NAMES else Path(item).stem, item
+            name, value = "+".join(part if part in NAMES else Path(part).stem for part in _composed(item)), item
         if name in given:
             first, second = printable(given[name]), printable(value)
             raise ValueError(
@@ -86,53 +89,43 @@ def read_subjects(plans: Sequence[str]) -> dict[str, Plan | str]:
     return {name: _subject(value) for name, value in given.items()}
 
 
+def _composed(value: str) -> list[str]:
+    """What stands between the "+" of a composition; all of it where that is a file."""
+    return [value] if os.path.exists(value) else value.split("+")
+
+
 def check_out(out: Path) -> None:
     if out.suffix != ".json":
         raise ValueError(f'--out: expected a file name that ends in ".json", found {quoted(str(out))}')
 
 
-def check_scores(scores: Path, out: Path) -> None:
-    """Refuses a file of scores that the plan would replace, or that holds something else."""
-    for path, what in ((scores, "the scores"), (cost_beside(scores), "the kernel times beside the scores")):
-        if _same(path, out):
-            raise ValueError(
-                f"--scores: {what} and the plan would be one file, {quoted(str(out))}; name another one, "
-                f"such as {quoted(str(scores_beside(out)))}"
-            )
-    if os.path.isdir(scores):
-        raise FileError(f"--scores: expected a file that ends in .safetensors, found the folder {quoted(str(scores))}")
-    if scores.suffix != ".safetensors":
-        raise ValueError(f'--scores: expected a file name that ends in ".safetensors", found {quoted(str(scores))}')
-    if os.path.exists(scores):
-        Scores.load(scores)
+def search_places(out: Path, scores: Path | None) -> Path:
+    """Where a search keeps its scores; all its files can be written, and scores that are there are scores."""
+    _, kept = check_places(out, scores, ("--out", "--scores"))
+    assert kept is not None  # beside the plan, at least
+    if os.path.exists(kept):
+        Scores.load(kept)
+    return kept
 
 
-def prepare_search(out: Path, scores: Path) -> None:
-    """Makes sure that the plan, the scores and the kernel times can be written."""
-    for path in (out, scores, cost_beside(scores)):
-        prepare_file(path)
+def _subject(value: str) -> Plan | str | list[Plan | str]:
+    parts = [_part(part) for part in _composed(value)]
+    subject = parts if len(parts) > 1 else parts[0]
+    try:
+        split(subject, {})
+    except ValueError as error:
+        raise ValueError(f"--plan {printable(value)}: {error}") from error
+    return subject
 
 
-def scores_beside(out: Path) -> Path:
-    return out.with_suffix(".scores.safetensors")
-
-
-def cost_beside(scores: Path) -> Path:
-    return scores.with_suffix(".cost.json")
-
-
-def _subject(value: str) -> Plan | str:
+def _part(value: str) -> Plan | str:
     if value in NAMES:
         return value
     path = Path(value)
-    if path.suffix == ".json" or os.path.exists(path):
+    if path.suffix == ".json" or (value and os.path.exists(path)):
         return read_plan(path)
     meant = did_you_mean(value, NAMES) or did_you_mean_file(path)
-    raise ValueError(f"--plan: expected a method ({', '.join(NAMES)}) or a plan file, found {quoted(value)}{meant}")
-
-
-def _same(a: Path, b: Path) -> bool:
-    """Whether two paths name one file, or would."""
-    if os.path.realpath(a) == os.path.realpath(b):
-        return True
-    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
+    raise ValueError(
+        f"--plan: expected a method ({', '.join(NAMES)}), a plan file, or a step cache and one of these with + between them, "
+        f"found {quoted(value)}{meant}"
+    )

@@ -1,4 +1,5 @@
-"""Which step, of how many, on which branch: one clock for a transformer's pipelines, read at run time and never counted.
+"""Which step, of how many, at which noise level, on which branch: one clock for a transformer's pipelines, read at run time and
+never counted.
 
 Sources, in order of trust: `Clock.set`, for people with their own loop; what the pipeline says through
 `transformer.cache_context(name, step_index=...)`; the position of `pipe._current_timestep` inside `scheduler.timesteps`, of
@@ -16,13 +17,23 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from diffusers_accel.families import COMPONENTS
 
+ROUNDING = 1e-5  # of noise levels in fp32
 GUIDERS = ("guider", "guider_2")  # of modular pipelines: one for each transformer
+
+
+class _Context(NamedTuple):
+    """What a pipeline says through `transformer.cache_context`."""
+
+    name: str
+    step: int | None
+    steps: int | None
+    sigma: Any
 
 
 class _Running(threading.local):
@@ -37,26 +48,58 @@ class Clock:
     def __init__(self, pipe: Any = None) -> None:
         self._pipe = pipe
         self._running = _Running()
-        self._context: tuple[str, int | None, int | None] | None = None
+        self._context: _Context | None = None
         self._set: tuple[int, int] | None = None
+        self._set_sigma: float | None = None
+        self._levels: tuple[weakref.ref[torch.Tensor], tuple[float, ...] | None] | None = None
 
-    def set(self, step: int, steps: int) -> None:
-        """Says by hand that step `step` (from 0) of `steps` runs now; outranks the other sources."""
+    def set(self, step: int, steps: int, sigma: float | None = None) -> None:
+        """Says by hand that step `step` (from 0) of `steps` runs now, at a noise level; outranks the other sources."""
         if not 0 <= step < steps:
             raise ValueError(f"expected 0 <= step < steps, found step {step} of {steps}")
-        self._set = (step, steps)
+        if sigma is not None and not 0 <= sigma <= 1:
+            raise ValueError(f"sigma is the noise level of flow matching, expected in 0..1, found {sigma}")
+        self._set, self._set_sigma = (step, steps), None if sigma is None else float(sigma)
 
     @property
     def branch(self) -> str:
         """The pipeline's name for the running pass, such as "cond" or "uncond"; "" where it has none."""
         if self._context:
-            return self._context[0]
+            return self._context.name
         guider = _running_guider(self._running_pipe)
         return f"guided {guider._count_prepared}" if guider is not None else ""
 
     def now(self) -> tuple[int, int] | None:
         """(step, steps) of the running call, of the steps that run, or None where no source knows."""
         return self._set or self._from_context() or self._from_timestep() or self._from_guider()
+
+    def sigma(self) -> float | None:
+        """The noise level of the running step in flow matching, from 1 (noise alone) to 0 (none); None where no source knows, or
+        the scheduler has another measure of noise."""
+        if self._set is not None:
+            return self._set_sigma
+        pipe = self._running_pipe
+        given = getattr(getattr(pipe, "scheduler", None), "sigmas", None)
+        said = _number(self._context.sigma) if self._context else None
+        if not isinstance(given, torch.Tensor):
+            known = pipe is not None and hasattr(pipe, "scheduler")  # which has none
+            return said if not known and said is not None and 0 <= said <= 1 else None
+        levels, place = self._flow_levels(given), self._schedule_place(pipe)
+        if levels is None:
+            return None
+        return levels[place] if place is not None and place < len(levels) else said
+
+    def _flow_levels(self, sigmas: torch.Tensor) -> tuple[float, ...] | None:
+        """A scheduler's sigmas as numbers, read once: they may be on a GPU. None where they are not those of flow matching."""
+        if self._levels is None or self._levels[0]() is not sigmas:
+            self._levels = weakref.ref(sigmas), _levels(sigmas)
+        return self._levels[1]
+
+    def _schedule_place(self, pipe: Any) -> int | None:
+        """Where in all of the scheduler's timesteps the running step stands."""
+        timesteps = _timesteps(pipe)
+        place = _place(getattr(pipe, "_current_timestep", None), timesteps)
+        return place if place is not None else _place(getattr(_running_guider(pipe), "_timestep", None), timesteps)
 
     def follow(self, transformer: Any) -> None:
         """Called where a forward of `transformer` begins: finds the pipeline that calls it."""
@@ -77,7 +120,7 @@ class Clock:
     def _from_context(self) -> tuple[int, int] | None:
         if self._context is None:
             return None
-        _, step, steps = self._context
+        step, steps = self._context.step, self._context.steps
         return None if step is None or steps is None else (step, steps)
 
     def _from_timestep(self) -> tuple[int, int] | None:
@@ -113,7 +156,7 @@ class Clock:
         return stop
 
     @contextmanager
-    def _hear(self, context: tuple[str, int | None, int | None]) -> Iterator[None]:
+    def _hear(self, context: _Context) -> Iterator[None]:
         before, self._context = self._context, context
         try:
             yield
@@ -141,6 +184,22 @@ def _calling_pipeline(frame: FrameType | None, transformer: Any) -> Any:
                 return owner
         frame = frame.f_back
     return None
+
+
+def _number(sigma: Any) -> float | None:
+    """What a pipeline says of the noise level; a tensor on a device is not waited for."""
+    if isinstance(sigma, torch.Tensor):
+        return float(sigma) if sigma.numel() == 1 and sigma.device.type == "cpu" else None
+    return float(sigma) if isinstance(sigma, (int, float)) else None
+
+
+def _levels(sigmas: torch.Tensor) -> tuple[float, ...] | None:
+    """The numbers, if they fall from at most 1 to at least 0, as those of flow matching do; they may repeat."""
+    levels = [float(level) for level in sigmas.flatten().tolist()]
+    falling = all(a >= b - ROUNDING for a, b in zip(levels, levels[1:]))
+    if not levels or not falling or not (levels[0] <= 1 + ROUNDING and levels[-1] >= -ROUNDING):
+        return None
+    return tuple(min(max(level, 0.0), 1.0) for level in levels)
 
 
 def _timesteps(pipe: Any) -> torch.Tensor | None:
@@ -178,7 +237,7 @@ class _Listener:
     @contextmanager
     def __call__(self, name: str, **where: Any) -> Iterator[None]:
         stock: Callable[..., AbstractContextManager[None]] = type(self._transformer).cache_context
-        context = (name, where.get("step_index"), where.get("num_inference_steps"))
+        context = _Context(name, where.get("step_index"), where.get("num_inference_steps"), where.get("sigma"))
         with self._clock._hear(context), stock(self._transformer, name, **where):
             yield
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
+from diffusers_accel.grouped import key_heads
 from diffusers_accel.kernels.pattern import BlockPattern, head_index
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import Method, Order
@@ -53,16 +54,21 @@ class Launch:
 
     Args:
         groups: of these heads, by method.
-        orders: int64 [distinct orders, S], the token orders that the heads use.
+        orders: int64 [distinct orders, tokens], the token orders that the heads use.
+        query_orders: int64 [distinct orders, queries], which row of q stands at each place of these; `orders` itself where
+            every token queries.
         order_of: int64 [heads], which of these orders each head uses.
         model_heads: number of heads of the model.
+        moves: whether some of these orders is not the model's own.
     """
 
     precision: str
     groups: tuple[Group, ...]
     orders: Tensor
+    query_orders: Tensor
     order_of: Tensor
     model_heads: int
+    moves: bool
 
     @cached_property
     def heads(self) -> tuple[int, ...]:
@@ -78,18 +84,23 @@ class Launch:
     @cached_property
     def whole(self) -> bool:
         """Whether these are all heads in the model's own order, so that nothing needs to be moved."""
-        own_order = all(group.method.order.identity for group in self.groups)
-        return own_order and self.heads == tuple(range(self.model_heads))
+        return not self.moves and self.heads == tuple(range(self.model_heads))
 
     @cached_property
     def takes_tensors(self) -> bool:
         """Whether some stage looks at q, k and v themselves, whose codes would not do."""
         return any(group.method.rest.reads or group.method.select.wants == "tokens" for group in self.groups)
 
-    def rows(self, tokens: int) -> Tensor:
-        """int64 [tokens * heads]: where each row of the launch's first tokens stands in the model's [S * H] rows."""
-        orders = self.orders[self.order_of, :tokens]
-        return (orders * self.model_heads + head_index(self.heads, orders.device)[:, None]).T.flatten()
+    def rows(self) -> Tensor:
+        """int64 [queries * heads]: where each of the launch's queries stands in the model's [queries * H] rows."""
+        return _rows(self.query_orders[self.order_of], self.heads, self.model_heads)
+
+    def key_rows(self, keys: int, heads: int) -> Tensor | None:
+        """int64 [keys * heads of the launch]: where each of the launch's keys stands in the model's [keys * heads] rows; None
+        where that is what the first of `rows` say."""
+        if heads == self.model_heads and self.query_orders is self.orders:
+            return None
+        return _rows(self.orders[self.order_of, :keys], key_heads(self.heads, self.model_heads, heads), heads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,6 +230,11 @@ class Deals:
             del self._found[key], self._places[key]
 
 
+def _rows(orders: Tensor, heads: tuple[int, ...], of: int) -> Tensor:
+    """Of orders [heads, places], the rows place by place, in [S * of] rows."""
+    return (orders * of + head_index(heads, orders.device)[:, None]).T.flatten()
+
+
 def deal(methods: tuple[Method, ...], call: AttentionCall, tensors: Tensors, device: torch.device) -> Deal:
     """Deals the heads of a call out, of which each has its method; `tensors` are the plan's."""
     precisions: dict[str, dict[Method, list[int]]] = {}
@@ -246,10 +262,14 @@ def _launch(
         pattern = method.select.pattern(here, method.order, tensors, Inputs(device)) if static else None
         groups.append(Group(method, here.heads, start, pattern, method.rest.gate(call.place, heads, tensors)))
     order_of = [used.index(group.method.order) for group in groups for _ in group.heads]
+    orders = torch.stack([order.index(call.layout) for order in used]).to(device)
+    all_query = call.layout.queries == call.layout.tokens
     return Launch(
         precision=precision,
         groups=tuple(groups),
-        orders=torch.stack([order.index(call.layout) for order in used]).to(device),
+        orders=orders,
+        query_orders=orders if all_query else torch.stack([each.query_index(call.layout) for each in used]).to(device),
         order_of=torch.tensor(order_of, dtype=torch.int64, device=device),
         model_heads=len(call.heads),
+        moves=any(order.moves(call.layout) for order in used),
     )

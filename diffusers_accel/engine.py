@@ -96,7 +96,7 @@ class PlanEngine:
         self.tally.layout = call.layout
         if call.layer == 0:
             self._look_around(call.now)
-        mix = self._uncached(self._mix(q, call.now), call, q)
+        mix = self._uncached(self._mix(q, call), call, q)
         if mix.dense:
             assert call.dense is not None
             self._count(mix, Ran(q, 1.0, 0, ("dense",)))
@@ -121,7 +121,7 @@ class PlanEngine:
         if getattr(self.site.model.module, "is_cache_enabled", False):
             for remark in caches_on(self.site.model.module):
                 self._remarks.say(remark)
-        if now is not None and len(self._mixes) > 1 and now[0] == 0:
+        if now is not None and len(self._mixes) > 1 and now[0] == 0 and self.plan.by == "share":
             ran = {self.plan.span_at(step, now[1]) for step in range(now[1])}
             sparse = {span for span in range(len(self.plan.spans)) if self._sparse(span)}
             if sparse and not ran & sparse:
@@ -134,7 +134,7 @@ class PlanEngine:
     def _sparse(self, span: int) -> bool:
         """Whether any head of any layer of this transformer is not dense in a span."""
         rows = self.plan.spans[span].heads[self.site.transformer]
-        return any(not self.plan.methods[symbol].dense for symbol in set("".join(rows)))
+        return any(not self.plan.methods[symbol].dense for row in rows for symbol in set(row))
 
     def _method(self, span: int, head: int) -> Method:
         """The method of a head; one that refreshes at every step of the span is dense."""
@@ -142,10 +142,12 @@ class PlanEngine:
         return DENSE if self._refreshed(method, span, head) == 1 else method
 
     def _refreshed(self, method: Method, span: int, head: int) -> float:
-        """At what share of a span's steps a head refreshes what it keeps."""
+        """At what share of a span's steps a head refreshes what it keeps; which steps a window of sigma holds, only a call tells,
+        so that all of its gate counts for each of them."""
         gate = method.rest.gate(self._layer, (head,), self.plan.tensors)
-        if gate is not None:  # a short span may hold no part: nothing is due in it
-            gate = gate[[part for part in range(len(gate)) if self.plan.span_at(part, len(gate)) == span], 0]
+        if gate is not None and self.plan.by == "share":  # a short span may hold no part: nothing is due in it
+            gate = gate[[part for part in range(len(gate)) if self.plan.span_at(part, len(gate)) == span]]
+        gate = None if gate is None else gate[:, 0]
         return method.rest.refresh_share(gate)
 
     def _saving(self, method: Method, span: int, head: int) -> float:
@@ -153,19 +155,17 @@ class PlanEngine:
         density = method.select.expected_density or 0.5  # where it is not known ahead
         return (1 - density) * (1 - self._refreshed(method, span, head))
 
-    def _mix(self, q: Tensor, now: tuple[int, int] | None) -> Mix:
+    def _mix(self, q: Tensor, call: AttentionCall) -> Mix:
         """The methods of the running span."""
         if q.shape[1] < self._min_tokens:
             self.tally.notes[f"{q.shape[1]:,} tokens: below {self._min_tokens:,} dense attention is faster"] += 1
             return self._deals.mix((DENSE,) * q.shape[2])
-        if now is None and len(self._mixes) > 1:
-            raise _no_clock("the plan has several spans")
-        span = self.plan.span_at(*now) if now else 0
+        span = running_span(self.plan, call)
         if span != self._span:
             self._span = span
             self._deals.leave(self._layer)
         mix = self._mixes[span]
-        if now is None and mix.timed:
+        if call.now is None and mix.timed:
             raise _no_clock("a selection or a part of an earlier step is reused")
         return mix
 
@@ -192,6 +192,25 @@ class PlanEngine:
             total.density = total.density + each.density * each.heads
             if each.starved is not None:
                 total.starved = total.starved + each.starved * each.heads
+
+
+def running_span(plan: Plan, call: AttentionCall) -> int:
+    """The index of the span that a call falls into.
+
+    Raises:
+        RuntimeError: nobody says which step runs, or at which noise level.
+    """
+    if plan.by == "sigma":
+        if call.sigma is None:
+            raise RuntimeError(
+                "the spans of the plan are windows of sigma, but nobody says the noise level of the step that runs: expected a "
+                "flow-matching pipeline, whose scheduler.sigmas fall from 1 to 0. Give the plan spans by share of the steps; "
+                "or, in your own loop, call Patch.step(i, steps, sigma=...) before each step"
+            )
+        return plan.span_at_sigma(call.sigma)
+    if call.now is None and len(plan.spans) > 1:
+        raise _no_clock("the plan has several spans")
+    return plan.span_at(*call.now) if call.now else 0
 
 
 def _too_few(label: str, tokens: int, few: int) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.deals import Deal, Group, Launch
+from diffusers_accel.grouped import of_heads
 from diffusers_accel.kernels.attention import attention, chosen, quantized_attention
 from diffusers_accel.kernels.pattern import BlockPattern, head_flags, head_index
 from diffusers_accel.kernels.pool import pool
@@ -43,7 +44,7 @@ class Ran(NamedTuple):
     """What a layer, or one launch of it, has done.
 
     Args:
-        out: [B, S, H, D].
+        out: [B, queries, H, D].
         density: the share of block pairs that was computed; a 0-d tensor where only the device knows it.
         reused: how many heads reused a kept part.
         kernels: names of what ran, such as "portable int8".
@@ -62,13 +63,14 @@ def run(deal: Deal, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, memory
 
     Args:
         call: of which all heads have been dealt out.
-        q: [B, S, H, D]; k, v: [B, keys, H, D].
+        q: [B, queries, H, D]; k, v: [B, keys, H_k, D], in which several heads may share one.
         memory: of this layer and branch; None remembers nothing, so that what could be reused is computed.
     """
     memory = memory or Memory()
     if deal.remembering:
         memory.begin(call.now or (0, 1), q, k, deal.remembering)
     if len(deal.launches) == 1 and deal.launches[0].whole:
+        k, v = (of_heads(x, call.heads, q.shape[2]) for x in (k, v))
         return _attend(deal.launches[0], deal.tensors, call, q, k, v, None, memory)
     out = v.new_zeros(q.shape) if deal.skipped else v.new_empty(q.shape)
     density: float | Tensor = float(len(deal.dense))
@@ -78,9 +80,10 @@ def run(deal: Deal, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, memory
     if deal.dense:
         assert call.dense is not None
         index = head_index(deal.dense, q.device)
-        out.index_copy_(2, index, call.dense(*(x.index_select(2, index) for x in (q, k, v))))
+        own = q.index_select(2, index), *(of_heads(x, deal.dense, q.shape[2]) for x in (k, v))
+        out.index_copy_(2, index, call.dense(*own))
     for launch in deal.launches:
-        rows = launch.rows(q.shape[1])
+        rows = launch.rows()
         ran = _attend(launch, deal.tensors, call, q, k, v, rows, memory)
         out.view(out.shape[0], -1, out.shape[-1]).index_copy_(1, rows, ran.out.flatten(1, 2))
         density, reused = density + ran.density * len(launch.heads), reused + ran.reused
@@ -122,7 +125,7 @@ def _attend(
         share = _density(pattern, turn.refresh)
         density = density + share * len(group.heads)
         if not any(turn.refresh):
-            starved = group.method.select.starved(pattern, call.layout)
+            starved = group.method.select.starved(pattern, group.method.order, call.layout)
             read += (GroupRead(group.method, len(group.heads), share, starved),)
         place = group.place
         mine = Read((out[:, :, place], lse[:, place]), pattern, pattern is group.pattern)
@@ -170,7 +173,8 @@ def _prepare(launch: Launch, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | Non
     if rows is None:
         return Prepared((q, k, v), (pool(q, BLOCK), pool(k, BLOCK)) if means else None)
     precision = "input" if launch.takes_tensors else launch.precision
-    return prep(q, k, v, rows, len(launch.heads), precision=precision, pooled=means, block=BLOCK)
+    key_rows = launch.key_rows(*k.shape[1:3])
+    return prep(q, k, v, rows, len(launch.heads), key_rows=key_rows, precision=precision, pooled=means, block=BLOCK)
 
 
 def _pattern(group: Group, turn: Turn, tensors: Tensors, call: AttentionCall, prepared: Prepared) -> BlockPattern:

@@ -1,8 +1,7 @@
-"""The plan: which method each head takes in each span of the schedule; a search finds it and patch replays it."""
+"""The plan: which forwards run, and which method each head takes in each span of the schedule; patch replays it."""
 
 from __future__ import annotations
 
-import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +21,10 @@ from diffusers_accel.files import (
     side_file,
     write_together,
 )
+from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import DENSE, Method, Recipe
 from diffusers_accel.plan_check import check_plan, names
+from diffusers_accel.plan_span import By, Row, Span, new_symbols
 from diffusers_accel.shape import ModelShape
 
 SHOWN = 1000  # characters of an entry of budget or provenance that `show` prints
@@ -33,33 +34,20 @@ class PlanError(FileError):
     """A plan or its file is wrong or does not fit: the message says what was expected, what was found and what to do."""
 
 
-@dataclass(frozen=True)
-class Span:
-    """One stretch of the schedule.
-
-    Args:
-        start: share of the schedule's steps at which it begins, in [0, 1).
-        stop: where it ends, in (0, 1].
-        heads: transformer name -> one string per layer, one method symbol per head.
-    """
-
-    start: float
-    stop: float
-    heads: dict[str, tuple[str, ...]]
-
-
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which method each head takes, for the transformers of one pipeline. Checked whole when it is made.
+    """What the transformers of one pipeline compute. Checked whole when it is made.
 
     Args:
         family: model family, such as "wan".
         models: transformer name -> its self-attention layers, heads and head dim.
-        methods: symbol (one of A-Z, a-z, 0-9 or ".") -> method.
-        spans: stretches of the schedule in order, from 0 to 1 without gap or overlap.
+        methods: symbol -> method; 1 to 16 of A-Z, a-z, 0-9, ".", "_" and "-", of which the last two do not come first.
+        spans: stretches of the schedule in order, without gap or overlap: by share of the steps from 0 to 1, or all by sigma from
+            1 to 0.
         budget: what the search was asked for; plain JSON data.
         provenance: how the plan was made: model, prompts, seeds, versions, device; plain JSON data.
         tensors: what its methods read, by name, see docs/plan-file.md.
+        forwards: which forwards of the transformers are computed and how the others are predicted; None: all are computed.
 
     Raises:
         PlanError: a part is wrong; the message gives its path.
@@ -72,6 +60,7 @@ class Plan:
     budget: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    forwards: Forwards | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -94,11 +83,10 @@ class Plan:
             raise PlanError(str(error)) from error
         try:
             parts = plan_file.parse(data)
-            parts["spans"] = tuple(Span(*span) for span in parts["spans"])
             parts["tensors"] = read_tensors(path, parts["tensors"])
             return Plan(**parts)
         except FileError as error:
-            raise PlanError(f"{printable(path)}: {error}") from error
+            raise PlanError(f"{printable(path)}: {plan_file.place(str(error), data)}") from error
 
     def save(self, path: str | Path) -> None:
         """Writes `path`, which must end in ".json", and beside it `<stem>.<hash>.safetensors` if there are tensors.
@@ -109,7 +97,8 @@ class Plan:
         Raises:
             PlanError: the name does not end in ".json".
             FileError: the plan is longer than `load` would read again.
-            OSError: the folder cannot be written.
+            OSError: the folder cannot be written; or (`FlushError`) the new plan is in its place, but the folder that holds it
+                could not be flushed to the disk.
         """
         path = Path(path)
         if path.suffix != ".json":
@@ -124,14 +113,14 @@ class Plan:
         """The plan in which every layer is dealt out by the same rule; a recipe's dense steps and layers stay dense."""
         recipe = Recipe(heads=(method,)) if isinstance(method, Method) else method
         symbols = {DENSE: "."} if recipe.dense_steps or recipe.dense_layers or DENSE in recipe.heads else {}
-        letters = iter(string.ascii_letters + string.digits)
+        unused = new_symbols()
         for each in recipe.heads:
             if each not in symbols:
-                symbols[each] = next(letters)
+                symbols[each] = next(unused)
 
         def span(start: float, stop: float, of: Recipe) -> Span:
-            def row(layer: int, heads: int) -> str:
-                return "".join(symbols[of.method(layer, head)] for head in range(heads))
+            def row(layer: int, heads: int) -> Row:
+                return tuple(symbols[of.method(layer, head)] for head in range(heads))
 
             rows = {
                 name: tuple(row(layer, each.heads) for layer in range(each.layers)) for name, each in models.items()
@@ -143,6 +132,16 @@ class Plan:
         spans += [span(edge, 1.0, recipe)] if edge < 1 else []
         methods = {symbol: each for each, symbol in symbols.items()}
         return Plan(family=family, models=dict(models), methods=methods, spans=tuple(spans))
+
+    @property
+    def by(self) -> By:
+        """What the spans are stretches of: "share" of the steps, or "sigma"."""
+        return self.spans[0].by
+
+    @property
+    def dense(self) -> bool:
+        """Whether all heads take the model's own attention in all spans."""
+        return all(self.methods[symbol].dense for symbol, share in self.shares().items() if share)
 
     def check(self, models: Mapping[str, ModelShape], *, family: str | None = None) -> None:
         """Compares with a loaded pipeline's transformers.
@@ -172,23 +171,36 @@ class Plan:
                     )
 
     def span_at(self, step: int, steps: int) -> int:
-        """Index of the span that holds the middle of step `step` (0-based) of `steps`."""
+        """Index of the span that holds the middle of step `step` (0-based) of `steps`; for spans by share."""
+        if self.by != "share":
+            raise PlanError(
+                "the spans of this plan are windows of sigma, which a step alone does not tell: ask span_at_sigma"
+            )
         if not 0 <= step < steps:
             raise PlanError(f"step: expected 0 to {steps - 1} in a schedule of {steps} steps, found {quoted(step)}")
         middle = (step + 0.5) / steps
         return next(index for index, span in enumerate(self.spans) if middle < span.stop)
+
+    def span_at_sigma(self, sigma: float) -> int:
+        """Index of the span with start >= sigma > stop, which for 0 is the last; for spans by sigma."""
+        if self.by != "sigma":
+            raise PlanError("the spans of this plan are shares of the steps, which sigma does not tell: ask span_at")
+        if not 0 <= sigma <= 1:
+            raise PlanError(f"sigma: expected a noise level in 0..1, found {quoted(sigma)}")
+        return next((index for index, span in enumerate(self.spans) if sigma > span.stop), len(self.spans) - 1)
 
     def method(self, span: int, transformer: str, layer: int, head: int) -> Method:
         """The method of one head in the span of that index."""
         return self.methods[self.spans[span].heads[transformer][layer][head]]
 
     def shares(self) -> dict[str, float]:
-        """Symbol -> the share of heads that take it, over the whole schedule and all transformers; they add up to 1."""
+        """Symbol -> the share of heads that take it, over the whole schedule (of spans by sigma: over all of sigma) and all
+        transformers; they add up to 1."""
         total = sum(shape.layers * shape.heads for shape in self.models.values())
         counts = dict.fromkeys(self.methods, 0.0)
         for span in self.spans:
-            for symbol in "".join(row for rows in span.heads.values() for row in rows):
-                counts[symbol] += (span.stop - span.start) / total
+            for symbol in (symbol for rows in span.heads.values() for row in rows for symbol in row):
+                counts[symbol] += span.length / total
         return counts
 
     def show(self) -> str:
@@ -214,19 +226,27 @@ def _short(value: Any) -> str:
     return shown if len(text) <= SHOWN else f"{shown} ... ({len(text):,} characters, all of them in the file)"
 
 
+def _aligned(row: Row, width: int) -> str:
+    """A row of symbols in columns."""
+    return "".join(row) if width == 1 else " ".join(f"{symbol:<{width}}" for symbol in row).rstrip()
+
+
 def _lines(plan: Plan) -> list[str]:
     shapes = [f"{_short(name)}: {s.layers} layers x {s.heads} heads x {s.head_dim}" for name, s in plan.models.items()]
+    forwards = ["", f"forwards: {_short(plan.forwards.label)}"] if plan.forwards else []
     lines = [
         f"plan for {_short(plan.family)} ({'; '.join(shapes)})",
+        *forwards,
         "",
-        "methods, with the share of heads over the whole schedule",
+        f"methods, with the share of heads over {'all of sigma' if plan.by == 'sigma' else 'the whole schedule'}",
     ]
+    width = max(map(len, plan.methods))
     for symbol, share in plan.shares().items():
-        lines.append(f"  {symbol}  {plan.methods[symbol].label:<24} {share:>6.1%}")
+        lines.append(f"  {symbol:<{width}}  {plan.methods[symbol].label:<24} {share:>6.1%}")
     for span in plan.spans:
         for name, rows in span.heads.items():
-            lines += ["", f"{span.start:.0%} to {span.stop:.0%} of the steps, {_short(name)}"]
-            lines += [f"  layer {layer:>2}  {row}" for layer, row in enumerate(rows)]
+            lines += ["", f"{span.label}, {_short(name)}"]
+            lines += [f"  layer {layer:>2}  {_aligned(row, width)}" for layer, row in enumerate(rows)]
     for title, data in (("budget", plan.budget), ("provenance", plan.provenance)):
         if data:
             lines += ["", title, *(f"  {_short(key)}: {_short(value)}" for key, value in data.items())]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffusers_accel.files import FileError, check_json, check_tensors, printable, quoted
+from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import AUTO
+from diffusers_accel.plan_file import MOST
+from diffusers_accel.plan_span import EDGES, LONGEST_SYMBOL, SYMBOL, Span, row_text
 from diffusers_accel.plan_uses import uses
 
 if TYPE_CHECKING:
-    from diffusers_accel.plan import Plan, Span
+    from diffusers_accel.plan import Plan
 
-MOST = 1_000_000  # layers, heads or channels: what is above it is a mistake
-_SYMBOL = re.compile(r"[A-Za-z0-9.]")
+SHOWN = 150  # characters of a list of symbols in a message
 
 
 def check_plan(plan: Plan) -> None:
@@ -25,6 +26,7 @@ def check_plan(plan: Plan) -> None:
         if not isinstance(getattr(plan, key), Mapping):
             raise FileError(f"{key}: expected an object, found {quoted(getattr(plan, key))}")
         check_json(getattr(plan, key), key, 1)
+    _check_forwards(plan)
     _check_tensors(plan)
 
 
@@ -51,39 +53,56 @@ def _check_names(plan: Plan) -> None:
                     f"{_path('models', name)}.{what}: expected a whole number of 1 to {MOST:,}, found {quoted(value)}"
                 )
     if not plan.methods:
-        raise FileError("methods: expected at least one, found none")
+        raise FileError("heads.methods: expected at least one, found none")
     for symbol, method in plan.methods.items():
-        if not isinstance(symbol, str) or not _SYMBOL.fullmatch(symbol):
+        if not isinstance(symbol, str) or not SYMBOL.fullmatch(symbol):
             raise FileError(
-                f'methods: expected symbols of one character of A-Z, a-z, 0-9 or ".", found {quoted(symbol)}'
+                f"heads.methods: expected symbols of 1 to {LONGEST_SYMBOL} characters of A-Z, a-z, 0-9, '.', '_' and '-', "
+                f"of which the last two do not come first, found {quoted(symbol)}"
             )
         if method.precision == AUTO:
             raise FileError(
-                f'methods.{symbol}: expected the precision of a device, found "{AUTO}": name one, such as "int8"'
+                f'heads.methods.{symbol}: expected the precision of a device, found "{AUTO}": name one, such as "int8"'
             )
 
 
 def _check_spans(plan: Plan) -> None:
     if not plan.spans:
-        raise FileError("spans: expected at least one, from 0 to 1, found none")
-    edge, before = 0.0, "where the schedule begins"
+        raise FileError("heads.spans: expected at least one, from 0 to 1, found none")
+    by = plan.spans[0].by
+    edge, last = (0.0, 1.0) if by == "share" else (1.0, 0.0)
+    before = "where the schedule begins"
     for index, span in enumerate(plan.spans):
-        path = f"spans[{index}]"
-        for what in ("start", "stop"):
-            value = getattr(span, what)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise FileError(f"{path}.{what}: expected a share of the schedule in 0..1, found {quoted(value)}")
+        path = f"heads.spans[{index}]"
+        _check_edges(span, by, path)
+        start, stop = EDGES[by]
         if span.start != edge:
-            wrong = "they overlap" if span.start < edge else "there is a gap"
+            wrong = "they overlap" if (span.start < edge) == (by == "share") else "there is a gap"
             raise FileError(
-                f"{path}.start: expected {edge:g}, {before}, found {span.start:g}: {wrong}; spans cover 0 to 1 one after another"
+                f"{path}.{start}: expected {edge:g}, {before}, found {span.start:g}: {wrong}; "
+                f"spans cover {1 - last:g} to {last:g} one after another"
             )
-        if span.stop <= span.start:
-            raise FileError(f"{path}.stop: expected more than its start {span.start:g}, found {span.stop:g}")
-        edge, before = span.stop, f"where {path} stops"
+        if (span.stop - span.start) * (last - 0.5) <= 0:
+            more = "more" if by == "share" else "less"
+            raise FileError(f"{path}.{stop}: expected {more} than its {start} {span.start:g}, found {span.stop:g}")
+        edge, before = span.stop, f"where spans[{index}] stops"
         _check_heads(plan, span, f"{path}.heads")
-    if edge != 1:
-        raise FileError(f"spans[{len(plan.spans) - 1}].stop: expected 1, the end of the schedule, found {edge:g}")
+    if edge != last:
+        path = f"heads.spans[{len(plan.spans) - 1}].{EDGES[by][1]}"
+        raise FileError(f"{path}: expected {last:g}, the end of the schedule, found {edge:g}")
+
+
+def _check_edges(span: Span, by: str, path: str) -> None:
+    if span.by not in EDGES:
+        raise FileError(f"{path}.by: expected one of {', '.join(EDGES)}, found {quoted(span.by)}")
+    if span.by != by:
+        raise FileError(
+            f"{path}: expected a span by {by}, as the one before it, found one by {span.by}; all are by one of them"
+        )
+    what = "share of the schedule" if by == "share" else "noise level"
+    for name, value in zip(EDGES[by], (span.start, span.stop)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise FileError(f"{path}.{name}: expected a {what} in 0..1, found {quoted(value)}")
 
 
 def _check_heads(plan: Plan, span: Span, path: str) -> None:
@@ -91,18 +110,32 @@ def _check_heads(plan: Plan, span: Span, path: str) -> None:
         raise FileError(f"{path}: expected {names(plan.models)} as in models, found {names(span.heads)}")
     for name, rows in span.heads.items():
         shape, of = plan.models[name], _path(path, name)
-        if len(rows) != shape.layers:
-            raise FileError(f"{of}: expected {shape.layers} strings, one per layer, found {len(rows)}")
+        if not isinstance(rows, tuple) or len(rows) != shape.layers:
+            found = len(rows) if isinstance(rows, tuple) else quoted(rows)
+            raise FileError(f"{of}: expected {shape.layers} rows, one per layer, found {found}")
         for layer, row in enumerate(rows):
-            where = f"{of}[{layer}]"
-            if not isinstance(row, str) or len(row) != shape.heads:
-                found = f"{len(row)} in {quoted(row)}" if isinstance(row, str) else quoted(row)
-                raise FileError(f"{where}: expected {shape.heads} symbols, one per head, found {found}")
-            if unknown := sorted(set(row) - set(plan.methods)):
-                known = " ".join(sorted(plan.methods))
-                raise FileError(
-                    f"{where}: expected symbols of methods ({known}), found {quoted(unknown[0])} in {quoted(row)}"
-                )
+            _check_row(plan, row, shape.heads, f"{of}[{layer}]")
+
+
+def _check_row(plan: Plan, row: object, heads: int, path: str) -> None:
+    if not isinstance(row, tuple) or not all(isinstance(symbol, str) for symbol in row):
+        raise FileError(f"{path}: expected {heads} symbols, one per head, found {quoted(row)}")
+    text = quoted(row_text(row, plan.methods))
+    if len(row) != heads:
+        raise FileError(f"{path}: expected {heads} symbols, one per head, found {len(row)} in {text}")
+    if unknown := sorted(set(row) - set(plan.methods)):
+        known = " ".join(sorted(plan.methods))
+        known = known if len(known) <= SHOWN else f"{known[:SHOWN]} ..."
+        raise FileError(f"{path}: expected symbols of methods ({known}), found {quoted(unknown[0])} in {text}")
+
+
+def _check_forwards(plan: Plan) -> None:
+    given: object = plan.forwards
+    if given is None:
+        return
+    if not isinstance(given, Forwards):
+        raise FileError(f"forwards: expected Forwards(rule, predictor) or None, found {quoted(given)}")
+    check_json(given.to_json(), "forwards")
 
 
 def _path(path: str, name: str) -> str:
@@ -124,7 +157,7 @@ def _check_tensors(plan: Plan) -> None:
             size = method.select.made_for(method.order, name, plan.tensors)
             if size and first and size != first[1]:
                 raise FileError(
-                    f"methods.{each.symbol}: expected tensors for {first[1]} (parts, blocks), as those of "
-                    f"methods.{first[0]} are, found {size}; search the plan again"
+                    f"heads.methods.{each.symbol}: expected tensors for {first[1]} (parts, blocks), as those of "
+                    f"heads.methods.{first[0]} are, found {size}; search the plan again"
                 )
             first = first or ((each.symbol, size) if size else None)

@@ -1,4 +1,4 @@
-"""The plan file: versioned, strict JSON, one symbol per head in one string per layer and span; docs/plan-file.md describes it.
+"""The plan file: versioned, strict JSON, in which a layer of a span is one text of symbols; docs/plan-file.md describes it.
 
 What is said twice in a file (a key), left out or not known is refused: a plan that is half understood would give other
 frames than the ones that its search measured.
@@ -6,11 +6,15 @@ frames than the ones that its search measured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
-from diffusers_accel.files import FileError, checksum, printable, quoted
+import msgspec
+
+from diffusers_accel.files import FileError, Schema, checksum, printable, quoted, shaped
+from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import Method
+from diffusers_accel.plan_span import EDGES, Row, Span, row_of, row_text
 from diffusers_accel.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -19,8 +23,76 @@ if TYPE_CHECKING:
 FORMAT = "diffusers_accel.plan"
 VERSION = 2
 READABLE = (1, VERSION)
-_KEYS = ("format", "version", "family", "models", "methods", "spans", "budget", "provenance", "tensors")
+MOST = 1_000_000  # layers, heads or channels: what is above it is a mistake
+TO_COME = ("schedule", "correct")  # sections that have their place, and no meaning yet
 _SUM = "sha256"  # of all the others; a plan that was written by hand, or before plans had it, has none
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=MOST)]
+Edge = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+
+
+class Transformer(Schema, frozen=True):
+    """Sizes of a transformer, which must match those of the pipeline."""
+
+    layers: Count
+    heads: Count
+    head_dim: Count
+
+
+class ShareSpan(Schema, frozen=True):
+    """A stretch of the schedule by share of its steps. A step belongs to the span that holds its middle. heads: per transformer a
+    text for each layer, a symbol for each head, with a space between symbols where some have several characters."""
+
+    start: Edge
+    stop: Edge
+    heads: dict[str, list[str]]
+
+
+class SigmaSpan(Schema, frozen=True):
+    """A stretch of the schedule by noise level: from_sigma >= sigma > to_sigma, and 0 belongs to the last. heads: as in spans by
+    share."""
+
+    from_sigma: Edge
+    to_sigma: Edge
+    heads: dict[str, list[str]]
+
+
+class Heads(Schema, frozen=True):
+    """Which method each head takes. methods: symbol -> method; spans: one after another, over the whole schedule."""
+
+    methods: dict[str, Any]
+    spans: list[Any]
+
+
+class File(Schema, frozen=True):
+    """A plan of diffusers_accel. Sections that are null may be left out. sha256: checksum of all the rest, written with the file;
+    whoever changes it by hand removes that line."""
+
+    format: str
+    version: int
+    family: str
+    models: dict[str, Transformer]
+    heads: Heads
+    budget: dict[str, Any]
+    provenance: dict[str, Any]
+    schedule: None = None
+    forwards: Any = None
+    correct: None = None
+    tensors: Any = None
+
+
+class _File1(Schema, frozen=True):
+    """Version 1, as far as it is not read as version 2: heads had no section of their own."""
+
+    format: Any
+    version: Any
+    family: Any
+    models: Any
+    methods: dict[str, Any]
+    spans: list[ShareSpan]
+    budget: Any
+    provenance: Any
+    tensors: Any
 
 
 def plain(plan: Plan) -> dict[str, Any]:
@@ -33,14 +105,22 @@ def plain(plan: Plan) -> dict[str, Any]:
             name: {"layers": shape.layers, "heads": shape.heads, "head_dim": shape.head_dim}
             for name, shape in plan.models.items()
         },
-        "methods": {symbol: method.to_json() for symbol, method in plan.methods.items()},
-        "spans": [
-            {"start": span.start, "stop": span.stop, "heads": {name: list(rows) for name, rows in span.heads.items()}}
-            for span in plan.spans
-        ],
+        "schedule": None,
+        "forwards": plan.forwards.to_json() if plan.forwards else None,
+        "heads": {
+            "methods": {symbol: method.to_json() for symbol, method in plan.methods.items()},
+            "spans": [_span_data(span, plan.methods) for span in plan.spans],
+        },
+        "correct": None,
         "budget": plan.budget,
         "provenance": plan.provenance,
     }
+
+
+def _span_data(span: Span, symbols: Collection[str]) -> dict[str, Any]:
+    start, stop = EDGES[span.by]
+    heads = {name: [row_text(row, symbols) for row in rows] for name, rows in span.heads.items()}
+    return {start: span.start, stop: span.stop, "heads": heads}
 
 
 def signed(data: dict[str, Any]) -> dict[str, Any]:
@@ -52,8 +132,7 @@ def parse(data: object) -> dict[str, Any]:
     """Checks the shape of a plan file's data, whose values `Plan` checks.
 
     Returns:
-        family, models, methods, budget and provenance as `Plan` takes them; spans as (start, stop, heads); and "tensors",
-        the reference to the side file, as found.
+        What `Plan` takes; but "tensors" is the reference to the side file, as found.
 
     Raises:
         FileError: a key is unknown or missing or holds another type, or the file was changed after it was saved; the message
@@ -61,26 +140,35 @@ def parse(data: object) -> dict[str, Any]:
     """
     plan = _check_format(data)
     _check_sum(plan)
-    plan = _object(plan, "the plan", _KEYS)
-    methods = _mapping(plan["methods"], "methods")
     if plan["version"] == 1:
-        methods = {symbol: _upgraded(item) for symbol, item in methods.items()}
+        plan = _upgraded(plan)
+    for key in TO_COME:
+        if plan.get(key) is not None:
+            raise FileError(
+                f"{key}: expected null, found {quoted(plan[key])}: this version knows no {key}; upgrade diffusers-accel"
+            )
+    file = shaped(plan, File, "the plan")
+    methods = file.heads.methods
     return {
-        "family": plan["family"],
-        "models": {
-            name: _shape(item, f"models.{_key(name)}") for name, item in _mapping(plan["models"], "models").items()
-        },
-        "methods": {symbol: _method(item, f"methods.{_key(symbol)}") for symbol, item in methods.items()},
-        "spans": [_span(item, f"spans[{index}]") for index, item in enumerate(_list(plan["spans"], "spans"))],
-        "budget": _mapping(plan["budget"], "budget"),
-        "provenance": _mapping(plan["provenance"], "provenance"),
-        "tensors": plan["tensors"],
+        "family": file.family,
+        "models": {name: ModelShape(each.layers, each.heads, each.head_dim) for name, each in file.models.items()},
+        "methods": {symbol: _method(each, f"heads.methods.{_key(symbol)}") for symbol, each in methods.items()},
+        "spans": tuple(_span(each, f"heads.spans[{i}]", methods) for i, each in enumerate(file.heads.spans)),
+        "budget": file.budget,
+        "provenance": file.provenance,
+        "tensors": file.tensors,
+        "forwards": None if file.forwards is None else _forwards(file.forwards),
     }
+
+
+def place(message: str, data: object) -> str:
+    """A message about a plan in the words of the file that it was read from: version 1 has no section "heads"."""
+    return message.removeprefix("heads.") if isinstance(data, dict) and data.get("version") == 1 else message
 
 
 def _check_format(data: object) -> dict[str, Any]:
     """Before anything else, so that a file of another kind or version is not called a plan with unknown keys."""
-    plan = _mapping(data, "the file")
+    plan = dict(shaped(data, dict[str, Any], "the file"))
     if plan.get("format") != FORMAT:
         raise FileError(f'format: expected "{FORMAT}", found {quoted(plan.get("format"))}; this is not a plan file')
     version = plan.get("version")
@@ -103,10 +191,6 @@ def _check_sum(plan: dict[str, Any]) -> None:
         )
 
 
-def _shape(data: object, path: str) -> ModelShape:
-    return ModelShape(**_object(data, path, ("layers", "heads", "head_dim")))
-
-
 def _method(data: object, path: str) -> Method:
     try:
         return Method.from_json(data)
@@ -114,49 +198,49 @@ def _method(data: object, path: str) -> Method:
         raise FileError(f"{path}: {error}") from error
 
 
-def _upgraded(method: object) -> object:
-    """A method of version 1, which called the rest "kept" a reuse and had no other."""
-    if not isinstance(method, Mapping) or "reuse" not in method or "rest" in method:
+def _forwards(data: object) -> Forwards:
+    try:
+        return Forwards.from_json(data)
+    except ValueError as error:
+        raise FileError(str(error) if str(error).startswith("forwards") else f"forwards.{error}") from error
+
+
+def _span(data: object, path: str, symbols: Collection[str]) -> Span:
+    def rows(heads: dict[str, list[str]]) -> dict[str, tuple[Row, ...]]:
+        return {name: tuple(row_of(text, symbols) for text in texts) for name, texts in heads.items()}
+
+    if isinstance(data, Mapping) and set(EDGES["sigma"]) & set(data):
+        window = shaped(data, SigmaSpan, path, path)
+        return Span(window.from_sigma, window.to_sigma, rows(window.heads), "sigma")
+    share = shaped(data, ShareSpan, path, path)
+    return Span(share.start, share.stop, rows(share.heads))
+
+
+def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
+    """What a file of version 1 says, as version 2 says it: heads had no section of their own, and symbols one character."""
+    shaped(data, _File1, "the plan")
+    plan, methods = dict(data), data["methods"]
+    if long := next((symbol for symbol in methods if len(symbol) != 1), None):
+        raise FileError(f"methods: expected symbols of one character in version 1, found {quoted(long)}")
+    heads = {
+        "methods": {symbol: _upgraded_method(method, f"methods.{_key(symbol)}") for symbol, method in methods.items()},
+        "spans": data["spans"],
+    }
+    del plan["methods"], plan["spans"]
+    return {**plan, "version": VERSION, "heads": heads}
+
+
+def _upgraded_method(method: object, path: str) -> object:
+    """Version 1 called the rest "kept" a reuse and had no other."""
+    if isinstance(method, Mapping) and "rest" in method:
+        raise FileError(f"{path}: unknown key 'rest' of version 1, which has \"reuse\"")
+    if not isinstance(method, Mapping) or "reuse" not in method:
         return method
     reuse = method["reuse"]
     if isinstance(reuse, Mapping) and "kind" in reuse:
         return method  # which version 1 did not know either: "reuse" is refused
     kept = {"kind": "kept", **reuse} if isinstance(reuse, Mapping) else reuse
     return {**{key: value for key, value in method.items() if key != "reuse"}, "rest": kept}
-
-
-def _span(data: object, path: str) -> tuple[float, float, dict[str, tuple[str, ...]]]:
-    span = _object(data, path, ("start", "stop", "heads"))
-    heads = _mapping(span["heads"], f"{path}.heads")
-    rows = {name: tuple(_list(item, f"{path}.heads.{_key(name)}")) for name, item in heads.items()}
-    return span["start"], span["stop"], rows
-
-
-def _object(data: object, path: str, keys: tuple[str, ...]) -> dict[str, Any]:
-    found = _mapping(data, path)
-    if unknown := sorted(set(found) - set(keys)):
-        raise FileError(f"{path}: expected only the keys {', '.join(keys)}, found the unknown key {quoted(unknown[0])}")
-    if missing := [key for key in keys if key not in found]:
-        raise FileError(f"{path}: expected the keys {', '.join(keys)}, found none called {missing[0]!r}")
-    return found
-
-
-def _mapping(data: object, path: str) -> dict[str, Any]:
-    if not isinstance(data, Mapping):
-        raise FileError(f"{path}: expected an object, found {_kind(data)}")
-    return dict(data)
-
-
-def _list(data: object, path: str) -> list[Any]:
-    if not isinstance(data, list):
-        raise FileError(f"{path}: expected a list, found {_kind(data)}")
-    return data
-
-
-def _kind(data: object) -> str:
-    if isinstance(data, str):
-        return f"the text {quoted(data)}"
-    return {dict: "an object", list: "a list", type(None): "null"}.get(type(data), quoted(data))
 
 
 def _key(name: str) -> str:

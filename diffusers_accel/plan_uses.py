@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from diffusers_accel.layout import TokenLayout
+from diffusers_accel.layout import Segment, TokenLayout
 from diffusers_accel.methods.uses import Uses
 
 if TYPE_CHECKING:
@@ -41,6 +41,18 @@ def _told_layouts(provenance: Mapping[str, Any]) -> tuple[TokenLayout, ...]:
     text = provenance["layout"].get("text_tokens") if grid else None
     if grid is None or type(text) is not int or min(grid) < 1 or text < 0:
         return ()
+    if "segments" in provenance["layout"]:
+        return _segmented(provenance["layout"]["segments"])
     if not text:
         return (TokenLayout(*grid),)
     return tuple(TokenLayout(*grid, text, place) for place in ("end", "start"))
+
+
+def _segmented(told: object) -> tuple[TokenLayout, ...]:
+    """The layout of segments that a search has written; empty where it is not told."""
+    try:
+        assert isinstance(told, list)
+        segments = [Segment(**{**each, "grid": None if each["grid"] is None else tuple(each["grid"])}) for each in told]
+        return (TokenLayout.of(*segments),)
+    except (AssertionError, KeyError, TypeError, ValueError):
+        return ()

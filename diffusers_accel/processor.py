@@ -33,7 +33,8 @@ _OURS = ("_accel_site", "_accel_handle", "_accel_stock")
 
 @torch.library.custom_op("diffusers_accel::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def attend(query: Tensor, key: Tensor, value: Tensor, site: Tensor) -> Tensor:
-    """Self-attention at the site whose handle is `site`, a 0-d int64 CPU tensor; q, k, v and result [B, S, H, D].
+    """Self-attention at the site whose handle is `site`, a 0-d int64 CPU tensor; q and result [B, queries, H, D], k and v
+    [B, tokens, H_k, D].
 
     With `DIFFUSERS_ACCEL_CHECKS=1` in the environment, NaN in q, k or v is refused (which waits for the device).
     """
@@ -100,17 +101,18 @@ def restore(processor: Any) -> Any:
 
 
 def attend_densely(processor: Any, attention_call: AttentionName, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What the stock processor would have called, for q [B, S, H, D] and k, v [B, keys, H, D], with the user's own backend.
+    """What the stock processor would have called, for q [B, S, H, D] and k, v [B, keys, H_k, D], with the user's own backend.
 
     The processor is a redirected one, or was one (`restore`).
     """
+    grouped = k.shape[2] != q.shape[2]
     if attention_call == "dispatch_attention_fn":
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-        out: Tensor = dispatch_attention_fn(q, k, v, backend=processor._attention_backend)
+        out: Tensor = dispatch_attention_fn(q, k, v, backend=processor._attention_backend, enable_gqa=grouped)
         return out
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped).transpose(1, 2)
 
 
 def site_of(processor: Any) -> Site | None:
@@ -192,14 +194,15 @@ def _attend_here(
     """
     if masks_text and attn_mask is not None and attn_mask.shape == (query.shape[0], 1, 1, query.shape[1]):
         attn_mask = None
-    if attn_mask is not None or is_causal or dropout_p or scale is not None or enable_gqa or attention_kwargs:
+    if attn_mask is not None or is_causal or dropout_p or scale is not None or attention_kwargs:
         raise ValueError(
-            "expected plain self-attention, found a mask, causality, dropout, a scale, grouped queries or backend arguments; "
+            "expected plain self-attention, found a mask, causality, dropout, a scale or backend arguments; "
             "call diffusers_accel.unpatch(pipe) for such calls"
         )
-    if not query.shape == key.shape == value.shape:
+    if not _fit(query, key, value, enable_gqa):
         raise ValueError(
-            "expected self-attention with q, k and v of one shape [B, S, H, D], found "
+            "expected self-attention with q, k and v of one shape [B, S, H, D], save that q may have another number of tokens "
+            "and, with enable_gqa, a multiple of the heads, found "
             f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}; call diffusers_accel.unpatch(pipe) for such calls"
         )
     if parallel_config is not None:
@@ -207,3 +210,9 @@ def _attend_here(
             "context parallelism is not supported yet: call diffusers_accel.unpatch(pipe) before enabling it"
         )
     return attend(query, key, value, _RUNNING.handle)
+
+
+def _fit(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool:
+    """Whether these are q, k and v of one self-attention; how many tokens there are of each, the site knows."""
+    alike = k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
+    return alike and (q.shape[2] == k.shape[2] or (grouped and q.shape[2] % k.shape[2] == 0))

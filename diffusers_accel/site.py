@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count, groupby
 from typing import Any, Protocol, cast
 
@@ -24,10 +24,10 @@ class Engine(Protocol):
     """What attends at a site: a plan at work, or a search that watches."""
 
     def attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, S, H, D], k and v [B, keys, H, D] after norm and RoPE -> the attention output, q's shape and dtype.
+        """q [B, queries, H, D], k and v [B, keys, H_k, D] after norm and RoPE -> the attention output, q's shape and dtype.
 
         These are the batch rows `call.rows`, whose tokens lie as `call.layout` says: k and v are the first `layout.keys`
-        tokens, without the padding.
+        tokens, without the padding. H_k divides H: with grouped queries several heads read one head of the keys.
         """
         ...
 
@@ -42,10 +42,11 @@ class Rows:
 
 
 class _Forward(threading.local):
-    """What the forward that runs in this thread has shown: sizes, which pass, existing text of each row."""
+    """What the forward that runs in this thread has shown: sizes, which pass, its noise level, existing text of each row."""
 
     sizes: tuple[int, ...] | None = None
     branch: str = ""
+    sigma: float | None = None
     text: tuple[int, ...] | None = None
 
 
@@ -74,6 +75,7 @@ class Model:
             self.expects(self.family.layout(self.module.config, self._forward.sizes))
             self._expected.add(self._forward.sizes)
         self._forward.branch = self.clock.branch or self._pass(self.family.text(args, kwargs))
+        self._forward.sigma = self.clock.sigma()
         self._forward.text = None
         if self.family.text_mask is not None:
             self._forward.text = self._count(self.family.text_mask(args, kwargs))
@@ -82,6 +84,11 @@ class Model:
     def branch(self) -> str:
         """The running pass: the pipeline's name for it, such as "cond", else one by its text embeddings; "" before any."""
         return self._forward.branch
+
+    @property
+    def sigma(self) -> float | None:
+        """The noise level of the running forward, see `AttentionCall.sigma`."""
+        return self._forward.sigma
 
     def rows(self, batch: int) -> list[Rows]:
         """The `batch` rows of the running call, in as few parts as have equal layouts."""
@@ -104,7 +111,7 @@ class Model:
         if (sizes, text_valid) not in self._layouts:
             layout = self.family.layout(self.module.config, sizes)
             all_exist = text_valid is None or text_valid == layout.text_tokens
-            self._layouts[sizes, text_valid] = layout if all_exist else replace(layout, text_valid=text_valid)
+            self._layouts[sizes, text_valid] = layout if all_exist else layout.with_text(text_valid)
         return self._layouts[sizes, text_valid]
 
     def _pass(self, text: Tensor) -> str:
@@ -123,6 +130,10 @@ class Model:
             version, counts = mask._version, _row_sums(mask)
             self._counts[mask] = version, counts
         return counts
+
+
+def _counted(queries: int, keys: int) -> str:
+    return f"{keys:,} tokens" if queries == keys else f"{queries:,} queries and {keys:,} keys"
 
 
 def _row_sums(mask: Tensor) -> tuple[int, ...]:
@@ -194,7 +205,10 @@ class Site:
             module.set_processor(stock)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, S, H, D] -> [B, S, H, D]; what the engine is given is cut to tokens that exist as keys."""
+        """q [B, queries, H, D], k and v [B, tokens, H_k, D] -> out like q.
+
+        What the engine is given is cut to tokens that exist as keys.
+        """
         if self.timer is None:
             return self._attend(q, k, v)
         return self.timer.run(lambda: self._attend(q, k, v), q.device)
@@ -205,10 +219,11 @@ class Site:
 
     def _attend_rows(self, rows: Rows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         layout, some = rows.layout, slice(rows.start, rows.stop)
-        if q.shape[1] != layout.tokens:
+        if (q.shape[1], k.shape[1]) != (layout.queries, layout.tokens):
             raise RuntimeError(
-                f"{self.name} of {self.transformer}: expected the {layout.tokens:,} tokens of {layout}, found {q.shape[1]:,}: "
-                "something else changes the sequence of this model. Take that off, or call diffusers_accel.unpatch(pipe)"
+                f"{self.name} of {self.transformer}: expected the {_counted(layout.queries, layout.tokens)} of {layout}, found "
+                f"{_counted(q.shape[1], k.shape[1])}: something else changes the sequence of this model. Take that off, or call "
+                "diffusers_accel.unpatch(pipe)"
             )
         call = AttentionCall(
             layout=layout,
@@ -218,6 +233,7 @@ class Site:
             branch=self.model.branch,
             rows=(rows.start, rows.stop),
             now=self.model.clock.now(),
+            sigma=self.model.sigma,
             dense=self.dense,
         )
         return self.engine.attend(call, q[some], k[some, : layout.keys], v[some, : layout.keys])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -15,23 +15,46 @@ from diffusers_accel.evals.report import Media
 from diffusers_accel.evals.report.video import GAIN
 from diffusers_accel.files import FileError, Kind, Schema, load_tensor_document, printable, quoted, save_tensor_document
 
-KIND = Kind("diffusers_accel.clip", version=1, remedy="delete it, and this clip is measured again")
+KIND = Kind("diffusers_accel.clip", version=2, remedy="delete it, and this clip is measured again")
+MOST = 1_000_000  # layers: what is above it is a mistake
 FILM, DIFFERENCE = "film/", "difference/"  # before the subject's name, in the file
+
+
+Some = Annotated[int, msgspec.Meta(ge=1)]
+AnyNumber = Annotated[int, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(ge=0)]  # up to 1, but for rounding
+Time = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class LayerSeen(Schema, frozen=True):
+    """A row of `Patch.report()`, where its fields are described."""
+
+    transformer: str
+    layer: Annotated[int, msgspec.Meta(ge=0, le=MOST)]
+    calls: AnyNumber
+    methods: dict[str, Some]
+    kernels: dict[str, Some]
+    density: Share | None
+    reused: AnyNumber
+    cache_bytes: AnyNumber
+    notes: dict[str, Some]
 
 
 class Seen(Schema, frozen=True):
     """Of one subject, or of the dense baseline, whose attention is timed in the first clip only.
 
-    Times are in ms, one per run; `layers` are the rows of `Patch.report()` of the last run; a score is a value, or None and why.
+    Times are in ms, one per run; `layers` are the rows of `Patch.report()` of the last run and `notes` its notes on the patch as
+    a whole; a score is a value, or None and why.
     """
 
-    times: list[float] = []
-    peaks: list[int] = []
-    attention: list[float] = []
-    shares: list[float] = []
-    densities: list[float] = []
+    times: list[Time] = []
+    peaks: list[AnyNumber] = []
+    attention: list[Share] = []
+    shares: list[Share] = []
+    densities: list[Share] = []
     scores: dict[str, tuple[float | None, str | None]] = {}
-    layers: list[dict[str, Any]] = []
+    layers: list[LayerSeen] = []
+    notes: list[str] = []
 
 
 class ClipNumbers(Schema, frozen=True):
@@ -81,6 +104,9 @@ class ClipRecord:
             FileError: it is no such file, or damaged.
         """
         numbers, tensors = load_tensor_document(path, KIND, ClipNumbers)
+        for name, seen in numbers.seen.items():
+            if wrong := _unequal(seen):
+                raise FileError(f"{printable(path)}: seen.{printable(name)[:60]}: {wrong}; {KIND.remedy}")
         parts: dict[str, dict[str, bytes]] = {FILM: {}, DIFFERENCE: {}}
         for name, tensor in tensors.items():
             kind = next((kind for kind in parts if name.startswith(kind)), None)
@@ -93,3 +119,19 @@ class ClipRecord:
             {name: films[name] for name in numbers.seen if name in films} for films in (parts[FILM], parts[DIFFERENCE])
         ]
         return ClipRecord(numbers, *in_order)
+
+
+def _unequal(seen: Seen) -> str | None:
+    """What is wrong where a subject's lists are not of the same runs, or its layers' rows not of one run."""
+    runs = len(seen.times)
+    if not runs or len(seen.peaks) != runs:
+        return f"expected a time and a peak of each run, found {runs} and {len(seen.peaks)}"
+    timed = {"attention": len(seen.attention), "shares": len(seen.shares), "densities": len(seen.densities)}
+    if seen.layers and set(timed.values()) != {runs}:
+        return f"expected attention, shares and densities of {runs} runs, found {quoted(timed)}"
+    if not seen.layers and (len(seen.densities) or timed["attention"] != timed["shares"] or timed["shares"] > 1):
+        return f"expected no densities and at most one attention and share of the baseline, found {quoted(timed)}"
+    for row in seen.layers:
+        if row.reused > sum(row.methods.values()):
+            return f"layers: expected at most {sum(row.methods.values()):,} heads x calls that reused, found {row.reused:,}"
+    return None

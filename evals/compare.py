@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from diffusers_accel.api import Patch, patch
 from diffusers_accel.evals import arguments
-from diffusers_accel.evals.clip_record import ClipNumbers, ClipRecord, Seen
+from diffusers_accel.evals.clip_record import ClipNumbers, ClipRecord, LayerSeen, Seen
 from diffusers_accel.evals.generate import (
     Prompt,
     Run,
@@ -44,7 +44,6 @@ from diffusers_accel.evals.tally import (
     speed_rows,
 )
 from diffusers_accel.files import printable, quoted
-from diffusers_accel.forwards import Forwards
 from diffusers_accel.interrupted import Interrupted
 from diffusers_accel.plan import Plan
 from diffusers_accel.plan_size import check_size
@@ -104,20 +103,18 @@ def compare(
     metrics, seeds = arguments.check_asked(
         subjects, texts, metrics=metrics, seeds=seeds, rounds=rounds, show=show, fps=fps
     )
-    plans, forwards = {}, {}
-    for name, subject in subjects.items():
-        plans[name], forwards[name] = _resolved(pipe, subject)
+    plans = {name: _resolved(pipe, subject) for name, subject in subjects.items()}
     options = {name: _options(subject) for name, subject in subjects.items()}
     kept = None
     if keep is not None:
         settings: dict[str, Any] = {"rounds": rounds, "metrics": list(metrics), "show": show, "fps": fps}
-        identity = identify(pipe, plans, forwards, options, call=call, prompts=prompts, seeds=seeds, **settings)
+        identity = identify(pipe, plans, options, call=call, prompts=prompts, seeds=seeds, **settings)
         kept = Kept(Path(keep), identity)
     clips = [(prompt, seed, text) for prompt, text in zip(prompts, texts, strict=True) for seed in seeds]
     with kept.opened() if kept else nullcontext():
         done = _finished(kept, clips) if kept else {}
         scores = {name: _load(METRICS[name]) for name in metrics}
-        session = _Session(pipe, plans, forwards, options, dict(call), scores, fps)
+        session = _Session(pipe, plans, options, dict(call), scores, fps)
         try:
             with closing(session.clips(clips, rounds, show, progress, done)) as finished:
                 for number, record in finished:
@@ -137,13 +134,12 @@ class _Session:
         self,
         pipe: Any,
         plans: dict[str, Plan],
-        forwards: dict[str, Forwards | None],
         options: dict[str, dict[str, Any]],
         call: dict[str, Any],
         scores: dict[str, Score | str],
         fps: int,
     ) -> None:
-        self.pipe, self.plans, self.forwards, self.options = pipe, plans, forwards, options
+        self.pipe, self.plans, self.options = pipe, plans, options
         self.call, self.scores, self.fps = call, scores, fps
         self.bar: Callable[[str | None], None]
         stock = inspect.signature(type(pipe).__call__).parameters
@@ -230,8 +226,10 @@ class _Session:
         return run
 
     def _patched(self, name: str) -> Patch:
-        forwards = self.forwards[name]
-        return patch(self.pipe, [self.plans[name], *([forwards] if forwards else [])], **self.options[name])
+        """With its attention patched in any case, so that its time is measured."""
+        plan = self.plans[name]
+        apart: Patchable = [replace(plan, forwards=None), plan.forwards] if plan.forwards else plan
+        return patch(self.pipe, apart, **self.options[name])
 
     def _run(self, name: str, prompt: Prompt, noise: SharedNoise, text: str, seen: Mapping[str, Seen]) -> Run:
         self.bar(f"{name} · {text}")
@@ -247,7 +245,8 @@ class _Session:
             into.attention.append(timer.attention_ms)
             into.shares.append(timer.attention_ms / run.milliseconds)
             into.densities.append(report.density)
-            into.layers[:] = report.rows
+            into.layers[:] = [LayerSeen(**row) for row in report.rows]
+            into.notes[:] = report.notes
         into.times.append(run.milliseconds)
         into.peaks.append(run.peak_bytes)
         return run
@@ -274,7 +273,7 @@ class _Session:
         return Report(tuple(rows), clips, subjects, provenance, kept)
 
     def _step_caches(self) -> dict[str, Any]:
-        return {name: forwards.to_json() for name, forwards in self.forwards.items() if forwards}
+        return {name: plan.forwards.to_json() for name, plan in self.plans.items() if plan.forwards}
 
     def _provenance(
         self, clips: Sequence[ClipNumbers], prompts: list[str], seeds: list[int], rounds: int
@@ -325,11 +324,11 @@ def _left(done: int, clips: int, kept: Kept | None) -> str:
     return f"{done} of {clips} clips are kept in {printable(kept.folder)}; the same comparison, started again, goes on after them"
 
 
-def _resolved(pipe: Any, subject: PlanLike) -> tuple[Plan, Forwards | None]:
-    """The plan and the step cache of a subject, read once; what does not fit is refused now, not after the first clip."""
+def _resolved(pipe: Any, subject: PlanLike) -> Plan:
+    """The plan of a subject, read once; what does not fit is refused now, not after the first clip."""
     plan, parameters = subject if isinstance(subject, tuple) else (subject, {})
     with patch(pipe, plan, **parameters) as patched:
-        return patched.plan, patched.forwards
+        return patched.plan
 
 
 def _options(subject: PlanLike) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from diffusers_accel import plan_file
 from diffusers_accel.evals.clip_record import KIND as CLIP
 from diffusers_accel.evals.clip_record import ClipRecord
 from diffusers_accel.evals.machine import git_sha, machine, versions
+from diffusers_accel.evals.tally import BASELINE
 from diffusers_accel.families import find
 from diffusers_accel.files import (
     FileError,
@@ -32,7 +33,6 @@ from diffusers_accel.files import (
     quoted,
     save_document,
 )
-from diffusers_accel.forwards import Forwards
 from diffusers_accel.identity import components, fingerprint, model_name, plain
 from diffusers_accel.plan import Plan
 
@@ -67,7 +67,6 @@ class Identity(Schema, frozen=True):
 def identify(
     pipe: Any,
     plans: Mapping[str, Plan],
-    forwards: Mapping[str, Forwards | None],
     options: Mapping[str, Mapping[str, Any]],
     *,
     call: Mapping[str, Any],
@@ -86,7 +85,7 @@ def identify(
         versions={**versions(WHICH), **({"revision": sha} if (sha := git_sha()) else {})},
         call=plain(call),
         prompts=plain(prompts),
-        subjects={name: _digest(plan, forwards[name], options[name]) for name, plan in plans.items()},
+        subjects={name: _digest(plan, options[name]) for name, plan in plans.items()},
         **settings,
     )
 
@@ -131,6 +130,13 @@ class Kept:
             raise FileError(
                 f"{printable(path)}: expected the clip of {quoted(prompt)[:100]} with seed {seed}, found that of "
                 f"{quoted(numbers.prompt)[:100]} with seed {numbers.seed}; was it renamed? {CLIP.remedy.capitalize()}"
+            )
+        expected = {BASELINE: set(), **{name: set(self.identity.metrics) for name in self.identity.subjects}}
+        found = {name: set(seen.scores) for name, seen in numbers.seen.items()}
+        if found != expected or any(bool(seen.layers) == (name == BASELINE) for name, seen in numbers.seen.items()):
+            raise FileError(
+                f"{printable(path)}: expected what was seen of {quoted(list(expected))} by {quoted(self.identity.metrics)}, "
+                f"found other subjects or metrics; {CLIP.remedy}"
             )
         return record
 
@@ -181,12 +187,11 @@ def _check_same(folder: Path, kept: Identity, asked: Identity) -> None:
         )
 
 
-def _digest(plan: Plan, forwards: Forwards | None, options: Mapping[str, Any]) -> str:
+def _digest(plan: Plan, options: Mapping[str, Any]) -> str:
     """Of what a plan does; not of how it was found."""
     data = {key: value for key, value in plan_file.plain(plan).items() if key not in ("budget", "provenance")}
     tensors = {name: _bytes(each) for name, each in sorted(plan.tensors.items())}
-    cached = {"forwards": forwards.to_json()} if forwards else {}
-    return checksum({"plan": data, "tensors": tensors, **cached, **plain(options)})
+    return checksum({"plan": data, "tensors": tensors, **plain(options)})
 
 
 def _bytes(tensor: Tensor) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from diffusers_accel.evals.clip_record import ClipNumbers
@@ -29,6 +30,7 @@ class Tally:
     densities: list[float] = field(default_factory=list)
     scores: dict[str, list[tuple[float | None, str | None]]] = field(default_factory=dict)  # metric -> per clip
     layers: list[dict[str, Any]] = field(default_factory=list)  # rows of `Patch.report()`, of the last run
+    remarks: list[str] = field(default_factory=list)  # its notes on the patch as a whole, of all clips
 
     @staticmethod
     def of(name: str, clips: Sequence[ClipNumbers]) -> Tally:
@@ -42,15 +44,17 @@ class Tally:
             tally.densities += seen.densities
             for metric, score in seen.scores.items():
                 tally.scores.setdefault(metric, []).append(score)
-            tally.layers = seen.layers
+            tally.layers = [msgspec.structs.asdict(row) for row in seen.layers]
+            tally.remarks += [note for note in seen.notes if note not in tally.remarks]
         return tally
 
     @property
     def notes(self) -> str | None:
-        """What the patch noted in that run, such as why layers stayed dense or that products were simulated."""
+        """What the patch noted, such as why layers stayed dense, that products were simulated, or that the size is too small."""
         calls = sum(row["calls"] for row in self.layers)
         noted: Counter[str] = sum((Counter(row["notes"]) for row in self.layers), Counter())
-        return "; ".join(why if n == calls else f"{why} ({n} of {calls} calls)" for why, n in noted.items()) or None
+        layers = [why if n == calls else f"{why} ({n} of {calls} calls)" for why, n in noted.items()]
+        return "; ".join([*layers, *self.remarks]) or None
 
 
 def _over_clips(found: Sequence[tuple[float | None, str | None]]) -> tuple[float | None, Spread | None, str | None]:

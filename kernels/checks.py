@@ -11,14 +11,17 @@ import os
 import torch
 from torch import Tensor
 
+from diffusers_accel.kernels.grouped import check_key_heads
 from diffusers_accel.kernels.pattern import BlockPattern
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q `[B, S_q, H, D]`, k and v `[B, S_k, H, D]`, of one dtype and device; else ValueError with expected and found."""
+    """q `[B, S_q, H, D]`, k and v `[B, S_k, H_k, D]`, H_k divides H, of one dtype and device; else ValueError."""
     if q.dim() != 4 or 0 in q.shape:
         raise ValueError(f"q must be [B, S, H, D] without an empty dimension, found {list(q.shape)}")
-    expected = (q.shape[0], k.shape[1] if k.dim() == 4 else "S_k", *q.shape[2:])
+    batch, _, heads, dim = q.shape
+    check_key_heads("k", k, heads)
+    expected = (batch, *(k.shape[1:3] if k.dim() == 4 else ("S_k", heads)), dim)
     for name, x in (("k", k), ("v", v)):
         if tuple(x.shape) != expected or 0 in x.shape:
             raise ValueError(f"{name} must be {list(expected)} to fit q {list(q.shape)}, found {list(x.shape)}")

@@ -118,7 +118,13 @@ def check_reach(budget: Budget, share: float, open_share: float, of: str) -> Non
 
 def largest_speedup(share: float, open_share: float) -> float:
     """Of a generation of which attention takes `share`, if at `open_share` of the steps it took no time."""
-    left = 1 - min(share, 1.0) * open_share
+    return _faster(share, 1 - open_share)
+
+
+def _faster(share: float, ratio: float) -> float:
+    """How many times as fast a generation is of which attention takes `share`, if that takes `ratio` of its time."""
+    share = min(share, 1.0)
+    left = 1 - share + share * ratio
     return 1 / left if left > 0 else float("inf")
 
 
@@ -195,7 +201,7 @@ def _out_of_reach(scores: Scores, budget: Budget, least: float) -> str:
     if budget.kind == "density":
         return _density_out_of_reach(budget, least)
     share = scores.attention_share
-    most = 1 / (1 - share + share * least)
+    most = _faster(share, least)
     return (
         f"a speed-up of {budget.value:g} is out of reach: self-attention takes {share:.0%} of a generation here and the "
         f"fastest plan leaves {least:.0%} of that, so that {most:.2f} is the most; ask for less, or for fewer dense steps"
@@ -218,7 +224,7 @@ def _summary(scores: Scores, tables: Mapping[str, _Table], choice: dict[str, Arr
     dense_time = sum(float(tables[name].time[..., DENSE].sum()) for name in choice)
     ratio = sum(total(tables[name].time, choice[name]) for name in choice) / dense_time
     share = scores.attention_share
-    return Assignment(choice, error / calls, density, ratio, 1 / (1 - share + share * ratio))
+    return Assignment(choice, error / calls, density, ratio, _faster(share, ratio))
 
 
 def _span_weights(scores: Scores, weights: Sequence[float] | None) -> Array:

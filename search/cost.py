@@ -43,7 +43,8 @@ class Cost(Schema, frozen=True):
         rounds: how often each candidate was timed; `ms` is the median.
 
     Raises:
-        ValueError: a time is no finite number of 0 or more, or the tables are not of the same transformers and candidates.
+        ValueError: a time is no finite number of 0 or more, of dense above 0, or the tables are not of the same transformers and
+            candidates.
     """
 
     ms: dict[str, tuple[float, ...]]
@@ -67,6 +68,8 @@ class Cost(Schema, frozen=True):
                     )
                 if not np.isfinite(row).all() or min(row) < 0:
                     raise ValueError(f"{path}: expected finite times of 0 ms or more, found {quoted(row)}")
+                if row[0] == 0:
+                    raise ValueError(f"{path}[0]: expected a time above 0 ms of dense attention, found 0")
         for what in ("tokens", "batch", "rounds"):
             if getattr(self, what) < 1:
                 raise ValueError(f"{what}: expected 1 or more, found {quoted(getattr(self, what))}")

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.drift import Calibration
+from diffusers_accel.engine import running_span
 from diffusers_accel.files import quoted
+from diffusers_accel.grouped import key_heads
 from diffusers_accel.identity import plain
 from diffusers_accel.interrupted import Interrupted
 from diffusers_accel.kernels.attention import attention
@@ -31,7 +33,8 @@ from diffusers_accel.kernels.pattern import BlockPattern, head_index
 from diffusers_accel.kernels.pool import pool
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, Kept, Method, Order
-from diffusers_accel.methods.blocks import video_blocks
+from diffusers_accel.methods.arrangement import arrangement
+from diffusers_accel.methods.orders import AxisOrder
 from diffusers_accel.methods.rests.kept import gate_name
 from diffusers_accel.methods.select import Inputs
 from diffusers_accel.methods.steps import mixed
@@ -43,6 +46,7 @@ from diffusers_accel.search.running import Prompt, SiteEngine, now, prompt_label
 from diffusers_accel.search.screen import Screen
 from diffusers_accel.site import Engine, Site
 
+MODEL_ORDER = AxisOrder()
 WATCHED = 32  # query blocks of a call, evenly spread: means over 4,096 queries
 
 
@@ -174,6 +178,7 @@ class Watch:
     def __init__(self, plan: Plan, gamma: float | Sequence[float], max_lse_change: float) -> None:
         self.plan = plan
         self.steps = 0  # of the schedule; 0 before the first call
+        self.spans: dict[int, int] = {}  # step -> the span of the plan that it falls into
         self.ran: dict[str, set[int]] = {name: set() for name in plan.models}
         self._thresholds: dict[str, Any] = {"gamma": gamma, "max_lse_change": max_lse_change}
         self._calibrations: dict[Members, Calibration] = {}
@@ -195,7 +200,7 @@ class Watch:
         if steps != (self.steps or steps):
             raise RuntimeError(f"expected {self.steps} steps as in the first call of the pipeline, found {steps}")
         self.steps = steps
-        span = self.plan.span_at(step, steps)
+        span = self.spans[step] = running_span(self.plan, call)
         if self._at != (call.transformer, span):
             self._forget()
             self._at = call.transformer, span
@@ -250,20 +255,21 @@ class Watch:
 
 
 class _Unread:
-    """What the heads of `call` leave unread; q [B, S, H, D], k and v [B, keys, H, D] are those of all heads."""
+    """What the heads of `call` leave unread; q [B, queries, H, D], k and v [B, keys, H_k, D] are the model's."""
 
     def __init__(self, method: Method, call: AttentionCall, tensors: Tensors, q: Tensor, k: Tensor, v: Tensor) -> None:
         self._method = method
         self._call = call
         self._tensors = tensors
-        self._sequence = _sequence(method.order, call.layout, q.device)[:, None]
+        keys, self._queries = _sequences(method.order, call.layout, q.device)
         self._heads = head_index(call.heads, q.device)
-        self._blocks = watched_blocks(call.layout).to(q.device)
+        self._blocks = watched_blocks(call.layout, method.order).to(q.device)
         tokens = self._blocks[:, None] * BLOCK + torch.arange(BLOCK, device=q.device)
-        self._tokens = tokens[tokens < call.layout.tokens]
+        self._tokens = tokens[tokens < call.layout.queries]
         self._all_q = q
-        self._q = q[:, self._sequence[self._tokens], self._heads]
-        self._k, self._v = (x[:, self._sequence[: x.shape[1]], self._heads] for x in (k, v))
+        self._q = q[:, self._queries[self._tokens, None], self._heads]
+        read = head_index(key_heads(call.heads, q.shape[2], k.shape[2]), q.device)
+        self._k, self._v = (x[:, keys[: x.shape[1], None], read] for x in (k, v))
 
     @property
     def changes(self) -> bool:
@@ -280,7 +286,7 @@ class _Unread:
     def _inputs(self) -> Inputs:
         if not self._method.select.wants:
             return Inputs(self._all_q.device)
-        q = self._all_q[:, self._sequence, self._heads]
+        q = self._all_q[:, self._queries[:, None], self._heads]
         means = (pool(q, BLOCK), pool(self._k, BLOCK)) if self._method.select.wants == "means" else None
         return Inputs(q.device, means, (q, self._k))
 
@@ -294,18 +300,19 @@ class _Unread:
         return attention(q, k, v, unread, precision=self._method.precision)
 
 
-def watched_blocks(layout: TokenLayout) -> Tensor:
+def watched_blocks(layout: TokenLayout, order: Order = MODEL_ORDER) -> Tensor:
     """int64: which query blocks are watched, ascending: up to `WATCHED` of those without text, which leave nothing unread."""
-    first, stop = video_blocks(layout)
-    if first >= stop:
-        first, stop = 0, layout.blocks(BLOCK)
+    first, stop = arrangement(order, layout).video_queries
+    if first == stop:
+        first, stop = 0, layout.query_blocks(BLOCK)
     count = min(WATCHED, stop - first)
     return first + torch.arange(count) * (stop - first) // count
 
 
 @kept(16)
-def _sequence(order: Order, layout: TokenLayout, device: torch.device) -> Tensor:
-    return order.index(layout).to(device)
+def _sequences(order: Order, layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which token, and which row of q, stands at each place."""
+    return order.index(layout).to(device), order.query_index(layout).to(device)
 
 
 def _gated(method: Method) -> Method:
@@ -331,7 +338,7 @@ def _counts(plan: Plan, gates: Mapping[str, Tensor], watch: Watch) -> dict[str, 
     for name, gate in gates.items():
         steps: dict[int, list[int]] = {}
         for step in watch.ran[name]:
-            steps.setdefault(plan.span_at(step, watch.steps), []).append(step)
+            steps.setdefault(watch.spans[step], []).append(step)
         for span, layer, head in _reusing(plan, name):
             if span in steps:
                 period = plan.method(span, name, layer, head).rest.period

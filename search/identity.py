@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,6 +15,7 @@ import diffusers_accel
 from diffusers_accel.files import quoted
 from diffusers_accel.identity import Found, components, fingerprint, model_name, plain
 from diffusers_accel.layout import TokenLayout
+from diffusers_accel.plan_uses import GRID
 from diffusers_accel.search.cost import describe_device
 from diffusers_accel.search.schedule import Settings
 from diffusers_accel.search.scores import Scores
@@ -22,7 +24,7 @@ from diffusers_accel.shape import ModelShape
 
 
 def configuration(pipe: Any, found: Found, call: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """JSON data that is equal exactly where two searches measure the same."""
+    """JSON data that is equal exactly where two searches measure the same; what tells most of a difference stands first."""
     return {
         "pipeline": type(pipe).__name__,
         "model": model_name(pipe),
@@ -48,7 +50,7 @@ def check_same_search(
     """Refuses scores that another search measured, naming what differs; more prompts at the end are fine."""
     mine = {**config, "models": models, "candidates": settings.candidates, "spans": settings.spans}
     theirs = {**scores.config, "models": scores.models, "candidates": scores.candidates, "spans": scores.spans}
-    for key in sorted({*mine, *theirs}):
+    for key in {**mine, **theirs}:
         if mine.get(key) != theirs.get(key):
             what, other, own = _difference(key, theirs.get(key), mine.get(key))
             raise ValueError(
@@ -98,12 +100,8 @@ def environment(pipe: Any) -> dict[str, str]:
 
 def versions(pipe: Any, layout: TokenLayout) -> dict[str, Any]:
     """What a plan's provenance says beside the configuration."""
+    segments = {} if layout.short else {"segments": [dataclasses.asdict(each) for each in layout.segments]}
     return {
         **environment(pipe),
-        "layout": {
-            "frames": layout.frames,
-            "height": layout.height,
-            "width": layout.width,
-            "text_tokens": layout.text_tokens,
-        },
+        "layout": {**{name: getattr(layout, name) for name in (*GRID, "text_tokens")}, **segments},
     }

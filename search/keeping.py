@@ -17,32 +17,38 @@ PLAN, SCORES, COST = ".json", ".scores.safetensors", ".cost.json"
 Place = str | os.PathLike[str]
 
 
-def check_places(out: Any, scores: Any) -> tuple[Path | None, Path | None]:
+def check_places(
+    out: Any, scores: Any, names: tuple[str, str] = ("out", "scores_path")
+) -> tuple[Path | None, Path | None]:
     """The files of the plan and of the scores, as far as they are named: both, and that of the times, can be written and are
     different ones, whatever links lead to them. Scores stand beside a plan that is named where they are not named themselves.
+
+    Args:
+        names: what the user calls the two, for messages.
 
     Raises:
         TypeError, ValueError: it is no path, has another ending, or two are the same file.
         WriteError: it cannot be written.
     """
-    plan_file = None if out is None else _absolute("out", out)
-    scores_file = None if scores is None else _absolute("scores_path", scores)
+    plan_file = None if out is None else _absolute(names[0], out)
+    scores_file = None if scores is None else _absolute(names[1], scores)
     if plan_file and scores_file is None:
         scores_file = plan_file.with_suffix(SCORES)
     if plan_file and scores_file:
-        for path, what in ((scores_file, "the scores"), (cost_file(scores_file), "the times beside the scores")):
+        beside = cost_file(scores_file)
+        for path, what in ((scores_file, "the scores"), (beside, "the kernel times beside the scores")):
             if _same(plan_file, path):
                 raise ValueError(
-                    f"expected different files for the plan and for {what}, found {printable(path)} for both: name another "
-                    "scores_path, or none"
+                    f"{names[1]}: {what} and the plan would be one file, {quoted(str(plan_file))}; name another one, such as "
+                    f"{quoted(str(plan_file.with_suffix(SCORES)))}"
                 )
-    _check_ending("out", plan_file, PLAN)
-    _check_ending("scores_path", scores_file, ".safetensors")
+    _check_ending(names[0], plan_file, PLAN)
+    _check_ending(names[1], scores_file, ".safetensors")
+    if plan_file:
+        prepare_file(plan_file)
     if scores_file:
         scores_file = Path(os.path.realpath(scores_file))  # a link stays one, and all its names share one lock
         prepare_scores(scores_file)
-    if plan_file:
-        prepare_file(plan_file)
     return plan_file, scores_file
 
 
@@ -168,4 +174,4 @@ def _check_ending(name: str, path: Path | None, ending: str) -> None:
 def _same(one: Path, other: Path) -> bool:
     if os.path.normcase(os.path.realpath(one)) == os.path.normcase(os.path.realpath(other)):
         return True
-    return one.exists() and other.exists() and one.samefile(other)
+    return os.path.exists(one) and os.path.exists(other) and one.samefile(other)  # also of names that no system takes

@@ -30,6 +30,7 @@ from diffusers_accel.kernels.quantize import quantize
 from diffusers_accel.kernels.quantize.quantized import FP8_MAX
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, Order
+from diffusers_accel.methods.order import video_places
 
 IDENTITY_SCALE = 1024.0  # lifts the columns of W_o above its bias, which would round them away in bf16
 
@@ -73,7 +74,7 @@ def column_mass(logits: Tensor, layout: TokenLayout) -> Tensor:
     Returns:
         [heads, frames, height], fp32.
     """
-    video = slice(layout.video_start, layout.video_start + layout.video_tokens)
+    video = video_places(layout).to(logits.device)
     mass = logits.softmax(-1).mean(1)[:, video]
     return mass.unflatten(1, (layout.frames, layout.height, layout.width)).mean(-1)
 
@@ -128,15 +129,15 @@ class SampledHeads:
     """Some heads of one batch row of a call, and the query rows of them that are looked at.
 
     Args:
-        q: [S, heads, D]; k, v: [keys, heads, D], in the model's type and order.
-        rows: int64 [rows], the sampled tokens.
+        q: [queries, heads, D]; k, v: [keys, heads, D], in the model's type and order.
+        rows: int64 [rows], the sampled queries.
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, layout: TokenLayout) -> None:
         self.q, self.k, self.v = q, k, v
         self.rows = rows
         self.layout = layout
-        self._places: dict[Order, tuple[Tensor, Tensor]] = {}
+        self._places: dict[Order, tuple[Tensor, Tensor, Tensor]] = {}
         self._sorted: tuple[Order, Tensor, Tensor] | None = None
         self._means: tuple[Order, Tensor, Tensor] | None = None
 
@@ -158,10 +159,10 @@ class SampledHeads:
         return some
 
     def sorted(self, order: Order) -> tuple[Tensor, Tensor]:
-        """q [1, S, heads, D] and k [1, keys, heads, D] in an order; those of the last one are kept."""
+        """q [1, queries, heads, D] and k [1, keys, heads, D] in an order; those of the last one are kept."""
         if self._sorted is None or self._sorted[0] != order:
-            sequence, _ = self._place(order)
-            self._sorted = order, self.q[sequence][None], self.k[sequence[: len(self.k)]][None]
+            keys, queries, _ = self._place(order)
+            self._sorted = order, self.q[queries][None], self.k[keys][None]
         return self._sorted[1:]
 
     def means(self, order: Order) -> tuple[Tensor, Tensor]:
@@ -173,18 +174,18 @@ class SampledHeads:
 
     def sorted_values(self, order: Order) -> Tensor:
         """v [1, keys, heads, D] in an order."""
-        return self.v[self._place(order)[0][: len(self.v)]][None]
+        return self.v[self._place(order)[0]][None]
 
     def query_block(self, order: Order) -> Tensor:
         """int64 [rows]: the block in which each row lies in an order."""
-        return self._place(order)[1][self.rows] // BLOCK
+        return self._place(order)[2][self.rows] // BLOCK
 
     def parts(self, order: Order, precision: str) -> BlockParts:
         """The rows' attention over each block, in an order and a precision."""
-        keys = self._place(order)[0][: len(self.k)]
+        keys = self._place(order)[0]
         if precision == "input":
             logits, values = self.logits, self.values
-            if not order.identity:
+            if order.moves(self.layout):
                 logits, values = logits[..., keys], values[:, keys]
             return BlockParts(logits, values, self.query_block(order))
         x = quantize(self.q[self.rows][None], self.k[keys][None], self.v[keys][None], precision)
@@ -193,13 +194,13 @@ class SampledHeads:
         logits = (q @ k.transpose(1, 2) + x.offset[0][..., None]) * q.shape[2] ** -0.5
         return BlockParts(logits, v, self.query_block(order), fp8=precision == "int8_fp8")
 
-    def _place(self, order: Order) -> tuple[Tensor, Tensor]:
-        """Which token stands at each place of an order, and at which place each token: int64 [S]."""
+    def _place(self, order: Order) -> tuple[Tensor, Tensor, Tensor]:
+        """Which key [keys] and which query stands at each place of an order, and at which place each query: int64 [queries]."""
         if order not in self._places:
-            sequence = order.index(self.layout).to(self.rows.device)
-            place = torch.empty_like(sequence)
-            place[sequence] = torch.arange(len(sequence), device=sequence.device)
-            self._places[order] = sequence, place
+            keys, queries = (x.to(self.rows.device) for x in (order.index(self.layout), order.query_index(self.layout)))
+            place = torch.empty_like(queries)
+            place[queries] = torch.arange(len(queries), device=queries.device)
+            self._places[order] = keys[: self.layout.keys], queries, place
         return self._places[order]
 
 

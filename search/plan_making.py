@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from diffusers_accel.methods import Method, Order, Select
 from diffusers_accel.plan import Plan, Span
+from diffusers_accel.plan_span import new_symbols
 from diffusers_accel.search.assign import Assignment
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.cost import Cost
@@ -18,13 +18,11 @@ from diffusers_accel.search.predicted import latents_error, warnings
 from diffusers_accel.search.recorders import RECORDERS, recorders
 from diffusers_accel.search.scores import Array, Scores
 
-SYMBOLS = string.ascii_letters + string.digits[1:]  # beside "." and "0"
-
 
 def make_plan(scores: Scores, cost: Cost, assignment: Assignment, budget: Budget) -> Plan:
     """The plan of an assignment, with what its methods read and where it comes from; what speaks against its use stands in
     its provenance, "warnings"."""
-    methods, spans = head_strings(scores, assignment.choice)
+    methods, spans = chosen_spans(scores, assignment.choice)
     return Plan(
         family=scores.family,
         models=dict(scores.models),
@@ -36,14 +34,14 @@ def make_plan(scores: Scores, cost: Cost, assignment: Assignment, budget: Budget
     )
 
 
-def head_strings(scores: Scores, choice: Mapping[str, Array]) -> tuple[dict[str, Method], list[Span]]:
+def chosen_spans(scores: Scores, choice: Mapping[str, Array]) -> tuple[dict[str, Method], list[Span]]:
     """The methods that a choice uses, by symbol, and its spans in those symbols."""
     used = _used(choice)
     symbols = dict(zip(used, _symbols([scores.candidates[index] for index in used])))
     spans = []
     for number, (start, stop) in enumerate(scores.spans):
         heads = {
-            name: tuple("".join(symbols[index] for index in layer) for layer in table[number])
+            name: tuple(tuple(symbols[index] for index in layer) for layer in table[number])
             for name, table in choice.items()
         }
         spans.append(Span(start, stop, heads))
@@ -83,13 +81,9 @@ def _used(choice: Mapping[str, Array]) -> list[int]:
 
 
 def _symbols(methods: list[Method]) -> list[str]:
-    """ "." for dense, "0" for skip, letters for the rest in the order of the candidates."""
-    if len(methods) > len(SYMBOLS):
-        raise ValueError(
-            f"a plan has symbols for {len(SYMBOLS)} methods, this one would use {len(methods)}: search with fewer candidates"
-        )
-    letters = iter(SYMBOLS)
-    return ["." if method.dense else "0" if method.skips else next(letters) for method in methods]
+    """ "." for dense, "0" for skip, new ones for the rest in the order of the candidates."""
+    unused = new_symbols()
+    return ["." if method.dense else "0" if method.skips else next(unused) for method in methods]
 
 
 def _provenance(scores: Scores, cost: Cost, assignment: Assignment) -> dict[str, Any]:

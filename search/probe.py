@@ -14,13 +14,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
+from diffusers_accel.grouped import of_heads
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, Method
 from diffusers_accel.search.measure import SampledHeads, head_grams, layer_energy, projection, sample_rows
@@ -138,7 +138,7 @@ class PassProbe:
         """Shows a whole call of one part of the schedule to the recorders."""
         with self._measuring(call, q.device), torch.autocast(q.device.type, enabled=False):
             for recorder in self._recorders:
-                recorder.add_call(call, part, q, k, v, self._chunks(*q.shape[1:]))
+                recorder.add_call(call, part, q, k, v, self._chunks(call.layout.tokens, *q.shape[2:]))
 
     def finished(self, prompt: str, seconds: float) -> Pass:
         """The record of this pass, which took `seconds` of wall time, measuring included."""
@@ -157,7 +157,7 @@ class PassProbe:
     @contextmanager
     def _measuring(self, call: AttentionCall, device: torch.device) -> Iterator[None]:
         """Counts the time inside as ours, and checks that the tokens lie as everywhere else; texts may differ in length."""
-        if replace(call.layout, text_valid=None) != self.layout:
+        if call.layout.whole != self.layout:
             raise RuntimeError(
                 f"expected one layout per search, {self.layout}, found {call.layout} at layer {call.layer} of {call.transformer}"
             )
@@ -185,14 +185,14 @@ class PassProbe:
         Of the tokens that exist: nobody sees what padding attends to.
         """
         seed = (self.settings.seed, self._number, step, call.layer)
-        rows = sample_rows(call.layout.keys, self.settings.rows, seed).to(device)
+        rows = sample_rows(call.layout.existing_queries, self.settings.rows, seed).to(device)
         return (rows[::2], rows[1::2]) if self.settings.splits_rows else (rows, rows[:0])
 
     def _measure_row(
         self, call: AttentionCall, span: int, weight: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: dict[int, KeptRows]
     ) -> None:
-        """One batch row: q [S, H, D], k and v [keys, H, D]."""
-        tokens, heads, dim = q.shape
+        """One batch row: q [queries, H, D], k and v [keys, H_k, D]."""
+        tokens, (_, heads, dim) = call.layout.tokens, q.shape
         step, _ = now(call)
         rows, others = self._rows(call, step, q.device)
         candidates = self.settings.candidates
@@ -202,7 +202,8 @@ class PassProbe:
         dense = q.new_empty((heads, len(rows), dim), dtype=torch.float32)
         for some in self._chunks(tokens, heads, dim):
             here = call.of(call.heads[some])
-            qkv = q[:, some], k[:, some], v[:, some]
+            own_k, own_v = (of_heads(x, here.heads, heads) for x in (k, v))
+            qkv = q[:, some], own_k, own_v
             if len(others):
                 sampled = SampledHeads(*qkv, others, call.layout)
                 for recorder in self._recorders:
@@ -220,13 +221,14 @@ class PassProbe:
     def _keep_row(
         self, call: AttentionCall, later: int, members: list[int], q: Tensor, k: Tensor, v: Tensor
     ) -> dict[int, KeptRows]:
-        """One batch row: q [S, H, D], k and v [keys, H, D]; what each candidate keeps for the rows of the `later` step."""
+        """One batch row: q [queries, H, D], k and v [keys, H_k, D]; what candidates keep for the rows of the `later` step."""
         rows, _ = self._rows(call, later, q.device)
         candidates = self.settings.candidates
         chunks: dict[int, list[KeptRows]] = {index: [] for index in members}
-        for some in self._chunks(*q.shape):
+        for some in self._chunks(call.layout.tokens, *q.shape[1:]):
             here = call.of(call.heads[some])
-            sampled = SampledHeads(q[:, some], k[:, some], v[:, some], rows, call.layout)
+            keys, values = (of_heads(x, here.heads, q.shape[1]) for x in (k, v))
+            sampled = SampledHeads(q[:, some], keys, values, rows, call.layout)
             for (order, precision), group in grouped(candidates, members).items():
                 reader = RowReader(sampled, order, precision)
                 for index in group:

@@ -39,8 +39,11 @@ def check_scores(scores: Scores, arrays: Mapping[str, tuple[tuple[int, ...], str
     for name, (shape, kind) in arrays.items():
         _check_array(scores.sums[name], f"sums.{name}", shape, kind)
     for name in scores.models:
-        if (scores.sums[f"density/{name}"] > scores.sums[f"samples/{name}"] * SHARE).any():
-            raise FileError(f"sums.density/{name}: expected at most 1 a sample, found more")
+        density, samples = scores.sums[f"density/{name}"], scores.sums[f"samples/{name}"]
+        if (density > samples * SHARE).any():
+            raise FileError(f"{_path('sums', f'density/{name}')}: expected at most 1 a sample, found more")
+        if (density[..., 0] * SHARE < samples[..., 0]).any():
+            raise FileError(f"{_path('sums', f'density/{name}')}: expected 1 a sample of dense attention, found less")
 
 
 def check_size(scores: Scores) -> None:
@@ -84,7 +87,7 @@ def _check_spans(scores: Scores) -> None:
 def _check_pass(scores: Scores, done: Pass, path: str) -> None:
     for what in ("seconds", "attention_seconds"):
         value = getattr(done, what)
-        if not math.isfinite(value) or value < 0 or (what == "seconds" and value == 0):
+        if not math.isfinite(value) or value <= 0:
             raise FileError(f"{path}.{what}: expected a finite time, above 0, found {quoted(value)}")
     for what in ("calls", "steps"):
         counts: Mapping[str, tuple[int, ...]] = getattr(done, what)
@@ -100,6 +103,8 @@ def _check_pass(scores: Scores, done: Pass, path: str) -> None:
                 raise FileError(
                     f"{_path(f'{path}.{what}', name)}: expected counts of 0 to {MOST_STEPS:,}, found {quoted(row)}"
                 )
+    if not any(sum(row) for row in done.calls.values()):
+        raise FileError(f"{path}.calls: expected calls of self-attention in one of the spans, found none")
 
 
 def _check_impacts(scores: Scores) -> None:

@@ -19,7 +19,7 @@ from diffusers_accel.files import (
     quoted,
     save_tensor_document,
 )
-from diffusers_accel.layout import TokenLayout
+from diffusers_accel.layout import Segment, TokenLayout
 from diffusers_accel.methods import Method
 from diffusers_accel.shape import ModelShape
 
@@ -52,6 +52,15 @@ class _Shape(Schema, frozen=True):
     head_dim: int
 
 
+class _Segment(Schema, frozen=True):
+    kind: Literal["video", "text", "history", "audio", "reference", "condition", "image"]
+    tokens: int
+    grid: tuple[int, int, int] | None
+    valid: int | None
+    exact: bool
+    queries: bool
+
+
 class _Layout(Schema, frozen=True):
     frames: int
     height: int
@@ -59,6 +68,24 @@ class _Layout(Schema, frozen=True):
     text_tokens: int
     text_at: Literal["none", "start", "end"]
     text_valid: int | None
+    segments: tuple[_Segment, ...] | None = None  # of a layout that the sizes alone do not tell
+
+    @classmethod
+    def told(cls, layout: TokenLayout) -> _Layout:
+        sizes = {name: getattr(layout, name) for name in cls.__struct_fields__ if name != "segments"}
+        segments = None if layout.short else tuple(_Segment(**vars(each)) for each in layout.segments)
+        return cls(**sizes, segments=segments)
+
+    def layout(self) -> TokenLayout:
+        """Raises ValueError where it is none."""
+        if self.segments is None:
+            sizes = {name: getattr(self, name) for name in self.__struct_fields__ if name != "segments"}
+            return TokenLayout(**sizes)
+        fields = _Segment.__struct_fields__
+        found = TokenLayout.of(*(Segment(**{name: getattr(each, name) for name in fields}) for each in self.segments))
+        if _Layout.told(found) != self:
+            raise ValueError(f"layout: expected sizes that the segments have, found {self}")
+        return found
 
 
 class Header(Schema, frozen=True):
@@ -82,7 +109,7 @@ def write(path: Path, parts: dict[str, Any]) -> None:
         **{
             **{name: parts[name] for name in ("family", "parts", "config", "provenance", "passes")},
             "models": {name: _Shape(**vars(shape)) for name, shape in parts["models"].items()},
-            "layout": _Layout(**vars(parts["layout"])),
+            "layout": _Layout.told(parts["layout"]),
             "candidates": tuple(method.to_json() for method in parts["candidates"]),
             "spans": tuple((float(start), float(stop)) for start, stop in parts["spans"]),
             "impacts": tuple(float(each) for each in parts["impacts"]),
@@ -107,7 +134,7 @@ def read(path: Path) -> dict[str, Any]:
             "models": {
                 name: ModelShape(shape.layers, shape.heads, shape.head_dim) for name, shape in header.models.items()
             },
-            "layout": TokenLayout(**{name: getattr(header.layout, name) for name in _Layout.__struct_fields__}),
+            "layout": header.layout.layout(),
             "candidates": tuple(_method(index, data) for index, data in enumerate(header.candidates)),
             "sums": {name: _array(name, tensor) for name, tensor in tensors.items()},
         }

@@ -20,7 +20,7 @@ from diffusers_accel.engine import PlanEngine
 from diffusers_accel.memory import Memories
 from diffusers_accel.plan import Plan
 from diffusers_accel.search.knapsack import knapsack
-from diffusers_accel.search.plan_making import head_strings, joined_spans, plan_tensors
+from diffusers_accel.search.plan_making import chosen_spans, joined_spans, plan_tensors
 from diffusers_accel.search.predicted import span_errors
 from diffusers_accel.search.running import Enough
 from diffusers_accel.search.scores import DENSE, Array, Scores
@@ -56,7 +56,7 @@ def span_choice(scores: Scores, span: int) -> dict[str, Array]:
 
 def plan_engine(scores: Scores, choice: Mapping[str, Array]) -> Callable[[Site], Engine]:
     """`make_engine` for the plan of a choice."""
-    methods, spans = head_strings(scores, choice)
+    methods, spans = chosen_spans(scores, choice)
     plan = Plan(scores.family, dict(scores.models), methods, joined_spans(spans), tensors=plan_tensors(scores, choice))
     deals = Deals(plan.tensors)  # shared by the layers, as in a patch
     memories = Memories()

@@ -21,8 +21,9 @@ from diffusers_accel.files import quoted
 from diffusers_accel.kernels.block_stats import block_stats
 from diffusers_accel.kernels.pattern import block_lengths
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods.blocks import BLOCK, video_blocks
-from diffusers_accel.methods.orders import parse_order
+from diffusers_accel.methods.arrangement import arrangement
+from diffusers_accel.methods.blocks import BLOCK
+from diffusers_accel.methods.orders import AxisOrder, parse_order
 from diffusers_accel.search.scores_file import Array
 
 TILE = 64  # tokens of a tile's side, as in the paper
@@ -120,7 +121,7 @@ def kept_levels(shares: Tensor, layout: TokenLayout, densities: Sequence[float])
 
     A sparser mask is always part of a denser one. Only blocks of video compete; text is read in any case.
     """
-    first, stop = video_blocks(layout)
+    first, stop = arrangement(AxisOrder(), layout).video_keys  # the same in all axis orders
     square = shares[:, first:stop, first:stop]
     height = stop - first
     best = torch.zeros_like(square, dtype=torch.bool).scatter_(2, square.argmax(2, keepdim=True), True)

@@ -73,7 +73,7 @@ class Stopwatch:
     def attend(self, site: Site, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         step, steps = now(call)
         if self._trial is None:
-            layout = replace(call.layout, text_valid=None)
+            layout = call.layout.whole
             for _ in range(2):  # the first one warms up
                 probe = self._make_probe(layout, steps)
                 probe.measure(site, replace(call, now=(0, steps)), 0, q, k, v)
@@ -143,7 +143,7 @@ class CostTimer:
         models, name, shape = self._scores.models, site.transformer, site.model.shape
         if {(each.heads, each.head_dim) for each in models.values()} != {(shape.heads, shape.head_dim)}:
             raise ValueError(f"expected transformers of equal heads, whose kernels cost the same, found {models}")
-        check_layout(self._scores, replace(call.layout, text_valid=None), self._where)
+        check_layout(self._scores, call.layout.whole, self._where)
         call, tensors = replace(call, layer=0, now=(0, 1)), self._tensors(name)
         wanted = [self._sampled(name, index) for index in range(len(self._scores.candidates))]
         kinds = [alike(method) if use else None for method, use in zip(self._scores.candidates, wanted)]

@@ -134,7 +134,7 @@ WRONG = [
     ("search shapes --out folder.json", "folder.json: cannot be written: it is a folder"),
     ("search shapes --out file/p.json", "file/p.json: cannot be written"),
     (f"search shapes --out {'p' * 300}.json", "cannot be written: File name too long"),
-    (f"{SEARCH} --scores folder.safetensors", "--scores: expected a file that ends in .safetensors, found the folder"),
+    (f"{SEARCH} --scores folder.safetensors", "folder.safetensors: cannot be written: it is a folder"),
     (f"{SEARCH} --scores p.json", "the scores and the plan would be one file"),
     (f"{SEARCH} --scores ./my-wan/../p.json", "the scores and the plan would be one file"),
     ("search shapes --out searched.json --scores link.safetensors", "the scores and the plan would be one file"),

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import safetensors.torch
@@ -19,9 +25,14 @@ import torch
 
 from diffusers_accel.files import (
     FileError,
+    FlushError,
     Kind,
     Schema,
     WriteError,
+    append_line,
+    convert,
+    encode_line,
+    encode_tensors,
     load_document,
     load_tensor_document,
     only_writer,
@@ -31,6 +42,7 @@ from diffusers_accel.files import (
     printable,
     quoted,
     read_json,
+    read_lines,
     read_tensor_file,
     read_tensors,
     save_document,
@@ -55,6 +67,12 @@ class Note(Schema):
     name: str
     counts: dict[str, tuple[int, ...]]
     share: float = 0.5
+
+
+class Required(msgspec.Struct):
+    """Takes no notice of other keys."""
+
+    ms: float
 
 
 NOTE = Note(name="a", counts={"x": (1, 2)}, share=0.25)
@@ -90,6 +108,27 @@ def test_a_planted_link_is_not_followed_and_permissions_stay(tmp_path: Path) -> 
     write_whole(path, b"new")
     assert victim.read_bytes() == b"mine"
     assert path.read_bytes() == b"new" and path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights on Windows")
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    shared, path = tmp_path / "blob", tmp_path / "plan.json"
+    shared.write_bytes(b"shared")
+    path.symlink_to(shared)
+    write_whole(path, b"new")
+    assert not path.is_symlink() and path.read_bytes() == b"new" and shared.read_bytes() == b"shared"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights on Windows")
+def test_rows_are_added_where_a_link_leads_and_its_names_share_a_lock(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    real, path = tmp_path / "disk" / "rows.jsonl", tmp_path / "rows.jsonl"
+    path.symlink_to(real)
+    with only_writer(path, "a run"):
+        append_line(path, {"a": 1})
+        with pytest.raises(FileError, match="a run; wait for its end"), only_writer(real, "a run"):
+            pass
+    assert path.is_symlink() and read_lines(real, "a row", "delete it") == [{"a": 1}]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file locks of POSIX")
@@ -139,6 +178,92 @@ def test_files_that_belong_together_are_all_written_or_none(tmp_path: Path) -> N
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == old
     write_together({tmp_path / "side": b"new", tmp_path / "plan.json": b"new"})
     assert (tmp_path / "side").read_bytes() == (tmp_path / "plan.json").read_bytes() == b"new"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are not flushed on Windows")
+def test_a_name_is_on_the_disk_before_the_file_that_refers_to_it_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    replace, fsync = os.replace, os.fsync
+
+    def flush(descriptor: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "replace", lambda a, b: (replace(a, b), done.append(Path(b).name)))
+    monkeypatch.setattr(os, "fsync", flush)
+    write_together({tmp_path / "side": b"new", tmp_path / "plan.json": b"new"})
+    assert done == ["file", "file", "side", "folder", "plan.json", "folder"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are not flushed on Windows")
+@pytest.mark.parametrize(("error", "kept"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_a_file_system_that_flushes_no_folders_is_none_that_fails(
+    error: int, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def flush(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(error, os.strerror(error))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    with nullcontext() if kept else pytest.raises(FlushError, match="Input/output error; the new one is in its place"):
+        write_whole(tmp_path / "plan.json", b"new")
+    assert (tmp_path / "plan.json").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_whole_numbers_that_floats_hold_exactly_stand_for_them(tmp_path: Path) -> None:
+    assert convert({"name": "a", "counts": {"x": [2**53 + 1]}, "share": 2**60}, Note).share == 2.0**60
+    assert convert([{"a": 2**53 + 1}], list[dict[str, int | float]]) == [{"a": 2**53 + 1}]
+    assert convert({"ms": 1, "more": 2**53 + 1}, Required) == Required(ms=1.0)
+    with pytest.raises(
+        FileError, match=r"^x\[1\]: expected a number that a float holds exactly, found -9007199254740993"
+    ):
+        convert({"x": [1, -(2**53) - 1]}, dict[str, tuple[float, ...]])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file is not replaced on Windows")
+@pytest.mark.parametrize("load", [read_json, read_tensor_file, lambda path: read_lines(path, "a row", "delete it")])
+def test_a_file_that_another_writer_replaces_meanwhile_is_read_whole(
+    load: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever look at its name finds the other one: the new one is longer, so that its start is none of them."""
+    path, new = tmp_path / "file", tmp_path / "new"
+
+    def write(to: Path, size: int) -> None:
+        if load is read_tensor_file:
+            to.write_bytes(encode_tensors({"a": torch.zeros(size)}))
+        else:
+            to.write_bytes(encode_line({"a": "x" * size}))
+
+    looks = 0
+
+    def replacing(stock: Callable[..., Any], at: int) -> Callable[..., Any]:
+        def look(name: Any, *arguments: Any, **more: Any) -> Any:
+            nonlocal looks
+            found = stock(name, *arguments, **more)
+            if not isinstance(name, int) and Path(name) == path:
+                looks += 1
+                if looks == at:
+                    os.replace(new, path)
+            return found
+
+        return look
+
+    for at in range(1, 5):
+        write(path, 10)
+        write(new, 1000)
+        looks = 0
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "stat", replacing(os.stat, at))
+            patched.setattr(os, "open", replacing(os.open, at))
+            patched.setattr(io, "open", replacing(io.open, at))
+            patched.setattr("builtins.open", replacing(open, at))
+            found = load(path)
+        assert found, at
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file locks of POSIX")
@@ -236,6 +361,7 @@ def test_a_tensor_document_comes_back_and_no_changed_byte_goes_unnoticed(tmp_pat
         ({"counts": {"x": [1, "2"]}}, "counts"),
         ({"more": 1}, "found the unknown key more"),
         ({"share": None}, "share: expected float, found null"),
+        ({"share": 2**53 + 1}, "share: expected a number that a float holds exactly, found 9007199254740993"),
     ],
 )
 def test_a_document_of_another_shape_says_where(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import string
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from diffusers_accel.files import strict_json
+from diffusers_accel.files import FlushError, strict_json
 from diffusers_accel.methods import AUTO, NAMED, All, AxisOrder, Band, Draft, Kept, Method, Patches, Skip, Stripe
 from diffusers_accel.plan import ModelShape, Plan, PlanError, Span
 
@@ -476,7 +477,10 @@ def fail(*args: Any, **kwargs: Any) -> None:
 def test_a_failed_save_keeps_the_old_plan(
     broken: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever write fails, of the side file (first) or of the JSON (last), what was saved before still loads."""
+    """Whatever fails up to the JSON's new name, what was saved before still loads.
+
+    Flushed are the side file, the JSON, and the folder with the side file's name.
+    """
     path = tmp_path / "plan.json"
     old = plan()
     old.save(path)
@@ -502,15 +506,28 @@ def test_a_failed_save_keeps_the_old_plan(
     assert Plan.load(path) == newer
 
 
-def test_a_folder_that_cannot_be_synced_has_the_new_plan_in_its_place(
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are not flushed on Windows")
+def test_a_folder_that_cannot_be_flushed_holds_the_new_plan_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The last flush comes after the new name: the plan is there, and only a power cut may bring the old one back."""
     path = tmp_path / "plan.json"
     plan().save(path)
     newer = plan(budget={"speedup": 2.0}, tensors={"stripe_mass/transformer": torch.zeros(2, 3, 1, 1)})
+    named: list[str] = []
+    replace, fsync = os.replace, os.fsync
+
+    def flush(descriptor: int) -> None:
+        if path.name in named:
+            fail()
+        fsync(descriptor)
+
     with monkeypatch.context() as patch:
-        patch.setattr("diffusers_accel.files.whole.sync_folder", fail)
-        with pytest.raises(OSError, match="disk full.*in its place, but may be gone after a power cut"):
+        patch.setattr(os, "replace", lambda a, b: (replace(a, b), named.append(Path(b).name)))
+        patch.setattr(os, "fsync", flush)
+        with pytest.raises(
+            FlushError, match=r"plan\.json: was written, but the folder .* disk full; the new one is in its"
+        ):
             newer.save(path)
     assert Plan.load(path) == newer
     assert not list(tmp_path.glob(".*")), "a temporary file was left behind"

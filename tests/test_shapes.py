@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from diffusers_accel.evals import shapes
-from diffusers_accel.evals.shapes import autoencoder, latents, nested, render
+from diffusers_accel.evals.shapes import autoencoder, latents, nested, render, run_state
 from diffusers_accel.evals.shapes.denoiser import (
     CAPTION_CLASSES,
     OBJECT_FEATURES,
@@ -49,7 +49,7 @@ from diffusers_accel.evals.shapes.transformer import (
     train_transformer,
 )
 from diffusers_accel.evals.shapes.weights_folder import RECORD, WEIGHTS, verify_weights, weights_digest
-from diffusers_accel.files import FileError, write_json
+from diffusers_accel.files import FileError, save_tensor_document, write_json
 
 
 def scenes(n: int, seed: int = 3) -> list[render.Scene]:
@@ -501,6 +501,21 @@ def test_a_failed_save_keeps_the_checkpoint(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="disk full"):
         saved_run(tmp_path)
     assert alike(load_run(tmp_path, "transformer"), before) and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64])
+def test_a_checkpoint_in_another_type_than_fp32_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    """It would be converted without a word where a model or an optimizer takes it."""
+    run = RunState(tmp_path, "transformer", minutes=1, seed=0)
+    with pytest.raises(FileError, match="average/values/a: expected float32, as all of a training run, found"):
+        run.save(average={"count": 1, "values": {"a": torch.ones(3, dtype=dtype)}})
+    data, tensors = nested.flatten({"average": {"count": 1, "values": {"a": torch.ones(3, dtype=dtype)}}})
+    header = run_state._Header(step=1, seconds=1.0, seed=0, values=data)
+    save_tensor_document(run.path, run_state.KIND, header, tensors)
+    with pytest.raises(
+        FileError, match=r"transformer\.safetensors: .*a: expected float32, .*; begin with exported weights"
+    ):
+        run.resume()
 
 
 class Trap:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from diffusers_accel.files import WriteError, prepare_whole_folder, whole_folder, write_whole
+from diffusers_accel.files import FlushError, WriteError, prepare_whole_folder, whole_folder, write_whole
 
 NAMES = ("a.txt", "b.txt")
 
@@ -68,6 +70,30 @@ def test_a_full_disk_names_the_folder_and_leaves_the_old_one(
     with pytest.raises(WriteError, match=r"report: cannot be written: No space left on device; .*as it was"):
         fill(path, "two")
     assert content(path) == both("one") and [each.name for each in tmp_path.iterdir()] == ["report"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are not flushed on Windows")
+def test_a_parent_that_cannot_be_flushed_holds_the_new_folder_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "report"
+    fill(path, "one")
+    stock = os.fsync
+
+    def flush(descriptor: int) -> None:
+        if os.path.samestat(os.fstat(descriptor), tmp_path.stat()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        stock(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", flush)
+        with pytest.raises(
+            FlushError, match=f"^{re.escape(str(path))}: was written, but .*the new one is in its place"
+        ):
+            fill(path, "two")
+    assert content(path) == both("two")
+    fill(path, "three")
+    assert content(path) == both("three") and [each.name for each in tmp_path.iterdir()] == ["report"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from diffusers_accel.files.strict_json import check_json, parse_json, read_json,
 from diffusers_accel.files.whole import write_whole
 
 T = TypeVar("T")
+LARGEST_EXACT = 2**53  # up to it, a float holds every whole number
 
 
 class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -104,11 +105,42 @@ def load_tensor_document(path: Path, kind: Kind, schema: type[T]) -> tuple[T, di
 
 
 def convert(data: object, schema: type[T]) -> T:
-    """`data` as a schema says; a FileError begins with the path of the first value that is not."""
+    """`data` as a schema says; a FileError begins with the path of the first value that is not.
+
+    A whole number may stand in the place of a float, but only one that a float holds exactly.
+    """
     try:
-        return msgspec.convert(data, schema, strict=True)
+        found = msgspec.convert(data, schema, strict=True)
     except msgspec.ValidationError as error:
         raise FileError(_in_our_words(str(error))) from error
+    if rounded := list(_rounded(data)):
+        _check_floats(rounded, msgspec.to_builtins(found))
+    return found
+
+
+def _rounded(data: object, *place: Any) -> Iterator[tuple[tuple[Any, ...], int]]:
+    """The whole numbers that a float would round, and their places."""
+    if isinstance(data, (dict, list)):
+        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from _rounded(value, *place, key)
+    elif isinstance(data, int) and abs(data) > LARGEST_EXACT and data != float(data):
+        yield place, data
+
+
+def _check_floats(rounded: Iterable[tuple[tuple[Any, ...], int]], found: Any) -> None:
+    for place, number in rounded:
+        if isinstance(_at(found, place), float):
+            path = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in place).removeprefix(".")
+            raise FileError(f"{printable(path)[:200]}: expected a number that a float holds exactly, found {number}")
+
+
+def _at(value: Any, place: Iterable[Any]) -> Any:
+    """What stands in a place; None where the schema has left out the key."""
+    for key in place:
+        if isinstance(value, dict) and key not in value:
+            return None
+        value = value[key]
+    return value
 
 
 def checksum(data: object) -> str:

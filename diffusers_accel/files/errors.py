@@ -22,6 +22,17 @@ class WriteError(OSError):
         self.errno = None if isinstance(reason, str) else reason.errno
 
 
+class FlushError(WriteError):
+    """What was written has its name, whole, and takes the place of the old one; but the disk did not take the name."""
+
+    def __init__(self, path: str | os.PathLike[str], reason: OSError) -> None:
+        super().__init__(path, reason, "")
+        self.args = (
+            f"{printable(path)}: was written, but the folder cannot be flushed to the disk: {reason.strerror or reason}; the "
+            "new one is in its place, whole, and a power cut may bring the old one back. Check the disk, and write it again",
+        )
+
+
 def printable(text: object) -> str:
     """`str(text)` in one line without control characters, so that nobody's text steers a terminal or splits a table.
 

@@ -18,6 +18,7 @@ from diffusers_accel.files.documents import checksum
 from diffusers_accel.files.errors import FileError, WriteError, printable, quoted
 from diffusers_accel.files.reading import read_bytes
 from diffusers_accel.files.strict_json import check_json, parse_json
+from diffusers_accel.files.whole import sync_folder
 
 MAX_LINES_BYTES = 2**30
 SUM = "sha256"  # of the rest of the row
@@ -44,6 +45,8 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
                 while line:
                     line = line[file.write(line) :]
                 os.fsync(file.fileno())
+                if end == 0:
+                    sync_folder(path.parent)
             except OSError:
                 with contextlib.suppress(OSError):  # half a line that cannot be removed is passed over by `read_lines`
                     file.truncate(end)
@@ -62,7 +65,7 @@ def read_lines(path: Path, kind: str, remedy: str) -> list[dict[str, Any]]:
     Raises:
         FileError: a line is not as it was written, or the file is something else.
     """
-    if not path.exists() or (path.is_file() and not path.stat().st_size):
+    if not os.path.exists(path) or (os.path.isfile(path) and not os.path.getsize(path)):
         return []
     *lines, rest = read_bytes(path, MAX_LINES_BYTES, "a file of JSON lines").split(b"\n")
     rows = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from diffusers_accel.files.errors import FileError, WriteError, printable
 def only_writer(path: Path, what: str) -> Iterator[None]:
     """Holds `.<name>.lock` beside `path` for this process and thread alone; the system frees it when the process ends.
 
+    Where `path` is a link the lock is beside the file that it leads to, so that all names of a file share one.
+
     Args:
         what: who holds it, for the message, such as "another search measures into it".
 
@@ -22,7 +25,8 @@ def only_writer(path: Path, what: str) -> Iterator[None]:
         FileError: somebody else holds it.
         WriteError: the folder cannot be written.
     """
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0, thread_local=False, is_singleton=False)
+    real = Path(os.path.realpath(path))
+    lock = FileLock(real.with_name(f".{real.name}.lock"), timeout=0, thread_local=False, is_singleton=False)
     try:
         lock.acquire()
     except Timeout:

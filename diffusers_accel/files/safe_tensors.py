@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from diffusers_accel.files.errors import FileError, printable, quoted
-from diffusers_accel.files.reading import read_bytes
+from diffusers_accel.files.reading import OpenFile, opened
 from diffusers_accel.files.strict_json import MAX_JSON_BYTES, check_json, parse_json
 
 MAX_BYTES = 64 * 2**30
@@ -79,29 +79,29 @@ def read_tensor_file(path: Path) -> TensorFile:
         FileNotFoundError: there is nothing at `path`.
         FileError: it is no such file, is cut off, or holds tensors of another type than those of `DTYPES`.
     """
-    shown = printable(path)
-    try:
-        texts, expected = _header(_start(path))
-        size = path.stat().st_size
-        if size != expected:
-            raise FileError(f"expected {expected:,} bytes, as its header says, found {size:,}; is it cut off?")
-    except FileError as error:
-        raise FileError(f"{shown}: {error}") from error
-    data = read_bytes(path, MAX_BYTES, "a safetensors file")
+    shown, kind = printable(path), "a safetensors file"
+    with opened(path, MAX_BYTES, kind) as file:
+        try:
+            texts, expected = _header(_start(file))
+            if file.size != expected:
+                raise FileError(f"expected {expected:,} bytes, as its header says, found {file.size:,}; is it cut off?")
+        except FileError as error:
+            raise FileError(f"{shown}: {str(error).removeprefix(f'{shown}: ')}") from error
+        data = file.whole()
     try:
         tensors = safetensors.torch.load(data)
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
-        raise FileError(f"{shown}: expected a safetensors file, found {printable(error)[:200]}") from error
+        raise FileError(f"{shown}: expected {kind}, found {printable(error)[:200]}") from error
     return TensorFile(tensors, texts, hashlib.sha256(data).hexdigest())
 
 
-def _start(path: Path) -> bytes:
+def _start(file: OpenFile) -> bytes:
     """The header's length and its JSON."""
-    start = read_bytes(path, 8, "a safetensors file", whole=False)
+    start = file.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if not 0 < length <= MAX_JSON_BYTES:
         raise FileError("expected a safetensors file, found another kind of file")
-    return read_bytes(path, 8 + length, "a safetensors file", whole=False)
+    return start + file.read(length)
 
 
 def _header(start: bytes) -> tuple[dict[str, str], int]:

@@ -13,19 +13,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from diffusers_accel.files.errors import WriteError
+from diffusers_accel.files.errors import FlushError, WriteError
 
 UNTOUCHED = "what was there before is as it was. Free space, or name another place"
 LONGEST_NAME = 200  # bytes: what goes beside it, such as a plan's tensors, has a longer one, and systems end at 255
+FLUSHES_NO_FOLDER = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)  # what file systems without it say of a folder
 STALE_SECONDS = 60.0  # a temporary file that is younger may be one that its writer has not locked yet
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes `data` to a new file in the same folder, then renames it to `path`; file and folder are on the disk on return.
 
+    A link of that name is replaced, and what it leads to stays as it is: caches of shared models link names to files that are
+    others' too. Who goes on with a file that a link leads to follows it before (`search.keeping`, `whole_folder`).
+
     Raises:
         FileNotFoundError: there is no such folder.
         WriteError: it cannot be written (no permission, full disk, a folder of that name); `path` is as it was.
+        FlushError: it was written and renamed, and then the folder could not be flushed; `path` holds `data`.
     """
     write_together({path: data})
 
@@ -33,10 +38,13 @@ def write_whole(path: Path, data: bytes) -> None:
 def write_together(files: Mapping[Path, bytes]) -> None:
     """Writes files of one folder that belong together, the one that refers to the others last.
 
-    They get their names, one after another, when all of them are on the disk: a full disk leaves none of them.
+    They get their names, one after another, when all of them are on the disk: a full disk leaves none of them. Each name is on
+    the disk before the next one is given, so that no power cut leaves a file that refers to one that is not there.
 
     Raises:
-        FileNotFoundError, WriteError: as `write_whole`; all are as they were.
+        FileNotFoundError, WriteError: as `write_whole`; the last file is as it was, and so are others that it referred to,
+            unless new ones have the same names.
+        FlushError: as `write_whole`; all are the new ones.
     """
     with contextlib.ExitStack() as opened:
         written = {}
@@ -51,20 +59,24 @@ def write_together(files: Mapping[Path, bytes]) -> None:
                 file.write(data)
                 _finish(file)
                 written[path] = file.name
+        last = list(written)[-1]
         for path, name in written.items():
             with _as_write_error(path):
                 os.replace(name, path)
-    for path in files:
-        with _as_write_error(path, "it is in its place, but may be gone after a power cut"):
-            sync_folder(path.parent)
+                if path != last:
+                    sync_folder(path.parent)
+    try:
+        sync_folder(last.parent)
+    except OSError as error:
+        raise FlushError(last, error) from error
 
 
 @contextlib.contextmanager
-def _as_write_error(path: Path, advice: str = UNTOUCHED) -> Iterator[None]:
+def _as_write_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WriteError(path, error, advice) from error
+        raise WriteError(path, error, UNTOUCHED) from error
 
 
 def prepare_file(path: Path) -> None:
@@ -92,11 +104,14 @@ def prepare_folder(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Has the names in a folder on the disk; nothing on Windows, which cannot open one."""
+    """Has the names in a folder on the disk, where the system can: Windows opens no folder, some file systems flush none."""
     if sys.platform != "win32":
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in FLUSHES_NO_FOLDER:
+                raise
         finally:
             os.close(descriptor)
 

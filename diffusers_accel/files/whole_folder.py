@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from diffusers_accel.files.errors import WriteError, printable
+from diffusers_accel.files.errors import FlushError, WriteError, printable
 from diffusers_accel.files.whole import STALE_SECONDS, UNTOUCHED, prepare_folder, sync_folder, try_lock
 
 OWN = "name a folder of its own, such as"
@@ -57,6 +57,7 @@ def whole_folder(path: Path, names: Collection[str]) -> Iterator[Path]:
 
     Raises:
         WriteError: as `prepare_whole_folder`, or the disk is full; what was at `path` is as it was.
+        FlushError: the new folder is in its place, whole, and then its parent could not be flushed.
     """
     real = prepare_whole_folder(path, names)
     new = _beside(real, "new")
@@ -68,13 +69,15 @@ def whole_folder(path: Path, names: Collection[str]) -> Iterator[Path]:
             yield new
             sync_folder(new)
             with _exclusive(real.parent):
-                _exchange(new, real, names)
+                unflushed = _exchange(new, real, names)
     except OSError as error:
         # Of the place that the user named, not of the hidden one that was being filled.
         reason = OSError(error.errno, os.strerror(error.errno)) if error.errno else str(error)
         raise WriteError(path, reason, UNTOUCHED) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
+    if unflushed:
+        raise FlushError(path, unflushed) from unflushed
 
 
 def _check_replaceable(real: Path, path: Path, names: Collection[str]) -> None:
@@ -93,20 +96,24 @@ def _check_replaceable(real: Path, path: Path, names: Collection[str]) -> None:
         raise WriteError(path, reason, f"{OWN} {printable(path / 'new')}, or move them away")
 
 
-def _exchange(new: Path, real: Path, names: Collection[str]) -> None:
-    if not real.exists():
-        os.rename(new, real)
-        sync_folder(real.parent)
-        return
-    old = _beside(real, "old")
-    os.rename(real, old)
+def _exchange(new: Path, real: Path, names: Collection[str]) -> OSError | None:
+    """Gives the new folder its name and removes the old one; returns why the names are not on the disk, if they are not."""
+    old = _beside(real, "old") if real.exists() else None
+    if old:
+        os.rename(real, old)
     try:
         os.rename(new, real)
     except BaseException:
-        os.rename(old, real)
+        if old:
+            os.rename(old, real)
         raise
-    sync_folder(real.parent)
-    _remove(old, names)
+    try:
+        sync_folder(real.parent)
+    except OSError as error:
+        return error  # the old one stays aside: after a power cut it may be the only one
+    if old:
+        _remove(old, names)
+    return None
 
 
 def _put_right(real: Path, names: Collection[str]) -> None:

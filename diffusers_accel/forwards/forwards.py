@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Union
 
 import msgspec
 
-from diffusers_accel.files import quoted
+from diffusers_accel.files import Schema, built, quoted, shaped, tagged
 from diffusers_accel.forwards.easycache import EasyCache
 from diffusers_accel.forwards.predictors import PREDICTORS, Last, Predictor
 from diffusers_accel.forwards.rule import Rule
 from diffusers_accel.forwards.schedule import Schedule
 
 RULES: dict[str, type[Rule]] = {cls.kind: cls for cls in (EasyCache, Schedule)}
+
+# Forwards as they stand in a file.
+ForwardsData: Any = msgspec.defstruct(
+    "Forwards",
+    [
+        ("rule", tagged(RULES)),
+        ("predictor", Union[tagged(PREDICTORS), msgspec.UnsetType], msgspec.UNSET),  # noqa: UP007
+        ("branches", list[str] | None, None),
+    ],
+    bases=(Schema,),
+    kw_only=True,
+    namespace={"__doc__": "Which forwards of the transformers are computed (rule), and how the others are predicted."},
+)
 
 
 @dataclass(frozen=True)
@@ -67,16 +80,11 @@ class Forwards:
 
     @staticmethod
     def from_json(data: object) -> Forwards:
-        """The inverse of `to_json`; anything unexpected is refused with a ValueError that names it."""
-        found = _object(data, "forwards", {"rule", "predictor", "branches"})
-        if "rule" not in found:
-            raise ValueError("forwards: 'rule' is missing")
-        rule = _part(RULES, found["rule"], "rule")
-        predictor = _part(PREDICTORS, found["predictor"], "predictor") if "predictor" in found else Last()
-        branches = found.get("branches")
-        if branches is not None and not isinstance(branches, list):
-            raise ValueError(f"forwards.branches: expected a list of names, found {quoted(branches)}")
-        return Forwards(rule, predictor, None if branches is None else tuple(branches))
+        """The inverse of `to_json`; anything unexpected is refused with a FileError that names it."""
+        found = shaped(data, ForwardsData, "forwards")
+        predictor = Last() if found.predictor is msgspec.UNSET else built(found.predictor, PREDICTORS, "predictor")
+        branches = None if found.branches is None else tuple(found.branches)
+        return Forwards(built(found.rule, RULES, "rule"), predictor, branches)
 
 
 def _plain(part: Any) -> dict[str, Any]:
@@ -85,26 +93,6 @@ def _plain(part: Any) -> dict[str, Any]:
         "kind": part.kind,
         **{name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if v is not None},
     }
-
-
-def _part(classes: Mapping[str, Any], data: object, what: str) -> Any:
-    kind = data.get("kind") if isinstance(data, Mapping) else None
-    if not isinstance(kind, str) or kind not in classes:
-        raise ValueError(f"{what}.kind: expected one of {sorted(classes)}, found {quoted(kind)}")
-    cls = classes[kind]
-    found = _object(data, f"{what} {kind!r}", {"kind", *(field.name for field in fields(cls))})
-    try:
-        return msgspec.convert({name: v for name, v in found.items() if name != "kind"}, cls, strict=True)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"{what} {kind!r}: {error}") from error
-
-
-def _object(data: object, what: str, known: set[str]) -> dict[str, Any]:
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{what}: expected an object, found {type(data).__name__}")
-    if unknown := sorted(set(data) - known, key=str):
-        raise ValueError(f"{what}: unknown key {quoted(unknown[0])}, expected only {sorted(known)}")
-    return dict(data)
 
 
 def _check_kind(what: str, part: Any, classes: Mapping[str, Any]) -> None:

@@ -6,14 +6,14 @@ order -> select -> attend in a precision -> rest -> restore order
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, Union
 
+import msgspec
 import torch
 
-from diffusers_accel.files import quoted
+from diffusers_accel.files import FileError, Schema, built, shaped, tagged
 from diffusers_accel.kernels.attention import PRECISIONS, choices
 from diffusers_accel.methods.order import Order
 from diffusers_accel.methods.orders import AxisOrder, parse_order
@@ -23,6 +23,24 @@ from diffusers_accel.methods.select import Select
 from diffusers_accel.methods.selects import SELECTS, All
 
 AUTO = "auto"  # the precision of a recipe that leaves it to the device; `patch` replaces it
+
+
+# A method as it stands in a file.
+MethodData: Any = msgspec.defstruct(
+    "Method",
+    [
+        ("order", str, AxisOrder().label),
+        ("select", tagged(SELECTS)),
+        ("precision", Literal[PRECISIONS], "input"),
+        ("rest", Union[tagged(RESTS), msgspec.UnsetType], msgspec.UNSET),  # noqa: UP007
+    ],
+    bases=(Schema,),
+    kw_only=True,
+    namespace={
+        "__doc__": "How some heads attend. order: a permutation of fhw (frames, height, width), or a patch such as 8x16 (token "
+        "rows x columns); select: which keys are read; rest: what happens to the others."
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -109,73 +127,15 @@ class Method:
 
     @staticmethod
     def from_json(data: object) -> Method:
-        """The inverse of `to_json`; anything unexpected is refused with a ValueError that names it."""
-        fields = _object(data, "a method", {"order", "select", "precision", "rest"}, required={"select"})
-        select = _of_kind(SELECTS, fields["select"], "select")
-        rest = _of_kind(RESTS, fields["rest"], "rest") if "rest" in fields else Drop()
-        order, precision = fields.get("order", "fhw"), fields.get("precision", "input")
-        _check_type("order", order, "str")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, found {quoted(precision)}")
-        return Method(order=_parsed_order(order), select=select, precision=precision, rest=rest)
+        """The inverse of `to_json`; anything unexpected is refused with a FileError that names it."""
+        found = shaped(data, MethodData, "a method")
+        try:
+            order = parse_order(found.order)
+        except ValueError as error:
+            raise FileError(f"order: {error}") from error
+        select = built(found.select, SELECTS, "select")
+        rest = Drop() if found.rest is msgspec.UNSET else built(found.rest, RESTS, "rest")
+        return Method(order=order, select=select, precision=found.precision, rest=rest)
 
 
 DENSE = Method()
-
-
-def _parsed_order(text: str) -> Order:
-    try:
-        return parse_order(text)
-    except ValueError as error:
-        raise ValueError(f"order: {error}") from error
-
-
-def _of_kind(kinds: Mapping[str, type], data: object, path: str) -> Any:
-    """A stage from its kind and its fields."""
-    kind = data.get("kind") if isinstance(data, Mapping) else None
-    if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"{path}.kind: expected one of {sorted(kinds)}, found {quoted(kind)}")
-    assert isinstance(data, Mapping)
-    return _stage(kinds[kind], {key: value for key, value in data.items() if key != "kind"}, f"{path} {kind!r}")
-
-
-def _stage(cls: type, data: object, what: str) -> Any:
-    """A stage from its fields, every type checked."""
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
-    arguments = _object(data, what, set(known), required)
-    path = what.split()[0]
-    for name, value in arguments.items():
-        _check_type(f"{path}.{name}", value, str(known[name].type))
-    try:
-        return cls(**arguments)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _object(data: object, what: str, known: set[str], required: set[str]) -> dict[str, Any]:
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{what}: expected an object, found {type(data).__name__}")
-    if unknown := sorted(set(data) - known, key=str):
-        raise ValueError(f"{what}: unknown key {quoted(unknown[0])}, expected only {sorted(known)}")
-    if missing := sorted(required - set(data)):
-        raise ValueError(f"{what}: {missing[0]!r} is missing")
-    return dict(data)
-
-
-MOST = 2**31 - 1  # of whole numbers in a file: what kernels count with
-_TYPES: dict[str, tuple[type, ...]] = {
-    "float": (float, int),
-    "bool": (bool,),
-    "str": (str,),
-    "int": (int,),
-    "None": (type(None),),
-}
-
-
-def _check_type(path: str, value: object, annotation: str) -> None:
-    expected = tuple(each for name in annotation.split(" | ") for each in _TYPES[name])
-    if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
-        raise ValueError(f"{path}: expected {annotation}, found {quoted(value)}")
-    if isinstance(value, int) and not -MOST <= value <= MOST:
-        raise ValueError(f"{path}: expected a whole number of at most {MOST:,}, found {quoted(value)}")

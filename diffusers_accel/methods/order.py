@@ -16,8 +16,12 @@ class Order(ABC):
 
     @property
     def identity(self) -> bool:
-        """Whether it is the order in which models flatten their tokens."""
+        """Whether the video's tokens lie as models flatten them."""
         return False
+
+    def moves(self, layout: TokenLayout) -> bool:
+        """Whether tokens of this layout lie in another order than the model's."""
+        return not self.identity or layout.interleaved
 
     @property
     def frame_major(self) -> bool:
@@ -41,8 +45,13 @@ class Order(ABC):
 
     @abstractmethod
     def index(self, layout: TokenLayout) -> Tensor:
-        """int64 [S]: which token of the model's order stands at each place of this order (`x[:, index]` sorts x). Tokens
-        that are not keys stay at the end."""
+        """int64 [tokens]: which token of the model's sequence stands at each place of this order (`x[:, index]` sorts x).
+        Tokens that are not keys stay at the end."""
+
+    def query_index(self, layout: TokenLayout) -> Tensor:
+        """int64 [queries]: which row of q stands at each place of this order."""
+        rows = self.index(layout) - layout.query_start
+        return rows[(rows >= 0) & (rows < layout.queries)]
 
     @staticmethod
     @abstractmethod
@@ -54,9 +63,28 @@ class Order(ABC):
         """
 
 
-def around_text(layout: TokenLayout, sort: Callable[[Tensor], Tensor]) -> Tensor:
-    """The index of a whole sequence whose video tokens [frames, height, width] are sorted into [tokens]."""
+def arranged(layout: TokenLayout, sort: Callable[[Tensor], Tensor]) -> Tensor:
+    """The index of a whole sequence whose video tokens [frames, height, width] are sorted into [tokens].
+
+    All other tokens stay where they are. Where they stand between pieces of the video, they come behind it, in the model's
+    order: else every block would hold some of them, and be read by everybody.
+    """
+    video = video_places(layout)
+    ordered = video[sort(torch.arange(layout.video_tokens).view(layout.grid))]
+    if layout.interleaved:
+        return torch.cat([ordered, exact_tokens(layout).nonzero()[:, 0]])
     index = torch.arange(layout.tokens)
-    start, stop = layout.video_start, layout.video_start + layout.video_tokens
-    index[start:stop] = sort(index[start:stop].view(layout.frames, layout.height, layout.width))
+    index[video] = ordered
     return index
+
+
+def video_places(layout: TokenLayout) -> Tensor:
+    """int64 [video tokens]: where in the sequence the tokens of the video stand, in the order of its grid."""
+    return torch.cat([torch.arange(run.start, run.stop) for run in layout.video_runs])
+
+
+def exact_tokens(layout: TokenLayout) -> Tensor:
+    """bool [tokens]: which tokens of the sequence are exact, all but the video's."""
+    exact = torch.ones(layout.tokens, dtype=torch.bool)
+    exact[video_places(layout)] = False
+    return exact

@@ -32,7 +32,7 @@ class Inputs:
     Args:
         device: on which the blocks are wanted.
         means: fp32 [B, query blocks, H, D] and [B, key blocks, H, D], of blocks of `BLOCK` tokens; for those that want "means".
-        tokens: [B, S, H, D] and [B, keys, H, D]; for those that want "tokens".
+        tokens: [B, queries, H, D] and [B, keys, H, D]; for those that want "tokens".
     """
 
     device: torch.device
@@ -117,7 +117,7 @@ class Select(ABC):
         """
         return None
 
-    def starved(self, pattern: BlockPattern, layout: TokenLayout) -> Tensor | None:
+    def starved(self, pattern: BlockPattern, order: Order, layout: TokenLayout) -> Tensor | None:
         """Which share of the video's query blocks read nothing of the video, 0-d and on the pattern's device; None where that
         cannot be."""
         return None
@@ -150,7 +150,7 @@ class StaticSelect(Select):
         mask = self.mask(call, order, tensors) if own else _mask_of_layout(self, order, call.layout)
         # One byte a block pair is moved, and counted where that is fast.
         mask = mask[..., : call.layout.key_blocks(BLOCK)].to(inputs.device).expand(len(call.heads), -1, -1)
-        return BlockPattern.from_mask(mask[None], call.layout.tokens, call.layout.keys, BLOCK, BLOCK)
+        return BlockPattern.from_mask(mask[None], call.layout.queries, call.layout.keys, BLOCK, BLOCK)
 
 
 @kept(256)

@@ -19,9 +19,11 @@ from diffusers_accel.evals.report.colours import Colour, method_colours
 from diffusers_accel.evals.report.report import Clip, Report, Subject
 from diffusers_accel.files import printable
 from diffusers_accel.methods import Method
+from diffusers_accel.plan_span import compact, row_text
 
 FOLDER = Path(__file__).parent
 LETTERS_UP_TO = 16  # heads; a wider plan gets small cells without letters
+LETTER = 7  # pixels of a symbol's character; where symbols are wider than a cell, only the legend has them
 
 
 def html(report: Report) -> str:
@@ -134,15 +136,20 @@ def _flat(value: Any) -> str:
 def _plan(subject: Subject, colours: Mapping[Method, Colour]) -> dict[str, Any]:
     """The heat maps of one plan: a panel per span and transformer, and a legend."""
     plan = subject.plan
+    longest = max(map(len, plan.methods))
     panels: list[dict[str, Any]] = []
     for span in plan.spans:
         for name, rows in span.heads.items():
             asked = [plan.methods[symbol].expected_density for row in rows for symbol in row]
-            title = f"{span.start:.0%} to {span.stop:.0%} of the steps" + (f", {name}" if len(span.heads) > 1 else "")
+            title = span.label + (f", {name}" if len(span.heads) > 1 else "")
             cell = (34 if len(rows[0]) <= 8 else 24) if len(rows[0]) <= LETTERS_UP_TO else 11
             known = [density for density in asked if density is not None]
             mean = sum(known) / len(known) if len(known) == len(asked) else None
-            panels.append({"title": title, "rows": rows, "density": mean, "cell": cell})
+            said = (" " if compact(plan.methods) else ", ").join(row_text(row, plan.methods) for row in rows)
+            letters = cell > LETTERS_UP_TO and longest * LETTER < cell
+            panels.append(
+                {"title": title, "rows": rows, "said": said, "density": mean, "cell": cell, "letters": letters}
+            )
     legend = [
         {
             "symbol": symbol,
@@ -152,7 +159,8 @@ def _plan(subject: Subject, colours: Mapping[Method, Colour]) -> dict[str, Any]:
         }
         for symbol, share in plan.shares().items()
     ]
-    shown = {"name": subject.name, "ran": words.ran(subject), "panels": panels, "legend": legend}
+    forwards = plan.forwards.label if plan.forwards else None
+    shown = {"name": subject.name, "forwards": forwards, "ran": words.ran(subject), "panels": panels, "legend": legend}
     by_symbol = {symbol: colours[method] for symbol, method in plan.methods.items()}
     return {**shown, "colours": by_symbol, "methods": plan.methods}
 

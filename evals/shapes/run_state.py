@@ -6,6 +6,7 @@ A checkpoint is a safetensors file whose header holds the rest. It is no pickle,
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +41,8 @@ def load_run(folder: Path, name: str) -> dict[str, Any] | None:
     """The checkpoint of a named run: "step", "seconds", "seed" and what `RunState.save` was given; None where there is none.
 
     Raises:
-        FileError: it is something else, of another version or damaged, or a pickle of an earlier version.
+        FileError: it is something else, of another version or damaged, or a pickle of an earlier version; or one of its tensors
+            is not fp32, in which all of a training run is kept: loading it into a model or an optimizer would convert it.
     """
     path, pickled = folder / f"{name}.safetensors", folder / f"{name}.pt"
     if not path.exists():
@@ -52,10 +54,18 @@ def load_run(folder: Path, name: str) -> dict[str, Any] | None:
         return None
     header, tensors = load_tensor_document(path, KIND, _Header)
     try:
+        _check_types(tensors)
         values = unflatten(header.values, tensors)
     except FileError as error:
         raise FileError(f"{printable(path)}: {error}; {KIND.remedy}") from error
     return {**values, "step": header.step, "seconds": header.seconds, "seed": header.seed}
+
+
+def _check_types(tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            found = str(tensor.dtype).removeprefix("torch.")
+            raise FileError(f"{printable(name)[:100]}: expected float32, as all of a training run, found {found}")
 
 
 def read_log(path: Path) -> list[dict[str, int | float]]:
@@ -101,8 +111,9 @@ class RunState:
         return held
 
     def save(self, **values: Any) -> None:
-        """Write the checkpoint, whole or not at all: tensors, numbers and texts, nested as they are."""
+        """Write the checkpoint, whole or not at all: tensors (fp32), numbers and texts, nested as they are."""
         data, tensors = flatten(values)
+        _check_types(tensors)
         header = _Header(step=self.step, seconds=self.elapsed, seed=self.seed, values=data)
         save_tensor_document(self.path, KIND, header, tensors)
         self._saved = time.monotonic()

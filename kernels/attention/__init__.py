@@ -73,7 +73,8 @@ def attention(
 
     Args:
         q: `[B, S_q, H, D]`, fp16, bf16 or fp32, any strides.
-        k, v: `[B, S_k, H, D]`, dtype and device of q.
+        k, v: `[B, S_k, H_k, D]`, dtype and device of q; H_k divides H, and query head h reads key head
+            h // (H // H_k).
         pattern: which key blocks each query block reads, on the device of q; None reads all.
         scale: positive factor of the scores; None means 1 / sqrt(D).
         precision: one of `PRECISIONS`. All but `input` first `quantize`, which reads every key that exists, also in

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.kernels.cpu_workers import run_all
+from diffusers_accel.kernels.grouped import each_query_head
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.quantize.quantized import P_MAX, Quantized
 
@@ -174,6 +175,7 @@ def attend_pattern(
 ) -> tuple[Tensor, Tensor]:
     """Calls `attend` for the rows of the pattern, with the keys that they read."""
     batch, queries, heads, dim = q.shape
+    k, v = (each_query_head(x, heads) for x in (k, v))
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     if pattern is None:
         plan, period = Schedule([(0, 0, heads, Sweep(0, queries, 0, k.shape[1]))], [], covered=True), 1

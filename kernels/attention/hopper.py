@@ -156,6 +156,7 @@ def attend_pattern(
             P_LOG2=P_LOG2[precision],
             MASKED=masked,
             STAGES=tile.stages,
+            HEAD_GROUP=heads // k.shape[2],
             num_warps=4,
             num_stages=tile.stages,
         )
@@ -175,21 +176,23 @@ def attention_kernel(
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     KEY_GROUP: tl.constexpr, FP8_TOKENS: tl.constexpr, P_LOG2: tl.constexpr, MASKED: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, HEAD_GROUP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head. `blocks_ptr` None reads every key; `valid_ptr` None has whole key blocks.
 
     Scales and `offset_ptr` None have values and no codes; `v_scale_ptr` is None too where only q and k are codes. FP8
-    values lie with the tokens beside each other. MASKED: a tile may have keys that do not exist.
+    values lie with the tokens beside each other. MASKED: a tile may have keys that do not exist. HEAD_GROUP heads of q
+    share one of k and v.
     """
     # Consecutive programs share a head, so that they sweep the same keys through L2.
     tiles = tl.cdiv(queries, BLOCK_M)
     tile = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles % heads).to(tl.int64)
     batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    key_head, key_heads = head // HEAD_GROUP, heads // HEAD_GROUP
     q_ptr += batch * q_stride_b + head * q_stride_h
-    k_ptr += batch * k_stride_b + head * k_stride_h
-    v_ptr += batch * v_stride_b + head * v_stride_h
+    k_ptr += batch * k_stride_b + key_head * k_stride_h
+    v_ptr += batch * v_stride_b + key_head * v_stride_h
     q_rows = tl.make_tensor_descriptor(q_ptr, [queries, DIM], [q_stride_s, 1], [BLOCK_M, PADDED_DIM])
     k_rows = tl.make_tensor_descriptor(k_ptr, [keys, DIM], [k_stride_s, 1], [BLOCK_N, PADDED_DIM])
     if P_LOG2 == 0.0:
@@ -205,7 +208,7 @@ def attention_kernel(
         q_scale_ptr += (batch * heads + head) * q_scale_stride
         q_scales = tl.make_tensor_descriptor(q_scale_ptr, [queries], [1], [BLOCK_M])
         factor *= q_scales.load([tile * BLOCK_M])
-        k_scale_ptr += (batch * heads + head) * tl.cdiv(keys, KEY_GROUP)
+        k_scale_ptr += (batch * key_heads + key_head) * tl.cdiv(keys, KEY_GROUP)
 
     acc = tl.zeros((BLOCK_M, PADDED_DIM), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -247,5 +250,5 @@ def attention_kernel(
 
     store_rows(
         acc, total, top, out_ptr, lse_ptr, v_scale_ptr, offset_ptr, batch, row, head, queries, heads, qk_scale,
-        DIM, PADDED_DIM, P_LOG2,
+        DIM, PADDED_DIM, P_LOG2, HEAD_GROUP,
     )  # fmt: skip

@@ -146,6 +146,7 @@ def attend_pattern(
             BLOCK_N=tile.block_n,
             KEY_GROUP=KEY_GROUP,
             P_LOG2=P_LOG2[precision],
+            HEAD_GROUP=heads // k.shape[2],
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -212,19 +213,21 @@ def attention_kernel(
     heads, queries, keys, list_rows, capacity, qk_scale,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    KEY_GROUP: tl.constexpr, P_LOG2: tl.constexpr,
+    KEY_GROUP: tl.constexpr, P_LOG2: tl.constexpr, HEAD_GROUP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head. `blocks_ptr` None reads every key; `valid_ptr` None has whole key blocks.
 
     Scales and `offset_ptr` None have values and no codes; `v_scale_ptr` is None too where only q and k are codes.
+    HEAD_GROUP heads of q share one of k and v.
     """
     # Consecutive programs share a head, so that they sweep the same keys through L2.
     tiles = tl.cdiv(queries, BLOCK_M)
     tile = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles % heads).to(tl.int64)
     batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
-    k_ptr += batch * k_stride_b + head * k_stride_h
-    v_ptr += batch * v_stride_b + head * v_stride_h
+    key_head, key_heads = head // HEAD_GROUP, heads // HEAD_GROUP
+    k_ptr += batch * k_stride_b + key_head * k_stride_h
+    v_ptr += batch * v_stride_b + key_head * v_stride_h
 
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, PADDED_DIM)
@@ -235,7 +238,7 @@ def attention_kernel(
     factor = tl.full((BLOCK_M,), qk_scale, tl.float32)
     if q_scale_ptr is not None:
         factor *= tl.load(q_scale_ptr + line, mask=row < queries, other=0.0)
-        k_scale_ptr += (batch * heads + head) * tl.cdiv(keys, KEY_GROUP)
+        k_scale_ptr += (batch * key_heads + key_head) * tl.cdiv(keys, KEY_GROUP)
 
     acc = tl.zeros((BLOCK_M, PADDED_DIM), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -282,5 +285,5 @@ def attention_kernel(
 
     store_rows(
         acc, total, top, out_ptr, lse_ptr, v_scale_ptr, offset_ptr, batch, row, head, queries, heads, qk_scale,
-        DIM, PADDED_DIM, P_LOG2,
+        DIM, PADDED_DIM, P_LOG2, HEAD_GROUP,
     )  # fmt: skip

@@ -26,6 +26,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, sca
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(batch, queries, heads, dim, dtype=q.dtype, device=q.device)
     lse = torch.full((batch, heads, queries), -torch.inf, dtype=torch.float32, device=q.device)
+    group = heads // k.shape[2]
     reads = pattern.mask().expand(batch, -1, -1, -1)
     token = torch.arange(pattern.keys, device=q.device)
     exists = token % pattern.block_k < pattern.key_lengths()[token // pattern.block_k]
@@ -34,8 +35,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, sca
         seen = torch.nonzero(reads[b, h, i][token // pattern.block_k] & exists)[:, 0]
         if len(seen) == 0:
             continue
-        scores = scale * (q[b, rows, h].to(wide) @ k[b, seen, h].to(wide).T)
-        out[b, rows, h] = (scores.softmax(-1) @ v[b, seen, h].to(wide)).to(q.dtype)
+        scores = scale * (q[b, rows, h].to(wide) @ k[b, seen, h // group].to(wide).T)
+        out[b, rows, h] = (scores.softmax(-1) @ v[b, seen, h // group].to(wide)).to(q.dtype)
         lse[b, h, rows] = scores.logsumexp(-1).float()
     return out, lse
 

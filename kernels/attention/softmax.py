@@ -40,7 +40,7 @@ def softmax_tile(scores, factor, total, top, exists, P_LOG2: tl.constexpr, MASKE
 @triton.jit
 def store_rows(
     acc, total, top, out_ptr, lse_ptr, v_scale_ptr, offset_ptr, batch, row, head, queries, heads, qk_scale,
-    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, P_LOG2: tl.constexpr,
+    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, P_LOG2: tl.constexpr, HEAD_GROUP: tl.constexpr,
 ):  # fmt: skip
     """Write the output `[B, S, H, DIM]` and the log-sum-exp `[B, H, S]` of the rows; 0 and -inf of those that read nothing."""
     column = tl.arange(0, PADDED_DIM)
@@ -49,7 +49,8 @@ def store_rows(
     acc = acc / tl.where(seen, total, 1.0)[:, None]
     lse = (top + tl.math.log2(tl.where(seen, total, 1.0)) - P_LOG2) * 0.6931471805599453
     if v_scale_ptr is not None:
-        v_scale_at = v_scale_ptr + (batch * heads + head) * DIM + column
+        key_head, key_heads = head // HEAD_GROUP, heads // HEAD_GROUP
+        v_scale_at = v_scale_ptr + (batch * key_heads + key_head) * DIM + column
         acc *= tl.load(v_scale_at, mask=column < DIM, other=0.0)[None, :]
     if offset_ptr is not None:
         offset = tl.load(offset_ptr + line, mask=row < queries, other=0.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.kernels.choice import Operator
+from diffusers_accel.kernels.grouped import check_key_heads
 
 __all__ = ["BlockStats", "block_stats"]
 
@@ -47,7 +48,7 @@ def block_stats(
 
     Args:
         q: `[B, S_q, H, D]`, fp16, bf16 or fp32, any strides.
-        k: `[B, S_k, H, D]`, dtype and device of q.
+        k: `[B, S_k, H_k, D]`, dtype and device of q; H_k divides H, and query head h reads key head h // (H // H_k).
         lse: fp32 `[B, H, S_q]`, natural log, as `attention` returns it for these q and the keys that P is to be a share
             of. A query with lse -inf attends to nothing: its entries are 0.
         block_q: queries per block.
@@ -65,8 +66,9 @@ def block_stats(
     if q.dim() != 4 or 0 in q.shape:
         raise ValueError(f"q must be [B, S, H, D] without an empty dimension, found {list(q.shape)}")
     batch, queries, heads, dim = q.shape
-    if k.dim() != 4 or 0 in k.shape or k.shape[0] != batch or k.shape[2:] != q.shape[2:]:
-        raise ValueError(f"k must be [{batch}, S_k, {heads}, {dim}] to fit q, found {list(k.shape)}")
+    check_key_heads("k", k, heads)
+    if k.dim() != 4 or 0 in k.shape or k.shape[0] != batch or k.shape[3] != dim:
+        raise ValueError(f"k must be [{batch}, S_k, H_k, {dim}] to fit q, found {list(k.shape)}")
     if k.dtype != q.dtype or k.device != q.device:
         raise ValueError(f"k must be {q.dtype} on {q.device} as q is, found {k.dtype} on {k.device}")
     if lse.shape != (batch, heads, queries) or lse.dtype != torch.float32 or lse.device != q.device:

@@ -36,6 +36,7 @@ def block_stats(
         block_stats_kernel[(rows * heads * batch,)](
             q, k, lse, total, largest, small, *q.stride()[:3], *k.stride()[:3], heads, queries, keys,
             scale * LOG2_E, epsilon, DIM=dim, BLOCK_D=part_of_dim(dim, q.dtype), BLOCK_Q=block_q, BLOCK_K=block_k,
+            HEAD_GROUP=heads // k.shape[2],
             num_warps=warps(block_q, block_k, q.dtype), num_stages=2,
         )  # fmt: skip
     return total, largest, small
@@ -58,15 +59,16 @@ def block_stats_kernel(
     q_ptr, k_ptr, lse_ptr, total_ptr, largest_ptr, small_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, heads, queries, keys, qk_scale, epsilon,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HEAD_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One row of blocks of one head."""
+    """One row of blocks of one head; HEAD_GROUP heads of q share one of k."""
     rows, columns = tl.cdiv(queries, BLOCK_Q), tl.cdiv(keys, BLOCK_K)
     block_row = tl.program_id(0) % rows
     line = (tl.program_id(0) // rows).to(tl.int64)
     row = block_row * BLOCK_Q + tl.arange(0, BLOCK_Q)
     token = tl.arange(0, BLOCK_K)
     q_ptr += line // heads * q_stride_b + line % heads * q_stride_h
-    k_ptr += line // heads * k_stride_b + line % heads * k_stride_h
+    k_ptr += line // heads * k_stride_b + line % heads // HEAD_GROUP * k_stride_h
     lse = tl.load(lse_ptr + line * queries + row, mask=row < queries, other=float("-inf")) * 1.4426950408889634
     # exp2(scores - inf) is the 0 of a query that does not exist or reads nothing.
     shift = tl.where(lse == float("-inf"), float("inf"), lse)

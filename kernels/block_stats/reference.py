@@ -32,8 +32,9 @@ def block_stats(
     largest, small = torch.empty_like(total), torch.empty_like(total, dtype=torch.int32)
     shift = lse.masked_fill(lse == -torch.inf, torch.inf)  # exp(scores - inf) is the 0 of a query that reads nothing
     rows_at_once = max(1, MAP_BYTES // (4 * block_q * keys))
+    group = heads // k.shape[2]
     for b, h in product(range(batch), range(heads)):
-        transposed = k[b, :, h].to(wide).T
+        transposed = k[b, :, h // group].to(wide).T
         for first in range(0, rows, rows_at_once):
             part = slice(first, first + rows_at_once)
             tokens = slice(first * block_q, (first + rows_at_once) * block_q)

@@ -34,7 +34,8 @@ def dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, impl: 
 
     Args:
         q: `[B, S_q, H, D]`, fp16, bf16 or fp32, any strides.
-        k, v: `[B, S_k, H, D]`, dtype and device of q.
+        k, v: `[B, S_k, H_k, D]`, dtype and device of q; H_k divides H, and query head h reads key head
+            h // (H // H_k).
         scale: positive factor of the scores; None means 1 / sqrt(D).
         impl: `auto` takes the fastest that can run, the same at every call for a device, dtype and head dim; a name of
             `IMPLEMENTATIONS` is obeyed or refused.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffusers_accel.kernels.grouped import each_query_head
+
 fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -19,6 +21,7 @@ def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Dense attention; the arguments have been checked by the caller."""
+    k, v = (each_query_head(x, q.shape[2]) for x in (k, v))
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     out, lse = fused_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale)
     return out.transpose(1, 2).contiguous(), lse.contiguous()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.kernels.dense import gpu
+from diffusers_accel.kernels.grouped import each_query_head
 
 fused_attention = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 
@@ -29,6 +30,7 @@ def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Dense attention; the arguments have been checked by the caller."""
+    k, v = (each_query_head(x, q.shape[2]) for x in (k, v))
     twice = k.shape[1] == 1  # cuDNN takes no single key: read twice, it weighs twice, and the output is the same
     if twice:
         k, v = (x.expand(-1, 2, -1, -1) for x in (k, v))

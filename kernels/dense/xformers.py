@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.kernels.dense import gpu
+from diffusers_accel.kernels.grouped import each_query_head
 
 
 def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -23,6 +24,7 @@ def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Dense attention; the arguments have been checked by the caller."""
+    k, v = (each_query_head(x, q.shape[2]) for x in (k, v))
     fmha = importlib.import_module("xformers.ops.fmha")
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     out, lse = fmha.memory_efficient_attention_partial(q, k, v, scale=scale)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffusers_accel.kernels.checks import check_pattern, score_scale
 from diffusers_accel.kernels.choice import Choice, Operator
+from diffusers_accel.kernels.grouped import check_key_heads
 from diffusers_accel.kernels.pattern import BlockPattern
 
 __all__ = ["IMPLEMENTATIONS", "choices", "pooled"]
@@ -48,7 +49,7 @@ def pooled(
             exist, as `pool` makes them of k and v with the `block_k` and `valid` of the pattern. H_k divides H: query
             head h reads key head h // (H // H_k).
         pattern: which key blocks each query block reads in full, on the device of q. The means of these blocks, and of
-            blocks of which no token exists, weigh nothing, whatever they hold.
+            blocks of which no token exists, weigh nothing; where no query of a head weighs one, it may hold NaN.
         scale: positive factor of the scores; None means 1 / sqrt(D).
         impl: `auto`, `portable` or `reference`; an explicit one is obeyed or refused.
 
@@ -72,15 +73,10 @@ def pooled(
 
 def _check_means(q: Tensor, k_means: Tensor, v_means: Tensor, pattern: BlockPattern) -> None:
     batch, _, heads, dim = q.shape
-    key_heads = k_means.shape[2] if k_means.dim() == 4 else 0
-    if key_heads == 0 or heads % key_heads:
-        raise ValueError(
-            f"k_means must be [{batch}, {pattern.key_blocks}, H_k, {dim}] with a number of heads H_k that divides "
-            f"the {heads} of q, found {list(k_means.shape)}"
-        )
-    expected = [batch, pattern.key_blocks, key_heads, dim]
+    check_key_heads("k_means", k_means, heads)
+    expected = [batch, pattern.key_blocks, k_means.shape[2] if k_means.dim() == 4 else heads, dim]
     for name, means in (("k_means", k_means), ("v_means", v_means)):
-        if list(means.shape) != expected:
+        if list(means.shape) != expected or 0 in means.shape:
             raise ValueError(
                 f"{name} must be {expected} ({pattern.keys} keys in blocks of {pattern.block_k}), "
                 f"found {list(means.shape)}"

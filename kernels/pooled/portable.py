@@ -34,7 +34,7 @@ CONFIGS: dict[tuple[int, int], Config] = {
     (80, 2): Config(64, 32, 4, 3),
     (90, 2): Config(128, 64, 8, 2),
     (120, 2): Config(64, 32, 4, 3),
-    (80, 4): Config(32, 16, 8, 2),
+    (80, 4): Config(16, 16, 4, 2),
 }
 
 
@@ -72,7 +72,7 @@ def pooled(q: Tensor, k_means: Tensor, v_means: Tensor, pattern: BlockPattern, s
             q, k_means, v_means, read, pattern.key_lengths(), out, lse, *q.stride()[:3],
             heads, queries, pattern.key_blocks, read.shape[0], scale * LOG2_E,
             DIM=dim, PADDED_DIM=padded_dim(dim), BLOCK_Q=pattern.block_q, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            GROUP=heads // k_means.shape[2], num_warps=tile.warps, num_stages=tile.stages,
+            HEAD_GROUP=heads // k_means.shape[2], num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out, lse
 
@@ -87,9 +87,9 @@ def pooled_kernel(
     q_ptr, k_ptr, v_ptr, read_ptr, lengths_ptr, out_ptr, lse_ptr, q_stride_b, q_stride_s, q_stride_h,
     heads, queries, key_blocks, mask_rows, qk_scale,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one head, all of one query block. Means are contiguous `[B, key_blocks, heads // GROUP, DIM]`."""
+    """BLOCK_M queries of one head, all of one query block. Means are contiguous `[B, key_blocks, heads // HEAD_GROUP, DIM]`."""
     tiles = tl.cdiv(queries, BLOCK_M)
     tile = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles % heads).to(tl.int64)
@@ -100,8 +100,8 @@ def pooled_kernel(
     q_at = q_ptr + batch * q_stride_b + head * q_stride_h + row[:, None].to(tl.int64) * q_stride_s + column[None, :]
     q = tl.load(q_at, mask=inside, other=0.0)
 
-    key_heads = heads // GROUP
-    first = (batch * key_blocks * key_heads + head // GROUP) * DIM
+    key_heads = heads // HEAD_GROUP
+    first = (batch * key_blocks * key_heads + head // HEAD_GROUP) * DIM
     k_ptr += first
     v_ptr += first
     query_blocks = tl.cdiv(queries, BLOCK_Q)
@@ -130,4 +130,5 @@ def pooled_kernel(
 
     store_rows(
         acc, total, top, out_ptr, lse_ptr, None, None, batch, row, head, queries, heads, qk_scale, DIM, PADDED_DIM, 0.0,
+        HEAD_GROUP,
     )  # fmt: skip

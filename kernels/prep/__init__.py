@@ -43,6 +43,7 @@ def prep(
     rows: Tensor,
     heads: int,
     *,
+    key_rows: Tensor | None = None,
     precision: str = "input",
     pooled: bool = True,
     block: int = 128,
@@ -53,11 +54,14 @@ def prep(
 
     Args:
         q: `[B, S_q, H, D]`, fp16, bf16 or fp32, any strides, in the model's order.
-        k, v: `[B, S_k, H, D]`, S_k <= S_q, dtype and device of q.
+        k, v: `[B, S_k, H_k, D]`, dtype and device of q; H_k divides H. Without `key_rows` S_k <= S_q.
         rows: int64 or int32 `[S_q * heads]`: place s of launch head j takes row `rows[s * heads + j]` of q seen as
             `[S_q * H]` rows. The first S_k places of keys and values take theirs by the same numbers, which therefore
-            must name their S_k tokens.
+            must name their S_k tokens. Where queries are grouped, that is the row of the key head that the query head
+            reads: heads of a group may lie in different orders, so each gets keys and values of its own.
         heads: h, of the launch; any of the H.
+        key_rows: of the dtype of rows, `[S_k * heads]`: what keys and values take instead, of k and v seen as `[S_k * H_k]`
+            rows. For calls with fewer queries than keys, or fewer key heads than heads, which come out one for each head.
         precision: one of `attention.PRECISIONS`; all but `input` make codes.
         pooled: whether the means of the blocks are wanted.
         block: tokens per block, a multiple of `KEY_GROUP`.
@@ -73,27 +77,41 @@ def prep(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, found {precision!r}")
     check_qkv(q, k, v)
     batch, queries, _, dim = q.shape
-    if k.shape[1] > queries:
-        raise ValueError(f"k and v must have 1..{queries} tokens, as many as q or fewer, found {k.shape[1]}")
+    if key_rows is None and k.shape[1] > queries:
+        raise ValueError(
+            f"k and v must have 1..{queries} tokens, as many as q or fewer, found {k.shape[1]}: give key_rows for more"
+        )
     if block < 1 or block % KEY_GROUP:
         raise ValueError(f"block must be a multiple of {KEY_GROUP} tokens, found {block}")
-    if rows.shape != (queries * heads,) or rows.dtype not in (torch.int64, torch.int32) or rows.device != q.device:
-        raise ValueError(
-            f"rows must be int64 or int32 [{queries * heads}] on {q.device} ({queries} places of {heads} heads), "
-            f"found {rows.dtype} {list(rows.shape)} on {rows.device}"
-        )
+    _check_table("rows", rows, queries, heads, (torch.int64, torch.int32), q.device)
+    if key_rows is not None:
+        _check_table("key_rows", key_rows, k.shape[1], heads, (rows.dtype,), q.device)
     check_k_mean(k_mean, (batch, heads, dim), q.device)
     if os.environ.get("DIFFUSERS_ACCEL_CHECKS") == "1":
-        _check_rows(rows, q, k, heads)
+        _check_rows("q", q, rows, heads, q.shape[2])
+        if key_rows is None:
+            _check_rows("k", k, rows, heads, q.shape[2])
+        else:
+            _check_rows("k", k, key_rows, heads, k.shape[2])
     with torch.no_grad():
         module = _operator.choose(impl, q.device, q.dtype, precision)
-        return module.prep(q, k, v, rows, heads, precision, pooled, block, k_mean)
+        return module.prep(q, k, v, rows, key_rows, heads, precision, pooled, block, k_mean)
 
 
-def _check_rows(rows: Tensor, q: Tensor, k: Tensor, heads: int) -> None:
+def _check_table(
+    name: str, rows: Tensor, places: int, heads: int, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    if rows.shape != (places * heads,) or rows.dtype not in dtypes or rows.device != device:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(
+            f"{name} must be {wanted} [{places * heads}] on {device} ({places} places of {heads} heads), "
+            f"found {rows.dtype} {list(rows.shape)} on {rows.device}"
+        )
+
+
+def _check_rows(name: str, x: Tensor, rows: Tensor, heads: int, model_heads: int) -> None:
     """Reads the values. Synchronises the device."""
-    for name, x in (("q", q), ("k", k)):
-        size = x.shape[1] * x.shape[2]
-        lowest, highest = (int(end) for end in torch.aminmax(rows[: x.shape[1] * heads]))
-        if lowest < 0 or highest >= size:
-            raise ValueError(f"rows of {name} must lie in 0..{size - 1}, found {lowest}..{highest}")
+    size = x.shape[1] * model_heads
+    lowest, highest = (int(end) for end in torch.aminmax(rows[: x.shape[1] * heads]))
+    if lowest < 0 or highest >= size:
+        raise ValueError(f"rows of {name} must lie in 0..{size - 1}, found {lowest}..{highest}")

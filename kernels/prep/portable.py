@@ -28,6 +28,7 @@ def prep(
     k: Tensor,
     v: Tensor,
     rows: Tensor,
+    key_rows: Tensor | None,
     heads: int,
     precision: str,
     pooled: bool,
@@ -49,11 +50,14 @@ def prep(
     k_means = per_block(keys) if pooled or measured else None
     largest = per_block(keys) if precision == "int8_fp8" else None
     sizes = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "BLOCK": block, "TOKENS": KEY_GROUP, "num_warps": 8}
+    # Rows of their own count the key heads; those that queries take count the heads, of which some share a key head.
+    key_heads = model_heads if key_rows is None else k.shape[2]
+    sizes["HEAD_GROUP"] = key_heads // k.shape[2]
     with launch.on(q.device):
         if measured or largest is not None:
             measure_kernel[(triton.cdiv(keys, block) * heads * batch,)](
-                k, v, rows, k_means if measured else None, largest, *k.stride(), *v.stride(),
-                keys, heads, model_heads, **sizes,
+                k, v, rows if key_rows is None else key_rows, k_means if measured else None, largest,
+                *k.stride(), *v.stride(), keys, heads, key_heads, **sizes,
             )  # fmt: skip
         codes: Quantized | None = None
         if precision == "input":
@@ -67,9 +71,9 @@ def prep(
             if codes.v_scale is not None and largest is not None:
                 codes.v_scale.copy_(fp8_scale(largest))
         scales = (codes.q_scale, codes.k_scale, codes.v_scale, codes.offset) if codes else (None,) * 4
-        prep_kernel[(triton.cdiv(queries, block) * heads * batch,)](
-            q, k, v, rows, codes and codes.k_mean, *outs, *scales, q_means, None if measured else k_means,
-            *q.stride(), *k.stride(), *v.stride(), outs[2].stride(3), queries, keys, heads, model_heads,
+        prep_kernel[(triton.cdiv(max(queries, keys), block) * heads * batch,)](
+            q, k, v, rows, key_rows, codes and codes.k_mean, *outs, *scales, q_means, None if measured else k_means,
+            *q.stride(), *k.stride(), *v.stride(), outs[2].stride(3), queries, keys, heads, model_heads, key_heads,
             INT8_MAX=INT8_MAX, SMALLEST=SMALLEST, **sizes,
         )  # fmt: skip
     return Prepared(codes or outs, (q_means, k_means) if q_means is not None and k_means is not None else None)
@@ -78,12 +82,18 @@ def prep(
 @triton.jit
 def gathered(
     x_ptr, row, exists, model_heads, batch, stride_b, stride_s, stride_h, stride_d,
-    DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, HEAD_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The rows of x, seen as `[S * model_heads]` rows, of which those that do not exist are 0."""
+    """The rows of x, seen as `[S * model_heads]` rows, of which those that do not exist are 0.
+
+    HEAD_GROUP of these heads share one of x.
+    """
     column = tl.arange(0, PADDED_DIM)
     # 32 bits are enough for a number of rows and much faster to divide.
-    token, head = (row.to(tl.int32) // model_heads).to(tl.int64), (row.to(tl.int32) % model_heads).to(tl.int64)
+    token, head = (
+        (row.to(tl.int32) // model_heads).to(tl.int64),
+        (row.to(tl.int32) % model_heads // HEAD_GROUP).to(tl.int64),
+    )
     at = x_ptr + batch * stride_b + token * stride_s + head * stride_h
     inside = exists[:, None] & (column[None, :] < DIM)
     return tl.load(at[:, None] + column[None, :] * stride_d, mask=inside, other=0.0)
@@ -95,6 +105,7 @@ def measure_kernel(
     k_stride_b, k_stride_s, k_stride_h, k_stride_d, v_stride_b, v_stride_s, v_stride_h, v_stride_d,
     keys, heads, model_heads,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+    HEAD_GROUP: tl.constexpr,
 ):  # fmt: skip
     """One block of one head of the launch: the mean of its keys, the largest size in each channel of its values.
 
@@ -112,12 +123,14 @@ def measure_kernel(
         row = tl.load(rows_ptr + token.to(tl.int64) * heads + head, mask=token < keys, other=0)
         if k_means_ptr is not None:
             k = gathered(
-                k_ptr, row, token < keys, model_heads, batch, k_stride_b, k_stride_s, k_stride_h, k_stride_d, DIM, PADDED_DIM,
+                k_ptr, row, token < keys, model_heads, batch, k_stride_b, k_stride_s, k_stride_h, k_stride_d,
+                DIM, PADDED_DIM, HEAD_GROUP,
             )  # fmt: skip
             total += tl.sum(k.to(tl.float32), 0)
         if largest_ptr is not None:
             v = gathered(
-                v_ptr, row, token < keys, model_heads, batch, v_stride_b, v_stride_s, v_stride_h, v_stride_d, DIM, PADDED_DIM,
+                v_ptr, row, token < keys, model_heads, batch, v_stride_b, v_stride_s, v_stride_h, v_stride_d,
+                DIM, PADDED_DIM, HEAD_GROUP,
             )  # fmt: skip
             largest = tl.maximum(largest, tl.max(size_of(v.to(tl.float32)), 0))
     line = ((batch * blocks + at) * heads + head) * DIM + column
@@ -129,20 +142,20 @@ def measure_kernel(
 
 @triton.jit
 def prep_kernel(
-    q_ptr, k_ptr, v_ptr, rows_ptr, mean_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
+    q_ptr, k_ptr, v_ptr, rows_ptr, key_rows_ptr, mean_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
     q_scale_ptr, k_scale_ptr, v_scale_ptr, offset_ptr, q_means_ptr, k_means_ptr,
     q_stride_b, q_stride_s, q_stride_h, q_stride_d, k_stride_b, k_stride_s, k_stride_h, k_stride_d,
     v_stride_b, v_stride_s, v_stride_h, v_stride_d, v_out_stride_d,
-    queries, keys, heads, model_heads,
+    queries, keys, heads, model_heads, key_heads,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
-    INT8_MAX: tl.constexpr, SMALLEST: tl.constexpr,
+    INT8_MAX: tl.constexpr, SMALLEST: tl.constexpr, HEAD_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One block of one head of the launch: its queries, and its keys and values where there are any.
+    """One block of one head of the launch: its queries, and its keys and values, where there are any.
 
-    `mean_ptr` None leaves them what they are, `v_scale_ptr` None the values; a `q_means_ptr` or `k_means_ptr` of None: these
-    means are not wanted, or are there.
+    `key_rows_ptr` None: keys take the rows that queries take. `mean_ptr` None leaves them what they are, `v_scale_ptr` None the
+    values; a `q_means_ptr` or `k_means_ptr` of None: these means are not wanted, or are there.
     """
-    blocks = tl.cdiv(queries, BLOCK)
+    blocks = tl.cdiv(tl.maximum(queries, keys), BLOCK)
     head = (tl.program_id(0) % heads).to(tl.int64)
     at = tl.program_id(0) // heads % blocks
     batch = (tl.program_id(0) // heads // blocks).to(tl.int64)
@@ -151,27 +164,32 @@ def prep_kernel(
         mean = tl.load(mean_ptr + (batch * heads + head) * DIM + column, mask=column < DIM, other=0.0)
     q_total = tl.zeros((PADDED_DIM,), tl.float32)
     k_total = tl.zeros((PADDED_DIM,), tl.float32)
-    for start in range(at * BLOCK, tl.minimum((at + 1) * BLOCK, queries), TOKENS):
+    for start in range(at * BLOCK, tl.minimum((at + 1) * BLOCK, tl.maximum(queries, keys)), TOKENS):
         token = start + tl.arange(0, TOKENS)
         row = tl.load(rows_ptr + token.to(tl.int64) * heads + head, mask=token < queries, other=0)
-        q = gathered(
-            q_ptr, row, token < queries, model_heads, batch, q_stride_b, q_stride_s, q_stride_h, q_stride_d, DIM, PADDED_DIM,
-        )  # fmt: skip
-        if q_means_ptr is not None:
-            q_total += tl.sum(q.to(tl.float32), 0)
-        if mean_ptr is None:
-            q_out_at = q_out_ptr + ((batch * queries + token[:, None]) * heads + head) * DIM + column[None, :]
-            tl.store(q_out_at, q, mask=(token[:, None] < queries) & (column[None, :] < DIM))
-        else:
-            store_queries(
-                q.to(tl.float32), mean, q_out_ptr, q_scale_ptr, offset_ptr, batch, token, head, queries, heads,
-                DIM, PADDED_DIM, INT8_MAX, SMALLEST,
+        if start < queries:
+            q = gathered(
+                q_ptr, row, token < queries, model_heads, batch, q_stride_b, q_stride_s, q_stride_h, q_stride_d,
+                DIM, PADDED_DIM, 1,
             )  # fmt: skip
+            if q_means_ptr is not None:
+                q_total += tl.sum(q.to(tl.float32), 0)
+            if mean_ptr is None:
+                q_out_at = q_out_ptr + ((batch * queries + token[:, None]) * heads + head) * DIM + column[None, :]
+                tl.store(q_out_at, q, mask=(token[:, None] < queries) & (column[None, :] < DIM))
+            else:
+                store_queries(
+                    q.to(tl.float32), mean, q_out_ptr, q_scale_ptr, offset_ptr, batch, token, head, queries, heads,
+                    DIM, PADDED_DIM, INT8_MAX, SMALLEST,
+                )  # fmt: skip
         if start < keys:
+            if key_rows_ptr is not None:
+                row = tl.load(key_rows_ptr + token.to(tl.int64) * heads + head, mask=token < keys, other=0)
             inside = (token[:, None] < keys) & (column[None, :] < DIM)
             out_at = ((batch * keys + token[:, None]) * heads + head) * DIM + column[None, :]
             k = gathered(
-                k_ptr, row, token < keys, model_heads, batch, k_stride_b, k_stride_s, k_stride_h, k_stride_d, DIM, PADDED_DIM,
+                k_ptr, row, token < keys, key_heads, batch, k_stride_b, k_stride_s, k_stride_h, k_stride_d,
+                DIM, PADDED_DIM, HEAD_GROUP,
             )  # fmt: skip
             if k_means_ptr is not None:
                 k_total += tl.sum(k.to(tl.float32), 0)
@@ -183,7 +201,8 @@ def prep_kernel(
                     DIM, PADDED_DIM, INT8_MAX, SMALLEST,
                 )  # fmt: skip
             v = gathered(
-                v_ptr, row, token < keys, model_heads, batch, v_stride_b, v_stride_s, v_stride_h, v_stride_d, DIM, PADDED_DIM,
+                v_ptr, row, token < keys, key_heads, batch, v_stride_b, v_stride_s, v_stride_h, v_stride_d,
+                DIM, PADDED_DIM, HEAD_GROUP,
             )  # fmt: skip
             if v_scale_ptr is None:
                 tl.store(v_out_ptr + out_at, v, mask=inside)
@@ -192,8 +211,10 @@ def prep_kernel(
                     v.to(tl.float32), v_scale_ptr, v_out_ptr, v_out_stride_d, batch, token, head, heads, DIM, PADDED_DIM,
                 )  # fmt: skip
     if q_means_ptr is not None:
-        q_line = ((batch * blocks + at) * heads + head) * DIM + column
-        tl.store(q_means_ptr + q_line, q_total / tl.minimum(queries - at * BLOCK, BLOCK), mask=column < DIM)
+        query_blocks = tl.cdiv(queries, BLOCK)
+        if at < query_blocks:
+            q_line = ((batch * query_blocks + at) * heads + head) * DIM + column
+            tl.store(q_means_ptr + q_line, q_total / tl.minimum(queries - at * BLOCK, BLOCK), mask=column < DIM)
     if k_means_ptr is not None:
         key_blocks = tl.cdiv(keys, BLOCK)
         if at < key_blocks:

@@ -20,6 +20,7 @@ def prep(
     k: Tensor,
     v: Tensor,
     rows: Tensor,
+    key_rows: Tensor | None,
     heads: int,
     precision: str,
     pooled: bool,
@@ -27,7 +28,15 @@ def prep(
     k_mean: Tensor | None,
 ) -> Prepared:
     """The launch's heads; the arguments have been checked by the caller."""
-    q, k, v = (x.flatten(1, 2).index_select(1, rows[: x.shape[1] * heads]).unflatten(1, (-1, heads)) for x in (q, k, v))
+
+    def gathered(x: Tensor) -> Tensor:
+        of = rows[: x.shape[1] * heads] if key_rows is None else key_rows
+        if key_rows is None and x.shape[2] != q.shape[2]:  # the row of the key head that the query head reads
+            of = of // q.shape[2] * x.shape[2] + of % q.shape[2] // (q.shape[2] // x.shape[2])
+        return x.flatten(1, 2).index_select(1, of).unflatten(1, (-1, heads))
+
+    k, v = gathered(k), gathered(v)
+    q = q.flatten(1, 2).index_select(1, rows).unflatten(1, (-1, heads))
     means = (pool(q, block, impl="reference"), pool(k, block, impl="reference")) if pooled else None
     if precision == "input":
         return Prepared((q, k, v), means)

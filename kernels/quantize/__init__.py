@@ -34,12 +34,12 @@ def quantize(
 
     Args:
         q: `[B, S_q, H, D]`, fp16, bf16 or fp32, any strides.
-        k, v: `[B, S_k, H, D]`, dtype and device of q.
+        k, v: `[B, S_k, H_k, D]`, dtype and device of q; H_k divides H.
         precision: one of `PRECISIONS`: `int8` is INT8 q and k beside v as it is, `int8_fp8` has v in FP8 (e4m3) too.
         block: tokens per key block, which `valid` counts in.
         valid: int32 `[key blocks]`, how many tokens at the start of each key block exist; None means all. The others
             weigh in no scale and no mean; their codes are 0.
-        k_mean: fp32 `[B, H, D]`, what is subtracted from the keys; None means their mean. The result is exact in any
+        k_mean: fp32 `[B, H_k, D]`, what is subtracted from the keys; None means their mean. The result is exact in any
             case: a mean of an earlier step saves a pass over k, zeros turn the smoothing off.
         impl: `auto`, `portable` or `reference`; an explicit one is obeyed or refused.
 
@@ -52,7 +52,7 @@ def quantize(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, found {precision!r}")
     check_qkv(q, k, v)
-    batch, _, heads, dim = q.shape
+    batch, _, _, dim = q.shape
     if block < 1:
         raise ValueError(f"block must be a positive number of tokens, found {block}")
     blocks = -(-k.shape[1] // block)
@@ -61,6 +61,6 @@ def quantize(
             f"valid must be int32 [{blocks}] on {q.device} ({k.shape[1]} keys in blocks of {block}), "
             f"found {valid.dtype} {list(valid.shape)} on {valid.device}"
         )
-    check_k_mean(k_mean, (batch, heads, dim), q.device)
+    check_k_mean(k_mean, (batch, k.shape[2], dim), q.device)
     with torch.no_grad():
         return _operator.choose(impl, q.device, q.dtype, precision).quantize(q, k, v, precision, block, valid, k_mean)

@@ -38,29 +38,30 @@ def quantize(
     q: Tensor, k: Tensor, v: Tensor, precision: str, block: int, valid: Tensor | None, k_mean: Tensor | None
 ) -> Quantized:
     """The codes and scales; the arguments have been checked by the caller."""
-    batch, keys, heads, dim = k.shape
+    batch, queries, heads, dim = q.shape
+    keys, key_heads = k.shape[1:3]
     if k_mean is None:
         k_mean = mean_of_blocks(pool(k, block, valid, impl="portable"), keys, block, valid)
     result = empty(q.shape, keys, q.dtype, precision, k_mean.contiguous(), v)
     sizes = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "TOKENS": TOKENS, "num_warps": 4}
     chunks = triton.cdiv(keys, TOKENS)
     with launch.on(q.device):
-        quantize_queries_kernel[(triton.cdiv(q.shape[1], TOKENS) * heads * batch,)](
-            q, result.k_mean, result.q, result.q_scale, result.offset, *q.stride(), q.shape[1], heads,
-            INT8_MAX=INT8_MAX, SMALLEST=SMALLEST, **sizes,
+        quantize_queries_kernel[(triton.cdiv(queries, TOKENS) * heads * batch,)](
+            q, result.k_mean, result.q, result.q_scale, result.offset, *q.stride(), queries, heads,
+            INT8_MAX=INT8_MAX, SMALLEST=SMALLEST, HEAD_GROUP=heads // key_heads, **sizes,
         )  # fmt: skip
-        quantize_keys_kernel[(chunks * heads * batch,)](
-            k, result.k_mean, valid, result.k, result.k_scale, *k.stride(), keys, heads, block,
+        quantize_keys_kernel[(chunks * key_heads * batch,)](
+            k, result.k_mean, valid, result.k, result.k_scale, *k.stride(), keys, key_heads, block,
             INT8_MAX=INT8_MAX, SMALLEST=SMALLEST, **sizes,
         )  # fmt: skip
         if result.v_scale is not None:
-            largest = torch.empty(batch, chunks, heads, dim, dtype=torch.float32, device=v.device)
-            largest_values_kernel[(chunks * heads * batch,)](
-                v, valid, largest, *v.stride(), keys, heads, block, **sizes,
+            largest = torch.empty(batch, chunks, key_heads, dim, dtype=torch.float32, device=v.device)
+            largest_values_kernel[(chunks * key_heads * batch,)](
+                v, valid, largest, *v.stride(), keys, key_heads, block, **sizes,
             )  # fmt: skip
             result.v_scale.copy_(fp8_scale(largest))
-            quantize_values_kernel[(chunks * heads * batch,)](
-                v, valid, result.v_scale, result.v, *v.stride(), result.v.stride(3), keys, heads, block, **sizes,
+            quantize_values_kernel[(chunks * key_heads * batch,)](
+                v, valid, result.v_scale, result.v, *v.stride(), result.v.stride(3), keys, key_heads, block, **sizes,
             )  # fmt: skip
     return result
 
@@ -70,23 +71,24 @@ def empty(
 ) -> Quantized:
     """Room for the codes and scales of q of this shape; `v` is what stays as it is, None has room for that, too."""
     batch, queries, heads, dim = shape
+    key_heads = k_mean.shape[1]
 
     def room(*size: int, of: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=of, device=k_mean.device)
 
     v_scale = None
     if precision == "int8_fp8":
-        v_scale = room(batch, heads, dim)
-        channels = room(batch, heads, dim, triton.cdiv(keys, FP8_TOKENS) * FP8_TOKENS, of=torch.float8_e4m3fn)
+        v_scale = room(batch, key_heads, dim)
+        channels = room(batch, key_heads, dim, triton.cdiv(keys, FP8_TOKENS) * FP8_TOKENS, of=torch.float8_e4m3fn)
         v = channels[..., :keys].permute(0, 3, 1, 2)
     return Quantized(
         precision,
         dtype,
         room(*shape, of=torch.int8),
-        room(batch, keys, heads, dim, of=torch.int8),
-        room(batch, keys, heads, dim, of=dtype) if v is None else v,
+        room(batch, keys, key_heads, dim, of=torch.int8),
+        room(batch, keys, key_heads, dim, of=dtype) if v is None else v,
         room(batch, heads, queries),
-        room(batch, heads, triton.cdiv(keys, KEY_GROUP)),
+        room(batch, key_heads, triton.cdiv(keys, KEY_GROUP)),
         v_scale,
         k_mean,
         room(batch, heads, queries),
@@ -178,9 +180,9 @@ def store_values(
 def quantize_queries_kernel(
     q_ptr, mean_ptr, codes_ptr, scale_ptr, offset_ptr, stride_b, stride_s, stride_h, stride_d, queries, heads,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TOKENS: tl.constexpr,
-    INT8_MAX: tl.constexpr, SMALLEST: tl.constexpr,
+    INT8_MAX: tl.constexpr, SMALLEST: tl.constexpr, HEAD_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS queries of one head."""
+    """TOKENS queries of one head, of which HEAD_GROUP share one of the keys."""
     chunks = tl.cdiv(queries, TOKENS)
     head = (tl.program_id(0) % heads).to(tl.int64)
     token = tl.program_id(0) // heads % chunks * TOKENS + tl.arange(0, TOKENS)
@@ -189,7 +191,8 @@ def quantize_queries_kernel(
     inside = (token[:, None] < queries) & (column[None, :] < DIM)
     q_at = q_ptr + batch * stride_b + head * stride_h + token[:, None].to(tl.int64) * stride_s
     q = tl.load(q_at + column[None, :] * stride_d, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.load(mean_ptr + (batch * heads + head) * DIM + column, mask=column < DIM, other=0.0)
+    key_line = batch * (heads // HEAD_GROUP) + head // HEAD_GROUP
+    mean = tl.load(mean_ptr + key_line * DIM + column, mask=column < DIM, other=0.0)
     store_queries(
         q, mean, codes_ptr, scale_ptr, offset_ptr, batch, token, head, queries, heads,
         DIM, PADDED_DIM, INT8_MAX, SMALLEST,

@@ -29,14 +29,14 @@ class Quantized:
         precision: one of `PRECISIONS`.
         dtype: of the q, k, v that were quantized, and so of the output of attention.
         q: int8 `[B, S_q, H, D]`.
-        k: int8 `[B, S_k, H, D]`, of the keys less `k_mean`.
-        v: `[B, S_k, H, D]`, in `dtype`, or float8_e4m3fn whose tokens lie beside each other (stride 1), because the
+        k: int8 `[B, S_k, H_k, D]`, of the keys less `k_mean`.
+        v: `[B, S_k, H_k, D]`, in `dtype`, or float8_e4m3fn whose tokens lie beside each other (stride 1), because the
             matrix units of Hopper take eight-bit operands only along the dimension that is summed over. A channel is
             then stored in a multiple of FP8_TOKENS, filled up with zeros.
         q_scale: `[B, H, S_q]`, per query.
-        k_scale: `[B, H, ceil(S_k / KEY_GROUP)]`, per group of keys.
-        v_scale: `[B, H, D]`, per channel, or None where v is in `dtype`.
-        k_mean: `[B, H, D]`, what was subtracted from each key.
+        k_scale: `[B, H_k, ceil(S_k / KEY_GROUP)]`, per group of keys.
+        v_scale: `[B, H_k, D]`, per channel, or None where v is in `dtype`.
+        k_mean: `[B, H_k, D]`, what was subtracted from each key.
         offset: `[B, H, S_q]`, q . k_mean: by `scale x offset` the scores of the true keys are larger. Softmax does not
             see it, the log-sum-exp does.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffusers_accel.kernels.grouped import each_query_head
 from diffusers_accel.kernels.pattern import block_lengths
 from diffusers_accel.kernels.pool import pool
 from diffusers_accel.kernels.quantize.quantized import (
@@ -55,7 +56,7 @@ def quantize(
         k_scale[:, :, 0, :, 0].transpose(1, 2).contiguous(),
         None if v_scale is None else v_scale[:, 0],
         k_mean,
-        torch.einsum("bshd,bhd->bhs", wide_q, k_mean).contiguous(),
+        torch.einsum("bshd,bhd->bhs", wide_q, each_query_head(k_mean, q.shape[2], 1)).contiguous(),
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusers_accel.kernels.checks import score_scale
 from diffusers_accel.kernels.choice import Operator
+from diffusers_accel.kernels.grouped import check_key_heads
 from diffusers_accel.kernels.pattern import BlockPattern
 
 __all__ = ["RULES", "select", "starved_rows"]
@@ -34,6 +35,7 @@ def select(
     rule: str = "quantile",
     always: Tensor | None = None,
     competing: tuple[int, int] | None = None,
+    competing_queries: tuple[int, int] | None = None,
     floor: int = 1,
     block_q: int = 128,
     block_k: int = 128,
@@ -54,7 +56,8 @@ def select(
 
     Args:
         q_means: fp32 `[B, Q, H, D]`, one mean per query block, as `pool` returns them.
-        k_means: fp32 `[B, K, H, D]`, one mean per key block.
+        k_means: fp32 `[B, K, H_k, D]`, one mean per key block; H_k divides H, and query head h reads key head
+            h // (H // H_k).
         queries: tokens in the query sequence, of which Q blocks of `block_q`.
         keys: tokens in the key sequence, of which K blocks of `block_k`.
         density: share of the competing pairs that is kept, in (0, 1]; 1 keeps all.
@@ -64,6 +67,7 @@ def select(
             first, and so count towards density, mass and floor.
         competing: (first, stop), the range of blocks, of queries and of keys alike, that compete (the video). Rows and
             columns outside it (the text) are read whole. None means all blocks.
+        competing_queries: the range of the query blocks, where it is another than that of the key blocks.
         floor: how many competing blocks each row keeps at least, the largest ones, 0..columns; 0 allows empty rows.
         block_q: tokens per query block.
         block_k: tokens per key block.
@@ -81,7 +85,7 @@ def select(
     columns = k_means.shape[1]
     _check_always(always, heads, rows, columns, q_means.device)
     scale = score_scale(scale, dim)
-    row_range, column_range = _competing(competing, rows, columns)
+    row_range, column_range = _competing(competing, competing_queries, rows, columns)
     height, width = len(row_range), len(column_range)
     if not isinstance(floor, int) or not 0 <= floor <= width:
         raise ValueError(f"floor must be an int in 0..{width}, the competing key blocks, found {floor!r}")
@@ -104,7 +108,7 @@ def starved_rows(pattern: BlockPattern, floor: int = 1, competing: tuple[int, in
 
     Of a pattern selected with floor 0 these are the rows that a floor would fill up; with a floor there are none.
     """
-    rows, columns = _competing(competing, pattern.query_blocks, pattern.key_blocks)
+    rows, columns = _competing(competing, None, pattern.query_blocks, pattern.key_blocks)
     whole = pattern.key_blocks - len(columns)
     return (pattern.counts[..., rows.start : rows.stop] < whole + floor).sum(-1, dtype=torch.int32)
 
@@ -113,11 +117,16 @@ def _check_means(q_means: Tensor, k_means: Tensor, queries: int, keys: int, bloc
     if q_means.dim() != 4 or 0 in q_means.shape:
         raise ValueError(f"q_means must be [B, Q, H, D] without an empty dimension, found {list(q_means.shape)}")
     batch, _, heads, dim = q_means.shape
-    sides = (("q_means", q_means, "queries", queries, block_q), ("k_means", k_means, "keys", keys, block_k))
-    for name, means, tokens_name, tokens, block in sides:
+    check_key_heads("k_means", k_means, heads)
+    key_heads = k_means.shape[2] if k_means.dim() == 4 else heads
+    sides = (
+        ("q_means", q_means, "queries", queries, block_q, heads),
+        ("k_means", k_means, "keys", keys, block_k, key_heads),
+    )
+    for name, means, tokens_name, tokens, block, of in sides:
         if min(tokens, block) < 1:
             raise ValueError(f"{tokens_name} and its block must be positive, found {tokens} in blocks of {block}")
-        expected = [batch, -(-tokens // block), heads, dim]
+        expected = [batch, -(-tokens // block), of, dim]
         if list(means.shape) != expected:
             raise ValueError(
                 f"{name} must be {expected} ({tokens} {tokens_name} in blocks of {block}), found {list(means.shape)}"
@@ -140,17 +149,26 @@ def _check_always(always: Tensor | None, heads: int, rows: int, columns: int, de
         )
 
 
-def _competing(competing: tuple[int, int] | None, rows: int, columns: int) -> tuple[range, range]:
-    """The rows and the columns that compete."""
-    if competing is None:
-        return range(rows), range(columns)
-    first, stop = competing
-    if not 0 <= first < stop <= min(rows, columns):
-        raise ValueError(
-            f"competing must be (first, stop) with 0 <= first < stop <= {min(rows, columns)}, the blocks that queries "
-            f"and keys both have, found {competing}"
-        )
-    return range(first, stop), range(first, stop)
+def _competing(
+    keys: tuple[int, int] | None, queries: tuple[int, int] | None, rows: int, columns: int
+) -> tuple[range, range]:
+    """The rows and the columns that compete: of `queries` and `keys`, or of `keys` alike."""
+    if queries is None:
+        if keys is None:
+            return range(rows), range(columns)
+        _check_range("competing", keys, min(rows, columns), "the blocks that queries and keys both have")
+        return range(*keys), range(*keys)
+    _check_range("competing_queries", queries, rows, "the query blocks")
+    if keys is None:
+        return range(*queries), range(columns)
+    _check_range("competing", keys, columns, "the key blocks")
+    return range(*queries), range(*keys)
+
+
+def _check_range(name: str, found: tuple[int, int], blocks: int, which: str) -> None:
+    first, stop = found
+    if not 0 <= first < stop <= blocks:
+        raise ValueError(f"{name} must be (first, stop) with 0 <= first < stop <= {blocks}, {which}, found {found}")
 
 
 def _budget(density: float | None, mass: float | None, rule: str, height: int, width: int) -> tuple[str, float]:

@@ -84,7 +84,7 @@ def softmax_map(q: Tensor, k: Tensor, scale: float) -> Tensor:
     weights = torch.empty(batch, heads, height, k.shape[1], dtype=torch.float32, device=q.device)
     map_kernel[(triton.cdiv(height, MAP_TILE["BLOCK_M"]) * heads * batch,)](
         q, k, weights, *q.stride()[:3], *k.stride()[:3], heads, height, k.shape[1], scale,
-        DIM=dim, **MAP_TILE, **MAP_OPTIONS,
+        DIM=dim, HEAD_GROUP=heads // k.shape[2], **MAP_TILE, **MAP_OPTIONS,
     )  # fmt: skip
     return weights
 
@@ -93,14 +93,14 @@ def softmax_map(q: Tensor, k: Tensor, scale: float) -> Tensor:
 def map_kernel(
     q_ptr, k_ptr, map_ptr, q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h,
     heads, height, width, scale,
-    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of one head's map, contiguous `[B, heads, height, width]`."""
+    """BLOCK_M rows of one head's map, contiguous `[B, heads, height, width]`; HEAD_GROUP heads of q share one of k."""
     tiles = tl.cdiv(height, BLOCK_M)
     line = (tl.program_id(0) // tiles).to(tl.int64)
     row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     q_ptr += line // heads * q_stride_b + line % heads * q_stride_h
-    k_ptr += line // heads * k_stride_b + line % heads * k_stride_h
+    k_ptr += line // heads * k_stride_b + line % heads // HEAD_GROUP * k_stride_h
     map_ptr += (line * height + row[:, None]) * width
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)

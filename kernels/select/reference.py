@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffusers_accel.kernels.grouped import each_query_head
+
 
 def refuses(device: torch.device, key_blocks: int) -> str | None:
     """Why this implementation cannot run there, or None."""
@@ -26,7 +28,9 @@ def select(
     """The lists and counts of a pattern; `rows` and `columns` compete, all else is read whole."""
     batch, query_blocks, heads, _ = q_means.shape
     square = slice(rows.start, rows.stop), slice(columns.start, columns.stop)
-    scores = scale * torch.einsum("bqhd,bkhd->bhqk", q_means[:, square[0]], k_means[:, square[1]])
+    scores = scale * torch.einsum(
+        "bqhd,bkhd->bhqk", q_means[:, square[0]], each_query_head(k_means, heads)[:, square[1]]
+    )
     weights = scores.softmax(-1)
     ranks = weights if always is None else weights.masked_fill(always[..., *square], torch.inf)
     mask = torch.ones(batch, heads, query_blocks, k_means.shape[1], dtype=torch.bool, device=q_means.device)

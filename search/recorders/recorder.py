@@ -81,6 +81,10 @@ class Recorder(ABC):
     def add_call(
         self, call: AttentionCall, part: int, q: Tensor, k: Tensor, v: Tensor, chunks: Iterator[slice]
     ) -> None:
-        """Looks at a whole call of a part of the schedule: q [B, S, H, D], k and v [B, keys, H, D]; `chunks`: the heads that fit
-        into memory together."""
+        """Looks at a whole call of a part of the schedule.
+
+        Args:
+            q: [B, queries, H, D]; k, v: [B, keys, H_k, D].
+            chunks: the heads that fit into memory together.
+        """
         return None

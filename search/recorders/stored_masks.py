@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
+from diffusers_accel.grouped import of_heads
 from diffusers_accel.kernels.dense import dense as attend_densely
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, Method
 from diffusers_accel.methods.orders import parse_order
 from diffusers_accel.methods.selects.stored import Stored, packed
+from diffusers_accel.methods.selects.stored_check import refuses_layout
 from diffusers_accel.search.recorders.recorder import Kinds, Recorder
 from diffusers_accel.search.scores_file import Array
 from diffusers_accel.search.stored_masks import QUERY_STEP, best_orders, block_shares, kept_levels, order_scores
@@ -87,13 +89,16 @@ class StoredMasks(Recorder):
     ) -> None:
         """Chooses the orders of a layer's heads, at its first call, and the blocks of one part of the schedule."""
         (name, layer), layout = call.place, call.layout
+        if reason := refuses_layout(layout):
+            raise RuntimeError(f"{reason}: search without the method set of stored masks")
         if (name, layer, part) in self._done:
             return
         self._done.add((name, layer, part))
         sparse, quant, levels = (self.sums[f"{kind}/{name}"] for kind in ("order_sparse", "order_quant", "levels"))
         decided = quant[layer].any()
         for some in chunks:
-            q_some, k_some, v_some = (x[-1:, :, some] for x in (q, k, v))
+            q_some = q[-1:, :, some]
+            k_some, v_some = (of_heads(x[-1:], call.heads[some], q.shape[2]) for x in (k, v))
             if not decided:
                 lse = attend_densely(q_some, k_some, v_some)[1]
                 sparse[layer, some], quant[layer, some] = order_scores(

@@ -91,11 +91,12 @@ def raw_tensors(path: Path) -> tuple[dict[str, str], Picture]:
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     texts = header.pop("__metadata__", {})
-    names = {"F32": "float32", "F64": "float64", "I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool"}
+    kinds = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}
     tensors = {}
     for name, entry in header.items():
         start, stop = entry["data_offsets"]
-        dtype = f"torch.{names.get(entry['dtype'], entry['dtype'])}"
+        kind = entry["dtype"].rstrip("0123456789")
+        dtype = f"torch.{kinds.get(kind, kind.lower())}{entry['dtype'].removeprefix(kind)}"
         tensors[name] = (dtype, tuple(entry["shape"]), data[8 + length + start : 8 + length + stop])
     return texts, tensors
 

@@ -14,6 +14,7 @@ from diffusers_accel.evals import compare as comparing
 from diffusers_accel.evals import generate as generating
 from diffusers_accel.evals.compare import compare
 from diffusers_accel.evals.generate import SharedNoise, generate
+from diffusers_accel.evals.measurement import read_rows
 from diffusers_accel.evals.metrics import METRICS
 from diffusers_accel.methods import Band, Method, Stored
 from diffusers_accel.plan import Plan, Span
@@ -100,6 +101,24 @@ def test_what_the_patch_noted_is_kept(pipe: Any) -> None:
     assert report.row("time", "quantized").note == f"{said} ({sparse})"
     assert report.row("time", "exact").note is None and report.row("time", "dense").note is None
     assert [said in line for line in report.headline.splitlines()] == [True, False]
+
+
+def test_what_is_said_of_the_patch_as_a_whole_is_in_every_part_of_the_report(pipe: Any, tmp_path: Path) -> None:
+    """And stays there where the clips come from a comparison that was interrupted."""
+    subjects = {"small": ("draft", {"density": 0.01}), "nothing": "dense"}
+    found = compare(pipe, subjects, [PROMPT], call=CALL, metrics=(), show=0, progress=False, keep=tmp_path / "kept")
+    said = "draft 8x16 0.01: density 0.01 was asked for"
+    for report in (
+        found,
+        compare(pipe, subjects, [PROMPT], call=CALL, metrics=(), show=0, progress=False, keep=tmp_path / "kept"),
+    ):
+        note = report.row("time", "small").note
+        assert note and said in note and report.row("time", "nothing").note is None
+        assert [said in line for line in report.headline.splitlines()] == [True, False]
+    found.save(tmp_path / "report")
+    assert any(said in row.note for row in read_rows(tmp_path / "report" / "report.json") if row.note)
+    for name in ("report.md", "report.html", "report.json"):
+        assert said in (tmp_path / "report" / name).read_text(), name
 
 
 def test_the_cache_budget_of_a_subject_holds_in_its_runs(pipe: Any) -> None:

@@ -6,15 +6,18 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from diffusers_accel.evals import compare as comparing
+from diffusers_accel.evals.clip_record import ClipRecord, Seen
 from diffusers_accel.evals.compare import compare
 from diffusers_accel.evals.measurement import Measurement
 from diffusers_accel.evals.report import Report
@@ -29,6 +32,8 @@ SUBJECTS = {"a sign says [/b]": Method(select=Band(0.34)), "dense too": "dense"}
 TIMES = ("time", "attention_time", "attention_share", "speedup", "dense_drift", "peak_memory")
 CLIPS = 3
 FEW: dict[str, Any] = {"show": 0, "seeds": range(2), "subjects": {"band": Method(select=Band(0.34))}}
+
+ONE: dict[str, Any] = {**FEW, "seeds": [0]}
 
 
 def run(pipe: Any, keep: Path | None, **changes: Any) -> Report:
@@ -238,3 +243,56 @@ def test_broken_clips_are_refused(pipe: Any, tmp_path: Path) -> None:
     first.unlink()
     run(pipe, keep, **small)
     assert first.exists()
+
+
+def altered(seen: dict[str, Seen], name: str, **fields: Any) -> dict[str, Seen]:
+    return {**seen, name: msgspec.structs.replace(seen[name], **fields)}
+
+
+def of_layers(seen: dict[str, Seen], **fields: Any) -> dict[str, Seen]:
+    (row, *others) = seen["band"].layers
+    return altered(seen, "band", layers=[msgspec.structs.replace(row, **fields), *others])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda seen: altered(seen, "band", peaks=[]),
+            "seen.band: expected a time and a peak of each run, found 1 and 0",
+        ),
+        (lambda seen: altered(seen, "dense", times=[], peaks=[]), "seen.dense: expected a time and a peak of each run"),
+        (
+            lambda seen: altered(seen, "band", densities=[]),
+            "seen.band: expected attention, shares and densities of 1 runs",
+        ),
+        (lambda seen: altered(seen, "dense", shares=[0.5] * 3), "seen.dense: expected no densities and at most one"),
+        (lambda seen: altered(seen, "band", times=[0.0]), "times.*: expected float > 0"),
+        (
+            lambda seen: of_layers(seen, reused=10**9),
+            "layers: expected at most .* heads x calls that reused, found 1,0",
+        ),
+        (lambda seen: of_layers(seen, kernels={"portable": 0}), "kernels"),
+        (lambda seen: of_layers(seen, layer=2**40), "layer: expected int <= 1000000"),
+        (lambda seen: altered(seen, "band", layers=[]), "expected no densities and at most one"),
+        (lambda seen: altered(seen, "band", scores={}), "found other subjects or metrics; delete it, and this clip is"),
+        (lambda seen: {"dense": seen["dense"]}, r"expected what was seen of \['dense', 'band'\] by \['psnr'\]"),
+    ],
+)
+def test_clips_whose_parts_do_not_fit_are_refused(
+    pipe: Any, one_clip: Path, change: Any, message: str, tmp_path: Path
+) -> None:
+    """Also where the checksum is of what the file says."""
+    keep = Path(shutil.copytree(one_clip, tmp_path / "kept"))
+    path = keep / "clip-0000.safetensors"
+    numbers = ClipRecord.load(path).numbers
+    ClipRecord(msgspec.structs.replace(numbers, seen=change(numbers.seen))).save(path)
+    with pytest.raises(FileError, match=f"clip-0000.safetensors: .*{message}"):
+        run(pipe, keep, **ONE)
+
+
+@pytest.fixture(scope="module")
+def one_clip(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    keep = tmp_path_factory.mktemp("clips") / "kept"
+    run(pipe, keep, **ONE)
+    return keep

@@ -6,6 +6,7 @@ the stack, and that the products run on the matrix units. That it is right or fa
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -89,16 +90,17 @@ def attention_variant(
     blocks: tuple[int, int] = (128, 128),
     absent: tuple[str, ...] = ("valid_ptr",),
     precision: str = "input",
+    group: int = 1,
 ) -> str:
     tile = attention.config(arch, dim, dtype, blocks, precision)
-    types, constants = attention_arguments(dim, dtype, blocks, absent, precision)
+    types, constants = attention_arguments(dim, dtype, blocks, absent, precision, group)
     constants |= {"PADDED_DIM": attention.padded_dim(dim, precision), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return compiled(attention.attention_kernel, arch, types, constants, **options)
 
 
 def attention_arguments(
-    dim: int, dtype: torch.dtype, blocks: tuple[int, int], absent: tuple[str, ...], precision: str
+    dim: int, dtype: torch.dtype, blocks: tuple[int, int], absent: tuple[str, ...], precision: str, group: int = 1
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Types and constants that both attention kernels share."""
     names, scales = ("q_ptr", "k_ptr", "v_ptr", "out_ptr"), ("q_scale_ptr", "k_scale_ptr", "v_scale_ptr", "offset_ptr")
@@ -115,7 +117,7 @@ def attention_arguments(
         del constants["v_scale_ptr"], constants["v_stride_d"]
         constants["v_stride_s"] = 1
     constants |= {"DIM": dim, "BLOCK_Q": blocks[0], "BLOCK_K": blocks[1]}
-    return types, constants | {"KEY_GROUP": KEY_GROUP, "P_LOG2": attention.P_LOG2[precision]}
+    return types, constants | {"KEY_GROUP": KEY_GROUP, "P_LOG2": attention.P_LOG2[precision], "HEAD_GROUP": group}
 
 
 LISTS, ALL, HOLES = ("valid_ptr",), ("blocks_ptr", "counts_ptr", "valid_ptr"), ()
@@ -123,23 +125,31 @@ LISTS, ALL, HOLES = ("valid_ptr",), ("blocks_ptr", "counts_ptr", "valid_ptr"), (
 
 @pytest.mark.parametrize("precision", ["input", "int8", "int8_fp8"])
 @pytest.mark.parametrize(
-    ("dim", "dtype", "blocks", "absent", "masked"),
+    ("dim", "dtype", "blocks", "absent", "masked", "group"),
     [
-        (128, BF16, (128, 128), LISTS, False),
-        (128, BF16, (128, 128), LISTS, True),
-        (128, BF16, (128, 128), HOLES, True),
-        (128, BF16, (128, 128), ALL, False),
-        (128, F16, (128, 128), LISTS, True),
-        (64, BF16, (128, 128), LISTS, True),
-        (64, BF16, (128, 128), HOLES, True),
-        (64, BF16, (128, 64), LISTS, False),
-        (96, BF16, (128, 64), LISTS, True),
+        (128, BF16, (128, 128), LISTS, False, 1),
+        (128, BF16, (128, 128), LISTS, True, 1),
+        (128, BF16, (128, 128), LISTS, True, 5),
+        (128, BF16, (128, 128), HOLES, True, 1),
+        (128, BF16, (128, 128), ALL, False, 1),
+        (128, F16, (128, 128), LISTS, True, 1),
+        (64, BF16, (128, 128), LISTS, True, 1),
+        (64, BF16, (128, 128), LISTS, True, 4),
+        (64, BF16, (128, 128), HOLES, True, 1),
+        (64, BF16, (128, 64), LISTS, False, 1),
+        (96, BF16, (128, 64), LISTS, True, 1),
     ],
 )
 def test_hopper_specialises_its_warps(
-    dim: int, dtype: torch.dtype, blocks: tuple[int, int], absent: tuple[str, ...], masked: bool, precision: str
+    dim: int,
+    dtype: torch.dtype,
+    blocks: tuple[int, int],
+    absent: tuple[str, ...],
+    masked: bool,
+    group: int,
+    precision: str,
 ) -> None:
-    types, constants = attention_arguments(dim, dtype, blocks, absent, precision)
+    types, constants = attention_arguments(dim, dtype, blocks, absent, precision, group)
     tile = hopper.config(dim, blocks[1], precision)
     constants |= {"PADDED_DIM": hopper.padded_dim(dim), "BLOCK_M": hopper.QUERIES, "BLOCK_N": tile.block_n}
     constants |= {"FP8_TOKENS": hopper.FP8_TOKENS, "MASKED": masked, "STAGES": tile.stages}
@@ -233,9 +243,23 @@ def test_quantized_attention_variants(
     assert re.search(rf"\b{INT8[arch]}\b", attention_variant(arch, 128, BF16, blocks, absent, precision))
 
 
-def quantize_variant(kernel: Any, arch: int, types: dict[str, str], dim: int) -> str:
+@every_arch
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize(
+    ("precision", "dtype", "group"), [("input", BF16, 4), ("input", F32, 4), ("int8", BF16, 5), ("int8_fp8", BF16, 4)]
+)
+def test_attention_of_grouped_queries(arch: int, dim: int, precision: str, dtype: torch.dtype, group: int) -> None:
+    if precision == "int8_fp8" and arch not in FP8:
+        pytest.skip(f"compute capability {arch / 10} has no FP8")
+    code = attention_variant(arch, dim, dtype, precision=precision, group=group)
+    products = {"int8": INT8, "int8_fp8": FP8}.get(precision, MATRIX)[arch]
+    assert bool(re.search(rf"\b{products}\b", code)) == (dtype != F32)
+    assert len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code)) <= 8
+
+
+def quantize_variant(kernel: Any, arch: int, types: dict[str, str], dim: int, group: int) -> str:
     constants: dict[str, Any] = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "TOKENS": KEY_GROUP}
-    constants |= {"INT8_MAX": 127.0, "SMALLEST": 1e-30, "stride_d": 1}
+    constants |= {"INT8_MAX": 127.0, "SMALLEST": 1e-30, "stride_d": 1, "HEAD_GROUP": group}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = {"mean_ptr": "*fp32", "scale_ptr": "*fp32", "offset_ptr": "*fp32", "valid_ptr": "*i32"} | types
     return compiled(kernel, arch, types, constants, num_warps=4)
@@ -251,22 +275,26 @@ def test_quantize(arch: int, dim: int) -> None:
         (quantize.quantize_values_kernel, {"v_ptr": "*bf16", "codes_ptr": "*fp8e4nv"}),
     ]
     for kernel, types in kernels if arch in FP8 else kernels[:2]:
-        code = quantize_variant(kernel, arch, types, dim)
+        code = quantize_variant(kernel, arch, types, dim, 1)
         assert READ_16.search(code)
+        if "q_ptr" in types:  # the only one that knows of groups
+            assert READ_16.search(quantize_variant(kernel, arch, types, dim, 4))
         if "codes_ptr" in types and "v_ptr" in types:
             assert re.search(r"\bSTG\.E\S*\.128\b", code)
 
 
 @every_arch
 @pytest.mark.parametrize("precision", ["input", "int8", "int8_fp8"])
-@pytest.mark.parametrize("dim", [64, 96, 128])
-@pytest.mark.parametrize("pooled", [True, False], ids=["pooled", "not pooled"])
-def test_prep(arch: int, precision: str, dim: int, pooled: bool) -> None:
+@pytest.mark.parametrize(
+    ("dim", "pooled", "group", "key_rows"),
+    [*itertools.product((64, 96, 128), (True, False), (1,), (False,)), (128, True, 5, False), (128, True, 1, True)],
+)
+def test_prep(arch: int, precision: str, dim: int, pooled: bool, group: int, key_rows: bool) -> None:
     if precision == "int8_fp8" and arch not in FP8:
         pytest.skip(f"compute capability {arch / 10} has no FP8")
     outs = {"q_out_ptr": "*i8", "k_out_ptr": "*i8", "v_out_ptr": "*fp8e4nv" if precision == "int8_fp8" else "*bf16"}
     types = outs if precision != "input" else dict.fromkeys(outs, "*bf16")
-    types = types | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16") | {"rows_ptr": "*i64"}
+    types = types | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16") | {"rows_ptr": "*i64", "key_rows_ptr": "*i64"}
     scales = ("mean_ptr", "q_scale_ptr", "k_scale_ptr", "offset_ptr", "v_scale_ptr")
     types |= dict.fromkeys((*scales, "q_means_ptr", "k_means_ptr", "largest_ptr"), "*fp32")
     constants: dict[str, Any] = {
@@ -274,6 +302,7 @@ def test_prep(arch: int, precision: str, dim: int, pooled: bool) -> None:
         "PADDED_DIM": triton.next_power_of_2(dim),
         "BLOCK": 128,
         "TOKENS": KEY_GROUP,
+        "HEAD_GROUP": group,
     }
     constants |= dict.fromkeys(("q_stride_d", "k_stride_d", "v_stride_d"), 1)
     measured = {name: value for name, value in constants.items() if name in prep.measure_kernel.arg_names}
@@ -281,6 +310,8 @@ def test_prep(arch: int, precision: str, dim: int, pooled: bool) -> None:
     absent = {"input": scales, "int8": ("v_scale_ptr", "k_means_ptr"), "int8_fp8": ("k_means_ptr",)}[precision]
     if not pooled:
         absent = (*absent, "q_means_ptr", "k_means_ptr")
+    if not key_rows:
+        absent = (*absent, "key_rows_ptr")
     constants |= dict.fromkeys(absent) | {"INT8_MAX": 127.0, "SMALLEST": 1e-30}
     code = compiled(prep.prep_kernel, arch, types, constants, num_warps=8)
     assert len(READ_16.findall(code)) >= 3 and re.search(r"\bSTG\.E\S*\.128\b", code)
@@ -306,14 +337,13 @@ def test_pool(arch: int) -> None:
 @pytest.mark.parametrize("dim", [64, 96, 128])
 @pytest.mark.parametrize(
     ("dtype", "block_q", "group"),
-    [*((BF16, block_q, 1) for block_q in (16, 32, 64, 128)), (BF16, 128, 4), (F16, 128, 1)]
-    + [(F32, 16, 1), (F32, 128, 1), (F32, 128, 4)],
+    [*((BF16, block_q, 1) for block_q in (16, 32, 64, 128)), (BF16, 128, 4)] + [(F32, 128, 1), (F32, 128, 4)],
 )
 def test_pooled(arch: int, dim: int, dtype: torch.dtype, block_q: int, group: int) -> None:
     tile = pooled.config(arch, dtype, block_q)
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*" + NAMES[dtype])
     types |= {"read_ptr": "*u8", "lengths_ptr": "*i32", "lse_ptr": "*fp32", "qk_scale": "fp32"}
-    constants = {"DIM": dim, "PADDED_DIM": pooled.padded_dim(dim), "BLOCK_Q": block_q, "GROUP": group}
+    constants = {"DIM": dim, "PADDED_DIM": pooled.padded_dim(dim), "BLOCK_Q": block_q, "HEAD_GROUP": group}
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     code = compiled(
         pooled.pooled_kernel, arch, types, constants, num_warps=tile.warps, num_stages=tile.stages

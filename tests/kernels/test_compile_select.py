@@ -21,10 +21,12 @@ LISTS = {"map_ptr": "*fp32", "forced_ptr": "*u8", "histograms_ptr": "*i32", "blo
 
 
 @every_arch
-@pytest.mark.parametrize("dim", [20, 64, 128])
-def test_the_map_stays_fp32(arch: int, dim: int) -> None:
+@pytest.mark.parametrize(("dim", "group"), [(20, 1), (64, 1), (128, 1), (128, 4)])
+def test_the_map_stays_fp32(arch: int, dim: int, group: int) -> None:
     types = {"q_ptr": "*fp32", "k_ptr": "*fp32", "map_ptr": "*fp32", "scale": "fp32"}
-    code = compiled(select.map_kernel, arch, types, {"DIM": dim, **select.MAP_TILE}, **select.MAP_OPTIONS)
+    code = compiled(
+        select.map_kernel, arch, types, {"DIM": dim, "HEAD_GROUP": group, **select.MAP_TILE}, **select.MAP_OPTIONS
+    )
     assert not re.search(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", code)
     assert re.search(r"\bFFMA2?\b", code) and re.search(r"\bBAR\b", code)
 
@@ -52,12 +54,23 @@ def test_lists(arch: int, key_blocks: int, rule: str) -> None:
 
 @every_arch
 @pytest.mark.parametrize("blocks", [(16, 16), (64, 64), (128, 128)], ids=str)
-@pytest.mark.parametrize(("dim", "dtype"), [(64, BF16), (96, BF16), (128, BF16), (256, BF16), (128, F32)])
-def test_block_stats(arch: int, blocks: tuple[int, int], dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dim", "dtype", "group"),
+    [
+        (64, BF16, 1),
+        (96, BF16, 1),
+        (128, BF16, 1),
+        (256, BF16, 1),
+        (128, F32, 1),
+        (128, BF16, 4),
+    ],
+)
+def test_block_stats(arch: int, blocks: tuple[int, int], dim: int, dtype: torch.dtype, group: int) -> None:
     tensor = "*" + NAMES[dtype]
     types = {"q_ptr": tensor, "k_ptr": tensor, "lse_ptr": "*fp32", "total_ptr": "*fp32", "largest_ptr": "*fp32"}
     types |= {"small_ptr": "*i32", "qk_scale": "fp32", "epsilon": "fp32"}
     constants = {"DIM": dim, "BLOCK_D": block_stats.part_of_dim(dim, dtype), "BLOCK_Q": blocks[0], "BLOCK_K": blocks[1]}
+    constants["HEAD_GROUP"] = group
     warps = block_stats.warps(*blocks, dtype)
     code = compiled(block_stats.block_stats_kernel, arch, types, constants, num_warps=warps, num_stages=2)
     if dtype == F32:

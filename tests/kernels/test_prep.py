@@ -130,6 +130,41 @@ def test_what_is_prepared_is_attended(impl: str, device: str, precision: str) ->
 
 @everywhere
 @every_precision
+@pytest.mark.parametrize(("queries", "keys", "key_heads"), [(100, 300, 4), (300, 100, 2), (130, 257, 1), (200, 200, 2)])
+def test_keys_by_a_table_of_their_own(
+    impl: str, device: str, precision: str, queries: int, keys: int, key_heads: int
+) -> None:
+    """More keys than queries, or heads that share one of the keys: as if both had been laid out for each head before."""
+    q, k, v = qkv(2, queries, keys, HEADS, 64, torch.float16, device)
+    k, v = k[:, :, :key_heads] + 2, v[:, :, :key_heads]
+    heads, generator = (3, 0, 1), torch.Generator().manual_seed(keys)
+    orders = [torch.stack([torch.randperm(each, generator=generator) for _ in heads]) for each in (queries, keys)]
+    read = [head // (HEADS // key_heads) for head in heads]
+    rows, key_rows = (
+        (order * of + torch.tensor(numbers)[:, None]).T.flatten().to(device)
+        for order, of, numbers in zip(orders, (HEADS, key_heads), (heads, read), strict=True)
+    )
+    found = prep(q, k, v, rows, 3, key_rows=key_rows, precision=precision, impl=impl)
+
+    def laid_out(x: Tensor, order: Tensor, numbers: Any) -> Tensor:
+        return torch.stack([x[:, places, head] for places, head in zip(order.to(device), numbers, strict=True)], 2)
+
+    laid = laid_out(q, orders[0], heads), laid_out(k, orders[1], read), laid_out(v, orders[1], read)
+    size = max(queries, keys)
+    straight = torch.arange(size * 3, device=device)
+    expected = prep(*laid, straight[: queries * 3], 3, key_rows=straight[: keys * 3], precision=precision, impl=impl)
+    for a, b in zip(values(found), values(expected)):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    if isinstance(found.operands, tuple):
+        for a, b in zip(found.operands, laid):
+            assert torch.equal(a, b)
+    assert found.means is not None
+    for means, x in zip(found.means, laid):
+        torch.testing.assert_close(means, block_means(x, 128), rtol=1e-4, atol=1e-4)
+
+
+@everywhere
+@every_precision
 def test_any_strides(impl: str, device: str, precision: str) -> None:
     q, k, v = qkv(2, 100, 100, HEADS, 64, torch.bfloat16, device)
     strided = torch.stack([q, k, v], 2).transpose(1, 3).contiguous().transpose(1, 3).unbind(2)
@@ -154,6 +189,8 @@ def values(prepared: Prepared) -> tuple[Tensor, ...]:
             {"k": torch.zeros(1, 71, 2, 8), "v": torch.zeros(1, 71, 2, 8)},
             r"k and v must have 1\.\.70 tokens, as many as q or fewer, found 71",
         ),
+        ({"key_rows": torch.arange(139)}, r"key_rows must be int64 \[140\] on cpu \(70 places of 2 heads\).*\[139\]"),
+        ({"key_rows": torch.arange(140).int()}, r"key_rows must be int64 \[140\].*found torch.int32"),
         ({"v": torch.zeros(1, 69, 2, 8)}, r"v must be .*found \[1, 69, 2, 8\]"),
         ({"v": torch.zeros(1, 70, 2, 8).half()}, "v must be torch.float32 on cpu.*float16"),
         ({"block": 96}, "block must be a multiple of 64 tokens, found 96"),
@@ -178,3 +215,5 @@ def test_checks_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
         prep(q, q, q, torch.arange(1, 141), 2)
     with pytest.raises(ValueError, match=r"rows of k must lie in 0\.\.99, found 40\.\.139"):
         prep(q, q[:, :50], q[:, :50], torch.arange(139, -1, -1), 2)
+    with pytest.raises(ValueError, match=r"rows of k must lie in 0\.\.139, found 2\.\.141"):
+        prep(q, q, q, torch.arange(140), 2, key_rows=torch.arange(2, 142))

@@ -58,6 +58,7 @@ def oracle(
     rule: str = "quantile",
     always: Tensor | None = None,
     competing: tuple[int, int] | None = None,
+    competing_queries: tuple[int, int] | None = None,
     floor: int = 1,
     scale: float | None = None,
 ) -> Tensor:
@@ -66,7 +67,8 @@ def oracle(
     columns = k.shape[1]
     forced = torch.zeros(heads, rows, columns, dtype=torch.bool) if always is None else always.cpu()
     forced = forced.expand(heads, rows, columns)
-    row_range = range(*competing) if competing else range(rows)
+    asking = competing_queries or competing
+    row_range = range(*asking) if asking else range(rows)
     column_range = range(*competing) if competing else range(columns)
     mask = torch.ones(batch, heads, rows, columns, dtype=torch.bool)
     for b, h in product(range(batch), range(heads)):
@@ -122,6 +124,20 @@ def test_forced_pairs_and_text_as_a_loop_has_them(
     assert torch.equal(mask, oracle(q, k, always=always, competing=(1, 7), **budget))
     assert mask[..., always.expand(2, 8, 9)].all() if not per_head else mask[:, 0, always[0]].all()
     assert mask[:, :, [0, 7]].all() and mask[..., [0, 7, 8]].all()
+
+
+@everywhere
+@budgets
+@pytest.mark.parametrize("competing", [(3, 8), None])
+def test_queries_may_compete_elsewhere_than_keys(
+    impl: str, device: str, budget: dict[str, Any], competing: tuple[int, int] | None
+) -> None:
+    """As where a history of keys alone stands in front."""
+    q, k = means(2, 5, 9, 2, "cpu", seed=4)
+    always = torch.cat([torch.zeros(5, 3, dtype=torch.bool), diagonal(5, 6)], 1)
+    options: dict[str, Any] = {"competing": competing, "competing_queries": (0, 4), **budget}
+    pattern = chosen(q.to(device), k.to(device), always=always.to(device), impl=impl, **options)
+    assert torch.equal(pattern.mask().cpu(), oracle(q, k, always=always, **options))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -324,6 +340,8 @@ def record_launches(patch: pytest.MonkeyPatch) -> list[str]:
         ({"floor": 1.0}, r"floor must be an int in 0\.\.4.*found 1.0"),
         ({"competing": (2, 2)}, r"0 <= first < stop <= 3.*found \(2, 2\)"),
         ({"competing": (0, 4)}, r"0 <= first < stop <= 3, the blocks that queries and keys both have"),
+        ({"competing_queries": (0, 4)}, r"competing_queries must be .* 0 <= first < stop <= 3, the query blocks"),
+        ({"competing": (0, 5), "competing_queries": (0, 3)}, r"competing must be .* <= 4, the key blocks"),
         ({"always": diagonal(3, 3)}, r"always must be bool \[3, 4\] or \[2, 3, 4\] on cpu, found torch.bool \[3, 3\]"),
         ({"always": diagonal(3, 4).int()}, "found torch.int32"),
         ({"scale": -1.0}, "scale must be positive and finite, found -1.0"),
@@ -347,8 +365,8 @@ def test_means_that_do_not_fit_are_named() -> None:
     sizes: dict[str, Any] = {"queries": 300, "keys": 500, "density": 0.5}
     with pytest.raises(ValueError, match=r"q_means must be \[B, Q, H, D\]"):
         select(q[0], k, **sizes)
-    with pytest.raises(ValueError, match=r"k_means must be \[1, 4, 2, 16\].*found \[1, 4, 1, 16\]"):
-        select(q, k[:, :, :1], **sizes)
+    with pytest.raises(ValueError, match=r"k_means must be \[1, 4, 2, 16\].*found \[1, 3, 2, 16\]"):
+        select(q, k[:, :3], **sizes)
     with pytest.raises(ValueError, match="k_means must be torch.float32 on cpu, found torch.float16 on cpu"):
         select(q, k.half(), **sizes)
     with pytest.raises(ValueError, match="q_means must be torch.float32"):

@@ -249,7 +249,7 @@ def test_equal_paths_of_plan_and_scores_are_refused(make: Any, tmp_path: Path) -
     pipe = tiny_wan()
     pipe.transformer.forward = None  # nothing may be generated
     out, scores = make(tmp_path)
-    with pytest.raises(ValueError, match="expected different files for the plan and for the (scores|times)"):
+    with pytest.raises(ValueError, match="scores_path: the (scores|kernel times .*) and the plan would be one file"):
         search(pipe, scores, out=out)
 
 
@@ -268,6 +268,7 @@ def test_equal_paths_of_plan_and_scores_are_refused(make: Any, tmp_path: Path) -
         ({"out": "plan.txt"}, ValueError, r'out: expected a file name that ends in "\.json"'),
         ({"out": "plan.json"}, WriteError, "it is a folder"),
         ({"out": "file/plan.json"}, WriteError, "file is a file, not a folder"),
+        ({"out": f"{'p' * 300}.json"}, WriteError, "cannot be written: File name too long"),
         ({"out": True}, TypeError, "out: expected the path of a file, found True"),
     ],
 )

@@ -129,6 +129,7 @@ WRONG = [
         "sums.samples/transformer: expected sums of 0 or more, found -3",
     ),
     (tensor("density/transformer", lambda t: t.fill_(9)), "sums.density/transformer: expected at most 1 a sample"),
+    (tensor("density/transformer", lambda t: t.fill_(0)), "sums.density/transformer: expected 1 a sample of dense"),
     (at("extra", value=1), "found the unknown key extra"),
     (at("family", value=GONE), "expected the key family"),
     (at("family", value=""), "family: expected the name"),
@@ -163,6 +164,14 @@ WRONG = [
     (at("passes", 0, "seconds", value=0), r"passes\[0\].seconds: expected a finite time, above 0, found 0"),
     (at("passes", 0, "seconds", value=True), r"passes\[0\].seconds: expected float, found bool"),
     (at("passes", 0, "attention_seconds", value=-1.0), r"passes\[0\].attention_seconds: expected a finite time"),
+    (
+        at("passes", 0, "attention_seconds", value=0.0),
+        r"passes\[0\].attention_seconds: expected a finite time, above 0",
+    ),
+    (
+        at(*CALLS, value={"transformer": [0, 0]}),
+        r"passes\[0\].calls: expected calls of self-attention in one of the spans",
+    ),
     (
         at(*CALLS, value={"other": [1, 2]}),
         r"passes\[0\].calls: expected the transformers .'transformer'., found .'other'",
@@ -298,6 +307,10 @@ def test_cost_round_trip(tmp_path):
         ({"version": 2}, "expected version 3 of diffusers_accel.cost, found 2"),
         ({"surprise": 1}, "found the unknown key surprise"),
         ({"ms": {"transformer": [1.0, -1.0, 1.0]}}, "ms.transformer: expected finite times of 0 ms or more, found"),
+        (
+            {"ms": {"transformer": [0.0, 1.0, 1.0]}},
+            r"ms.transformer\[0\]: expected a time above 0 ms of dense attention",
+        ),
         ({"ms": {"transformer": [1.0, None, 1.0]}}, "expected float, found null"),
         ({"ms": None}, "ms: expected object, found null"),
         ({"ms": {"transformer": 3}}, "expected array, found int"),

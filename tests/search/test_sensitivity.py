@@ -11,7 +11,7 @@ from diffusers_accel.plan import Plan
 from diffusers_accel.search.arguments import check_callback
 from diffusers_accel.search.assign import assign
 from diffusers_accel.search.budget import Budget
-from diffusers_accel.search.plan_making import head_strings, plan_tensors
+from diffusers_accel.search.plan_making import chosen_spans, plan_tensors
 from diffusers_accel.search.predicted import span_errors
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.search.sensitivity import span_choice
@@ -37,7 +37,7 @@ def test_impacts_are_the_drift_of_the_final_latents(tmp_path):
     reference = latents()
     for span in (1, 3):
         choice = span_choice(scores, span)
-        methods, spans = head_strings(scores, choice)
+        methods, spans = chosen_spans(scores, choice)
         assert {m for s in spans if s is not spans[span] for row in s.heads["transformer"] for m in row} == {"."}
         plan = Plan(scores.family, scores.models, methods, tuple(spans), tensors=plan_tensors(scores, choice))
         with patch(pipe, plan):

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from diffusers_accel.files import quoted
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods.order import Order, around_text
+from diffusers_accel.methods.order import Order, arranged
 
 
 @dataclass(frozen=True)
 class AxisOrder(Order):
-    """Video tokens sorted by the given axes, slowest first; text tokens stay where they are.
+    """Video tokens sorted by the given axes, slowest first; all others are left where they are, see `arranged`.
 
     Args:
         axes: a permutation of "fhw" (frames, height, width). "fhw" is the order in which models flatten their tokens.
@@ -50,9 +50,9 @@ class AxisOrder(Order):
         return self.axes
 
     def index(self, layout: TokenLayout) -> Tensor:
-        """int64 [S], see `Order.index`."""
+        """int64 [tokens], see `Order.index`."""
         axes = tuple("fhw".index(axis) for axis in self.axes)
-        return around_text(layout, lambda grid: grid.permute(*axes).flatten())
+        return arranged(layout, lambda grid: grid.permute(*axes).flatten())
 
     @staticmethod
     def parse(text: str) -> AxisOrder | None:

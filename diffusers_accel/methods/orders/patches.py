@@ -10,14 +10,14 @@ from torch import Tensor
 
 from diffusers_accel.files import quoted
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods.order import Order, around_text
+from diffusers_accel.methods.order import Order, arranged
 
 LONGEST_SIDE = 65_536  # tokens of a patch's side: no latent frame is longer
 
 
 @dataclass(frozen=True)
 class Patches(Order):
-    """Each frame cut into patches, whose tokens lie together; text tokens stay where they are.
+    """Each frame cut into patches, whose tokens lie together; all others are left where they are, see `arranged`.
 
     Where the grid divides, patches come row by row, as in the paper, and a block of `height * width` tokens is a patch. At a
     ragged edge patches are smaller (nothing is padded) and blocks reach into the next patch. So there every second row of
@@ -48,14 +48,14 @@ class Patches(Order):
         return f"{self.height}x{self.width}"
 
     def index(self, layout: TokenLayout) -> Tensor:
-        """int64 [S], see `Order.index`."""
+        """int64 [tokens], see `Order.index`."""
         high, wide = (self.height, self.width) if layout.width >= layout.height else (self.width, self.height)
         even = layout.height % high == 0 and layout.width % wide == 0
 
         def sort(grid: Tensor) -> Tensor:
             return torch.cat([_patched(frame, high, wide, None if even else i) for i, frame in enumerate(grid)])
 
-        return around_text(layout, sort)
+        return arranged(layout, sort)
 
     @staticmethod
     def parse(text: str) -> Patches | None:

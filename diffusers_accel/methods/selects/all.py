@@ -38,5 +38,4 @@ class All(StaticSelect):
         )
 
     def mask(self, call: AttentionCall, order: Order, tensors: Tensors) -> Tensor:
-        blocks = call.layout.blocks(BLOCK)
-        return torch.ones(1, blocks, blocks, dtype=torch.bool)
+        return torch.ones(1, call.layout.query_blocks(BLOCK), call.layout.blocks(BLOCK), dtype=torch.bool)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
-from diffusers_accel.methods.blocks import BLOCK, always_read, check_density
+from diffusers_accel.methods.arrangement import arrangement
+from diffusers_accel.methods.blocks import BLOCK, check_density
 from diffusers_accel.methods.order import Order
 from diffusers_accel.methods.select import StaticSelect
 from diffusers_accel.methods.uses import Tensors
@@ -44,13 +45,11 @@ class Band(StaticSelect):
         return self.density
 
     def mask(self, call: AttentionCall, order: Order, tensors: Tensors) -> Tensor:
-        blocks = call.layout.blocks(BLOCK)
-        always, text = always_read(call.layout, self.first_frame and order.frame_major)
-        index = torch.arange(blocks)
-        distance = (index[:, None] - index[None, :]).abs().double()
-        distance += (index[None, :] > index[:, None]) * 0.5  # ties go to the earlier block
-        keep = always[None, :] | torch.eye(blocks, dtype=torch.bool)
+        blocks, places = call.layout.blocks(BLOCK), arrangement(order, call.layout)
+        ahead = torch.arange(blocks) - places.start[:, None]
+        distance = ahead.abs() + (ahead > 0) * 1e-6  # ties go to the earlier block
+        keep = places.always(self.first_frame) | places.own
         rank = distance.masked_fill(keep, -1).argsort(dim=1, stable=True).argsort(dim=1)
         mask = keep | (rank < max(1, round(self.density * blocks)))
-        mask[text] = True
+        mask[places.exact_queries] = True
         return mask[None]

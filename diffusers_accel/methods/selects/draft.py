@@ -12,9 +12,10 @@ from diffusers_accel.call import AttentionCall
 from diffusers_accel.files import quoted
 from diffusers_accel.kernels.kept import kept
 from diffusers_accel.kernels.pattern import BlockPattern
-from diffusers_accel.kernels.select import select, starved_rows
+from diffusers_accel.kernels.select import select
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods.blocks import BLOCK, always_read, check_density, video_blocks
+from diffusers_accel.methods.arrangement import Blocks, arrangement
+from diffusers_accel.methods.blocks import BLOCK, check_density
 from diffusers_accel.methods.order import Order
 from diffusers_accel.methods.select import Inputs, Select, Wants
 from diffusers_accel.methods.uses import Tensors
@@ -80,43 +81,46 @@ class Draft(Select):
     def reselect_every(self) -> int:
         return self.hold
 
-    def starved(self, pattern: BlockPattern, layout: TokenLayout) -> Tensor | None:
-        first, stop = video_blocks(layout)
-        if self.floor or first >= stop:
+    def starved(self, pattern: BlockPattern, order: Order, layout: TokenLayout) -> Tensor | None:
+        places = arrangement(order, layout)
+        (first, stop), (start, end) = places.video_queries, places.video_keys
+        if self.floor or first == stop or start == end:
             return None
-        return starved_rows(pattern, 1, (first, stop)).double().mean() / (stop - first)
+        blocks, counts = pattern.blocks[:, :, first:stop], pattern.counts[:, :, first:stop]
+        listed = torch.arange(blocks.shape[3], device=blocks.device) < counts[..., None]
+        return 1 - (listed & (blocks >= start) & (blocks < end)).any(-1).double().mean()
 
     def pattern(self, call: AttentionCall, order: Order, tensors: Tensors, inputs: Inputs) -> BlockPattern:
         assert inputs.means is not None
         q_means, k_means = inputs.means
         layout = call.layout
-        always = _forced(layout, order, self.diagonal, self.first_frame, q_means.device)
-        first, stop = video_blocks(layout)
-        if first >= stop:  # every block holds text, which is always read
+        always, rows, columns = _forced(layout, order, self.diagonal, self.first_frame, q_means.device)
+        if rows == (0, 0) or columns == (0, 0):  # every block holds exact tokens, which all read
             heads = q_means.shape[2]
-            return BlockPattern.full(heads, layout.tokens, layout.keys, BLOCK, BLOCK, device=q_means.device)
+            return BlockPattern.full(heads, layout.queries, layout.keys, BLOCK, BLOCK, device=q_means.device)
         return select(
             q_means,
             k_means,
-            queries=layout.tokens,
+            queries=layout.queries,
             keys=layout.keys,
             density=self.density,
             mass=self.mass,
             rule=self.rule,
-            always=always[:, : layout.key_blocks(BLOCK)],
-            competing=(first, stop),
-            floor=min(self.floor, stop - first),
+            always=always,
+            competing=columns,
+            competing_queries=rows,
+            floor=min(self.floor, columns[1] - columns[0]),
             block_q=BLOCK,
             block_k=BLOCK,
         )
 
 
 @kept(64)
-def _forced(layout: TokenLayout, order: Order, diagonal: bool, first_frame: bool, device: torch.device) -> Tensor:
-    """bool [query blocks, key blocks]: what is read whatever the map says."""
-    always, _ = always_read(layout, first_frame and order.frame_major)
-    blocks = len(always)
-    forced = always.expand(blocks, blocks).clone()
-    if diagonal:
-        forced |= torch.eye(blocks, dtype=torch.bool)
-    return forced.to(device)
+def _forced(
+    layout: TokenLayout, order: Order, diagonal: bool, first_frame: bool, device: torch.device
+) -> tuple[Tensor, Blocks, Blocks]:
+    """bool [query blocks, key blocks]: what is read whatever the map says; and the query and the key blocks that compete."""
+    places = arrangement(order, layout)
+    always = places.always(first_frame)
+    forced = places.own | always if diagonal else always.expand(places.own.shape)
+    return forced[:, : layout.key_blocks(BLOCK)].to(device), places.video_queries, places.video_keys

@@ -34,5 +34,4 @@ class Skip(StaticSelect):
         )
 
     def mask(self, call: AttentionCall, order: Order, tensors: Tensors) -> Tensor:
-        blocks = call.layout.blocks(BLOCK)
-        return torch.zeros(1, blocks, blocks, dtype=torch.bool)
+        return torch.zeros(1, call.layout.query_blocks(BLOCK), call.layout.blocks(BLOCK), dtype=torch.bool)

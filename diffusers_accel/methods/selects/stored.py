@@ -12,10 +12,11 @@ from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods.blocks import BLOCK, always_read, check_density, part_of
+from diffusers_accel.methods.arrangement import arrangement
+from diffusers_accel.methods.blocks import BLOCK, check_density, part_of
 from diffusers_accel.methods.order import Order
 from diffusers_accel.methods.select import StaticSelect
-from diffusers_accel.methods.selects.stored_check import check_call, check_masks
+from diffusers_accel.methods.selects.stored_check import check_call, check_masks, refuses_layout
 from diffusers_accel.methods.uses import Tensors, Uses, planned
 
 
@@ -80,7 +81,7 @@ class Stored(StaticSelect):
 
     def check(self, order: Order, uses: Uses, tensors: Tensors) -> None:
         bits, heads = ((name, uses.tensor(tensors, name)) for name in self.names(order, uses.transformer))
-        check_masks(uses, bits, heads)
+        check_masks(order, uses, bits, heads)
 
     def made_for(self, order: Order, transformer: str, tensors: Tensors) -> tuple[int, ...]:
         """Parts of the schedule and blocks."""
@@ -89,7 +90,7 @@ class Stored(StaticSelect):
 
     def check_layout(self, order: Order, uses: Uses, tensors: Tensors, layout: TokenLayout) -> None:
         bits, heads = (uses.tensor(tensors, name) for name in self.names(order, uses.transformer))
-        check_call(uses, bits, heads, layout)
+        check_call(order, uses, bits, heads, layout)
 
     def mask(self, call: AttentionCall, order: Order, tensors: Tensors) -> Tensor:
         bits_name, heads_name = self.names(order, call.transformer)
@@ -98,6 +99,8 @@ class Stored(StaticSelect):
         if bool((index < 0).any()):
             head = call.heads[int((index < 0).nonzero()[0])]
             raise ValueError(f"{heads_name} has no mask for head {head} of layer {call.layer}: search the plan again")
+        if reason := refuses_layout(call.layout):
+            raise ValueError(reason)
         blocks = call.layout.blocks(BLOCK)
         if bits.shape[2] != blocks or bits.shape[3] != -(-blocks // 8):
             raise ValueError(
@@ -107,9 +110,9 @@ class Stored(StaticSelect):
         part = 0 if bits.shape[1] == 1 or call.now is None else part_of(call.now, bits.shape[1])
         chosen = bits[index.long(), part].numpy()
         mask = torch.from_numpy(np.unpackbits(chosen, axis=-1, count=blocks, bitorder="little").astype(bool))
-        _, text = always_read(call.layout, first_frame=False)
-        mask[:, text] = True
-        mask[:, :, text] = True
+        exact = arrangement(order, call.layout).exact_keys
+        mask[:, exact] = True
+        mask[:, :, exact] = True
         return mask
 
     def _parts(self, order: Order, transformer: str, tensors: Tensors) -> int:

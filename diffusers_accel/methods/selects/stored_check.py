@@ -7,13 +7,15 @@ from torch import Tensor
 
 from diffusers_accel.files import FileError
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods.blocks import BLOCK, video_blocks
+from diffusers_accel.methods.arrangement import arrangement
+from diffusers_accel.methods.blocks import BLOCK
+from diffusers_accel.methods.order import Order
 from diffusers_accel.methods.uses import Uses
 
 Named = tuple[str, Tensor]  # a tensor of a plan with its name
 
 
-def check_masks(uses: Uses, bits: Named, heads: Named) -> None:
+def check_masks(order: Order, uses: Uses, bits: Named, heads: Named) -> None:
     """Checks one method's masks and which of them each head takes.
 
     Raises:
@@ -23,16 +25,28 @@ def check_masks(uses: Uses, bits: Named, heads: Named) -> None:
     _check_heads(uses, *heads, len(bits[1]))
     used = _used(uses, *heads)
     _check_size(uses, *bits)
-    _check_rows(uses, used, *bits)
+    _check_rows(order, uses, used, *bits)
 
 
-def check_call(uses: Uses, bits: Tensor, heads: Tensor, layout: TokenLayout) -> None:
+def refuses_layout(layout: TokenLayout) -> str | None:
+    """Why masks cannot be stored for a layout, or None."""
+    if layout.queries == layout.tokens:
+        return None
+    return (
+        f"stored masks are for calls in which every token queries, found {layout.queries:,} queries for {layout.tokens:,} "
+        "tokens, as with a history of keys alone. Take another selection there, such as a band or a draft"
+    )
+
+
+def check_call(order: Order, uses: Uses, bits: Tensor, heads: Tensor, layout: TokenLayout) -> None:
     """Checks that the masks hold for a call of this layout.
 
     Raises:
         FileError: they are for another size, or leave rows of video without any block.
     """
-    here = layout.frames, layout.height, layout.width
+    here = layout.grid
+    if reason := refuses_layout(layout):
+        raise FileError(f"{uses.label!r}: {reason}")
     if bits.shape[2] != layout.blocks(BLOCK) or uses.grid not in (None, here):
         size = f"{' x '.join(map(str, uses.grid))} tokens, " if uses.grid else ""
         text = f" and {layout.text_tokens} of text" if layout.text_tokens else ""
@@ -43,7 +57,7 @@ def check_call(uses: Uses, bits: Tensor, heads: Tensor, layout: TokenLayout) -> 
         )
     used = sorted({int(heads[place]) for place in uses.heads})
     # In a plan that does not tell its layout, rows without a block may have been text.
-    if bool((bits[used][:, :, slice(*video_blocks(layout))].amax(3) == 0).any()):
+    if bool((bits[used][:, :, slice(*arrangement(order, layout).video_keys)].amax(3) == 0).any()):
         raise FileError(
             f"the plan's stored masks {uses.label!r} leave rows of video without any block to read, which would be text in "
             f"another layout; this call has {layout.text_tokens} tokens of text. Search a plan for this model"
@@ -94,13 +108,13 @@ def _check_size(uses: Uses, name: str, bits: Tensor) -> None:
         )
 
 
-def _check_rows(uses: Uses, used: dict[int, tuple[int, int]], name: str, bits: Tensor) -> None:
+def _check_rows(order: Order, uses: Uses, used: dict[int, tuple[int, int]], name: str, bits: Tensor) -> None:
     """In every mask that a head takes, every row of video reads a block. Rows of text need none: they read everything."""
     numbers = sorted(used)
     empty = bits[numbers].amax(3) == 0  # [masks, parts, blocks]
     if not bool(empty.any()):
         return
-    if any(not bool(empty[..., slice(*video)].any()) for video in _videos(uses, empty)):
+    if any(not bool(empty[..., slice(*video)].any()) for video in _videos(order, uses, empty)):
         return
     mask, part, row = (int(each) for each in empty.nonzero()[0])
     layer, head = used[numbers[mask]]
@@ -111,13 +125,13 @@ def _check_rows(uses: Uses, used: dict[int, tuple[int, int]], name: str, bits: T
     )
 
 
-def _videos(uses: Uses, empty: Tensor) -> list[tuple[int, int]]:
+def _videos(order: Order, uses: Uses, empty: Tensor) -> list[tuple[int, int]]:
     """[first, stop) of the rows that hold no text: by the layout that the plan was made for, for each place of the text.
 
     A plan that does not tell its layout may have text at one end, in rows that are empty in all of its masks.
     """
     if uses.layouts:
-        return [video_blocks(layout) for layout in uses.layouts]
+        return [arrangement(order, layout).video_keys for layout in uses.layouts]
     filled = (~empty.flatten(0, 1).all(0)).nonzero()
     if not len(filled):
         return [(0, empty.shape[-1])]

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.files import FileError
-from diffusers_accel.methods.blocks import BLOCK, always_read, check_density
-from diffusers_accel.methods.order import Order
+from diffusers_accel.methods.arrangement import arrangement
+from diffusers_accel.methods.blocks import BLOCK, check_density
+from diffusers_accel.methods.order import Order, video_places
 from diffusers_accel.methods.select import StaticSelect
 from diffusers_accel.methods.uses import Tensors, Uses, planned
 
@@ -68,16 +69,17 @@ class Stripe(StaticSelect):
             _check_mass(name, uses.tensor(tensors, name), uses)
 
     def mask(self, call: AttentionCall, order: Order, tensors: Tensors) -> Tensor:
-        blocks = call.layout.blocks(BLOCK)
-        always, text = always_read(call.layout, self.first_frame)
-        score = _column_score(call, tensors) if self.calibrated else _spread(blocks)[None]
+        blocks, places = call.layout.blocks(BLOCK), arrangement(order, call.layout)
+        always = places.always(self.first_frame)
+        score = _column_score(call, order, tensors) if self.calibrated else _spread(blocks)[None]
         ranked = score.masked_fill(always, math.inf).argsort(dim=1, descending=True, stable=True)
         rank = ranked.argsort(dim=1)
         wanted = max(1, round(self.density * blocks))
         # A row whose own block is not among the best columns reads it instead of the last of them.
         best, all_but_one = (rank < wanted) | always, (rank < wanted - 1) | always
-        mask = torch.where(best[:, :, None], best[:, None], all_but_one[:, None]) | torch.eye(blocks, dtype=torch.bool)
-        mask[:, text] = True
+        among = ~(places.own & ~best[:, None]).any(2, keepdim=True)
+        mask = torch.where(among, best[:, None], all_but_one[:, None]) | places.own
+        mask[:, places.exact_queries] = True
         return mask
 
 
@@ -86,7 +88,7 @@ def mass_name(transformer: str) -> str:
     return f"stripe_mass/{transformer}"
 
 
-def _column_score(call: AttentionCall, tensors: Tensors) -> Tensor:
+def _column_score(call: AttentionCall, order: Order, tensors: Tensors) -> Tensor:
     """[heads, key blocks], fp64: the attention mass that each key block received in the search."""
     layout = call.layout
     mass = planned(tensors, mass_name(call.transformer), "a calibrated stripe")[call.layer, list(call.heads)].double()
@@ -95,7 +97,8 @@ def _column_score(call: AttentionCall, tensors: Tensors) -> Tensor:
         mass = torch.nn.functional.interpolate(mass[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
     per_token = mass[..., None].expand(-1, -1, -1, layout.width).flatten(1)
     sequence = torch.zeros(len(call.heads), layout.blocks(BLOCK) * BLOCK, dtype=torch.float64)
-    sequence[:, layout.video_start : layout.video_start + layout.video_tokens] = per_token
+    sequence[:, video_places(layout)] = per_token
+    sequence[:, : layout.tokens] = sequence[:, order.index(layout)]
     return sequence.unflatten(1, (-1, BLOCK)).sum(-1)
 
 
