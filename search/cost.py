@@ -136,7 +136,7 @@ def time_candidates(
         else:
             cycle = _Cycle(launch, call, q, k, v)
             refresh = _time(cycle.refresh, q.device)
-            return _time(cycle.reuse, q.device), refresh
+            return _time(cycle.go_on, q.device), refresh
         return ms, ms
 
     for launch in planned:  # compile, load and touch everything once
@@ -169,7 +169,7 @@ class _Cycle:
         self._memory, self._step = Memory(), 0
         return self._run()
 
-    def reuse(self) -> Tensor:
+    def go_on(self) -> Tensor:
         """The next one."""
         self._step += 1
         return self._run()

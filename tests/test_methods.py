@@ -682,8 +682,8 @@ RECIPES: dict[str, tuple[Recipe, dict[str, Any], Recipe]] = {
     "dense": (Recipe((DENSE,)), {"precision": "int8"}, Recipe((Method(precision="int8"),))),
     "pattern": (
         Recipe((Method(select=Band(0.5)), Method(HWF, Band(0.5))), dense_steps=0.2),
-        {"density": 0.3, "dense_steps": 0.1, "dense_layers": 2, "precision": "int8"},
-        Recipe((Method(select=Band(0.3), precision="int8"), Method(HWF, Band(0.3), "int8")), 0.1, 2),
+        {"density": 0.3, "dense_steps": 0.1, "dense_layers": 2, "precision": "int8", "rest": "pooled"},
+        Recipe((Method(AxisOrder(), Band(0.3), "int8", Pooled()), Method(HWF, Band(0.3), "int8", Pooled())), 0.1, 2),
     ),
     "draft": (
         Recipe((Method(Patches(), Draft(0.25)),), dense_steps=0.25, dense_layers=1),
@@ -697,8 +697,9 @@ RECIPES: dict[str, tuple[Recipe, dict[str, Any], Recipe]] = {
             "dense_steps": 0.3,
             "dense_layers": 2,
             "precision": "int8_fp8",
+            "rest": "pooled",
         },
-        Recipe((Method(Patches(4, 32), Draft(None, 0.9, hold=2, **FAITHFUL), "int8_fp8"),), 0.3, 2),
+        Recipe((Method(Patches(4, 32), Draft(None, 0.9, hold=2, **FAITHFUL), "int8_fp8", Pooled()),), 0.3, 2),
     ),
     "cached": (
         Recipe((Method(Patches(), Draft(0.25), rest=Kept(3)),)),
@@ -707,8 +708,8 @@ RECIPES: dict[str, tuple[Recipe, dict[str, Any], Recipe]] = {
     ),
     "reordered": (
         Recipe((Method(HWF, Draft(0.5), AUTO),)),
-        {"density": 0.3, "axes": "whf", "dense_steps": 0.1, "dense_layers": 1, "precision": "int8"},
-        Recipe((Method(AxisOrder("whf"), Draft(0.3), "int8"),), 0.1, 1),
+        {"density": 0.3, "axes": "whf", "dense_steps": 0.1, "dense_layers": 1, "precision": "int8", "rest": "pooled"},
+        Recipe((Method(AxisOrder("whf"), Draft(0.3), "int8", Pooled()),), 0.1, 1),
     ),
 }
 
@@ -721,6 +722,14 @@ def test_named_recipes_and_all_their_parameters(name: str) -> None:
     known = set(inspect.signature(NAMED[name]).parameters)
     assert set(parameters) == known - ({"density", "rule"} if name == "draft" else set())
     assert set(RECIPES) == set(NAMED)
+
+
+@pytest.mark.parametrize("name", ["pattern", "draft", "reordered"])
+def test_what_is_kept_has_a_recipe_of_its_own(name: str) -> None:
+    assert NAMED[name](rest="drop") == NAMED[name]()
+    for wrong in ("kept", "pool"):
+        with pytest.raises(ValueError, match=f"rest: expected one of drop, pooled, found '{wrong}'"):
+            NAMED[name](rest=wrong)
 
 
 def test_a_draft_recipe_by_rows() -> None:
