@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
-from diffusers_accel.deals import Deal, deal
 from diffusers_accel.files import Kind, Schema, load_document, printable, quoted, save_document
-from diffusers_accel.launch import run
-from diffusers_accel.memory import Memory
 from diffusers_accel.methods import Method
 from diffusers_accel.methods.uses import Tensors
+from diffusers_accel.run.deals import Deal, deal
+from diffusers_accel.run.launch import run
+from diffusers_accel.run.memory import Memory
 
 KIND = Kind("diffusers_accel.cost", 3, "delete the file and measure the cost again")
 MIN_ROUNDS = 3

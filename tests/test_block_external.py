@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusers_accel.block_external import Counts, ExternalCache, attend
-from diffusers_accel.drift import Calibration, drift
-from diffusers_accel.gate import Gate
+from diffusers_accel.block_external.drift import Calibration, drift
+from diffusers_accel.block_external.gate import Gate
 from diffusers_accel.kernels.dense import dense
 from diffusers_accel.kernels.merge import merge
 from diffusers_accel.kernels.merge.reference import merge as reference_merge

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from diffusers_accel.files import FlushError, strict_json
 from diffusers_accel.methods import AUTO, NAMED, All, AxisOrder, Band, Draft, Kept, Method, Patches, Skip, Stripe
-from diffusers_accel.plan import ModelShape, Plan, PlanError, Span
+from diffusers_accel.plan import Plan, PlanError, Span
+from diffusers_accel.shape import ModelShape
 
 # A plan as version 1 was saved before plans had a checksum.
 EARLIER = """{

@@ -15,10 +15,10 @@ from diffusers_accel import patch
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.evals import shapes
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.memory import Memory
 from diffusers_accel.methods import BLOCK, DENSE, AxisOrder, Band, Draft, Drop, Method, Patches, Pooled, Skip, Stripe
 from diffusers_accel.methods.rest import Read
 from diffusers_accel.methods.steps import take_turn
+from diffusers_accel.run.memory import Memory
 from diffusers_accel.search.measure import SampledHeads, sample_rows
 from diffusers_accel.search.running import Enough, run_pipeline
 from diffusers_accel.search.selections import RowReader, Selections

@@ -19,7 +19,7 @@ from diffusers_accel.evals.report.colours import Colour, method_colours
 from diffusers_accel.evals.report.findings import Clip, Findings, Subject
 from diffusers_accel.files import printable
 from diffusers_accel.methods import Method
-from diffusers_accel.plan_span import compact, row_text
+from diffusers_accel.plan.span import compact, row_text
 
 FOLDER = Path(__file__).parent
 LETTERS_UP_TO = 16  # heads; a wider plan gets small cells without letters

@@ -35,7 +35,7 @@ from diffusers_accel.evals.shapes.run_state import RunState
 from diffusers_accel.files import encode_tensors, load_document, side_file
 from diffusers_accel.forwards import schedule
 from diffusers_accel.plan import Plan, Span
-from diffusers_accel.plan_file import plain, signed
+from diffusers_accel.plan.file import plain, signed
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.assign import assign
 from diffusers_accel.search.budget import Budget

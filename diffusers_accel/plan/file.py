@@ -14,8 +14,8 @@ import msgspec
 from diffusers_accel.files import FileError, Schema, checksum, printable, quoted, shaped
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import Method
-from diffusers_accel.plan_data import PlanData
-from diffusers_accel.plan_span import EDGES, Row, Span, row_of, row_text
+from diffusers_accel.plan.data import PlanData
+from diffusers_accel.plan.span import EDGES, Row, Span, row_of, row_text
 from diffusers_accel.shape import ModelShape
 
 FORMAT = "diffusers_accel.plan"

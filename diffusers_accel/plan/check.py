@@ -8,10 +8,10 @@ from typing import Any
 from diffusers_accel.files import FileError, check_json, check_tensors, printable, quoted
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import AUTO
-from diffusers_accel.plan_data import PlanData
-from diffusers_accel.plan_file import MOST
-from diffusers_accel.plan_span import EDGES, LONGEST_SYMBOL, SYMBOL, Span, row_text
-from diffusers_accel.plan_uses import uses
+from diffusers_accel.plan.data import PlanData
+from diffusers_accel.plan.file import MOST
+from diffusers_accel.plan.span import EDGES, LONGEST_SYMBOL, SYMBOL, Span, row_text
+from diffusers_accel.plan.uses import uses
 
 SHOWN = 150  # characters of a list of symbols in a message
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers_accel.layout import Segment, TokenLayout
 from diffusers_accel.methods.uses import Uses
-from diffusers_accel.plan_data import PlanData
+from diffusers_accel.plan.data import PlanData
 
 GRID = ("frames", "height", "width")
 

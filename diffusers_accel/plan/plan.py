@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_accel import plan_file
 from diffusers_accel.files import (
     FileError,
     encode_json,
@@ -22,9 +21,10 @@ from diffusers_accel.files import (
     write_together,
 )
 from diffusers_accel.methods import DENSE, Method, Recipe
-from diffusers_accel.plan_check import check_plan, names
-from diffusers_accel.plan_data import PlanData
-from diffusers_accel.plan_span import By, Row, Span, new_symbols
+from diffusers_accel.plan import file as plan_file
+from diffusers_accel.plan.check import check_plan, names
+from diffusers_accel.plan.data import PlanData
+from diffusers_accel.plan.span import By, Row, Span, new_symbols
 from diffusers_accel.shape import ModelShape
 
 SHOWN = 1000  # characters of an entry of budget or provenance that `show` prints

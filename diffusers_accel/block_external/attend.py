@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diffusers_accel.gate import Gate
+from diffusers_accel.block_external.gate import Gate
 from diffusers_accel.kernels.dense import dense
 from diffusers_accel.kernels.merge import merge
 from diffusers_accel.kernels.pattern import head_index

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import Method
-from diffusers_accel.plan_span import Span
+from diffusers_accel.plan.span import Span
 from diffusers_accel.shape import ModelShape
 
 
