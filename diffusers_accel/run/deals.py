@@ -97,8 +97,8 @@ class Launch:
 
     def key_rows(self, keys: int, heads: int) -> Tensor | None:
         """int64 [keys * heads of the launch]: where each of the launch's keys stands in the model's [keys * heads] rows; None
-        where that is what the first of `rows` say."""
-        if heads == self.model_heads and self.query_orders is self.orders:
+        where that follows from `rows`, as every token queries."""
+        if self.query_orders is self.orders:
             return None
         return _rows(self.orders[self.order_of, :keys], key_heads(self.heads, self.model_heads, heads), heads)
 

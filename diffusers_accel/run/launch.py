@@ -70,7 +70,8 @@ def run(deal: Deal, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, memory
     if deal.remembering:
         memory.begin(call.now or (0, 1), q, k, deal.remembering)
     if len(deal.launches) == 1 and deal.launches[0].whole:
-        k, v = (of_heads(x, call.heads, q.shape[2]) for x in (k, v))
+        if len(deal.launches[0].groups) > 1:  # whose heads may share one of the keys
+            k, v = (of_heads(x, call.heads, q.shape[2]) for x in (k, v))
         return _attend(deal.launches[0], deal.tensors, call, q, k, v, None, memory)
     out = v.new_zeros(q.shape) if deal.skipped else v.new_empty(q.shape)
     density: float | Tensor = float(len(deal.dense))
@@ -153,8 +154,8 @@ class _Kernels:
     def attend(self, pattern: BlockPattern, heads: Sequence[int] | None = None) -> Part:
         q, k, v = self._own()
         if heads is not None:
-            index = head_index(tuple(heads), q.device)
-            q, k, v = (x.index_select(2, index) for x in (q, k, v))
+            k, v = (of_heads(x, heads, q.shape[2]) for x in (k, v))
+            q = q.index_select(2, head_index(tuple(heads), q.device))
         return attention(q, k, v, pattern, precision=self.precision, impl=self.kernel)
 
     def pooled(self, pattern: BlockPattern) -> Part:
