@@ -231,9 +231,9 @@ def test_clear_forgets_and_counts_anew() -> None:
 
 
 def test_grouped_keys_are_refused() -> None:
-    q, k, v, history = inputs(0)
+    q, k, v, keys, values = inputs(0)
     with pytest.raises(ValueError, match=f"with the {H} heads of q, found 1: repeat"):
-        run(ExternalCache(), (q, k[:, :, :1], v[:, :, :1], history), 0)
+        run(ExternalCache(), (q, k[:, :, :1], v[:, :, :1], keys, values), 0)
 
 
 # What drops what is kept
