@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.pool import pool
-from diffusers_accel.kernels.select import starved_rows
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import (
     AUTO,
@@ -403,8 +402,9 @@ def test_the_faithful_draft_starves_rows_and_a_floor_feeds_them() -> None:
     q[:, : 8 * BLOCK] *= 0.01  # rows whose attention is spread over all blocks
     bare = pattern_of(Method(Patches(), Draft(0.05, **FAITHFUL)), layout, q, k)
     fed = pattern_of(Method(Patches(), Draft(0.05, floor=2, diagonal=False, first_frame=False)), layout, q, k)
-    assert int(starved_rows(bare).sum()) > 0
-    assert int(starved_rows(fed, 2).sum()) == 0
+    share = Draft(0.05, **FAITHFUL).starved(bare, Patches(), layout)
+    assert share is not None and float(share) == float((bare.counts == 0).double().mean()) > 0
+    assert int(fed.counts.min()) >= 2 and Draft(0.05, floor=2).starved(fed, Patches(), layout) is None
     assert torch.all(fed.mask() | ~bare.mask()), "a floor adds blocks and takes none away"
 
 
