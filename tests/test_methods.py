@@ -78,11 +78,23 @@ def test_density_is_what_was_asked_for(select: type, layout: TokenLayout, densit
     blocks = layout.blocks(BLOCK)
     rows = mask.sum(1)
     text = rows == blocks if layout.text_tokens and density < 1 else torch.zeros(blocks, dtype=torch.bool)
+    video = blocks - int(text.sum())
+    assert torch.all(rows[~text] == blocks - video + max(round(density * video), 1))
+    assert torch.all(mask.diagonal())
+
+
+@pytest.mark.parametrize("select", [Band, Stripe])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("density", [0.05, 0.25, 0.5, 1.0])
+def test_density_of_version_1_counts_the_text(select: type, layout: TokenLayout, density: float) -> None:
+    mask = mask_of(Method(select=select(density, first_frame=False, text_counts=True)), layout)[0]
+    blocks = layout.blocks(BLOCK)
+    rows = mask.sum(1)
+    text = rows == blocks if layout.text_tokens and density < 1 else torch.zeros(blocks, dtype=torch.bool)
     always = int(text.sum()) + 1
     assert torch.all(
         rows[~text] == max(round(density * blocks), 1) if round(density * blocks) >= always else rows[~text] <= always
     )
-    assert torch.all(mask.diagonal())
 
 
 @pytest.mark.parametrize("layout", [TEXT_END, TEXT_START])

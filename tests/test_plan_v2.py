@@ -355,12 +355,12 @@ def every_kind() -> Plan:
     methods = {
         ".": DENSE,
         "0": Method(select=Skip()),
-        "a": Method(AxisOrder("hwf"), Band(0.4)),
-        "b": Method(select=Stripe(0.4, calibrated=True)),
+        "a": Method(AxisOrder("hwf"), Band(0.4, text_counts=True)),
+        "b": Method(select=Stripe(0.4, calibrated=True, text_counts=True)),
         "c": Method(AxisOrder("wfh"), Stored(0.5)),
         "d": Method(Patches(), Draft(0.4), rest=Kept(gated=True)),
         "e": Method(Patches(4, 4), Draft(None, 0.6), precision="int8"),
-        "f": Method(select=Band(0.5, False), rest=Kept(2)),
+        "f": Method(select=Band(0.5, False, True), rest=Kept(2)),
     }
     spans = (
         Span(0.0, 0.25, {"transformer": ("....", "....", ".0.0")}),
@@ -376,7 +376,7 @@ def two_experts() -> Plan:
     methods = {
         ".": DENSE,
         "a": Method(Patches(8, 16), Draft(0.3, hold=4), "int8"),
-        "Z": Method(AxisOrder("hwf"), Band(0.25, first_frame=False), "int8_fp8"),
+        "Z": Method(AxisOrder("hwf"), Band(0.25, first_frame=False, text_counts=True), "int8_fp8"),
         "1": Method(Patches(8, 16), Draft(0.25, rule="row", floor=2), rest=Kept(3)),
         "q": Method(precision="int8"),
     }

@@ -67,6 +67,18 @@ def arrangement(order: Order, layout: TokenLayout) -> Arrangement:
     )
 
 
+def wanted_blocks(density: float, places: Arrangement, text_counts: bool) -> int:
+    """How many key blocks a row of video reads at a density: that share of the video's blocks, and all that hold exact tokens.
+
+    Args:
+        text_counts: take the share of all blocks instead, those that hold exact tokens included.
+    """
+    blocks, exact = len(places.exact_keys), int(places.exact_keys.sum())
+    if text_counts:
+        return max(1, round(density * blocks))
+    return exact + max(1, round(density * (blocks - exact)))
+
+
 def _hold(tokens: Tensor) -> Tensor:
     """bool [blocks]: which hold one of these tokens, bool [tokens]."""
     return torch.nn.functional.pad(tokens, (0, -len(tokens) % BLOCK)).view(-1, BLOCK).any(1)

@@ -228,11 +228,20 @@ def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
     return {**plan, "version": VERSION, "heads": heads}
 
 
+# What version 1 meant by selections that have changed since.
+_MEANT = {"band": {"text_counts": True}, "stripe": {"text_counts": True}}
+
+
 def _upgraded_method(method: object, path: str) -> object:
-    """Version 1 called the rest "kept" a reuse and had no other."""
+    """Version 1 called the rest "kept" a reuse and had no other; some selections meant something else."""
     if isinstance(method, Mapping) and "rest" in method:
         raise FileError(f"{path}: unknown key 'rest' of version 1, which has \"reuse\"")
-    if not isinstance(method, Mapping) or "reuse" not in method:
+    if not isinstance(method, Mapping):
+        return method
+    select = method.get("select")
+    if isinstance(select, Mapping) and isinstance(select.get("kind"), str):
+        method = {**method, "select": {**select, **_MEANT.get(select["kind"], {})}}
+    if "reuse" not in method:
         return method
     reuse = method["reuse"]
     if isinstance(reuse, Mapping) and "kind" in reuse:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
-from diffusers_accel.methods.arrangement import arrangement
-from diffusers_accel.methods.blocks import BLOCK, check_density
+from diffusers_accel.methods.arrangement import arrangement, wanted_blocks
+from diffusers_accel.methods.blocks import check_density
 from diffusers_accel.methods.order import Order
 from diffusers_accel.methods.select import StaticSelect
 from diffusers_accel.methods.uses import Tensors
@@ -21,16 +21,20 @@ class Band(StaticSelect):
     """Each query block reads the key blocks nearest to it (M2; in the order "hwf" it is M3, multi-diagonal).
 
     Unlike the paper's sliding window, whose rows shrink at the ends of the sequence, rows here keep their length: the
-    window is shifted inside. So the density is exactly what was asked for, up to one block a row, and rows are balanced.
+    window is shifted inside. So rows are balanced, and read exactly what was asked for, up to one block. A row in the middle
+    reads a window as wide as one at an end: where the first frame is always read beside it, its window is that much narrower.
 
     Args:
-        density: share of key blocks that a video query block reads, in (0, 1], the always-read blocks (text, first frame)
-            included. At least the block itself and the always-read blocks are read, so small densities are exceeded.
+        density: share of the video's key blocks that a video query block reads, in (0, 1], the first frame's included; text is
+            always read beside them. At least the block itself and the always-read ones are read, so small densities are
+            exceeded.
         first_frame: always read the first frame's keys, where the order keeps it together.
+        text_counts: count text blocks in the density, as plans of version 1 did.
     """
 
     density: float
     first_frame: bool = True
+    text_counts: bool = False
     kind: ClassVar[str] = "band"
 
     def __post_init__(self) -> None:
@@ -45,11 +49,11 @@ class Band(StaticSelect):
         return self.density
 
     def mask(self, call: AttentionCall, order: Order, tensors: Tensors) -> Tensor:
-        blocks, places = call.layout.blocks(BLOCK), arrangement(order, call.layout)
-        ahead = torch.arange(blocks) - places.start[:, None]
+        places = arrangement(order, call.layout)
+        ahead = torch.arange(len(places.exact_keys)) - places.start[:, None]
         distance = ahead.abs() + (ahead > 0) * 1e-6  # ties go to the earlier block
         keep = places.always(self.first_frame) | places.own
         rank = distance.masked_fill(keep, -1).argsort(dim=1, stable=True).argsort(dim=1)
-        mask = keep | (rank < max(1, round(self.density * blocks)))
+        mask = keep | (rank < wanted_blocks(self.density, places, self.text_counts))
         mask[places.exact_queries] = True
         return mask[None]

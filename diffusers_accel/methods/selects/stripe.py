@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.files import FileError
-from diffusers_accel.methods.arrangement import arrangement
+from diffusers_accel.methods.arrangement import arrangement, wanted_blocks
 from diffusers_accel.methods.blocks import BLOCK, check_density
 from diffusers_accel.methods.order import Order, video_places
 from diffusers_accel.methods.select import StaticSelect
@@ -24,16 +24,19 @@ class Stripe(StaticSelect):
     """All queries read the same key columns (M4, vertical stripe), and each block itself.
 
     Args:
-        density: share of key blocks that a video query block reads, in (0, 1], always-read blocks included.
+        density: share of the video's key blocks that a video query block reads, in (0, 1], the first frame's included; text is
+            always read beside them.
         first_frame: always read the first frame's keys.
         calibrated: take the columns that got most attention during the search, from the plan's tensor
             "stripe_mass/<transformer>", [layers, heads, frames, height]: the mean probability that a key in that latent
             frame and token row receives, resized where the layout differs. Otherwise columns are spread evenly.
+        text_counts: count text blocks in the density, as plans of version 1 did.
     """
 
     density: float
     first_frame: bool = True
     calibrated: bool = False
+    text_counts: bool = False
     kind: ClassVar[str] = "stripe"
 
     def __post_init__(self) -> None:
@@ -74,7 +77,7 @@ class Stripe(StaticSelect):
         score = _column_score(call, order, tensors) if self.calibrated else _spread(blocks)[None]
         ranked = score.masked_fill(always, math.inf).argsort(dim=1, descending=True, stable=True)
         rank = ranked.argsort(dim=1)
-        wanted = max(1, round(self.density * blocks))
+        wanted = wanted_blocks(self.density, places, self.text_counts)
         # A row whose own block is not among the best columns reads it instead of the last of them.
         best, all_but_one = (rank < wanted) | always, (rank < wanted - 1) | always
         among = ~(places.own & ~best[:, None]).any(2, keepdim=True)
