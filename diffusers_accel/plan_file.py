@@ -14,6 +14,7 @@ import msgspec
 from diffusers_accel.files import FileError, Schema, checksum, printable, quoted, shaped
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import Method
+from diffusers_accel.methods.orders.patches import of_version_1
 from diffusers_accel.plan_span import EDGES, Row, Span, row_of, row_text
 from diffusers_accel.shape import ModelShape
 
@@ -231,9 +232,11 @@ def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _upgraded_method(method: object, path: str) -> object:
-    """Version 1 called the rest "kept" a reuse and had no other."""
+    """Version 1 called the rest "kept" a reuse and had no other; its patches left text where it stands."""
     if isinstance(method, Mapping) and "rest" in method:
         raise FileError(f"{path}: unknown key 'rest' of version 1, which has \"reuse\"")
+    if isinstance(method, Mapping) and "order" in method:
+        method = {**method, "order": of_version_1(method["order"])}
     if not isinstance(method, Mapping) or "reuse" not in method:
         return method
     reuse = method["reuse"]
