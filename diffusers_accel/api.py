@@ -14,27 +14,27 @@ import torch
 from torch import nn
 
 from diffusers_accel.arguments import check_parameters, wrong_plan
-from diffusers_accel.clock import Clock, tells_steps
-from diffusers_accel.deals import Deals
-from diffusers_accel.engine import PlanEngine
+from diffusers_accel.attach.clock import Clock, tells_steps
+from diffusers_accel.attach.host_caches import caches_on
+from diffusers_accel.attach.processor import attend_densely, redirect, restore, site_of
+from diffusers_accel.attach.site import Engine, Model, Site, Timer
 from diffusers_accel.families import find
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.forwards.report import ForwardsReport
 from diffusers_accel.forwards.scope import Scope
-from diffusers_accel.host_caches import caches_on
 from diffusers_accel.kernels.kept import forget_kept
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.log import LOG
-from diffusers_accel.memory import MAX_CACHE, Memories
 from diffusers_accel.methods import AUTO, NAMED, Method, Recipe
 from diffusers_accel.plan import Plan
-from diffusers_accel.plan_size import check_size, planned_size
-from diffusers_accel.processor import attend_densely, redirect, restore, site_of
-from diffusers_accel.remarks import Remarks
+from diffusers_accel.plan.size import check_size, planned_size
 from diffusers_accel.report import PatchReport, strangers
+from diffusers_accel.run.deals import Deals
+from diffusers_accel.run.engine import PlanEngine
+from diffusers_accel.run.memory import MAX_CACHE, Memories
+from diffusers_accel.run.remarks import Remarks
 from diffusers_accel.shape import ModelShape
-from diffusers_accel.site import Engine, Model, Site, Timer
 from diffusers_accel.subject import Patchable, split
+from diffusers_accel.support.log import LOG
 
 PRESET = "pattern"
 FEW_TOKENS = 4096  # 32 blocks: below that a method has too few blocks to leave any out

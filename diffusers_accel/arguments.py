@@ -13,7 +13,7 @@ import msgspec
 from diffusers_accel.files import quoted
 from diffusers_accel.forwards import NAMED_FORWARDS, PREDICTORS, RULES, Forwards
 from diffusers_accel.methods import NAMED, SELECTS, Recipe
-from diffusers_accel.suggest import closest
+from diffusers_accel.support.suggest import closest
 
 NAMES: dict[str, Callable[..., Recipe | Forwards]] = {**NAMED, **NAMED_FORWARDS}
 

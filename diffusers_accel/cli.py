@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusers_accel.terminal import Withheld, run_command, safe
+from diffusers_accel.support.terminal import Withheld, run_command, safe
 
 if TYPE_CHECKING:
     from diffusers_accel.search.budget import Budget
@@ -347,7 +347,7 @@ def plan_show(file: Annotated[Path, typer.Argument(help="A plan file.")]) -> Non
 @plan_app.command("schema")
 def plan_schema() -> None:
     """Print the JSON schema of plan files, by which an editor completes and checks them."""
-    from diffusers_accel.plan_schema import schema_text
+    from diffusers_accel.plan.schema import schema_text
 
     print(schema_text(), end="")
 
@@ -372,7 +372,7 @@ def _run(arguments: list[str]) -> int:
 
 def _usage(error: Any) -> str:
     """What typer says about an option, with what was meant."""
-    from diffusers_accel.suggest import did_you_mean
+    from diffusers_accel.support.suggest import did_you_mean
 
     text = error.format_message().strip().rstrip(".")
     text = text if len(text) <= 300 else f"{text[:300]} ..."
@@ -394,8 +394,8 @@ def _load(setup: Setup) -> Any:
 
 def _texts(pipe: str, prompt: list[str] | None, file: Path | None, *, for_search: bool) -> list[str]:
     """The prompts that were given, else four that no other command takes."""
-    from diffusers_accel import prompts
     from diffusers_accel.cli_arguments import check_prompts, read_prompts
+    from diffusers_accel.support import prompts
 
     if prompt and file:
         raise ValueError("prompts: expected --prompt or --prompts, found both")

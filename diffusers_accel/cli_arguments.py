@@ -13,7 +13,7 @@ from diffusers_accel.plan import Plan
 from diffusers_accel.search.keeping import check_places
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.subject import split
-from diffusers_accel.suggest import did_you_mean, did_you_mean_file
+from diffusers_accel.support.suggest import did_you_mean, did_you_mean_file
 
 MAX_PROMPT_BYTES = 2**20
 

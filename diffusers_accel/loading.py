@@ -16,11 +16,11 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from diffusers_accel.device import find_device
 from diffusers_accel.evals import shapes
 from diffusers_accel.families import COMPONENTS, family_of, supported
 from diffusers_accel.files import FileError, printable, quoted, read_json
-from diffusers_accel.suggest import did_you_mean, did_you_mean_file
+from diffusers_accel.support.device import find_device
+from diffusers_accel.support.suggest import did_you_mean, did_you_mean_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OFFLOADS = ("none", "model", "group")

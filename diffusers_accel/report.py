@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from diffusers_accel.engine import PlanEngine
+from diffusers_accel.attach.site import Site
 from diffusers_accel.forwards.report import ForwardsReport
 from diffusers_accel.methods import BLOCK
-from diffusers_accel.site import Site
+from diffusers_accel.run.engine import PlanEngine
 
 EXCEEDED = 1.2  # times the density that was asked for, from which on the report says why
 

@@ -15,7 +15,7 @@ from diffusers_accel.evals.generate import RESERVED, Prompt
 from diffusers_accel.evals.metrics import METRICS
 from diffusers_accel.evals.tally import BASELINE
 from diffusers_accel.files import FileError, check_json, printable, quoted
-from diffusers_accel.suggest import did_you_mean
+from diffusers_accel.support.suggest import did_you_mean
 
 LONGEST_NAME, LONGEST_PROMPT = 100, 10_000  # characters
 LARGEST_SEED = 2**63 - 1

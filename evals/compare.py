@@ -44,10 +44,10 @@ from diffusers_accel.evals.tally import (
     speed_rows,
 )
 from diffusers_accel.files import printable, quoted
-from diffusers_accel.interrupted import Interrupted
 from diffusers_accel.plan import Plan
-from diffusers_accel.plan_size import check_size
+from diffusers_accel.plan.size import check_size
 from diffusers_accel.subject import Patchable
+from diffusers_accel.support.interrupted import Interrupted
 
 DISTRIBUTIONS = ("torch", "triton", "diffusers", "diffusers-accel", "numpy", "scikit-image", "lpips")
 LONGEST_REASON = 300  # characters of why a metric is missing, which each of its rows repeats

@@ -14,7 +14,6 @@ import msgspec
 import torch
 from torch import Tensor
 
-from diffusers_accel import plan_file
 from diffusers_accel.evals.clip_record import KIND as CLIP
 from diffusers_accel.evals.clip_record import ClipRecord
 from diffusers_accel.evals.machine import git_sha, machine, versions
@@ -33,8 +32,9 @@ from diffusers_accel.files import (
     quoted,
     save_document,
 )
-from diffusers_accel.identity import components, fingerprint, model_name, plain
 from diffusers_accel.plan import Plan
+from diffusers_accel.plan import file as plan_file
+from diffusers_accel.support.identity import components, fingerprint, model_name, plain
 
 KIND = Kind("diffusers_accel.comparison", version=1, remedy="delete its folder to measure again, or name another")
 RUN, LOCK = "comparison.json", ".comparison.json.lock"

@@ -13,12 +13,12 @@ from torch import nn
 
 from diffusers_accel.families import Family, find
 from diffusers_accel.files import check_json, quoted
-from diffusers_accel.identity import plain
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.checks import real_number
 from diffusers_accel.search.running import Prompt, prompt_label
 from diffusers_accel.search.schedule import is_border
-from diffusers_accel.suggest import closest
+from diffusers_accel.support.identity import plain
+from diffusers_accel.support.suggest import closest
 
 SPANS = (0.1, 0.3, 0.6)  # borders: short spans first, where one step differs most from the next
 

@@ -11,19 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffusers_accel.methods import Method
 from diffusers_accel.search.budget import Budget
+from diffusers_accel.search.cost import Cost
 from diffusers_accel.search.knapsack import cheapest, knapsack
 from diffusers_accel.search.schedule import is_border, is_open
 from diffusers_accel.search.scores import DENSE, Array, Scores
-
-if TYPE_CHECKING:
-    from diffusers_accel.methods import Method
-    from diffusers_accel.search.cost import Cost
-
 
 SHARE_MARGIN = 0.1  # by so much attention's measured share is raised before a budget is refused before its time
 

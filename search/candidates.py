@@ -11,7 +11,7 @@ import torch
 from diffusers_accel.families import find
 from diffusers_accel.files import quoted
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Skip, Stored, Stripe
-from diffusers_accel.suggest import did_you_mean
+from diffusers_accel.support.suggest import did_you_mean
 
 DENSITIES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 EVERY = 3  # steps from refresh to refresh

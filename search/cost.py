@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
-from diffusers_accel.deals import Deal, deal
 from diffusers_accel.files import Kind, Schema, load_document, printable, quoted, save_document
-from diffusers_accel.launch import run
-from diffusers_accel.memory import Memory
 from diffusers_accel.methods import Method
 from diffusers_accel.methods.uses import Tensors
+from diffusers_accel.run.deals import Deal, deal
+from diffusers_accel.run.launch import run
+from diffusers_accel.run.memory import Memory
 
 KIND = Kind("diffusers_accel.cost", 3, "delete the file and measure the cost again")
 MIN_ROUNDS = 3
@@ -136,7 +136,7 @@ def time_candidates(
         else:
             cycle = _Cycle(launch, call, q, k, v)
             refresh = _time(cycle.refresh, q.device)
-            return _time(cycle.reuse, q.device), refresh
+            return _time(cycle.go_on, q.device), refresh
         return ms, ms
 
     for launch in planned:  # compile, load and touch everything once
@@ -169,7 +169,7 @@ class _Cycle:
         self._memory, self._step = Memory(), 0
         return self._run()
 
-    def reuse(self) -> Tensor:
+    def go_on(self) -> Tensor:
         """The next one."""
         self._step += 1
         return self._run()

@@ -20,13 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_accel.attach.site import Engine, Site
+from diffusers_accel.block_external.drift import Calibration
 from diffusers_accel.call import AttentionCall
-from diffusers_accel.drift import Calibration
-from diffusers_accel.engine import running_span
 from diffusers_accel.files import quoted
-from diffusers_accel.grouped import key_heads
-from diffusers_accel.identity import plain
-from diffusers_accel.interrupted import Interrupted
 from diffusers_accel.kernels.attention import attention
 from diffusers_accel.kernels.kept import kept
 from diffusers_accel.kernels.pattern import BlockPattern, head_index
@@ -40,11 +37,14 @@ from diffusers_accel.methods.select import Inputs
 from diffusers_accel.methods.steps import mixed
 from diffusers_accel.methods.uses import Tensors
 from diffusers_accel.plan import Plan
+from diffusers_accel.run.engine import running_span
+from diffusers_accel.run.grouped import key_heads
 from diffusers_accel.search.arguments import check_call, check_pipeline, check_prompts
 from diffusers_accel.search.checks import whole_number
 from diffusers_accel.search.running import Prompt, SiteEngine, now, prompt_label, run_pipeline
 from diffusers_accel.search.screen import Screen
-from diffusers_accel.site import Engine, Site
+from diffusers_accel.support.identity import plain
+from diffusers_accel.support.interrupted import Interrupted
 
 MODEL_ORDER = AxisOrder()
 WATCHED = 32  # query blocks of a call, evenly spread: means over 4,096 queries

@@ -13,14 +13,14 @@ import torch
 
 import diffusers_accel
 from diffusers_accel.files import quoted
-from diffusers_accel.identity import Found, components, fingerprint, model_name, plain
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.plan_uses import GRID
+from diffusers_accel.plan.uses import GRID
 from diffusers_accel.search.cost import describe_device
 from diffusers_accel.search.schedule import Settings
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.search.stored_masks import USUAL_MASKS
 from diffusers_accel.shape import ModelShape
+from diffusers_accel.support.identity import Found, components, fingerprint, model_name, plain
 
 
 def configuration(pipe: Any, found: Found, call: Mapping[str, Any], settings: Settings) -> dict[str, Any]:

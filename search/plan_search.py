@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from diffusers_accel.attach.site import Engine, Site
 from diffusers_accel.files import only_writer, quoted
-from diffusers_accel.interrupted import Interrupted
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import Method
 from diffusers_accel.plan import Plan
@@ -51,7 +51,7 @@ from diffusers_accel.search.screen import Screen, clock
 from diffusers_accel.search.sensitivity import Dense, LastLatents, impact, plan_engine, span_choice
 from diffusers_accel.search.stored_masks import USUAL_MASKS, MaskSettings
 from diffusers_accel.search.trial import CostTimer, Stopwatch, Trial
-from diffusers_accel.site import Engine, Site
+from diffusers_accel.support.interrupted import Interrupted
 
 ROWS = 256
 COST_SECONDS = 10.0

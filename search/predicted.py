@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffusers_accel.search.assign import Assignment
 from diffusers_accel.search.scores import Array, Scores
-
-if TYPE_CHECKING:
-    from diffusers_accel.search.assign import Assignment
 
 # Relative squared errors from which on a result is called ruined: half of the amplitude of the final latents, and, where the
 # spans were not measured, half of the energy of what attention gives.

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusers_accel.attach.site import Engine, Site, Timer
 from diffusers_accel.call import AttentionCall
-from diffusers_accel.grouped import of_heads
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, Method
+from diffusers_accel.run.grouped import of_heads
 from diffusers_accel.search.measure import SampledHeads, head_grams, layer_energy, projection, sample_rows
 from diffusers_accel.search.recorders import recorders
 from diffusers_accel.search.row import Chunk, RowProbe, grouped, keep
@@ -31,7 +32,6 @@ from diffusers_accel.search.schedule import Schedule, Settings, kept_age, span_i
 from diffusers_accel.search.scores import Array, Pass, Scores
 from diffusers_accel.search.selections import KeptRows, RowReader, Selections
 from diffusers_accel.shape import ModelShape
-from diffusers_accel.site import Engine, Site, Timer
 
 CHUNK_BYTES = (
     1 << 30

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.api import attach
+from diffusers_accel.attach.site import Engine, Site
 from diffusers_accel.call import AttentionCall
-from diffusers_accel.identity import plain
-from diffusers_accel.site import Engine, Site
+from diffusers_accel.support.identity import plain
 
 Prompt = str | Mapping[str, Any]
 

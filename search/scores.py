@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from diffusers_accel.methods import Method
 from diffusers_accel.search.recorders import RECORDERS
 from diffusers_accel.search.schedule import mean_age, refresh_share
 from diffusers_accel.search.scores_check import check_scores, check_size
+from diffusers_accel.search.scores_data import ScoresData
 from diffusers_accel.search.scores_file import Array, Pass, read, refused, write
 from diffusers_accel.shape import ModelShape
 
@@ -28,7 +28,7 @@ DENSE = 0  # index of the dense candidate
 
 
 @dataclass(frozen=True)
-class Scores:
+class Scores(ScoresData):
     """Errors of every candidate for every (span, layer, head) of each transformer, as sums over samples.
 
     A sample is one attention call (one prompt, step, branch and batch row) in which a candidate could be measured. What a
@@ -56,18 +56,6 @@ class Scores:
     Raises:
         FileError: a part is wrong or does not fit the others; the message begins with its path.
     """
-
-    family: str
-    models: dict[str, ModelShape]
-    layout: TokenLayout
-    candidates: tuple[Method, ...]
-    spans: tuple[tuple[float, float], ...]
-    parts: int
-    config: dict[str, Any]
-    provenance: dict[str, Any]
-    passes: tuple[Pass, ...]
-    sums: dict[str, Array]
-    impacts: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check_size(self)

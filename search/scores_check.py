@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from diffusers_accel.files import FileError, check_json, printable, quoted
+from diffusers_accel.search.scores_data import ScoresData
 from diffusers_accel.search.scores_file import Array, Pass
-
-if TYPE_CHECKING:
-    from diffusers_accel.search.scores import Scores
 
 MOST_TOKENS = 2**31 - 1
 MOST_STEPS = 100_000  # of a span: what is above it is a mistake
 SHARE = 1 + 1e-6  # sums of shares are rounded
 
 
-def check_scores(scores: Scores, arrays: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+def check_scores(scores: ScoresData, arrays: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
     """Refuses the first part that is wrong.
 
     Args:
@@ -46,7 +43,7 @@ def check_scores(scores: Scores, arrays: Mapping[str, tuple[tuple[int, ...], str
             raise FileError(f"{_path('sums', f'density/{name}')}: expected 1 a sample of dense attention, found less")
 
 
-def check_size(scores: Scores) -> None:
+def check_size(scores: ScoresData) -> None:
     """Before the shapes of arrays follow from them."""
     layout = scores.layout
     if layout.tokens > MOST_TOKENS:
@@ -55,7 +52,7 @@ def check_size(scores: Scores) -> None:
         raise FileError(f"parts: expected 0 to {MOST_STEPS:,}, found {quoted(scores.parts)}")
 
 
-def _check_shapes(scores: Scores) -> None:
+def _check_shapes(scores: ScoresData) -> None:
     if not scores.family:
         raise FileError("family: expected the name of a model family, found none")
     if not scores.models:
@@ -71,7 +68,7 @@ def _check_shapes(scores: Scores) -> None:
         raise FileError("candidates: expected each method once, found one twice")
 
 
-def _check_spans(scores: Scores) -> None:
+def _check_spans(scores: ScoresData) -> None:
     edge = 0.0
     for index, (start, stop) in enumerate(scores.spans):
         if not (start == edge < stop <= 1):
@@ -84,7 +81,7 @@ def _check_spans(scores: Scores) -> None:
         raise FileError(f"spans: expected an end at 1, found {edge:g}")
 
 
-def _check_pass(scores: Scores, done: Pass, path: str) -> None:
+def _check_pass(scores: ScoresData, done: Pass, path: str) -> None:
     for what in ("seconds", "attention_seconds"):
         value = getattr(done, what)
         if not math.isfinite(value) or value <= 0:
@@ -107,14 +104,14 @@ def _check_pass(scores: Scores, done: Pass, path: str) -> None:
         raise FileError(f"{path}.calls: expected calls of self-attention in one of the spans, found none")
 
 
-def _check_impacts(scores: Scores) -> None:
+def _check_impacts(scores: ScoresData) -> None:
     if len(scores.impacts) > len(scores.spans) or not all(math.isfinite(each) and each >= 0 for each in scores.impacts):
         raise FileError(
             f"impacts: expected at most {len(scores.spans)} finite numbers of 0 or more, found {quoted(scores.impacts)}"
         )
 
 
-def _check_names(scores: Scores, arrays: Mapping[str, object]) -> None:
+def _check_names(scores: ScoresData, arrays: Mapping[str, object]) -> None:
     if missing := sorted(set(arrays) - set(scores.sums)):
         raise FileError(f"sums: expected the array {quoted(missing[0])}, found none of that name")
     if unknown := sorted(set(scores.sums) - set(arrays)):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from diffusers_accel.log import LOG
+from diffusers_accel.support.log import LOG
 
 
 class Screen:

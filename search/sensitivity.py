@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from diffusers_accel.attach.site import Engine, Site
 from diffusers_accel.call import AttentionCall
-from diffusers_accel.deals import Deals
-from diffusers_accel.engine import PlanEngine
-from diffusers_accel.memory import Memories
 from diffusers_accel.plan import Plan
+from diffusers_accel.run.deals import Deals
+from diffusers_accel.run.engine import PlanEngine
+from diffusers_accel.run.memory import Memories
 from diffusers_accel.search.knapsack import knapsack
 from diffusers_accel.search.plan_making import chosen_spans, joined_spans, plan_tensors
 from diffusers_accel.search.predicted import span_errors
 from diffusers_accel.search.running import Enough
 from diffusers_accel.search.scores import DENSE, Array, Scores
-from diffusers_accel.site import Engine, Site
 
 DENSITY = (
     0.3  # of the span that is made sparse: far enough from dense to be measured, not so far that the video is another

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusers_accel.attach.site import Engine, Site, Timer
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.search.cost import Cost, alike, describe_device, launch_all, time_candidates
@@ -18,7 +19,6 @@ from diffusers_accel.search.probe import PassProbe
 from diffusers_accel.search.recorders import RECORDERS
 from diffusers_accel.search.running import Enough, SiteEngine, now
 from diffusers_accel.search.scores import Scores
-from diffusers_accel.site import Engine, Site, Timer
 
 MOST_STEPS = 3  # that are timed
 

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusers_accel.call import AttentionCall, DenseAttention
-from diffusers_accel.deals import Deal, deal
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.pool import pool
-from diffusers_accel.launch import Ran, run
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.memory import Memory
 from diffusers_accel.methods import BLOCK, Method
 from diffusers_accel.methods.select import Inputs
+from diffusers_accel.run.deals import Deal, deal
+from diffusers_accel.run.launch import Ran, run
+from diffusers_accel.run.memory import Memory
 
 CPU = torch.device("cpu")
 NONE: Mapping[str, Tensor] = {}

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusers_accel.block_external import Counts, ExternalCache, attend
-from diffusers_accel.drift import Calibration, drift
-from diffusers_accel.gate import Gate
+from diffusers_accel.block_external.drift import Calibration, drift
+from diffusers_accel.block_external.gate import Gate
 from diffusers_accel.kernels.dense import dense
 from diffusers_accel.kernels.merge import merge
 from diffusers_accel.kernels.merge.reference import merge as reference_merge
@@ -228,6 +228,12 @@ def test_clear_forgets_and_counts_anew() -> None:
     assert cache.memory == 0 and cache.counts == Counts()
     run(cache, given, 1)
     assert cache.counts == Counts(full=1, computed_heads=H)
+
+
+def test_grouped_keys_are_refused() -> None:
+    q, k, v, keys, values = inputs(0)
+    with pytest.raises(ValueError, match=f"with the {H} heads of q, found 1: repeat"):
+        run(ExternalCache(), (q, k[:, :, :1], v[:, :, :1], keys, values), 0)
 
 
 # What drops what is kept

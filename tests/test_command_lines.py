@@ -14,10 +14,10 @@ import pytest
 
 from diffusers_accel import Plan, cli
 from diffusers_accel.evals import compare, kernel_bench
-from diffusers_accel.interrupted import Interrupted
 from diffusers_accel.methods import NAMED
 from diffusers_accel.search import gates
 from diffusers_accel.shape import ModelShape
+from diffusers_accel.support.interrupted import Interrupted
 
 MODELS = {"transformer": ModelShape(2, 2, 32)}
 posix = pytest.mark.skipif(sys.platform == "win32", reason="named pipes and permissions of POSIX")

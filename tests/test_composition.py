@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusers_accel import patch
-from diffusers_accel.launch import Ran
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.memory import Memory
 from diffusers_accel.methods import (
     BLOCK,
     DENSE,
@@ -34,6 +32,8 @@ from diffusers_accel.methods import (
     Stripe,
 )
 from diffusers_accel.methods.selects.stored import packed
+from diffusers_accel.run.launch import Ran
+from diffusers_accel.run.memory import Memory
 from tests.stages import attend, dealt, mask_of, pattern_of, sdpa
 from tests.tiny import TEXT_DIM, tiny_wan_transformer
 

@@ -21,11 +21,11 @@ from torch._dynamo.testing import CompileCounter
 
 from diffusers_accel import patch, unpatch
 from diffusers_accel.api import Attachment, attach
+from diffusers_accel.attach.site import Rows
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.families import find, list_families
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, AxisOrder, Band, Method
-from diffusers_accel.site import Rows
 from diffusers_accel.step_timing import time_step
 from tests.stages import mask_of
 from tests.tiny import (

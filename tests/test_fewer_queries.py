@@ -11,14 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusers_accel import processor
+from diffusers_accel.attach import processor
+from diffusers_accel.attach.site import Model, Rows, Site
 from diffusers_accel.call import AttentionCall
-from diffusers_accel.deals import Deals, deal
-from diffusers_accel.engine import PlanEngine
 from diffusers_accel.kernels.pool import pool
-from diffusers_accel.launch import Ran, run
 from diffusers_accel.layout import Segment, TokenLayout
-from diffusers_accel.memory import Memories, Memory
 from diffusers_accel.methods import (
     BLOCK,
     DENSE,
@@ -38,6 +35,10 @@ from diffusers_accel.methods.order import exact_tokens
 from diffusers_accel.methods.select import Inputs
 from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.plan import Plan, Span
+from diffusers_accel.run.deals import Deals, deal
+from diffusers_accel.run.engine import PlanEngine
+from diffusers_accel.run.launch import Ran, run
+from diffusers_accel.run.memory import Memories, Memory
 from diffusers_accel.search.gates import Watch
 from diffusers_accel.search.measure import SampledHeads, deviations, head_grams, layer_energy
 from diffusers_accel.search.probe import PassProbe
@@ -46,7 +47,6 @@ from diffusers_accel.search.running import SiteEngine
 from diffusers_accel.search.schedule import Settings
 from diffusers_accel.search.selections import Selections
 from diffusers_accel.shape import ModelShape
-from diffusers_accel.site import Model, Rows, Site
 
 CPU = torch.device("cpu")
 HEADS, HEAD_DIM = 4, 16

@@ -6,7 +6,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from diffusers_accel.families import find
-from diffusers_accel.identity import components, fingerprint
+from diffusers_accel.support.identity import components, fingerprint
 from tests.tiny import tiny_wan
 
 

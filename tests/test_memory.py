@@ -11,16 +11,17 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
 
-from diffusers_accel import Plan, launch, patch
-from diffusers_accel import memory as memory_module
+from diffusers_accel import Plan, patch
 from diffusers_accel.api import Patch
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.kernels.pattern import BlockPattern
-from diffusers_accel.memory import CacheBudget, Memories, Memory
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Recipe
 from diffusers_accel.methods.rest import Held
 from diffusers_accel.methods.steps import mixed
 from diffusers_accel.plan import Span
+from diffusers_accel.run import launch
+from diffusers_accel.run import memory as memory_module
+from diffusers_accel.run.memory import CacheBudget, Memories, Memory
 from diffusers_accel.shape import ModelShape
 from tests.tiny import (
     HEAD_DIM,
@@ -547,7 +548,7 @@ def test_steps_are_known_from_the_timesteps_alone(named: bool, monkeypatch: pyte
     pipe = tiny_wan()
     pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     if not named:
-        monkeypatch.setattr("diffusers_accel.clock.Clock._from_context", lambda self: None)
+        monkeypatch.setattr("diffusers_accel.attach.clock.Clock._from_context", lambda self: None)
     with patch(pipe, CACHED) as done:
         frames(pipe)
         assert [row["reused"] for row in done.report().rows] == [3 * 2 * HEADS] * LAYERS

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.pool import pool
-from diffusers_accel.kernels.select import starved_rows
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import (
     AUTO,
@@ -403,8 +402,9 @@ def test_the_faithful_draft_starves_rows_and_a_floor_feeds_them() -> None:
     q[:, : 8 * BLOCK] *= 0.01  # rows whose attention is spread over all blocks
     bare = pattern_of(Method(Patches(), Draft(0.05, **FAITHFUL)), layout, q, k)
     fed = pattern_of(Method(Patches(), Draft(0.05, floor=2, diagonal=False, first_frame=False)), layout, q, k)
-    assert int(starved_rows(bare).sum()) > 0
-    assert int(starved_rows(fed, 2).sum()) == 0
+    share = Draft(0.05, **FAITHFUL).starved(bare, Patches(), layout)
+    assert share is not None and float(share) == float((bare.counts == 0).double().mean()) > 0
+    assert int(fed.counts.min()) >= 2 and Draft(0.05, floor=2).starved(fed, Patches(), layout) is None
     assert torch.all(fed.mask() | ~bare.mask()), "a floor adds blocks and takes none away"
 
 
@@ -682,8 +682,8 @@ RECIPES: dict[str, tuple[Recipe, dict[str, Any], Recipe]] = {
     "dense": (Recipe((DENSE,)), {"precision": "int8"}, Recipe((Method(precision="int8"),))),
     "pattern": (
         Recipe((Method(select=Band(0.5)), Method(HWF, Band(0.5))), dense_steps=0.2),
-        {"density": 0.3, "dense_steps": 0.1, "dense_layers": 2, "precision": "int8"},
-        Recipe((Method(select=Band(0.3), precision="int8"), Method(HWF, Band(0.3), "int8")), 0.1, 2),
+        {"density": 0.3, "dense_steps": 0.1, "dense_layers": 2, "precision": "int8", "rest": "pooled"},
+        Recipe((Method(AxisOrder(), Band(0.3), "int8", Pooled()), Method(HWF, Band(0.3), "int8", Pooled())), 0.1, 2),
     ),
     "draft": (
         Recipe((Method(Patches(), Draft(0.25)),), dense_steps=0.25, dense_layers=1),
@@ -697,8 +697,9 @@ RECIPES: dict[str, tuple[Recipe, dict[str, Any], Recipe]] = {
             "dense_steps": 0.3,
             "dense_layers": 2,
             "precision": "int8_fp8",
+            "rest": "pooled",
         },
-        Recipe((Method(Patches(4, 32), Draft(None, 0.9, hold=2, **FAITHFUL), "int8_fp8"),), 0.3, 2),
+        Recipe((Method(Patches(4, 32), Draft(None, 0.9, hold=2, **FAITHFUL), "int8_fp8", Pooled()),), 0.3, 2),
     ),
     "cached": (
         Recipe((Method(Patches(), Draft(0.25), rest=Kept(3)),)),
@@ -707,8 +708,8 @@ RECIPES: dict[str, tuple[Recipe, dict[str, Any], Recipe]] = {
     ),
     "reordered": (
         Recipe((Method(HWF, Draft(0.5), AUTO),)),
-        {"density": 0.3, "axes": "whf", "dense_steps": 0.1, "dense_layers": 1, "precision": "int8"},
-        Recipe((Method(AxisOrder("whf"), Draft(0.3), "int8"),), 0.1, 1),
+        {"density": 0.3, "axes": "whf", "dense_steps": 0.1, "dense_layers": 1, "precision": "int8", "rest": "pooled"},
+        Recipe((Method(AxisOrder("whf"), Draft(0.3), "int8", Pooled()),), 0.1, 1),
     ),
 }
 
@@ -721,6 +722,14 @@ def test_named_recipes_and_all_their_parameters(name: str) -> None:
     known = set(inspect.signature(NAMED[name]).parameters)
     assert set(parameters) == known - ({"density", "rule"} if name == "draft" else set())
     assert set(RECIPES) == set(NAMED)
+
+
+@pytest.mark.parametrize("name", ["pattern", "draft", "reordered"])
+def test_what_is_kept_has_a_recipe_of_its_own(name: str) -> None:
+    assert NAMED[name](rest="drop") == NAMED[name]()
+    for wrong in ("kept", "pool"):
+        with pytest.raises(ValueError, match=f"rest: expected one of drop, pooled, found '{wrong}'"):
+            NAMED[name](rest=wrong)
 
 
 def test_a_draft_recipe_by_rows() -> None:

@@ -19,17 +19,17 @@ from torch._dynamo.testing import CompileCounter
 
 from diffusers_accel import Plan, patch, unpatch
 from diffusers_accel.api import attach
+from diffusers_accel.attach.processor import SITES
+from diffusers_accel.attach.site import Rows
 from diffusers_accel.call import AttentionCall
-from diffusers_accel.deals import MAX_LAYOUTS
 from diffusers_accel.families import COGVIDEOX, WAN, find, list_families
 from diffusers_accel.kernels.attention import attention
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, DENSE, AxisOrder, Band, Method, Recipe, Skip, Stripe
 from diffusers_accel.plan import PlanError
-from diffusers_accel.processor import SITES
+from diffusers_accel.run.deals import MAX_LAYOUTS
 from diffusers_accel.shape import ModelShape
-from diffusers_accel.site import Rows
 from tests.stages import mask_of
 from tests.tiny import (
     HEAD_DIM,
@@ -165,7 +165,7 @@ def test_clock_reads_step_and_branch(experts: int, source: str, monkeypatch: pyt
     pipe = tiny_wan(experts)
     if source == "timestep":
         pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-        monkeypatch.setattr("diffusers_accel.clock.Clock._from_context", lambda self: None)
+        monkeypatch.setattr("diffusers_accel.attach.clock.Clock._from_context", lambda self: None)
     seen: list[tuple[Any, str]] = []
 
     class Watch:

@@ -17,7 +17,7 @@ from diffusers_accel import Plan, cli
 from diffusers_accel.forwards import PREDICTORS, RULES
 from diffusers_accel.methods import NAMED, RESTS, SELECTS
 from diffusers_accel.plan import PlanError
-from diffusers_accel.plan_schema import json_schema, schema_text
+from diffusers_accel.plan.schema import json_schema, schema_text
 from diffusers_accel.shape import ModelShape
 from tests.test_plan_sigma import windows
 from tests.test_plan_v2 import EVERY_FORWARDS, bands, cached, every_kind, two_experts

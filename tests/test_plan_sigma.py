@@ -22,13 +22,14 @@ from diffusers import (
 )
 from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
 
-from diffusers_accel import Plan, clock, patch
+from diffusers_accel import Plan, patch
 from diffusers_accel.api import attach
+from diffusers_accel.attach import clock
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.evals.report.render import html
 from diffusers_accel.methods import DENSE, Draft, Kept, Method, Patches, Skip
 from diffusers_accel.plan import PlanError, Span
-from diffusers_accel.plan_span import By
+from diffusers_accel.plan.span import By
 from diffusers_accel.search.gates import calibrate_gates
 from diffusers_accel.shape import ModelShape
 from tests.evals import synthetic

@@ -20,7 +20,7 @@ from diffusers_accel.forwards import EasyCache, Forwards, Schedule, Taylor, easy
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Recipe, Skip, Stored, Stripe
 from diffusers_accel.plan import PlanError, Span
-from diffusers_accel.plan_span import SYMBOL, new_symbols
+from diffusers_accel.plan.span import SYMBOL, new_symbols
 from diffusers_accel.search.assign import Assignment
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.cost import Cost

@@ -13,14 +13,15 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig
 
-from diffusers_accel import Plan, launch, patch, unpatch
+from diffusers_accel import Plan, patch, unpatch
 from diffusers_accel.kernels import pattern as patterns
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.log import LOG
 from diffusers_accel.methods import BLOCK, NAMED, AxisOrder, Draft, Method, Recipe, Skip, Stored
 from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.plan import PlanError
+from diffusers_accel.run import launch
 from diffusers_accel.shape import ModelShape
+from diffusers_accel.support.log import LOG
 from tests.tiny import HEAD_DIM, HEADS, LAYERS, tiny_wan, tiny_wan_call
 
 LAYOUT = TokenLayout(3, 16, 16)

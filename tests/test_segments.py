@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
-from diffusers_accel.deals import deal
 from diffusers_accel.kernels.pool import pool
-from diffusers_accel.launch import Ran, run
 from diffusers_accel.layout import Segment, TokenLayout
-from diffusers_accel.memory import Memory
 from diffusers_accel.methods import BLOCK, AxisOrder, Band, Draft, Kept, Method, Order, Patches, Pooled, Stored, Stripe
 from diffusers_accel.methods.arrangement import arrangement
 from diffusers_accel.methods.order import exact_tokens, video_places
 from diffusers_accel.methods.select import Inputs
 from diffusers_accel.methods.selects.stored import packed
+from diffusers_accel.run.deals import deal
+from diffusers_accel.run.launch import Ran, run
+from diffusers_accel.run.memory import Memory
 
 CPU = torch.device("cpu")
 HEAD_DIM = 16

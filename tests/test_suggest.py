@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_accel.suggest import did_you_mean, did_you_mean_file
+from diffusers_accel.support.suggest import did_you_mean, did_you_mean_file
 
 METHODS = ("dense", "pattern", "draft", "cached", "reordered")
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from diffusers_accel.clock import Clock
+from diffusers_accel.attach.clock import Clock
+from diffusers_accel.attach.site import Model
 from diffusers_accel.forwards.calls import Given, Reader, as_output, sample_of
 from diffusers_accel.forwards.forwards import Forwards
 from diffusers_accel.forwards.rule import Computed, Now
 from diffusers_accel.forwards.state import Branch, Generation, Tally
 from diffusers_accel.forwards.wrapper import wrap
-from diffusers_accel.site import Model
 
 Listener = Callable[[str, str, tuple[int, int]], None]
 

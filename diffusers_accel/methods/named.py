@@ -11,7 +11,7 @@ from diffusers_accel.methods.orders import AxisOrder, Patches
 from diffusers_accel.methods.rest import Rest
 from diffusers_accel.methods.rests import RESTS, Kept
 from diffusers_accel.methods.selects import All, Band, Draft
-from diffusers_accel.suggest import did_you_mean
+from diffusers_accel.support.suggest import did_you_mean
 
 
 @dataclass(frozen=True)

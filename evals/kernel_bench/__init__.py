@@ -19,13 +19,13 @@ from typing import Any, NoReturn
 
 import torch
 
-from diffusers_accel.device import not_there
 from diffusers_accel.evals.kernel_bench import report, rows
 from diffusers_accel.evals.kernel_bench.points import Row, Settings, settings
 from diffusers_accel.evals.kernel_bench.watch import watched
 from diffusers_accel.files import WriteError, prepare_file, prepare_folder, printable
-from diffusers_accel.interrupted import Interrupted
-from diffusers_accel.suggest import did_you_mean, did_you_mean_file
+from diffusers_accel.support.device import not_there
+from diffusers_accel.support.interrupted import Interrupted
+from diffusers_accel.support.suggest import did_you_mean, did_you_mean_file
 
 MINUTES = 9.0  # leaves one of ten for what is around it
 # Seconds in which a point has to be done, its compilation included.

@@ -3,7 +3,7 @@
 import sys
 
 from diffusers_accel.evals.kernel_bench import main
-from diffusers_accel.terminal import run_command
+from diffusers_accel.support.terminal import run_command
 
 
 def work(arguments: list[str]) -> int:

@@ -10,13 +10,13 @@ from typing import Any, TypeAlias
 
 import torch
 
-from diffusers_accel.device import parse_device
 from diffusers_accel.evals.kernel_bench.inputs import BLOCK, INPUTS, PATTERNS, SHAPES
 from diffusers_accel.evals.kernel_bench.peers import PEERS
 from diffusers_accel.files import quoted
 from diffusers_accel.kernels import dense
 from diffusers_accel.kernels.attention import IMPLEMENTATIONS, PRECISIONS
-from diffusers_accel.suggest import did_you_mean
+from diffusers_accel.support.device import parse_device
+from diffusers_accel.support.suggest import did_you_mean
 
 Row: TypeAlias = dict[str, Any]
 

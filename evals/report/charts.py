@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_accel.evals.measurement import Measurement
 from diffusers_accel.evals.metrics import METRICS
+from diffusers_accel.evals.report.findings import Findings
 from diffusers_accel.files import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from diffusers_accel.evals.report.report import Report
 
 # Stand-ins that become CSS variables once the SVG is inside the page.
 INK, LINE = "#000001", "#000002"
@@ -44,7 +43,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def quality_speed(report: Report) -> list[str]:
+def quality_speed(report: Findings) -> list[str]:
     """One SVG per metric that has values: speed-up across, quality up; small dots are clips, large ones subjects."""
     charts = []
     for metric in METRICS.values():
@@ -54,14 +53,14 @@ def quality_speed(report: Report) -> list[str]:
     return charts
 
 
-def density_per_layer(report: Report) -> list[str]:
+def density_per_layer(report: Findings) -> list[str]:
     """One SVG per transformer: realised density of each self-attention layer, a line per subject."""
     names = list(dict.fromkeys(row["transformer"] for subject in report.subjects for row in subject.layers))
     return [_density_chart(report, name) for name in names]
 
 
 def _point(
-    report: Report, metric: str, subject: str
+    report: Findings, metric: str, subject: str
 ) -> tuple[str, Measurement, Measurement, list[tuple[float, float]]] | None:
     speed, quality = report.row("speedup", subject), report.row(metric, subject)
     if speed is None or quality is None or speed.value is None or quality.value is None:
@@ -101,7 +100,7 @@ def _quality_chart(name: str, points: Sequence[Any]) -> str:
     return _svg(f"quality-{name}", f"{metric.title} against speed-up. {found}", draw, (4.4, 3.3))
 
 
-def _density_chart(report: Report, transformer: str) -> str:
+def _density_chart(report: Findings, transformer: str) -> str:
     lines = {}
     for subject in report.subjects:
         rows = [row for row in subject.layers if row["transformer"] == transformer and row["density"] is not None]

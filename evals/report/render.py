@@ -16,17 +16,17 @@ from diffusers_accel.evals.measurement import Measurement
 from diffusers_accel.evals.metrics import METRICS
 from diffusers_accel.evals.report import charts, words
 from diffusers_accel.evals.report.colours import Colour, method_colours
-from diffusers_accel.evals.report.report import Clip, Report, Subject
+from diffusers_accel.evals.report.findings import Clip, Findings, Subject
 from diffusers_accel.files import printable
 from diffusers_accel.methods import Method
-from diffusers_accel.plan_span import compact, row_text
+from diffusers_accel.plan.span import compact, row_text
 
 FOLDER = Path(__file__).parent
 LETTERS_UP_TO = 16  # heads; a wider plan gets small cells without letters
 LETTER = 7  # pixels of a symbol's character; where symbols are wider than a cell, only the legend has them
 
 
-def html(report: Report) -> str:
+def html(report: Findings) -> str:
     """The page: style, script, charts and clips inside it."""
     template = _environment(autoescape=True).get_template("report.html.j2")
     colours = method_colours(method for subject in report.subjects for method in subject.plan.methods.values())
@@ -42,7 +42,7 @@ def html(report: Report) -> str:
     )
 
 
-def markdown(report: Report) -> str:
+def markdown(report: Findings) -> str:
     """The numbers, without plans and clips."""
     environment = _environment(autoescape=False)
     environment.filters["text"] = as_markdown_text
@@ -73,7 +73,7 @@ def _visible(value: object) -> object:
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _shared(report: Report) -> dict[str, Any]:
+def _shared(report: Findings) -> dict[str, Any]:
     names = [subject.name for subject in report.subjects]
     titles = [metric.title for metric in METRICS.values()]
     return {
@@ -89,12 +89,12 @@ def _shared(report: Report) -> dict[str, Any]:
     }
 
 
-def _clip_row(report: Report, clip: Clip, name: str) -> tuple[str, ...]:
+def _clip_row(report: Findings, clip: Clip, name: str) -> tuple[str, ...]:
     numbers = (words.number(report.row(metric, name, clip)) for metric in ("speedup", "time", *METRICS))
     return clip.prompt, str(clip.seed), name, *numbers
 
 
-def _notes(report: Report) -> list[str]:
+def _notes(report: Findings) -> list[str]:
     """What was left out or could not be measured, and what the dense runs say about the measurement itself."""
     found: dict[str, list[str]] = {}
     for row in report.rows:
@@ -165,7 +165,7 @@ def _plan(subject: Subject, colours: Mapping[Method, Colour]) -> dict[str, Any]:
     return {**shown, "colours": by_symbol, "methods": plan.methods}
 
 
-def _clip(report: Report, clip: Clip) -> dict[str, Any]:
+def _clip(report: Findings, clip: Clip) -> dict[str, Any]:
     """The films of one clip: a stack for each run, its difference from dense below it."""
     assert clip.media
     stacks = []

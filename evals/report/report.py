@@ -3,74 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from diffusers_accel.evals.measurement import Measurement, write_rows
+from diffusers_accel.evals.measurement import write_rows
 from diffusers_accel.evals.report import words
+from diffusers_accel.evals.report.findings import Findings
 from diffusers_accel.files import prepare_whole_folder, printable, whole_folder, write_whole
-from diffusers_accel.plan import Plan
-
-if TYPE_CHECKING:
-    from diffusers_accel.evals.kept import Kept
 
 NAMES = ("report.html", "report.json", "report.md")
 
 
-@dataclass(frozen=True)
-class Media:
-    """MP4 films of one clip: by subject ("dense" included), and of |subject - dense| x gain by subject."""
-
-    videos: Mapping[str, bytes]
-    differences: Mapping[str, bytes]
-    fps: int
-    gain: int
+class Removable(Protocol):
+    def remove(self) -> None: ...
 
 
 @dataclass(frozen=True)
-class Clip:
-    """One prompt with one seed; `media` only for those that the page shows."""
+class Report(Findings):
+    """What `compare` found. `str()` is the table; `save` writes report.json, report.md and report.html.
 
-    prompt: str
-    seed: int
-    media: Media | None = field(default=None, repr=False)
+    Args:
+        kept: what has been kept clip by clip, which goes once the report is saved.
+    """
 
-    @property
-    def key(self) -> dict[str, Any]:
-        """How rows refer to it."""
-        return {"prompt": self.prompt, "seed": self.seed}
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What was compared with the dense baseline: its plan, and what ran per layer (rows of `Patch.report()`)."""
-
-    name: str
-    plan: Plan
-    layers: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `compare` found. `str()` is the table; `save` writes report.json, report.md and report.html."""
-
-    rows: tuple[Measurement, ...]
-    clips: tuple[Clip, ...]
-    subjects: tuple[Subject, ...]
-    provenance: Mapping[str, Any] = field(repr=False)
-    kept: Kept | None = field(default=None, repr=False)
-
-    def row(self, metric: str, subject: str, clip: Clip | None = None) -> Measurement | None:
-        """The row of a metric of a subject, over all clips or of one; None where there is none."""
-        key = clip.key if clip else None
-        return next((r for r in self.rows if (r.metric, r.subject, r.clip) == (metric, subject, key)), None)
+    kept: Removable | None = field(default=None, repr=False)
 
     @property
     def headline(self) -> str:

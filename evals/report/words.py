@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
 from diffusers_accel.evals.measurement import Measurement
 from diffusers_accel.evals.metrics import METRICS
-
-if TYPE_CHECKING:
-    from diffusers_accel.evals.report.report import Report, Subject
+from diffusers_accel.evals.report.findings import Findings, Subject
 
 UNSTEADY = 0.05  # drift between dense runs above which times are called rough
 HEADINGS = (
@@ -48,7 +45,7 @@ def number(row: Measurement | None) -> str:
     return f"{text} {row.unit}" if row.unit not in ("", "x") else text
 
 
-def cells(report: Report, subject: str) -> tuple[str, ...]:
+def cells(report: Findings, subject: str) -> tuple[str, ...]:
     """One line of the table, in the order of HEADINGS."""
     reference = "reference" if subject == "dense" else ""
     attention = number(report.row("attention_time", subject))
@@ -65,7 +62,7 @@ def cells(report: Report, subject: str) -> tuple[str, ...]:
     )
 
 
-def sentence(report: Report, subject: str) -> str:
+def sentence(report: Findings, subject: str) -> str:
     """What was found about one subject: whether it was faster, or NOT, and what it cost."""
     speedup, dense, patched = (report.row(*at) for at in (("speedup", subject), ("time", "dense"), ("time", subject)))
     assert speedup and dense and patched and dense.value and patched.value  # every report has these rows
@@ -96,7 +93,7 @@ def ran(subject: Subject) -> str:
     return f"{text}."
 
 
-def faster(report: Report, subject: str) -> bool | None:
+def faster(report: Findings, subject: str) -> bool | None:
     """True or False where the runs can tell, None where the difference lies within their own noise."""
     speedup = report.row("speedup", subject)
     assert speedup and speedup.value
@@ -108,14 +105,14 @@ def faster(report: Report, subject: str) -> bool | None:
     return speedup.value > 1
 
 
-def _drift(report: Report) -> float:
+def _drift(report: Findings) -> float:
     """How far the first and last dense runs of a clip are apart, as a share of time."""
     row = report.row("dense_drift", "dense")
     assert row and row.value is not None  # every report has it
     return abs(row.value)
 
 
-def _verdict(report: Report, speedup: Measurement) -> str:
+def _verdict(report: Findings, speedup: Measurement) -> str:
     assert speedup.value
     ratio = f"{speedup.value:.2f}x"
     match faster(report, speedup.subject):
@@ -127,7 +124,7 @@ def _verdict(report: Report, speedup: Measurement) -> str:
             return f"was not measurably faster or slower than dense: {ratio}, end to end, within the noise of the runs"
 
 
-def _quality(report: Report, subject: str) -> str:
+def _quality(report: Findings, subject: str) -> str:
     rows = [row for metric in METRICS if (row := report.row(metric, subject))]
     if not rows:
         return "a quality that was not measured"

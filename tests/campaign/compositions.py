@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_accel.attach.site import Engine
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.kernels.pool import pool
 from diffusers_accel.methods import (
@@ -33,7 +34,6 @@ from diffusers_accel.methods.select import Inputs
 from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.plan import Plan, Span
 from diffusers_accel.shape import ModelShape
-from diffusers_accel.site import Engine
 from tests.tiny import (
     HEAD_DIM,
     HEADS,

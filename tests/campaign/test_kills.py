@@ -16,7 +16,7 @@ from diffusers_accel.evals.clip_record import ClipRecord
 from diffusers_accel.evals.kept import CLIPS
 from diffusers_accel.evals.measurement import read_rows
 from diffusers_accel.plan import Plan
-from diffusers_accel.plan_file import plain
+from diffusers_accel.plan.file import plain
 from diffusers_accel.search.scores import Scores
 from tests.campaign.forks import Ending, Forks
 from tests.campaign.sound import picture_of_tensors, same

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -33,8 +33,9 @@ from diffusers_accel.evals.report.render import html, markdown
 from diffusers_accel.evals.shapes.nested import flatten
 from diffusers_accel.evals.shapes.run_state import RunState
 from diffusers_accel.files import encode_tensors, load_document, side_file
-from diffusers_accel.plan import Plan
-from diffusers_accel.plan_file import plain, signed
+from diffusers_accel.forwards import schedule
+from diffusers_accel.plan import Plan, Span
+from diffusers_accel.plan.file import plain, signed
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.assign import assign
 from diffusers_accel.search.budget import Budget
@@ -63,7 +64,8 @@ from tests.evals import synthetic
 from tests.kernels.test_bench import row as bench_row
 
 KINDS = (
-    "plan", "scores", "cost", "report", "clips", "comparison", "bench rows", "run state", "LPIPS cache", "prompts",
+    "plan", "plan of windows", "scores", "cost", "report", "clips", "comparison", "bench rows", "run state", "LPIPS cache",
+    "prompts",
 )  # fmt: skip
 SLOW = 20.0  # seconds; a damaged file that takes longer is one that hangs
 
@@ -110,6 +112,22 @@ def write_plan(folder: Path) -> tuple[Path, ...]:
     return folder / "plan.json", *folder.glob("*.safetensors")
 
 
+def write_windows(folder: Path) -> tuple[Path, ...]:
+    """Windows of sigma, symbols of several characters and a step cache."""
+    usual = every_kind()
+    spans = tuple(
+        Span(1 - span.start, 1 - span.stop, {"transformer": tuple(map(longer, span.heads["transformer"]))}, "sigma")
+        for span in usual.spans
+    )
+    methods = {f"m-{symbol}": method for symbol, method in usual.methods.items()}
+    replace(usual, methods=methods, spans=spans, forwards=schedule(shares=[0, 0.5])).save(folder / "plan.json")
+    return folder / "plan.json", *folder.glob("*.safetensors")
+
+
+def longer(row: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"m-{symbol}" for symbol in row)
+
+
 def picture_of_plan(plan: Plan) -> Any:
     data = plain(plan)
     return json.loads(json.dumps(data)), picture_of_tensors(plan.tensors)
@@ -119,9 +137,11 @@ def plan_says(path: Path) -> Any:
     data = raw_json(path)
     if data is None:
         return None
-    reference = data.pop("tensors")
+    reference = data.pop("tensors", None)
     tensors = raw_tensors(path.with_name(reference["file"]))[1] if reference else {}
-    for method in data["methods"].values():
+    for name in ("schedule", "forwards", "correct"):  # null says as much as left out
+        data.setdefault(name, None)
+    for method in data["heads"]["methods"].values():
         for name, usual in (("order", "fhw"), ("precision", "input")):
             if method.get(name) == usual:
                 del method[name]
@@ -310,6 +330,15 @@ def subject(
     again.mkdir()
     subjects = {
         "plan": Subject("plan", write_plan, Plan.load, picture_of_plan, plan_says, partial(use_plan, pipe), seal_plan),
+        "plan of windows": Subject(
+            "plan of windows",
+            write_windows,
+            Plan.load,
+            picture_of_plan,
+            plan_says,
+            partial(use_plan, pipe),
+            seal_plan,
+        ),
         "scores": Subject(
             "scores",
             partial(copied, searched, "s.safetensors"),

@@ -22,8 +22,8 @@ from diffusers_accel.evals.compare import compare
 from diffusers_accel.evals.measurement import Measurement
 from diffusers_accel.evals.report import Report
 from diffusers_accel.files import FileError, WriteError, only_writer
-from diffusers_accel.interrupted import Interrupted
 from diffusers_accel.methods import Band, Method
+from diffusers_accel.support.interrupted import Interrupted
 from tests.evals.test_compare import CALL, PROMPT
 from tests.tiny import tiny_wan
 

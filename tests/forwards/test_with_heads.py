@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -95,7 +96,7 @@ def test_a_gates_flag_at_a_predicted_step_holds_for_the_next_that_runs() -> None
 def selections(hold: int, computed: list[int]) -> int:
     """How often a draft selects anew."""
     model, count = tiny_wan_transformer(layers=1), 0
-    original = Draft.pattern_of_means
+    original = Draft.pattern
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
@@ -104,7 +105,7 @@ def selections(hold: int, computed: list[int]) -> int:
 
     held = Method(Patches(), Draft(0.34, hold=hold))
     with pytest.MonkeyPatch.context() as patched, patch(model, [held, schedule(computed)]) as done, torch.no_grad():
-        patched.setattr(Draft, "pattern_of_means", counted)
+        patched.setattr(Draft, "pattern", counted)
         for step in range(STEPS):
             done.step(step, STEPS)
             model(torch.ones(1, 4, 3, 32, 32), torch.tensor([1]), TEXTS["cond"])
@@ -147,7 +148,9 @@ def test_a_plan_and_a_step_cache() -> None:
     plan = Plan.uniform(caching(3), family="wan", models={"transformer": ModelShape(LAYERS, HEADS, HEAD_DIM)})
     pipe = tiny_wan()
     with patch(pipe, [plan, "easycache"]) as done:
-        assert done.plan is plan and done.forwards == easycache()
+        assert done.plan == replace(plan, forwards=easycache()) and done.forwards == easycache()
+    with patch(pipe, plan) as done:
+        assert done.plan is plan and done.forwards is None
     with patch(pipe, ("easycache", {"threshold": 0.2})) as done:
         assert done.forwards == easycache(threshold=0.2) and done.sites == []
     with patch(pipe, "draft") as done:

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from diffusers_accel.files import check_json
-from diffusers_accel.identity import plain
 from diffusers_accel.methods import DENSE, Band, Method
 from diffusers_accel.search.arguments import check_budget
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.gates import calibrate_gates
 from diffusers_accel.search.plan_search import search_plan
+from diffusers_accel.support.identity import plain
 from tests.search.test_gates import tiny_plan
 from tests.search.test_search import METHODS, a_call, a_prompt
 from tests.tiny import tiny_wan

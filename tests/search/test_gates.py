@@ -13,10 +13,10 @@ from diffusers_accel.api import patch
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.families import find
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.memory import Memory
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Skip, Stored
 from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.plan import Plan, PlanError, Span
+from diffusers_accel.run.memory import Memory
 from diffusers_accel.search import gates
 from diffusers_accel.search.gates import WATCHED, Watch, calibrate_gates, summary, watched_blocks
 from diffusers_accel.shape import ModelShape

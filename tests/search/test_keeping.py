@@ -14,7 +14,6 @@ import msgspec
 import pytest
 
 from diffusers_accel.files import FileError, WriteError
-from diffusers_accel.interrupted import Interrupted
 from diffusers_accel.plan import Plan
 from diffusers_accel.search import keeping, plan_search
 from diffusers_accel.search.cost import Cost
@@ -22,6 +21,7 @@ from diffusers_accel.search.gates import calibrate_gates
 from diffusers_accel.search.keeping import Keeper, cached_scores, check_places
 from diffusers_accel.search.probe import PassProbe
 from diffusers_accel.search.scores import Scores
+from diffusers_accel.support.interrupted import Interrupted
 from tests.search.test_assign import random_scores
 from tests.search.test_gates import tiny_plan
 from tests.search.test_search import a_call, a_prompt, processors, search

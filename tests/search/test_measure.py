@@ -8,10 +8,10 @@ from torch import nn
 
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.memory import Memory
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Pooled, Skip, Stripe
 from diffusers_accel.methods.rest import Read
 from diffusers_accel.methods.steps import read_blocks, take_turn
+from diffusers_accel.run.memory import Memory
 from diffusers_accel.search.measure import (
     SampledHeads,
     column_mass,

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from diffusers_accel.api import patch
+from diffusers_accel.attach.site import Site
 from diffusers_accel.call import AttentionCall
-from diffusers_accel.deals import deal
-from diffusers_accel.launch import run
-from diffusers_accel.memory import Memory
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Pooled, Skip, Stored, Stripe
 from diffusers_accel.plan import Plan
+from diffusers_accel.run.deals import deal
+from diffusers_accel.run.launch import run
+from diffusers_accel.run.memory import Memory
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.assign import Assignment
 from diffusers_accel.search.budget import Budget
@@ -36,7 +37,6 @@ from diffusers_accel.search.schedule import (
     span_index,
 )
 from diffusers_accel.search.scores import Scores
-from diffusers_accel.site import Site
 from tests.search.test_search import a_call, a_prompt
 from tests.tiny import (
     HEADS,

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from diffusers_accel.api import patch
+from diffusers_accel.attach.processor import site_of
 from diffusers_accel.families import find
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Pooled, Skip, Stored, Stripe
 from diffusers_accel.plan import Plan
-from diffusers_accel.processor import site_of
 from diffusers_accel.search import plan_search, probe
 from diffusers_accel.search.assign import assign
 from diffusers_accel.search.budget import Budget

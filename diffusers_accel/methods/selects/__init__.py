@@ -4,8 +4,9 @@ from diffusers_accel.methods.select import Select
 from diffusers_accel.methods.selects.all import All
 from diffusers_accel.methods.selects.band import Band
 from diffusers_accel.methods.selects.draft import Draft
+from diffusers_accel.methods.selects.radial import Radial
 from diffusers_accel.methods.selects.skip import Skip
 from diffusers_accel.methods.selects.stored import Stored
 from diffusers_accel.methods.selects.stripe import Stripe
 
-SELECTS: dict[str, type[Select]] = {each.kind: each for each in (All, Skip, Band, Stripe, Draft, Stored)}
+SELECTS: dict[str, type[Select]] = {each.kind: each for each in (All, Skip, Band, Stripe, Draft, Stored, Radial)}

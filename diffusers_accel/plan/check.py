@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffusers_accel.files import FileError, check_json, check_tensors, printable, quoted
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import AUTO
-from diffusers_accel.plan_file import MOST
-from diffusers_accel.plan_span import EDGES, LONGEST_SYMBOL, SYMBOL, Span, row_text
-from diffusers_accel.plan_uses import uses
-
-if TYPE_CHECKING:
-    from diffusers_accel.plan import Plan
+from diffusers_accel.plan.data import PlanData
+from diffusers_accel.plan.file import MOST
+from diffusers_accel.plan.span import EDGES, LONGEST_SYMBOL, SYMBOL, Span, row_text
+from diffusers_accel.plan.uses import uses
 
 SHOWN = 150  # characters of a list of symbols in a message
 
 
-def check_plan(plan: Plan) -> None:
+def check_plan(plan: PlanData) -> None:
     """Refuses the first part that is wrong with a FileError that begins with its path."""
     _check_names(plan)
     _check_spans(plan)
@@ -36,7 +34,7 @@ def names(models: Mapping[str, Any]) -> str:
     return ", ".join(quoted(name) for name in found[:4]) + (" and others" if len(found) > 4 else "") or "no transformer"
 
 
-def _check_names(plan: Plan) -> None:
+def _check_names(plan: PlanData) -> None:
     if not isinstance(plan.family, str) or not plan.family:
         raise FileError(f'family: expected the name of a model family such as "wan", found {quoted(plan.family)}')
     check_json(plan.family, "family")
@@ -66,7 +64,7 @@ def _check_names(plan: Plan) -> None:
             )
 
 
-def _check_spans(plan: Plan) -> None:
+def _check_spans(plan: PlanData) -> None:
     if not plan.spans:
         raise FileError("heads.spans: expected at least one, from 0 to 1, found none")
     by = plan.spans[0].by
@@ -82,7 +80,7 @@ def _check_spans(plan: Plan) -> None:
                 f"{path}.{start}: expected {edge:g}, {before}, found {span.start:g}: {wrong}; "
                 f"spans cover {1 - last:g} to {last:g} one after another"
             )
-        if (span.stop - span.start) * (last - 0.5) <= 0:
+        if span.stop <= span.start if by == "share" else span.stop >= span.start:
             more = "more" if by == "share" else "less"
             raise FileError(f"{path}.{stop}: expected {more} than its {start} {span.start:g}, found {span.stop:g}")
         edge, before = span.stop, f"where spans[{index}] stops"
@@ -105,7 +103,7 @@ def _check_edges(span: Span, by: str, path: str) -> None:
             raise FileError(f"{path}.{name}: expected a {what} in 0..1, found {quoted(value)}")
 
 
-def _check_heads(plan: Plan, span: Span, path: str) -> None:
+def _check_heads(plan: PlanData, span: Span, path: str) -> None:
     if set(span.heads) != set(plan.models):
         raise FileError(f"{path}: expected {names(plan.models)} as in models, found {names(span.heads)}")
     for name, rows in span.heads.items():
@@ -117,7 +115,7 @@ def _check_heads(plan: Plan, span: Span, path: str) -> None:
             _check_row(plan, row, shape.heads, f"{of}[{layer}]")
 
 
-def _check_row(plan: Plan, row: object, heads: int, path: str) -> None:
+def _check_row(plan: PlanData, row: object, heads: int, path: str) -> None:
     if not isinstance(row, tuple) or not all(isinstance(symbol, str) for symbol in row):
         raise FileError(f"{path}: expected {heads} symbols, one per head, found {quoted(row)}")
     text = quoted(row_text(row, plan.methods))
@@ -129,7 +127,7 @@ def _check_row(plan: Plan, row: object, heads: int, path: str) -> None:
         raise FileError(f"{path}: expected symbols of methods ({known}), found {quoted(unknown[0])} in {text}")
 
 
-def _check_forwards(plan: Plan) -> None:
+def _check_forwards(plan: PlanData) -> None:
     given: object = plan.forwards
     if given is None:
         return
@@ -142,7 +140,7 @@ def _path(path: str, name: str) -> str:
     return f"{path}.{printable(name[:60])}"
 
 
-def _check_tensors(plan: Plan) -> None:
+def _check_tensors(plan: PlanData) -> None:
     """What the methods of each transformer read must be there and fit its layers and heads."""
     try:
         check_tensors(plan.tensors)
@@ -158,6 +156,6 @@ def _check_tensors(plan: Plan) -> None:
             if size and first and size != first[1]:
                 raise FileError(
                     f"heads.methods.{each.symbol}: expected tensors for {first[1]} (parts, blocks), as those of "
-                    f"heads.methods.{first[0]} are, found {size}; search the plan again"
+                    f"methods.{first[0]} are, found {size}; search the plan again"
                 )
             first = first or ((each.symbol, size) if size else None)

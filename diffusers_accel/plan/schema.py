@@ -10,8 +10,8 @@ import msgspec
 from diffusers_accel.files import Schema
 from diffusers_accel.forwards.forwards import ForwardsData
 from diffusers_accel.methods.method import MethodData
-from diffusers_accel.plan_file import FORMAT, VERSION, File, Heads, ShareSpan, SigmaSpan, Transformer
-from diffusers_accel.plan_span import SYMBOL
+from diffusers_accel.plan.file import FORMAT, VERSION, File, Heads, ShareSpan, SigmaSpan, Transformer
+from diffusers_accel.plan.span import SYMBOL
 
 Symbol = Annotated[str, msgspec.Meta(pattern=f"^{SYMBOL.pattern}$")]
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffusers_accel.layout import Segment, TokenLayout
 from diffusers_accel.methods.uses import Uses
-
-if TYPE_CHECKING:
-    from diffusers_accel.plan import Plan
+from diffusers_accel.plan.data import PlanData
 
 GRID = ("frames", "height", "width")
 
 
-def uses(plan: Plan, transformer: str) -> Iterator[Uses]:
+def uses(plan: PlanData, transformer: str) -> Iterator[Uses]:
     """Of each method that some head of a transformer takes, by its symbol."""
     heads: dict[str, dict[tuple[int, int], None]] = {}
     for span in plan.spans:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffusers_accel.files import FileError
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.plan import Plan, PlanError
-from diffusers_accel.plan_uses import told_grid, uses
+from diffusers_accel.plan.uses import told_grid, uses
 
 
 def planned_size(plan: Plan) -> str:

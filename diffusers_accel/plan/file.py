@@ -7,7 +7,7 @@ frames than the ones that its search measured.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -15,11 +15,9 @@ from diffusers_accel.files import FileError, Schema, checksum, printable, quoted
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import Method
 from diffusers_accel.methods.orders.patches import of_version_1
-from diffusers_accel.plan_span import EDGES, Row, Span, row_of, row_text
+from diffusers_accel.plan.data import PlanData
+from diffusers_accel.plan.span import EDGES, Row, Span, row_of, row_text
 from diffusers_accel.shape import ModelShape
-
-if TYPE_CHECKING:
-    from diffusers_accel.plan import Plan
 
 FORMAT = "diffusers_accel.plan"
 VERSION = 2
@@ -96,7 +94,7 @@ class _File1(Schema, frozen=True):
     tensors: Any
 
 
-def plain(plan: Plan) -> dict[str, Any]:
+def plain(plan: PlanData) -> dict[str, Any]:
     """The plan as JSON data, without its tensors."""
     return {
         "format": FORMAT,

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffusers_accel.gate import Gate
+from diffusers_accel.block_external.gate import Gate
 
 
 def drift(out: Tensor, lse: Tensor, cached_out: Tensor, cached_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from diffusers_accel.attach.host_caches import caches_on
+from diffusers_accel.attach.site import Site
 from diffusers_accel.call import AttentionCall
-from diffusers_accel.deals import Deals, Mix
-from diffusers_accel.host_caches import caches_on
-from diffusers_accel.launch import Ran, run
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.memory import Layer, Memories
 from diffusers_accel.methods import BLOCK, DENSE, Method
 from diffusers_accel.plan import Plan
-from diffusers_accel.remarks import Remarks
-from diffusers_accel.site import Site
+from diffusers_accel.run.deals import Deals, Mix
+from diffusers_accel.run.launch import Ran, run
+from diffusers_accel.run.memory import Layer, Memories
+from diffusers_accel.run.remarks import Remarks
 
 
 @dataclass

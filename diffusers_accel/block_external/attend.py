@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diffusers_accel.gate import Gate
+from diffusers_accel.block_external.gate import Gate
 from diffusers_accel.kernels.dense import dense
 from diffusers_accel.kernels.merge import merge
 from diffusers_accel.kernels.pattern import head_index
@@ -194,6 +194,11 @@ def attend(
     for name, x in (("block", block), ("version", version)):
         if isinstance(x, Tensor):  # changed in place it would always equal itself
             raise ValueError(f"{name} is compared with that of an earlier step: expected a plain value, found a tensor")
+    if k.dim() == 4 and q.dim() == 4 and k.shape[2] != q.shape[2]:
+        raise ValueError(
+            f"expected k and v with the {q.shape[2]} heads of q, found {k.shape[2]}: repeat those that several heads share, "
+            "as what is kept and refreshed is chosen head by head"
+        )
     own = dense(q, k, v)
     heads = tuple(range(q.shape[2]))
     fits = (block, version, q.shape, q.dtype, q.device)

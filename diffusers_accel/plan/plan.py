@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusers_accel import plan_file
 from diffusers_accel.files import (
     FileError,
     encode_json,
@@ -21,10 +20,11 @@ from diffusers_accel.files import (
     side_file,
     write_together,
 )
-from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import DENSE, Method, Recipe
-from diffusers_accel.plan_check import check_plan, names
-from diffusers_accel.plan_span import By, Row, Span, new_symbols
+from diffusers_accel.plan import file as plan_file
+from diffusers_accel.plan.check import check_plan, names
+from diffusers_accel.plan.data import PlanData
+from diffusers_accel.plan.span import By, Row, Span, new_symbols
 from diffusers_accel.shape import ModelShape
 
 SHOWN = 1000  # characters of an entry of budget or provenance that `show` prints
@@ -35,7 +35,7 @@ class PlanError(FileError):
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(PlanData):
     """What the transformers of one pipeline compute. Checked whole when it is made.
 
     Args:
@@ -52,15 +52,6 @@ class Plan:
     Raises:
         PlanError: a part is wrong; the message gives its path.
     """
-
-    family: str
-    models: dict[str, ModelShape]
-    methods: dict[str, Method]
-    spans: tuple[Span, ...]
-    budget: dict[str, Any] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    forwards: Forwards | None = None
 
     def __post_init__(self) -> None:
         try:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from diffusers_accel.attach.clock import Clock
 from diffusers_accel.call import AttentionCall, DenseAttention
-from diffusers_accel.clock import Clock
 from diffusers_accel.families import Family
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.shape import ModelShape

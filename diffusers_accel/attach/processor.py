@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusers_accel.attach.site import Site
 from diffusers_accel.families.family import AttentionName
-from diffusers_accel.site import Site
 
 SITES: WeakValueDictionary[int, Site] = WeakValueDictionary()
 _HANDLES = itertools.count()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffusers_accel.log import LOG
+from diffusers_accel.support.log import LOG
 
 
 class Remarks:

@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
-from diffusers_accel.deals import Deal, Group, Launch
-from diffusers_accel.grouped import of_heads
 from diffusers_accel.kernels.attention import attention, chosen, quantized_attention
 from diffusers_accel.kernels.pattern import BlockPattern, head_flags, head_index
 from diffusers_accel.kernels.pool import pool
 from diffusers_accel.kernels.pooled import pooled
 from diffusers_accel.kernels.prep import Prepared, prep
 from diffusers_accel.kernels.quantize import Quantized
-from diffusers_accel.memory import Memory
 from diffusers_accel.methods import BLOCK, Method
 from diffusers_accel.methods.rest import Part, Read, Turn
 from diffusers_accel.methods.select import Inputs
 from diffusers_accel.methods.steps import read_blocks, selects, take_turn
 from diffusers_accel.methods.uses import Tensors
+from diffusers_accel.run.deals import Deal, Group, Launch
+from diffusers_accel.run.grouped import of_heads
+from diffusers_accel.run.memory import Memory
 
 
 class GroupRead(NamedTuple):

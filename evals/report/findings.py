@@ -1,0 +1,58 @@
+"""What a comparison found, for what writes, draws and words it; `Report` makes it whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusers_accel.evals.measurement import Measurement
+from diffusers_accel.plan import Plan
+
+
+@dataclass(frozen=True)
+class Media:
+    """MP4 films of one clip: by subject ("dense" included), and of |subject - dense| x gain by subject."""
+
+    videos: Mapping[str, bytes]
+    differences: Mapping[str, bytes]
+    fps: int
+    gain: int
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One prompt with one seed; `media` only for those that the page shows."""
+
+    prompt: str
+    seed: int
+    media: Media | None = field(default=None, repr=False)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """How rows refer to it."""
+        return {"prompt": self.prompt, "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was compared with the dense baseline: its plan, and what ran per layer (rows of `Patch.report()`)."""
+
+    name: str
+    plan: Plan
+    layers: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """See `Report`."""
+
+    rows: tuple[Measurement, ...]
+    clips: tuple[Clip, ...]
+    subjects: tuple[Subject, ...]
+    provenance: Mapping[str, Any] = field(repr=False)
+
+    def row(self, metric: str, subject: str, clip: Clip | None = None) -> Measurement | None:
+        """The row of a metric of a subject, over all clips or of one; None where there is none."""
+        key = clip.key if clip else None
+        return next((r for r in self.rows if (r.metric, r.subject, r.clip) == (metric, subject, key)), None)

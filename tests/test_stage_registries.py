@@ -1,0 +1,131 @@
+"""Stages and recorders: one file each and one line in a registry, found again by their names."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusers_accel.methods import RESTS, SELECTS, Band, Draft, Method, Order, Rest, Select
+from diffusers_accel.methods import orders as orders_folder
+from diffusers_accel.methods import rests as rests_folder
+from diffusers_accel.methods import selects as selects_folder
+from diffusers_accel.methods.orders import ORDERS, parse_order
+from diffusers_accel.methods.select import StaticSelect
+from diffusers_accel.search import recorders as recorders_folder
+from diffusers_accel.search.recorders import RECORDERS, Recorder, recorders
+
+REGISTRIES: dict[str, tuple[Any, type, tuple[type, ...]]] = {  # folder, interface, members
+    "orders": (orders_folder, Order, ORDERS),
+    "selects": (selects_folder, Select, tuple(SELECTS.values())),
+    "rests": (rests_folder, Rest, tuple(RESTS.values())),
+    "recorders": (recorders_folder, Recorder, tuple(RECORDERS.values())),
+}
+BESIDE = {"stored_check.py", "recorder.py", "__init__.py"}  # of these folders what is no member
+
+
+def made(kind: type, **fields: Any) -> Any:
+    """One of a kind, with 0.4 for every amount that has no default."""
+    required = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+    return kind(**{**dict.fromkeys(required, 0.4), **fields})
+
+
+def methods() -> list[Method]:
+    """Every selection in every order, and every rest after a selection, as far as they go together."""
+    selects, some = [made(kind) for kind in SELECTS.values()], [made(kind) for kind in ORDERS]
+    pairs = [(select, order) for select in selects for order in some if select.refuses(order) is None]
+    found = [Method(order, select) for select, order in pairs]
+    return found + [
+        Method(order, select, rest=rest)
+        for select, order in pairs
+        for rest in (made(kind) for kind in RESTS.values())
+        if rest.refuses(select) is None
+    ]
+
+
+def every_subclass(interface: type) -> set[type]:
+    below = set(interface.__subclasses__())
+    return below | {each for one in below for each in every_subclass(one)}
+
+
+@pytest.mark.parametrize("name", REGISTRIES)
+def test_members_have_a_file_each_and_none_is_forgotten(name: str) -> None:
+    folder, interface, members = REGISTRIES[name]
+    place = Path(inspect.getfile(folder)).parent
+    files = [Path(inspect.getfile(member)) for member in members]
+    assert Counter(files).most_common(1)[0][1] == 1, "two members share a file"
+    assert {file.parent for file in files} == {place}
+    assert {file.name for file in files} == {file.name for file in place.glob("*.py")} - BESIDE
+    ours = {each for each in every_subclass(interface) if each.__module__.startswith("diffusers_accel.")}
+    assert ours - {StaticSelect} == set(members)
+    assert all(inspect.getdoc(member) and not inspect.isabstract(member) for member in members)
+
+
+@pytest.mark.parametrize("registry", [SELECTS, RESTS], ids=["selects", "rests"])
+def test_kinds_are_the_keys(registry: dict[str, Any]) -> None:
+    for key, member in registry.items():
+        assert member.kind == key and "kind" in vars(member), "a kind of its own, not an inherited one"
+        assert dataclasses.is_dataclass(member) and member.__dataclass_params__.frozen
+        assert hash(made(member)) == hash(made(member)) and made(member) == made(member)
+
+
+def test_orders_are_read_from_their_labels() -> None:
+    found = [made(kind) for kind in ORDERS]
+    assert len({order.label for order in found}) == len(found) and sum(order.identity for order in found) == 1
+    for order in found:
+        assert parse_order(order.label) == order
+        assert [kind for kind in ORDERS if kind.parse(order.label) is not None] == [type(order)], (
+            "read by one kind only"
+        )
+        assert order.representative.representative == order.representative
+
+
+def test_methods_of_every_stage_survive_json() -> None:
+    found = methods()
+    assert {type(each.order) for each in found} == set(ORDERS)
+    assert {each.select.kind for each in found} == set(SELECTS) and {each.rest.kind for each in found} == set(RESTS)
+    for method in found:
+        assert Method.from_json(json.loads(json.dumps(method.to_json()))) == method
+
+
+def test_labels_tell_methods_apart() -> None:
+    found = list(dict.fromkeys(methods()))
+    labels = Counter(method.label for method in found)
+    assert all(labels) and labels.most_common(1)[0][1] == 1, labels.most_common(3)
+    assert all(method.select.name for method in found)
+    silent = [kind for kind, rest in RESTS.items() if not made(rest).label]
+    assert silent == ["drop"], "what goes without saying is one rest"
+
+
+def test_recorders_are_those_that_selections_ask_for() -> None:
+    asked = {made(kind).records for kind in SELECTS.values()} | {
+        made(kind, calibrated=True).records
+        for kind in SELECTS.values()
+        if "calibrated" in {field.name for field in dataclasses.fields(kind)}
+    }
+    assert asked - {None} == set(RECORDERS)
+    for name, recorder in RECORDERS.items():
+        users = [method for method in calibrated() if method.select.records == name]
+        assert users and recorders([Method(), *users]) == (recorder,)
+    assert recorders([Method(), Method(select=Band(0.4)), Method(select=Draft())]) == ()
+
+
+def calibrated() -> list[Method]:
+    found = methods()
+    return found + [
+        dataclasses.replace(method, select=dataclasses.replace(method.select, calibrated=True))
+        for method in found
+        if hasattr(method.select, "calibrated")
+    ]
+
+
+def test_stages_that_look_at_nothing_are_masks() -> None:
+    """Whoever asks a selection that wants nothing gets its blocks without q and k."""
+    for kind in SELECTS.values():
+        assert issubclass(kind, StaticSelect) == (not kind.wants)
+        assert not (kind.reads_all and kind.reads_nothing)
