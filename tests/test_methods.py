@@ -304,7 +304,7 @@ GRIDS = [(45, 80), (30, 52), (30, 45), (48, 85), (80, 45), (52, 30), (9, 13), (3
 @pytest.mark.parametrize("text", [{}, {"text_tokens": 226, "text_at": "start"}, {"text_tokens": 20, "text_at": "end"}])
 def test_patches_are_a_permutation_that_leaves_text_alone(grid: tuple[int, int], text: dict[str, Any]) -> None:
     layout = TokenLayout(3, *grid, **text)
-    index = Patches().index(layout)
+    index = Patches(text_last=False).index(layout)
     assert torch.equal(index.sort().values, torch.arange(layout.tokens))
     outside = torch.ones(layout.tokens, dtype=torch.bool)
     outside[layout.video_start : layout.video_start + layout.video_tokens] = False
@@ -335,11 +335,11 @@ def test_patches_lie_down_in_portrait() -> None:
 
 
 def test_orders_come_back_from_their_labels() -> None:
-    orders: list[Order] = [Patches(), Patches(4, 32), AxisOrder(), AxisOrder("whf")]
+    orders: list[Order] = [Patches(), Patches(4, 32, text_last=False), AxisOrder(), AxisOrder("whf")]
     for order in orders:
         assert parse_order(order.label) == order
     assert [order.frame_major for order in orders] == [True, True, True, False]
-    for wrong in ("8x", "x16", "0x16", "8x16x2", "hwfx", "8 x 16", "wide"):
+    for wrong in ("8x", "x16", "0x16", "8x16x2", "hwfx", "8 x 16", "8x16 text", "wide"):
         with pytest.raises(ValueError, match="an? (axis )?order is a permutation"):
             parse_order(wrong)
     for size in (0, -8, 1.5, True, "8"):
@@ -435,7 +435,7 @@ def test_drafts_read_text_whole(select: Draft, layout: TokenLayout) -> None:
     q, k = noise(layout, heads=2, keys=layout.keys)
     mask = pattern_of(Method(Patches(), select), layout, q, k).mask()[0]
     assert mask.shape[1:] == (layout.blocks(BLOCK), layout.key_blocks(BLOCK))
-    text = torch.arange(layout.text_start, layout.text_start + layout.text_tokens).div(BLOCK, rounding_mode="floor")
+    text = torch.arange(layout.video_tokens, layout.tokens).div(BLOCK, rounding_mode="floor")  # patches have it last
     rows = torch.zeros(layout.blocks(BLOCK), dtype=torch.bool)
     rows[text] = True
     assert mask[:, rows].all() and mask[:, :, rows[: mask.shape[2]]].all()

@@ -387,7 +387,7 @@ def test_a_plan_saved_before_there_was_a_checksum_still_loads(tmp_path: Path) ->
     path = tmp_path / "plan.json"
     path.write_text(EARLIER)
     found = Plan.load(path)
-    assert found.method(1, "transformer", 1, 1) == Method(Patches(), Draft(0.3), "int8", Kept(3))
+    assert found.method(1, "transformer", 1, 1) == Method(Patches(text_last=False), Draft(0.3), "int8", Kept(3))
     found.save(path)
     saved = json.loads(path.read_text())
     assert Plan.load(path) == found and "sha256" in saved

@@ -63,15 +63,15 @@ class Order(ABC):
         """
 
 
-def arranged(layout: TokenLayout, sort: Callable[[Tensor], Tensor]) -> Tensor:
+def arranged(layout: TokenLayout, sort: Callable[[Tensor], Tensor], video_first: bool = False) -> Tensor:
     """The index of a whole sequence whose video tokens [frames, height, width] are sorted into [tokens].
 
-    All other tokens stay where they are. Where they stand between pieces of the video, they come behind it, in the model's
-    order: else every block would hold some of them, and be read by everybody.
+    All other tokens stay where they are, or come behind the video, in the model's order: with `video_first`, and where they
+    stand between pieces of the video, as else every block would hold some of them and be read by everybody.
     """
     video = video_places(layout)
     ordered = video[sort(torch.arange(layout.video_tokens).view(layout.grid))]
-    if layout.interleaved:
+    if video_first or layout.interleaved:
         return torch.cat([ordered, exact_tokens(layout).nonzero()[:, 0]])
     index = torch.arange(layout.tokens)
     index[video] = ordered

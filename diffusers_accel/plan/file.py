@@ -14,6 +14,7 @@ import msgspec
 from diffusers_accel.files import FileError, Schema, checksum, printable, quoted, shaped
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import Method
+from diffusers_accel.methods.orders.patches import of_version_1
 from diffusers_accel.plan.data import PlanData
 from diffusers_accel.plan.span import EDGES, Row, Span, row_of, row_text
 from diffusers_accel.shape import ModelShape
@@ -233,7 +234,7 @@ _MEANT = {"band": {"text_counts": True}, "stripe": {"text_counts": True}}
 
 
 def _upgraded_method(method: object, path: str) -> object:
-    """Version 1 called the rest "kept" a reuse and had no other; some selections meant something else."""
+    """Version 1 called the rest "kept" a reuse and had no other; some stages meant something else."""
     if isinstance(method, Mapping) and "rest" in method:
         raise FileError(f"{path}: unknown key 'rest' of version 1, which has \"reuse\"")
     if not isinstance(method, Mapping):
@@ -241,6 +242,8 @@ def _upgraded_method(method: object, path: str) -> object:
     select = method.get("select")
     if isinstance(select, Mapping) and isinstance(select.get("kind"), str):
         method = {**method, "select": {**select, **_MEANT.get(select["kind"], {})}}
+    if "order" in method:
+        method = {**method, "order": of_version_1(method["order"])}
     if "reuse" not in method:
         return method
     reuse = method["reuse"]

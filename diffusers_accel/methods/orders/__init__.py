@@ -14,5 +14,5 @@ def parse_order(text: str) -> Order:
         if (order := each.parse(text)) is not None:
             return order
     raise ValueError(
-        f'an order is a permutation of "fhw" such as "hwf" or a patch such as "8x16", found {quoted(text)}'
+        f'an order is a permutation of "fhw" such as "hwf" or a patch such as "8x16" or "8x16 text first", found {quoted(text)}'
     )

@@ -21,8 +21,9 @@ class Band(StaticSelect):
     """Each query block reads the key blocks nearest to it (M2; in the order "hwf" it is M3, multi-diagonal).
 
     Unlike the paper's sliding window, whose rows shrink at the ends of the sequence, rows here keep their length: the
-    window is shifted inside. So rows are balanced, and read exactly what was asked for, up to one block. A row in the middle
-    reads a window as wide as one at an end: where the first frame is always read beside it, its window is that much narrower.
+    window is shifted inside. So every row reads the density that was asked for, up to one block, and rows are balanced. At equal
+    density the paper's rows in the middle are wider, as they make up for those at the ends: 2 (1 - sqrt(1 - density)) of the
+    blocks, .27 for a quarter and .59 for a half. And a row's own window is narrower by what is always read elsewhere.
 
     Args:
         density: share of the video's key blocks that a video query block reads, in (0, 1], the first frame's included; text is
