@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from diffusers_accel import Plan, cli, patch
-from diffusers_accel.cli_arguments import read_subjects
+from diffusers_accel.cli.arguments import read_subjects
 from diffusers_accel.evals.compare import compare
 from diffusers_accel.evals.report.render import html
 from diffusers_accel.families import find

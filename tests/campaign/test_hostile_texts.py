@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from diffusers_accel import cli, loading
+from diffusers_accel import cli
+from diffusers_accel.cli import loading
 from diffusers_accel.evals.compare import compare
 from diffusers_accel.evals.measurement import read_rows
 from diffusers_accel.files.errors import JOINERS

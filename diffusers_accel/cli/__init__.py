@@ -78,8 +78,8 @@ class Setup:
 
     def check(self) -> Setup:
         """Refuses what can be known before anything is loaded."""
-        from diffusers_accel.cli_arguments import check_finite, check_whole
-        from diffusers_accel.loading import check_source
+        from diffusers_accel.cli.arguments import check_finite, check_whole
+        from diffusers_accel.cli.loading import check_source
 
         for flag in ("height", "width", "frames", "steps"):
             check_whole(f"--{flag}", getattr(self, flag))
@@ -196,7 +196,7 @@ def search(
     setup = Setup(pipe, dtype, device, offload, height, width, frames, steps, guidance).check()
     texts = _texts(pipe, prompt, prompts, for_search=True)
     from diffusers_accel import search_plan
-    from diffusers_accel.cli_arguments import (
+    from diffusers_accel.cli.arguments import (
         check_seed,
         check_share,
         search_places,
@@ -250,7 +250,7 @@ def calibrate(
     """Find at which steps each head that reuses has to refresh, from one dense generation per prompt, and write the plan."""
     setup = Setup(pipe, dtype, device, offload, height, width, frames, steps, guidance).check()
     texts = _texts(pipe, prompt, prompts, for_search=True)
-    from diffusers_accel.cli_arguments import check_out, check_seed, read_plan
+    from diffusers_accel.cli.arguments import check_out, check_seed, read_plan
     from diffusers_accel.files import prepare_file
     from diffusers_accel.search.gates import calibrate_gates, check_gated, summary
 
@@ -304,7 +304,7 @@ def report(
     """
     setup = Setup(pipe, dtype, device, offload, height, width, frames, steps, guidance).check()
     texts = _texts(pipe, prompt, prompts, for_search=False)
-    from diffusers_accel.cli_arguments import check_seed, check_whole, read_subjects
+    from diffusers_accel.cli.arguments import check_seed, check_whole, read_subjects
     from diffusers_accel.evals.arguments import check_asked
     from diffusers_accel.evals.compare import compare
     from diffusers_accel.evals.metrics import METRICS
@@ -339,7 +339,7 @@ def bench(context: typer.Context) -> None:
 @plan_app.command("show")
 def plan_show(file: Annotated[Path, typer.Argument(help="A plan file.")]) -> None:
     """Print a plan: its methods and a row of symbols per layer and span."""
-    from diffusers_accel.cli_arguments import read_plan
+    from diffusers_accel.cli.arguments import read_plan
 
     print(read_plan(file).show())
 
@@ -387,14 +387,14 @@ def _usage(error: Any) -> str:
 
 
 def _load(setup: Setup) -> Any:
-    from diffusers_accel.loading import load_pipeline
+    from diffusers_accel.cli.loading import load_pipeline
 
     return load_pipeline(setup.pipe, dtype=setup.dtype, device=setup.device, offload=setup.offload)
 
 
 def _texts(pipe: str, prompt: list[str] | None, file: Path | None, *, for_search: bool) -> list[str]:
     """The prompts that were given, else four that no other command takes."""
-    from diffusers_accel.cli_arguments import check_prompts, read_prompts
+    from diffusers_accel.cli.arguments import check_prompts, read_prompts
     from diffusers_accel.support import prompts
 
     if prompt and file:
@@ -416,7 +416,7 @@ def _budget(speedup: float | None, density: float | None, epsilon: float | None,
         raise ValueError(f"budget: expected one of --speedup, --density and --epsilon, found {' and '.join(given)}")
     if lam is not None and epsilon is None:
         raise ValueError("--lambda: expected beside --epsilon, found without; leave it out")
-    from diffusers_accel.cli_arguments import check_finite
+    from diffusers_accel.cli.arguments import check_finite
     from diffusers_accel.search.budget import Budget
 
     if speedup is not None:
@@ -442,7 +442,3 @@ def _print(what: Any) -> None:
     if isinstance(what, str):
         what = safe(what)
     Console(soft_wrap=isinstance(what, str), highlight=False, markup=False, emoji=False).print(what)
-
-
-if __name__ == "__main__":
-    main()
