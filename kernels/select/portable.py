@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffusers_accel.kernels import launch
+from diffusers_accel.kernels import hardware
 
 LARGEST_ROW = 4096  # key blocks that one program holds without spilling; half a million tokens in blocks of 128
 LEVELS = 4
@@ -25,7 +25,7 @@ INFINITY = tl.constexpr(0x7F800000)  # the bits of an infinite float, which is t
 
 def refuses(device: torch.device, key_blocks: int) -> str | None:
     """Why this implementation cannot run there, or None."""
-    reason = launch.refuses(device, torch.float32)
+    reason = hardware.refuses(device, torch.float32)
     if reason is None and key_blocks > LARGEST_ROW:
         return f"takes up to {LARGEST_ROW} key blocks, found {key_blocks}"
     return reason
@@ -54,7 +54,7 @@ def select(
     blocks = torch.empty(batch, heads, query_blocks, capacity, dtype=torch.int32, device=device)
     counts = torch.empty(batch, heads, query_blocks, dtype=torch.int32, device=device)
     padded = triton.next_power_of_2(key_blocks)
-    with launch.on(device):
+    with hardware.on(device):
         weights = softmax_map(q_means[:, rows.start : rows.stop], k_means[:, columns.start : columns.stop], scale)
         histograms = None
         if rule == "quantile":
