@@ -36,7 +36,7 @@ from diffusers_accel.evals.report.video import encode, encode_difference
 from diffusers_accel.evals.tally import (
     BASELINE,
     WARM_UP_STEPS,
-    Tally,
+    SubjectTally,
     cost_rows,
     noise_rows,
     protocol,
@@ -256,7 +256,7 @@ class _Session:
     ) -> Report:
         numbers = [record.numbers for record in records]
         clips = tuple(Clip(record.numbers.prompt, record.numbers.seed, record.media) for record in records)
-        tallies = {name: Tally.of(name, numbers) for name in (BASELINE, *self.plans)}
+        tallies = {name: SubjectTally.of(name, numbers) for name in (BASELINE, *self.plans)}
         provenance = self._provenance(numbers, prompts, seeds, rounds)
         dense, memory = tallies[BASELINE], memory_kind(self.pipe)
         repeat = [value for clip in numbers for value in clip.repeat]

@@ -20,7 +20,7 @@ WARM_UP_STEPS = 2
 
 
 @dataclass
-class Tally:
+class SubjectTally:
     """What was seen of one subject (or of the dense baseline)."""
 
     times: list[list[float]] = field(default_factory=list)  # [clip][run], ms
@@ -33,9 +33,9 @@ class Tally:
     remarks: list[str] = field(default_factory=list)  # its notes on the patch as a whole, of all clips
 
     @staticmethod
-    def of(name: str, clips: Sequence[ClipNumbers]) -> Tally:
+    def of(name: str, clips: Sequence[ClipNumbers]) -> SubjectTally:
         """Of all clips of one subject."""
-        tally = Tally()
+        tally = SubjectTally()
         for seen in (clip.seen[name] for clip in clips):
             tally.times.append(seen.times)
             tally.attention += seen.attention
@@ -68,7 +68,9 @@ def _over_clips(found: Sequence[tuple[float | None, str | None]]) -> tuple[float
     return mean, spread, f"{missing} of {len(found)} clips left out: {'; '.join(notes)}" if missing else None
 
 
-def quality_rows(name: str, tally: Tally, clips: Sequence[Clip], provenance: dict[str, Any]) -> Iterator[Measurement]:
+def quality_rows(
+    name: str, tally: SubjectTally, clips: Sequence[Clip], provenance: dict[str, Any]
+) -> Iterator[Measurement]:
     """Each metric over all clips, then per clip."""
     for metric_name, found in tally.scores.items():
         metric = METRICS[metric_name]
@@ -81,7 +83,7 @@ def quality_rows(name: str, tally: Tally, clips: Sequence[Clip], provenance: dic
 
 
 def cost_rows(
-    name: str, tally: Tally, baseline: str | None, provenance: dict[str, Any], memory: str
+    name: str, tally: SubjectTally, baseline: str | None, provenance: dict[str, Any], memory: str
 ) -> Iterator[Measurement]:
     """Time, attention's time and share, density and memory over all clips."""
     median, spread = summarise([value for clip in tally.times for value in clip], "median")
@@ -97,7 +99,7 @@ def cost_rows(
 
 
 def speed_rows(
-    name: str, tally: Tally, dense: Tally, clips: Sequence[Clip], provenance: dict[str, Any]
+    name: str, tally: SubjectTally, dense: SubjectTally, clips: Sequence[Clip], provenance: dict[str, Any]
 ) -> Iterator[Measurement]:
     """Speed-up over all clips, then speed-up and time per clip."""
     ratios = [float(np.median(a) / np.median(b)) for a, b in zip(dense.times, tally.times, strict=True)]
@@ -109,7 +111,7 @@ def speed_rows(
 
 
 def noise_rows(
-    dense: Tally, repeat: Sequence[float], patch_difference: float, provenance: dict[str, Any]
+    dense: SubjectTally, repeat: Sequence[float], patch_difference: float, provenance: dict[str, Any]
 ) -> Iterator[Measurement]:
     """How far the dense runs are from each other: what no difference below should be read into."""
     drift, spread = summarise([clip[-1] / clip[0] - 1 for clip in dense.times], "median")

@@ -32,8 +32,8 @@ ROOMS = (
     ("arguments", "subject", "api"),
     ("search",),
     ("evals",),
-    ("step_timing", "doctor", "loading"),
-    ("cli", "cli_arguments"),
+    ("step_timing", "doctor"),
+    ("cli",),
 )
 RANK = {name: rank for rank, room in enumerate(ROOMS) for name in room}
 FRAMES = 6

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from diffusers_accel import Plan, cli
+from diffusers_accel.cli.arguments import find_prompts
+from diffusers_accel.cli.options import Setup
+from diffusers_accel.cli.search import find_budget
 from diffusers_accel.evals import kernel_bench
 from diffusers_accel.evals.shapes import CALL
 from diffusers_accel.methods import NAMED
@@ -48,7 +52,7 @@ def test_help_needs_nothing_heavy() -> None:
     code = """
 import sys
 from diffusers_accel import cli
-for command in ([], ["doctor"], ["search"], ["calibrate"], ["report"], ["plan"], ["plan", "show"]):
+for command in ([], ["doctor"], ["search"], ["calibrate"], ["report"], ["plan"], ["plan", "show"], ["plan", "schema"]):
     try:
         cli.main([*command, "--help"])
     except SystemExit as ended:
@@ -60,6 +64,33 @@ print("imported:", sorted({"torch", "diffusers", "numpy", "transformers"} & set(
     assert done.stdout.endswith("imported: []\n")
     for word in ("doctor", "search", "calibrate", "report", "bench", "plan", "--speedup", "--offload"):
         assert word in done.stdout
+
+
+# Files of cli/ that are no command.
+SHARED = {"__init__", "__main__", "arguments", "invoke", "loading", "options", "output"}
+
+
+def commands(group: Any, *names: str) -> dict[str, Any]:
+    """The file that a command should be in, such as plan_show, -> what the command runs."""
+    found = {}
+    for name, command in group.commands.items():
+        inside = hasattr(command, "commands")
+        found.update(commands(command, *names, name) if inside else {"_".join((*names, name)): command.callback})
+    return found
+
+
+def test_every_file_of_a_command_is_registered_under_its_name() -> None:
+    found = commands(typer.main.get_command(cli.app))
+    files = {path.stem for path in Path(cli.__file__).parent.glob("*.py")}
+    assert files > SHARED
+    assert set(found) == files - SHARED
+    for name, callback in found.items():
+        assert (callback.__module__, callback.__name__) == (f"diffusers_accel.cli.{name}", name)
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "diffusers_accel.cli", "plan", "nope"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: No such command 'nope'"), done.stderr
 
 
 def test_plan_show_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,17 +110,17 @@ def test_a_refusal_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_budgets() -> None:
-    assert cli._budget(None, None, None, None) == Budget.density(0.4)
-    assert cli._budget(1.5, None, None, None) == Budget.speedup(1.5)
-    assert cli._budget(None, None, 0.1, None) == Budget.paper(0.1, 0.5)
-    assert cli._budget(None, None, 0.1, 0.3) == Budget.paper(0.1, 0.3)
+    assert find_budget(None, None, None, None) == Budget.density(0.4)
+    assert find_budget(1.5, None, None, None) == Budget.speedup(1.5)
+    assert find_budget(None, None, 0.1, None) == Budget.paper(0.1, 0.5)
+    assert find_budget(None, None, 0.1, 0.3) == Budget.paper(0.1, 0.3)
 
 
 def test_calls_hold_what_was_given() -> None:
     loaded = (None, None, "none")
-    assert cli.Setup("some/pipeline", *loaded, None, None, None, None, None).call() == {}
-    assert cli.Setup("shapes", *loaded, None, None, None, None, None).call() == CALL
-    assert cli.Setup("shapes", *loaded, 64, None, 9, 4, 0.0).call() == {
+    assert Setup("some/pipeline", *loaded, None, None, None, None, None).call() == {}
+    assert Setup("shapes", *loaded, None, None, None, None, None).call() == CALL
+    assert Setup("shapes", *loaded, 64, None, 9, 4, 0.0).call() == {
         **CALL,
         "height": 64,
         "num_frames": 9,
@@ -100,14 +131,14 @@ def test_calls_hold_what_was_given() -> None:
 
 def test_prompts_of_search_and_report_differ(tmp_path: Path) -> None:
     for pipe in ("shapes", "some/pipeline"):
-        search, report = (cli._texts(pipe, None, None, for_search=which) for which in (True, False))
+        search, report = (find_prompts(pipe, None, None, for_search=which) for which in (True, False))
         assert len({*search, *report}) == 8
     (tmp_path / "prompts.txt").write_text("a red circle\n\n  a blue square \n")
-    assert cli._texts("shapes", None, tmp_path / "prompts.txt", for_search=True) == ["a red circle", "a blue square"]
-    assert cli._texts("shapes", ["one"], None, for_search=False) == ["one"]
+    assert find_prompts("shapes", None, tmp_path / "prompts.txt", for_search=True) == ["a red circle", "a blue square"]
+    assert find_prompts("shapes", ["one"], None, for_search=False) == ["one"]
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"empty\.txt: expected a prompt on each line, found none"):
-        cli._texts("shapes", None, tmp_path / "empty.txt", for_search=True)
+        find_prompts("shapes", None, tmp_path / "empty.txt", for_search=True)
 
 
 def test_bench_hands_its_options_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +215,7 @@ def test_calibration_of_a_pipeline_folder(
     assert record["prompts"] == ["a red circle", "a blue square"]
     assert (record["gamma"], record["max_lse_change"], record["seed"]) == (-1.0, 99.0, 3)
 
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("loaded a pipeline"))
+    monkeypatch.setattr(Setup, "load", lambda *_: pytest.fail("loaded a pipeline"))
     Plan.uniform(NAMED["draft"](), "wan", models).save(tmp_path / "draft.json")
     again = ["calibrate", folder, "--out", tmp_path / "again.json", "--plan"]
     assert "a gate is for heads that reuse" in refused(capsys, *again, tmp_path / "draft.json")

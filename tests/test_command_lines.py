@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from diffusers_accel import Plan, cli
+from diffusers_accel.cli.arguments import find_prompts
+from diffusers_accel.cli.options import Setup
 from diffusers_accel.evals import compare, kernel_bench
 from diffusers_accel.methods import NAMED
 from diffusers_accel.search import gates
@@ -198,7 +200,7 @@ def test_a_wrong_command_line_is_refused_in_one_message_before_the_work(
     line: str, says: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(here)
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("loaded a pipeline"))
+    monkeypatch.setattr(Setup, "load", lambda *_: pytest.fail("loaded a pipeline"))
     monkeypatch.setattr(kernel_bench, "watched", lambda *_: pytest.fail("measured"))
     before = sorted(here.rglob("*"))
     code, text = stopped(capsys, shlex.split(line))
@@ -213,7 +215,7 @@ def test_a_wrong_command_line_is_refused_in_one_message_before_the_work(
 def test_a_folder_that_is_read_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("loaded a pipeline"))
+    monkeypatch.setattr(Setup, "load", lambda *_: pytest.fail("loaded a pipeline"))
     tmp_path.chmod(0o500)
     for line in (f"search shapes --out {tmp_path}/p.json", f"report shapes --plan draft --out {tmp_path}/pages"):
         code, text = stopped(capsys, shlex.split(line))
@@ -228,7 +230,7 @@ def test_debug_anywhere_keeps_the_traceback() -> None:
 
 def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red circle\r\nein gr\xc3\xbcner\r\n")
-    assert cli._texts("shapes", None, tmp_path / "prompts.txt", for_search=True) == ["a red circle", "ein grüner"]
+    assert find_prompts("shapes", None, tmp_path / "prompts.txt", for_search=True) == ["a red circle", "ein grüner"]
 
 
 GIVEN = "--dtype bfloat16 --device cpu --height 128 --width 96 --frames 5 --steps 4 --guidance 2.5"
@@ -242,7 +244,7 @@ class Loaded:
 def loaded(here: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Commands run in `here` and load nothing; a search returns a plan."""
     monkeypatch.chdir(here)
-    monkeypatch.setattr(cli, "_load", lambda *_: Loaded())
+    monkeypatch.setattr(Setup, "load", lambda *_: Loaded())
     monkeypatch.setattr("diffusers_accel.search.candidates.candidates_for", lambda *_: ())
     return monkeypatch
 
@@ -315,7 +317,7 @@ def test_ctrl_c_says_what_is_kept_and_the_command_that_goes_on(
         "\ninterrupted: 2 of 4 prompts are kept in p.scores.safetensors.\n"
         f"go on with:  {shlex.join(['diffusers-accel', *line])}\n"
     )
-    loaded.setattr(cli, "_load", interrupted(KeyboardInterrupt()))
+    loaded.setattr(Setup, "load", interrupted(KeyboardInterrupt()))
     assert stopped(capsys, line) == (130, "\ninterrupted\n")
     loaded.setattr(kernel_bench, "run", interrupted(KeyboardInterrupt()))
     code, text = stopped(capsys, ["bench", "--device", "cpu", "--out", str(tmp_path / "rows.jsonl")])

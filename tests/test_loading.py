@@ -11,8 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from diffusers_accel import loading
-from diffusers_accel.loading import load_pipeline
+from diffusers_accel.cli import loading
+from diffusers_accel.cli.loading import load_pipeline
 from tests.tiny import save_small_wan, tiny_wan
 
 

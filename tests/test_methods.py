@@ -774,7 +774,7 @@ def test_a_gpu_refuses_what_its_kernel_does_not_take(
     precision: str, head_dim: int, dtype: torch.dtype, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton", reason="without Triton no kernel of a GPU says anything")
-    monkeypatch.setattr("diffusers_accel.kernels.launch.capability", lambda device: 90)
+    monkeypatch.setattr("diffusers_accel.kernels.hardware.capability", lambda device: 90)
     found = Method(select=Band(0.5), precision=precision).refuses(head_dim, torch.device("cuda", 63), dtype)
     assert (found is None) == (reason is None)
     assert reason is None or reason in str(found)

@@ -161,7 +161,7 @@ def test_reordered_takes_int8_where_it_is_fast(
     device: torch.device, dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton", reason="without Triton no kernel of a GPU says anything")
-    monkeypatch.setattr("diffusers_accel.kernels.launch.capability", lambda device: 90)
+    monkeypatch.setattr("diffusers_accel.kernels.hardware.capability", lambda device: 90)
     monkeypatch.setattr("diffusers_accel.api._device", lambda pipe, module: device)
     assert NAMED["reordered"]().heads[0].precision == AUTO
     pipe = tiny_wan()
@@ -256,7 +256,7 @@ def test_auto_is_for_recipes_only(tmp_path: Any) -> None:
 
 def test_what_no_kernel_takes_is_refused_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="without Triton no kernel of a GPU says anything")
-    monkeypatch.setattr("diffusers_accel.kernels.launch.capability", lambda device: 90)
+    monkeypatch.setattr("diffusers_accel.kernels.hardware.capability", lambda device: 90)
     monkeypatch.setattr("diffusers_accel.api._device", lambda pipe, module: torch.device("cuda", 61))
     pipe = tiny_wan()
     before = processors(pipe)

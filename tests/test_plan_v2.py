@@ -12,7 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 from diffusers_accel import Plan, cli, patch
-from diffusers_accel.cli_arguments import read_subjects
+from diffusers_accel.cli.arguments import read_subjects
+from diffusers_accel.cli.options import Setup
 from diffusers_accel.evals.compare import compare
 from diffusers_accel.evals.report.render import html
 from diffusers_accel.families import find
@@ -459,7 +460,7 @@ def test_subjects_of_a_report_compose(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_composition_is_checked_before_a_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("loaded a pipeline"))
+    monkeypatch.setattr(Setup, "load", lambda *_: pytest.fail("loaded a pipeline"))
     bands(forwards=easycache()).save(tmp_path / "both.json")
     wrong = {
         "draft+pattern": "a head attends by one method, found 2",

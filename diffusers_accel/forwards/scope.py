@@ -14,7 +14,7 @@ from diffusers_accel.attach.site import Model
 from diffusers_accel.forwards.calls import Given, Reader, as_output, sample_of
 from diffusers_accel.forwards.forwards import Forwards
 from diffusers_accel.forwards.rule import Computed, Now
-from diffusers_accel.forwards.state import Branch, Generation, Tally
+from diffusers_accel.forwards.state import Branch, ForwardsTally, Generation
 from diffusers_accel.forwards.wrapper import wrap
 
 Listener = Callable[[str, str, tuple[int, int]], None]
@@ -38,7 +38,7 @@ class Scope:
         self._clock = clock
         self._predicted = predicted
         self._generation: Generation | None = None
-        self.tallies: dict[str, Tally] = {}
+        self.tallies: dict[str, ForwardsTally] = {}
 
     def attach(self, models: Sequence[Model]) -> Callable[[], None]:
         """Wraps their forwards; returns the function that takes everything off. Each model must be told of its forwards
@@ -46,7 +46,7 @@ class Scope:
         undo: list[Callable[[], None]] = [self.forget]
         try:
             for model in models:
-                self.tallies[model.name] = Tally()
+                self.tallies[model.name] = ForwardsTally()
                 undo.append(wrap(model.module, model.name, _Interceptor(self, model)))
         except BaseException:
             _all(undo)
@@ -55,7 +55,7 @@ class Scope:
 
     def clear(self) -> None:
         """Sets the counters to zero."""
-        self.tallies = {name: Tally() for name in self.tallies}
+        self.tallies = {name: ForwardsTally() for name in self.tallies}
 
     def forget(self) -> None:
         """Drops what is kept for later steps: the next forward begins anew."""

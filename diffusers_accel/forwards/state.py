@@ -73,7 +73,7 @@ class Generation:
 
 
 @dataclass
-class Tally:
+class ForwardsTally:
     """What the forwards of one transformer have done since patching or `clear`."""
 
     computed: int = 0

@@ -29,7 +29,7 @@ class ReadTotal:
 
 
 @dataclass
-class Tally:
+class SiteTally:
     """What a site has done since it was patched or cleared."""
 
     calls: int = 0
@@ -88,7 +88,7 @@ class PlanEngine:
 
     def clear(self) -> None:
         """Starts the tally anew."""
-        self.tally = Tally()
+        self.tally = SiteTally()
 
     def attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if call.now is not None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusers_accel.kernels import launch
+from diffusers_accel.kernels import hardware
 from diffusers_accel.kernels.pattern import BlockPattern
 
 Call = Callable[[], Any]
@@ -136,7 +136,7 @@ def _sage_fp8(q: Tensor, k: Tensor, v: Tensor) -> Call:
 def _sage_call(precision: str, q: Tensor, k: Tensor, v: Tensor) -> Call:
     """What its users call, which chooses by the GPU: FP8 from Ada on, if this version has such kernels."""
     sage = _gpu_module("sageattention", q)
-    has_fp8 = hasattr(sage, "sageattn_qk_int8_pv_fp8_cuda") and launch.capability(q.device) >= 89
+    has_fp8 = hasattr(sage, "sageattn_qk_int8_pv_fp8_cuda") and hardware.capability(q.device) >= 89
     if (precision == "int8_fp8") != has_fp8:
         raise Missing(f"sageattn computes in {'int8_fp8' if has_fp8 else 'int8'} here")
     return lambda: sage.sageattn(q, k, v, tensor_layout="NHD", is_causal=False)

@@ -18,7 +18,7 @@ from diffusers_accel.evals.kernel_bench.inputs import BLOCK, SHAPES, Shape, patt
 from diffusers_accel.evals.kernel_bench.peers import PEERS, Missing
 from diffusers_accel.evals.kernel_bench.points import DTYPES, Point, Row
 from diffusers_accel.evals.kernel_bench.timing import error_row, relative
-from diffusers_accel.kernels import launch
+from diffusers_accel.kernels import hardware
 from diffusers_accel.kernels.attention import attention, quantized_attention
 from diffusers_accel.kernels.block_stats import BlockStats, block_stats
 from diffusers_accel.kernels.dense import dense
@@ -296,7 +296,7 @@ def _implementation(point: Point, case: Case) -> Row:
     if point.impl == "portable":
         from diffusers_accel.kernels.attention import portable
 
-        capability = launch.capability(case.device)
+        capability = hardware.capability(case.device)
         tile = portable.config(capability, case.shape.dim, case.dtype, (BLOCK, BLOCK), point.precision)
         return {"config": dict(tile._asdict())}
     if point.impl == "hopper":

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffusers_accel.kernels import launch
+from diffusers_accel.kernels import hardware
 from diffusers_accel.kernels.attention.softmax import LOG2_E, P_LOG2, softmax_tile, store_rows
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.quantize.quantized import FP8_TOKENS, KEY_GROUP, Quantized
@@ -54,10 +54,10 @@ def refuses(
     device: torch.device, dtype: torch.dtype, head_dim: int, blocks: tuple[int, int], precision: str
 ) -> str | None:
     """Why this implementation cannot run there, or None."""
-    if (reason := launch.refuses(device, dtype)) is not None:
+    if (reason := hardware.refuses(device, dtype)) is not None:
         return reason
-    if device.type == "cuda" and launch.capability(device) != 90:
-        return f"needs compute capability 9.0 (Hopper), found {launch.capability(device) / 10}"
+    if device.type == "cuda" and hardware.capability(device) != 90:
+        return f"needs compute capability 9.0 (Hopper), found {hardware.capability(device) / 10}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, found {dtype}"
     step = 8 if precision == "input" else 16  # TMA reads rows of whole 16 bytes
@@ -161,7 +161,7 @@ def attend_pattern(
             num_stages=tile.stages,
         )
 
-    with launch.on(q.device):
+    with hardware.on(q.device):
         contextvars.copy_context().run(run)  # the allocator of the descriptors is this launch's alone
     return out, lse
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffusers_accel.kernels import launch
+from diffusers_accel.kernels import hardware
 from diffusers_accel.kernels.attention.softmax import LOG2_E, P_LOG2, softmax_tile, store_rows
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.quantize import portable as quantize
@@ -75,7 +75,7 @@ def refuses(
     device: torch.device, dtype: torch.dtype, head_dim: int, blocks: tuple[int, int], precision: str
 ) -> str | None:
     """Why this implementation cannot run there, or None."""
-    reason = launch.refuses(device, dtype) if precision == "input" else quantize.refuses(device, dtype, precision)
+    reason = hardware.refuses(device, dtype) if precision == "input" else quantize.refuses(device, dtype, precision)
     if reason is not None:
         return reason
     if head_dim > 128 or head_dim % 8:
@@ -113,9 +113,9 @@ def attend_pattern(
     if pattern is not None:
         blocks, counts, valid = pattern.blocks.contiguous(), pattern.counts.contiguous(), pattern.valid
         block_q, block_k, capacity, list_rows = pattern.block_q, pattern.block_k, blocks.shape[3], blocks.shape[0]
-    tile = config(launch.capability(q.device), dim, dtype, (block_q, block_k), precision)
+    tile = config(hardware.capability(q.device), dim, dtype, (block_q, block_k), precision)
     tiles = triton.cdiv(queries, tile.block_m)
-    with launch.on(q.device):
+    with hardware.on(q.device):
         attention_kernel[(batch * heads * tiles,)](
             q,
             k,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffusers_accel.kernels import launch
+from diffusers_accel.kernels import hardware
 
 LOG2_E = 1.4426950408889634
 BLOCKS = (16, 32, 64, 128)
@@ -15,7 +15,7 @@ BLOCKS = (16, 32, 64, 128)
 
 def refuses(device: torch.device, dtype: torch.dtype, head_dim: int, blocks: tuple[int, int]) -> str | None:
     """Why this implementation cannot run there, or None."""
-    reason = launch.refuses(device, dtype)
+    reason = hardware.refuses(device, dtype)
     if reason is None and not set(blocks) <= set(BLOCKS):
         return f"takes blocks of {', '.join(map(str, BLOCKS))} tokens, found {blocks[0]} queries x {blocks[1]} keys"
     return reason
@@ -32,7 +32,7 @@ def block_stats(
     rows, columns = triton.cdiv(queries, block_q), triton.cdiv(keys, block_k)
     total = torch.empty(batch, heads, rows, columns, dtype=torch.float32, device=q.device)
     largest, small = torch.empty_like(total), torch.empty_like(total, dtype=torch.int32)
-    with launch.on(q.device):
+    with hardware.on(q.device):
         block_stats_kernel[(rows * heads * batch,)](
             q, k, lse, total, largest, small, *q.stride()[:3], *k.stride()[:3], heads, queries, keys,
             scale * LOG2_E, epsilon, DIM=dim, BLOCK_D=part_of_dim(dim, q.dtype), BLOCK_Q=block_q, BLOCK_K=block_k,

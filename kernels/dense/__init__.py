@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from diffusers_accel.kernels import launch
+from diffusers_accel.kernels import hardware
 from diffusers_accel.kernels.checks import check_qkv, score_scale
 from diffusers_accel.kernels.choice import Choice, Operator
 
@@ -56,4 +56,4 @@ def dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, impl: 
 @cache
 def _operator(device: torch.device) -> Operator:
     nvidia = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()
-    return _server if nvidia and launch.capability(device) // 10 in (9, 10) else _elsewhere
+    return _server if nvidia and hardware.capability(device) // 10 in (9, 10) else _elsewhere

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffusers_accel.kernels import launch
+from diffusers_accel.kernels import hardware
 
 Dense = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
@@ -26,8 +26,8 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"runs on CUDA and ROCm devices, found {device.type}"
     if not torch.cuda.is_available():
         return "runs on CUDA and ROCm devices, torch sees none"
-    if launch.capability(device) < 80:
-        return f"needs compute capability 8.0 or newer, found {launch.capability(device) / 10}"
+    if hardware.capability(device) < 80:
+        return f"needs compute capability 8.0 or newer, found {hardware.capability(device) / 10}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, found {dtype}"
     return None

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffusers_accel.kernels import launch
+from diffusers_accel.kernels import hardware
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this implementation cannot run there, or None."""
-    return launch.refuses(device, dtype)
+    return hardware.refuses(device, dtype)
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -23,7 +23,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     lses = tuple(lse.contiguous() for _, lse in parts)
     out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
     batch, tokens, heads, dim = out.shape
-    with launch.on(out.device):
+    with hardware.on(out.device):
         merge_kernel[(triton.cdiv(tokens, 32) * heads * batch,)](
             outs, lses, out, lse, tokens, heads, DIM=dim, PADDED_DIM=triton.next_power_of_2(dim), BLOCK=32, num_warps=4
         )

@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffusers_accel.kernels import launch
+from diffusers_accel.kernels import hardware
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this implementation cannot run there, or None."""
-    return launch.refuses(device, dtype)
+    return hardware.refuses(device, dtype)
 
 
 def pool(x: Tensor, block: int, valid: Tensor | None) -> Tensor:
@@ -20,7 +20,7 @@ def pool(x: Tensor, block: int, valid: Tensor | None) -> Tensor:
     batch, tokens, heads, dim = x.shape
     blocks = triton.cdiv(tokens, block)
     means = torch.empty(batch, blocks, heads, dim, dtype=torch.float32, device=x.device)
-    with launch.on(x.device):
+    with hardware.on(x.device):
         pool_kernel[(blocks * heads * batch,)](
             x, means, valid, *x.stride(), tokens, heads, block,
             DIM=dim, PADDED_DIM=triton.next_power_of_2(dim), BLOCK=32, num_warps=4,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffusers_accel.kernels import launch
+from diffusers_accel.kernels import hardware
 from diffusers_accel.kernels.attention.softmax import LOG2_E, softmax_tile, store_rows
 from diffusers_accel.kernels.pattern import BlockPattern
 
@@ -48,7 +48,7 @@ def config(capability: int, dtype: torch.dtype, block_q: int) -> Config:
 
 def refuses(device: torch.device, dtype: torch.dtype, head_dim: int, block_q: int) -> str | None:
     """Why this implementation cannot run there, or None."""
-    reason = launch.refuses(device, dtype)
+    reason = hardware.refuses(device, dtype)
     if reason is not None:
         return reason
     if head_dim > 128 or head_dim % 8:
@@ -66,8 +66,8 @@ def pooled(q: Tensor, k_means: Tensor, v_means: Tensor, pattern: BlockPattern, s
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     read = pattern.mask().contiguous().view(torch.uint8)
-    tile = config(launch.capability(q.device), q.dtype, pattern.block_q)
-    with launch.on(q.device):
+    tile = config(hardware.capability(q.device), q.dtype, pattern.block_q)
+    with hardware.on(q.device):
         pooled_kernel[(triton.cdiv(queries, tile.block_m) * heads * batch,)](
             q, k_means, v_means, read, pattern.key_lengths(), out, lse, *q.stride()[:3],
             heads, queries, pattern.key_blocks, read.shape[0], scale * LOG2_E,

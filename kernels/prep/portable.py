@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffusers_accel.kernels import launch
+from diffusers_accel.kernels import hardware
 from diffusers_accel.kernels.prep import Prepared
 from diffusers_accel.kernels.quantize.portable import (
     empty,
@@ -53,7 +53,7 @@ def prep(
     # Rows of their own count the key heads; those that queries take count the heads, of which some share a key head.
     key_heads = model_heads if key_rows is None else k.shape[2]
     sizes["HEAD_GROUP"] = key_heads // k.shape[2]
-    with launch.on(q.device):
+    with hardware.on(q.device):
         if measured or largest is not None:
             measure_kernel[(triton.cdiv(keys, block) * heads * batch,)](
                 k, v, rows if key_rows is None else key_rows, k_means if measured else None, largest,

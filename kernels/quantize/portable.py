@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffusers_accel.kernels import launch
+from diffusers_accel.kernels import hardware
 from diffusers_accel.kernels.pool import pool
 from diffusers_accel.kernels.quantize.quantized import (
     FP8_MAX,
@@ -27,9 +27,9 @@ TOKENS = KEY_GROUP  # of one program, so that a group of keys is in one place
 
 def refuses(device: torch.device, dtype: torch.dtype, precision: str) -> str | None:
     """Why this implementation cannot run there, or None."""
-    reason = launch.refuses(device, dtype)
-    if reason is None and precision == "int8_fp8" and device.type == "cuda" and launch.capability(device) < 89:
-        found = "ROCm" if torch.version.hip is not None else launch.capability(device) / 10
+    reason = hardware.refuses(device, dtype)
+    if reason is None and precision == "int8_fp8" and device.type == "cuda" and hardware.capability(device) < 89:
+        found = "ROCm" if torch.version.hip is not None else hardware.capability(device) / 10
         return f"FP8 (e4m3) needs CUDA and compute capability 8.9 or newer, found {found}"
     return reason
 
@@ -45,7 +45,7 @@ def quantize(
     result = empty(q.shape, keys, q.dtype, precision, k_mean.contiguous(), v)
     sizes = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "TOKENS": TOKENS, "num_warps": 4}
     chunks = triton.cdiv(keys, TOKENS)
-    with launch.on(q.device):
+    with hardware.on(q.device):
         quantize_queries_kernel[(triton.cdiv(queries, TOKENS) * heads * batch,)](
             q, result.k_mean, result.q, result.q_scale, result.offset, *q.stride(), queries, heads,
             INT8_MAX=INT8_MAX, SMALLEST=SMALLEST, HEAD_GROUP=heads // key_heads, **sizes,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffusers_accel.kernels import launch
+from diffusers_accel.kernels import hardware
 
 LARGEST_ROW = 4096  # key blocks that one program holds without spilling; half a million tokens in blocks of 128
 LEVELS = 4
@@ -25,7 +25,7 @@ INFINITY = tl.constexpr(0x7F800000)  # the bits of an infinite float, which is t
 
 def refuses(device: torch.device, key_blocks: int) -> str | None:
     """Why this implementation cannot run there, or None."""
-    reason = launch.refuses(device, torch.float32)
+    reason = hardware.refuses(device, torch.float32)
     if reason is None and key_blocks > LARGEST_ROW:
         return f"takes up to {LARGEST_ROW} key blocks, found {key_blocks}"
     return reason
@@ -55,7 +55,7 @@ def cut(
     ids = torch.empty(batch, heads, query_blocks, capacity, dtype=torch.int32, device=device)
     counts = torch.empty(batch, heads, query_blocks, dtype=torch.int32, device=device)
     padded = triton.next_power_of_2(key_blocks)
-    with launch.on(device):
+    with hardware.on(device):
         histograms = None
         if rule == "quantile":
             histograms = torch.zeros(batch * heads, LEVELS, BUCKETS.value, dtype=torch.int32, device=device)
@@ -82,7 +82,7 @@ def softmax_map(q: Tensor, k: Tensor, scale: float) -> Tensor:
     batch, height, heads, dim = q.shape
     q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
     weights = torch.empty(batch, heads, height, k.shape[1], dtype=torch.float32, device=q.device)
-    with launch.on(q.device):
+    with hardware.on(q.device):
         map_kernel[(triton.cdiv(height, MAP_TILE["BLOCK_M"]) * heads * batch,)](
             q, k, weights, *q.stride()[:3], *k.stride()[:3], heads, height, k.shape[1], scale,
             DIM=dim, HEAD_GROUP=heads // k.shape[2], **MAP_TILE, **MAP_OPTIONS,

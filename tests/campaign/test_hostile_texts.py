@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from diffusers_accel import cli, loading
+from diffusers_accel import cli
+from diffusers_accel.cli import loading
 from diffusers_accel.evals.compare import compare
 from diffusers_accel.evals.measurement import read_rows
 from diffusers_accel.files.errors import JOINERS
@@ -199,18 +200,12 @@ def test_commands(folder: Path, campaign: Campaign, monkeypatch: pytest.MonkeyPa
         "5",
         "--steps",
         "2",
+        "--force",  # plans for two blocks of tokens are slower than dense attention, and asked for all the same
     ]
     name = "[b]plan[/b].json"
-    code, shown, said = command("search", "tiny", "--out", name, "--prompts", "prompts.txt", *options, *force())
+    code, shown, said = command("search", "tiny", "--out", name, "--prompts", "prompts.txt", *options)
     assert not code, said
     assert name in shown.replace("\n", "") and not steers(shown) and not steers(said, own=True)
     assert Plan.load(folder / name).provenance["prompts"]
     campaign.count("hostile texts: commands", "tried", 2)
     campaign.count("hostile texts: commands", "as before", 2)
-
-
-def force() -> list[str]:
-    """Plans for two blocks of tokens are slower than dense attention, and asked for all the same."""
-    import inspect
-
-    return ["--force"] if "force" in inspect.signature(cli.search).parameters else []

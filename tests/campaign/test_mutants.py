@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from diffusers_accel import patch
-from diffusers_accel.cli_arguments import read_prompts
+from diffusers_accel.cli.arguments import read_prompts
 from diffusers_accel.evals import kernel_bench as bench
 from diffusers_accel.evals.clip_record import ClipRecord
 from diffusers_accel.evals.compare import compare

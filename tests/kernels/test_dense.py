@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.kernels import dense as package
-from diffusers_accel.kernels import launch
+from diffusers_accel.kernels import hardware
 from diffusers_accel.kernels.attention import attention
 from diffusers_accel.kernels.dense import IMPLEMENTATIONS, choices, cudnn, dense, flash, gpu, xformers
 from diffusers_accel.kernels.merge import merge
@@ -147,7 +147,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """A machine as torch would describe it; nothing can be run on it."""
     machine = SimpleNamespace(capability=90, cudnn=91701, flash=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(launch, "capability", lambda device: machine.capability)
+    monkeypatch.setattr(hardware, "capability", lambda device: machine.capability)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: machine.cudnn)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: machine.flash)
     monkeypatch.setattr(gpu, "fails", lambda *arguments: None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_accel.kernels import launch
+from diffusers_accel.kernels import hardware
 from diffusers_accel.kernels.attention import attention, choices, quantized_attention
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.quantize import KEY_GROUP, quantize
@@ -27,7 +27,7 @@ everywhere = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def only_on_hopper(request: pytest.FixtureRequest) -> None:
     on_gpu = request.node.get_closest_marker("gpu") and torch.cuda.is_available()
-    if on_gpu and (found := launch.capability(torch.device("cuda"))) != 90:
+    if on_gpu and (found := hardware.capability(torch.device("cuda"))) != 90:
         pytest.skip(f"needs compute capability 9.0, found {found / 10}")
 
 
@@ -119,9 +119,9 @@ def test_strides_that_tma_cannot_read_are_copied(device: str) -> None:
 def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     device, blocks = torch.device("cuda"), (128, 128)
     assert "runs on CUDA" in str(hopper.refuses(torch.device("meta"), BF16, 128, blocks, "input"))
-    monkeypatch.setattr(launch, "capability", lambda device: 100)
+    monkeypatch.setattr(hardware, "capability", lambda device: 100)
     assert "9.0 (Hopper), found 10.0" in str(hopper.refuses(device, BF16, 128, blocks, "input"))
-    monkeypatch.setattr(launch, "capability", lambda device: 90)
+    monkeypatch.setattr(hardware, "capability", lambda device: 90)
     for dim in (40, 64, 96, 128):
         assert hopper.refuses(device, BF16, dim, blocks, "input") is None
     assert "float16 and bfloat16" in str(hopper.refuses(device, F32, 128, blocks, "input"))

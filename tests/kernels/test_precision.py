@@ -264,14 +264,14 @@ def test_a_precision_is_obeyed_or_refused() -> None:
 
 def test_what_the_portable_kernel_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="needs Triton, which has no wheel for this platform")
-    from diffusers_accel.kernels import launch
+    from diffusers_accel.kernels import hardware
     from diffusers_accel.kernels.attention import portable
 
     device = torch.device("cuda")
-    monkeypatch.setattr(launch, "capability", lambda device: 86)
+    monkeypatch.setattr(hardware, "capability", lambda device: 86)
     assert portable.refuses(device, BF16, 128, (128, 128), "int8") is None
     assert "8.9 or newer, found 8.6" in str(portable.refuses(device, BF16, 128, (128, 128), "int8_fp8"))
-    monkeypatch.setattr(launch, "capability", lambda device: 90)
+    monkeypatch.setattr(hardware, "capability", lambda device: 90)
     assert portable.refuses(device, BF16, 128, (128, 128), "int8_fp8") is None
     assert "takes float16 and bfloat16" in str(portable.refuses(device, F32, 128, (128, 128), "int8"))
     assert "multiples of 32, found 48" in str(portable.refuses(device, BF16, 128, (128, 48), "int8_fp8"))

@@ -234,13 +234,13 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> Non
 
 def test_fp8_needs_a_device_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="needs Triton, which has no wheel for this platform")
-    from diffusers_accel.kernels import launch
+    from diffusers_accel.kernels import hardware
     from diffusers_accel.kernels.quantize import portable
 
     device = torch.device("cuda")
-    monkeypatch.setattr(launch, "capability", lambda device: 86)
+    monkeypatch.setattr(hardware, "capability", lambda device: 86)
     assert portable.refuses(device, torch.float16, "int8") is None
     assert "compute capability 8.9 or newer, found 8.6" in str(portable.refuses(device, torch.float16, "int8_fp8"))
-    monkeypatch.setattr(launch, "capability", lambda device: 89)
+    monkeypatch.setattr(hardware, "capability", lambda device: 89)
     assert portable.refuses(device, torch.float16, "int8_fp8") is None
     assert "takes float16" in str(portable.refuses(device, torch.float64, "int8"))

@@ -13,6 +13,7 @@ from diffusers_accel.plan import Plan
 from diffusers_accel.search.keeping import check_places
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.subject import split
+from diffusers_accel.support.prompts import REPORT, SEARCH
 from diffusers_accel.support.suggest import did_you_mean, did_you_mean_file
 
 MAX_PROMPT_BYTES = 2**20
@@ -63,6 +64,20 @@ def read_prompts(path: Path) -> list[str]:
     if prompts := [line.strip() for line in text.splitlines() if line.strip()]:
         return prompts
     raise FileError(f"{printable(path)}: expected a prompt on each line, found none")
+
+
+def find_prompts(pipe: str, prompt: list[str] | None, file: Path | None, *, for_search: bool) -> list[str]:
+    """The prompts that were given, else four that no other command takes."""
+    if prompt and file:
+        raise ValueError("prompts: expected --prompt or --prompts, found both")
+    if given := read_prompts(file) if file else prompt:
+        check_prompts(given)
+        return given
+    if pipe == "shapes":
+        from diffusers_accel.evals.shapes import held_out_prompts
+
+        return held_out_prompts(8, seed=0)[:4] if for_search else held_out_prompts(8, seed=0)[4:]
+    return list(SEARCH if for_search else REPORT)
 
 
 def read_plan(path: Path) -> Plan:

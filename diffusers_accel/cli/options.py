@@ -1,0 +1,101 @@
+"""Options that several commands take, and what they say of the pipeline together. Imports nothing heavy before a command runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Pipe = Annotated[
+    str, typer.Argument(help="'shapes' (the small model of this package), a pipeline's folder, or a hub id.")
+]
+DtypeFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="[float32|bfloat16|float16]",
+        help="Of the weights. (default: bfloat16, on a CPU float32)",
+    ),
+]
+DeviceFlag = Annotated[
+    str | None, typer.Option("--device", help="Such as cpu or cuda:1. (default: a GPU if there is one)")
+]
+OffloadFlag = Annotated[
+    str,
+    typer.Option(
+        "--offload",
+        metavar="[none|model|group]",
+        help="Keep on the GPU all, one model at a time, or one layer at a time.",
+    ),
+]
+Height = Annotated[int | None, typer.Option("--height", help="In pixels. (default: the pipeline's own)")]
+Width = Annotated[int | None, typer.Option("--width", help="In pixels. (default: the pipeline's own)")]
+Frames = Annotated[int | None, typer.Option("--frames", help="Of the video. (default: the pipeline's own)")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps. (default: the pipeline's own)")]
+Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale. (default: the pipeline's own)")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="May be given several times.")]
+PromptFile = Annotated[Path | None, typer.Option("--prompts", help="A text file with a prompt on each line.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of the initial noise.")]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a command runs on: the pipeline, how it is loaded, and what it is called with."""
+
+    pipe: str
+    dtype: str | None
+    device: str | None
+    offload: str
+    height: int | None
+    width: int | None
+    frames: int | None
+    steps: int | None
+    guidance: float | None
+
+    def check(self) -> Setup:
+        """Refuses what can be known before anything is loaded."""
+        from diffusers_accel.cli.arguments import check_finite, check_whole
+        from diffusers_accel.cli.loading import check_source
+
+        for flag in ("height", "width", "frames", "steps"):
+            check_whole(f"--{flag}", getattr(self, flag))
+        check_finite("--guidance", self.guidance)
+        check_source(self.pipe, dtype=self.dtype, device=self.device, offload=self.offload)
+        return self
+
+    def call(self) -> dict[str, Any]:
+        """The arguments of the pipeline's call that were given, on top of those that the shapes model was trained for."""
+        given = {
+            "height": self.height,
+            "width": self.width,
+            "num_frames": self.frames,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+        }
+        base: dict[str, Any] = {}
+        if self.pipe == "shapes":
+            from diffusers_accel.evals.shapes import CALL
+
+            base = CALL
+        return {**base, **{name: value for name, value in given.items() if value is not None}}
+
+    def flags(self) -> list[str]:
+        """The options that were given, for another command on the same pipeline."""
+        given = {
+            "--dtype": self.dtype,
+            "--device": self.device,
+            "--offload": None if self.offload == "none" else self.offload,
+            "--height": self.height,
+            "--width": self.width,
+            "--frames": self.frames,
+            "--steps": self.steps,
+            "--guidance": self.guidance,
+        }
+        return [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
+
+    def load(self) -> Any:
+        from diffusers_accel.cli.loading import load_pipeline
+
+        return load_pipeline(self.pipe, dtype=self.dtype, device=self.device, offload=self.offload)

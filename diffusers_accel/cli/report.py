@@ -1,0 +1,83 @@
+"""`diffusers-accel report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diffusers_accel.cli.options import (
+    DeviceFlag,
+    DtypeFlag,
+    Frames,
+    Guidance,
+    Height,
+    OffloadFlag,
+    Pipe,
+    PromptFile,
+    Prompts,
+    Setup,
+    Steps,
+    Width,
+)
+from diffusers_accel.cli.output import show
+
+
+def report(
+    pipe: Pipe,
+    plan: Annotated[
+        list[str],
+        typer.Option(
+            "--plan",
+            help="A plan file or a method, such as draft; with a step cache, easycache+draft; or NAME=PLAN. "
+            "May be given several times.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("report"),
+    rounds: Annotated[int, typer.Option("--rounds", help="Timed runs of each clip, each between two dense ones.")] = 1,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", help="May be given several times. (default: psnr, ssim and lpips)")
+    ] = None,
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option("--seed", help="May be given several times. (default: 0)"),
+    ] = None,
+    dtype: DtypeFlag = None,
+    device: DeviceFlag = None,
+    offload: OffloadFlag = "none",
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+) -> None:
+    """Compare plans with dense attention, same prompts, seeds and noise: speed, quality, and the clips side by side.
+
+    Can be stopped and run again: finished clips are kept in OUT.partial until the report is saved.
+    """
+    from diffusers_accel.cli.arguments import check_seed, check_whole, find_prompts, read_subjects
+
+    setup = Setup(pipe, dtype, device, offload, height, width, frames, steps, guidance).check()
+    texts = find_prompts(pipe, prompt, prompts, for_search=False)
+    # Now: they need the packages of the extra `eval`, without which the above is refused too.
+    from diffusers_accel.evals.arguments import check_asked
+    from diffusers_accel.evals.compare import compare
+    from diffusers_accel.evals.metrics import METRICS
+    from diffusers_accel.evals.report import check_report_folder
+
+    metrics, seeds = metric or tuple(METRICS), seed or [0]
+    check_whole("--rounds", rounds)
+    for each in seeds:
+        check_seed(each)
+    subjects = read_subjects(plan)
+    check_asked(subjects, texts, metrics=metrics, seeds=seeds, rounds=rounds)
+    check_report_folder(out)
+    partial = out.absolute().with_name(f"{out.absolute().name}.partial")  # removed when the report is saved
+    asked: dict[str, Any] = {"call": setup.call(), "seeds": seeds, "metrics": metrics, "rounds": rounds}
+    found = compare(setup.load(), subjects, texts, **asked, keep=partial)
+    page = found.save(out)
+    show(found.table())
+    show(f"{found.headline}\n{page}")
