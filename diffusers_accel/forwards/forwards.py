@@ -14,7 +14,11 @@ from diffusers_accel.forwards.predictors import PREDICTORS, Last, Predictor
 from diffusers_accel.forwards.rule import Rule
 from diffusers_accel.forwards.schedule import Schedule
 
-RULES: dict[str, type[Rule]] = {cls.kind: cls for cls in (EasyCache, Schedule)}
+_RULES: tuple[type[Rule], ...] = (
+    EasyCache,
+    Schedule,
+)
+RULES: dict[str, type[Rule]] = {cls.kind: cls for cls in _RULES}
 
 
 @dataclass(frozen=True)

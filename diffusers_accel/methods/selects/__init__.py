@@ -8,4 +8,12 @@ from diffusers_accel.methods.selects.skip import Skip
 from diffusers_accel.methods.selects.stored import Stored
 from diffusers_accel.methods.selects.stripe import Stripe
 
-SELECTS: dict[str, type[Select]] = {each.kind: each for each in (All, Skip, Band, Stripe, Draft, Stored)}
+_MEMBERS: tuple[type[Select], ...] = (
+    All,
+    Skip,
+    Band,
+    Stripe,
+    Draft,
+    Stored,
+)
+SELECTS: dict[str, type[Select]] = {each.kind: each for each in _MEMBERS}
