@@ -4,6 +4,7 @@ from diffusers_accel.methods.select import Select
 from diffusers_accel.methods.selects.all import All
 from diffusers_accel.methods.selects.band import Band
 from diffusers_accel.methods.selects.draft import Draft
+from diffusers_accel.methods.selects.radial import Radial
 from diffusers_accel.methods.selects.skip import Skip
 from diffusers_accel.methods.selects.stored import Stored
 from diffusers_accel.methods.selects.stripe import Stripe
@@ -15,5 +16,6 @@ _MEMBERS: tuple[type[Select], ...] = (
     Stripe,
     Draft,
     Stored,
+    Radial,
 )
 SELECTS: dict[str, type[Select]] = {each.kind: each for each in _MEMBERS}
