@@ -1,4 +1,4 @@
-"""The block pairs worth computing, by the softmax of pooled scores: DraftAttention's map and three rules to cut it.
+"""The block pairs worth computing, by the softmax of pooled scores, or of any others: a map and three rules to cut it.
 
 DraftAttention (Shen et al. 2025, arXiv 2505.14708) keeps the largest entries of the whole map of a head, so that rows may
 end up empty; `rule="quantile", floor=0` does exactly that. Ours are the floor, the forced pairs, the two rules by row,
@@ -7,7 +7,9 @@ and any range of competing blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -16,9 +18,11 @@ from diffusers_accel.kernels.checks import score_scale
 from diffusers_accel.kernels.choice import Operator
 from diffusers_accel.kernels.pattern import BlockPattern
 
-__all__ = ["RULES", "select", "starved_rows"]
+__all__ = ["RULES", "select", "select_by_scores", "starved_rows"]
 
 RULES = ("quantile", "row")
+
+Weigh = Callable[[ModuleType, slice, slice], Tensor]  # of the module that runs, the weights of some rows and columns
 
 _operator = Operator(__name__, ("portable", "reference"))
 
@@ -77,25 +81,45 @@ def select(
         ValueError: an argument does not fit; the message names expected and found. Or `impl` cannot run.
     """
     _check_means(q_means, k_means, queries, keys, block_q, block_k)
-    batch, rows, heads, dim = q_means.shape
-    columns = k_means.shape[1]
-    _check_always(always, heads, rows, columns, q_means.device)
+    _, rows, heads, dim = q_means.shape
     scale = score_scale(scale, dim)
-    row_range, column_range = _competing(competing, rows, columns)
-    height, width = len(row_range), len(column_range)
-    if not isinstance(floor, int) or not 0 <= floor <= width:
-        raise ValueError(f"floor must be an int in 0..{width}, the competing key blocks, found {floor!r}")
-    rule, amount = _budget(density, mass, rule, height, width)
-    capacity = columns
-    if rule == "row":
-        amount = max(amount, floor)
-        if always is None and height == rows:
-            capacity = columns - width + int(amount)
-    module = _operator.choose(impl, q_means.device, columns)
-    with torch.no_grad():
-        blocks, counts = module.select(
-            q_means, k_means, always, row_range, column_range, rule, amount, floor, scale, capacity
-        )
+
+    def weigh(module: ModuleType, rows: slice, columns: slice) -> Tensor:
+        weights: Tensor = module.softmax_map(q_means[:, rows], k_means[:, columns], scale)
+        return weights
+
+    blocks, counts = _cut(
+        weigh, heads, (rows, k_means.shape[1]), q_means.device, density, mass, rule, always, competing, floor, impl
+    )
+    return BlockPattern(blocks, counts, queries, keys, block_q, block_k)
+
+
+def select_by_scores(
+    scores: Tensor,
+    *,
+    queries: int,
+    keys: int,
+    density: float | None = None,
+    mass: float | None = None,
+    rule: str = "quantile",
+    always: Tensor | None = None,
+    competing: tuple[int, int] | None = None,
+    floor: int = 1,
+    block_q: int = 128,
+    block_k: int = 128,
+    impl: str = "auto",
+) -> BlockPattern:
+    """As `select`, but the weights are the row softmax of scores that somebody else has made.
+
+    Args:
+        scores: fp32 `[B, H, Q, K]`, one for each pair of a query and a key block, in the unit of logits.
+    """
+    _check_scores(scores, queries, keys, block_q, block_k)
+    heads, rows, columns = scores.shape[1:]
+    blocks, counts = _cut(
+        lambda module, rows, columns: scores[..., rows, columns].softmax(-1),
+        heads, (rows, columns), scores.device, density, mass, rule, always, competing, floor, impl,
+    )  # fmt: skip
     return BlockPattern(blocks, counts, queries, keys, block_q, block_k)
 
 
@@ -107,6 +131,56 @@ def starved_rows(pattern: BlockPattern, floor: int = 1, competing: tuple[int, in
     rows, columns = _competing(competing, pattern.query_blocks, pattern.key_blocks)
     whole = pattern.key_blocks - len(columns)
     return (pattern.counts[..., rows.start : rows.stop] < whole + floor).sum(-1, dtype=torch.int32)
+
+
+def _cut(
+    weigh: Weigh,
+    heads: int,
+    blocks: tuple[int, int],
+    device: torch.device,
+    density: float | None,
+    mass: float | None,
+    rule: str,
+    always: Tensor | None,
+    competing: tuple[int, int] | None,
+    floor: int,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Lists and counts of the pairs that are kept, for so many query and key blocks."""
+    rows, columns = blocks
+    _check_always(always, heads, rows, columns, device)
+    row_range, column_range = _competing(competing, rows, columns)
+    height, width = len(row_range), len(column_range)
+    if not isinstance(floor, int) or not 0 <= floor <= width:
+        raise ValueError(f"floor must be an int in 0..{width}, the competing key blocks, found {floor!r}")
+    rule, amount = _budget(density, mass, rule, height, width)
+    capacity = columns
+    if rule == "row":
+        amount = max(amount, floor)
+        if always is None and height == rows:
+            capacity = columns - width + int(amount)
+    module = _operator.choose(impl, device, columns)
+    with torch.no_grad():
+        square = slice(row_range.start, row_range.stop), slice(column_range.start, column_range.stop)
+        weights = weigh(module, *square)
+        lists: tuple[Tensor, Tensor] = module.cut(
+            weights, always, row_range, column_range, blocks, rule, amount, floor, capacity
+        )
+    return lists
+
+
+def _check_scores(scores: Tensor, queries: int, keys: int, block_q: int, block_k: int) -> None:
+    if min(queries, keys, block_q, block_k) < 1:
+        found = f"{queries} in blocks of {block_q} and {keys} in blocks of {block_k}"
+        raise ValueError(f"queries, keys and their blocks must be positive, found {found}")
+    expected = [-(-queries // block_q), -(-keys // block_k)]
+    if scores.dim() != 4 or 0 in scores.shape or list(scores.shape[2:]) != expected:
+        raise ValueError(
+            f"scores must be [B, H, {expected[0]}, {expected[1]}] ({queries} queries in blocks of {block_q}, {keys} keys in "
+            f"blocks of {block_k}), found {list(scores.shape)}"
+        )
+    if scores.dtype != torch.float32:
+        raise ValueError(f"scores must be torch.float32, found {scores.dtype}")
 
 
 def _check_means(q_means: Tensor, k_means: Tensor, queries: int, keys: int, block_q: int, block_k: int) -> None:

@@ -31,31 +31,31 @@ def refuses(device: torch.device, key_blocks: int) -> str | None:
     return reason
 
 
-def select(
-    q_means: Tensor,
-    k_means: Tensor,
+def cut(
+    weights: Tensor,
     always: Tensor | None,
     rows: range,
     columns: range,
+    blocks: tuple[int, int],
     rule: str,
     amount: float,
     floor: int,
-    scale: float,
     capacity: int,
 ) -> tuple[Tensor, Tensor]:
     """The lists and counts of a pattern; the arguments have been checked by the caller."""
-    batch, query_blocks, heads, _ = q_means.shape
-    key_blocks, height, width = k_means.shape[1], len(rows), len(columns)
-    device = q_means.device
+    batch, heads = weights.shape[:2]
+    query_blocks, key_blocks = blocks
+    height, width = len(rows), len(columns)
+    device = weights.device
+    weights = weights.contiguous()
     forced, forced_stride = None, 0
     if always is not None:
         forced = always[..., rows.start : rows.stop, columns.start : columns.stop].contiguous().view(torch.uint8)
         forced_stride = height * width if always.dim() == 3 else 0
-    blocks = torch.empty(batch, heads, query_blocks, capacity, dtype=torch.int32, device=device)
+    ids = torch.empty(batch, heads, query_blocks, capacity, dtype=torch.int32, device=device)
     counts = torch.empty(batch, heads, query_blocks, dtype=torch.int32, device=device)
     padded = triton.next_power_of_2(key_blocks)
     with launch.on(device):
-        weights = softmax_map(q_means[:, rows.start : rows.stop], k_means[:, columns.start : columns.stop], scale)
         histograms = None
         if rule == "quantile":
             histograms = torch.zeros(batch * heads, LEVELS, BUCKETS.value, dtype=torch.int32, device=device)
@@ -65,11 +65,11 @@ def select(
                     LEVEL=level, LEVELS=LEVELS, BLOCK=4096, num_warps=8,
                 )  # fmt: skip
         lists_kernel[(query_blocks * heads * batch,)](
-            weights, forced, histograms, blocks, counts, forced_stride, heads, query_blocks, key_blocks,
+            weights, forced, histograms, ids, counts, forced_stride, heads, query_blocks, key_blocks,
             rows.start, columns.start, height, width, amount, floor, capacity,
             RULE=rule, LEVELS=LEVELS, PADDED=padded, num_warps=row_warps(padded),
         )  # fmt: skip
-    return blocks, counts
+    return ids, counts
 
 
 def row_warps(padded: int) -> int:
@@ -82,10 +82,11 @@ def softmax_map(q: Tensor, k: Tensor, scale: float) -> Tensor:
     batch, height, heads, dim = q.shape
     q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
     weights = torch.empty(batch, heads, height, k.shape[1], dtype=torch.float32, device=q.device)
-    map_kernel[(triton.cdiv(height, MAP_TILE["BLOCK_M"]) * heads * batch,)](
-        q, k, weights, *q.stride()[:3], *k.stride()[:3], heads, height, k.shape[1], scale,
-        DIM=dim, **MAP_TILE, **MAP_OPTIONS,
-    )  # fmt: skip
+    with launch.on(q.device):
+        map_kernel[(triton.cdiv(height, MAP_TILE["BLOCK_M"]) * heads * batch,)](
+            q, k, weights, *q.stride()[:3], *k.stride()[:3], heads, height, k.shape[1], scale,
+            DIM=dim, **MAP_TILE, **MAP_OPTIONS,
+        )  # fmt: skip
     return weights
 
 

@@ -11,25 +11,27 @@ def refuses(device: torch.device, key_blocks: int) -> str | None:
     return None
 
 
-def select(
-    q_means: Tensor,
-    k_means: Tensor,
+def softmax_map(q_means: Tensor, k_means: Tensor, scale: float) -> Tensor:
+    """The row softmax of the pooled scores: fp32 `[B, H, Q, K]`."""
+    return (scale * torch.einsum("bqhd,bkhd->bhqk", q_means, k_means)).softmax(-1)
+
+
+def cut(
+    weights: Tensor,
     always: Tensor | None,
     rows: range,
     columns: range,
+    blocks: tuple[int, int],
     rule: str,
     amount: float,
     floor: int,
-    scale: float,
     capacity: int,
 ) -> tuple[Tensor, Tensor]:
-    """The lists and counts of a pattern; `rows` and `columns` compete, all else is read whole."""
-    batch, query_blocks, heads, _ = q_means.shape
+    """The lists and counts of a pattern of `blocks` query and key blocks: `weights` are of the `rows` and `columns` that
+    compete, all else is read whole."""
     square = slice(rows.start, rows.stop), slice(columns.start, columns.stop)
-    scores = scale * torch.einsum("bqhd,bkhd->bhqk", q_means[:, square[0]], k_means[:, square[1]])
-    weights = scores.softmax(-1)
     ranks = weights if always is None else weights.masked_fill(always[..., *square], torch.inf)
-    mask = torch.ones(batch, heads, query_blocks, k_means.shape[1], dtype=torch.bool, device=q_means.device)
+    mask = torch.ones(*weights.shape[:2], *blocks, dtype=torch.bool, device=weights.device)
     mask[..., *square] = kept(weights, ranks, rule, amount, floor)
     return lists(mask, capacity)
 
