@@ -3,120 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from diffusers_accel.call import AttentionCall
-from diffusers_accel.files import quoted
-from diffusers_accel.kernels.kept import kept
 from diffusers_accel.kernels.pattern import BlockPattern
-from diffusers_accel.kernels.select import select, starved_rows
-from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods.blocks import BLOCK, always_read, check_density, video_blocks
+from diffusers_accel.kernels.select import select
 from diffusers_accel.methods.order import Order
-from diffusers_accel.methods.select import Inputs, Select, Wants
+from diffusers_accel.methods.ranked import RankedSelect
+from diffusers_accel.methods.select import Inputs, Wants
 from diffusers_accel.methods.uses import Tensors
 
 
 @dataclass(frozen=True)
-class Draft(Select):
+class Draft(RankedSelect):
     """Blocks are averaged, their softmax map stands for the full one, and the best block pairs are read.
 
     The paper keeps the best share of a head's whole map (rule "quantile"), whose rows may be empty, forces nothing but text
     and selects anew at every call. That is `Draft(density, floor=0, diagonal=False, first_frame=False)` in patches of 8 x 16.
     By default rows here read at least one block, and the diagonal and the first frame are always read, within the density.
-
-    Args:
-        density: share of the block pairs of the video that is read, in (0, 1]; text is always read beside it. None with
-            `mass`.
-        mass: read in each row the fewest blocks whose share of the map reaches this, in (0, 1], instead of a density.
-        rule: "quantile": the best of a head's whole map; "row": equally many in each row.
-        floor: blocks that a row reads at least; all where there are fewer.
-        diagonal: always read a block's own keys.
-        first_frame: always read the first frame's keys, where the order keeps it together.
-        hold: steps for which a selection is kept, 1 or more.
+    Its arguments are those of `RankedSelect`.
     """
 
-    density: float | None = 0.25
-    mass: float | None = None
-    rule: str = "quantile"
-    floor: int = 1
-    diagonal: bool = True
-    first_frame: bool = True
-    hold: int = 1
     kind: ClassVar[str] = "draft"
     wants: ClassVar[Wants] = "means"
 
-    def __post_init__(self) -> None:
-        if (self.density is None) == (self.mass is None):
-            raise ValueError(
-                f"a draft takes either a density or a mass, found density {self.density} and mass {self.mass}; "
-                "give density=None with a mass"
-            )
-        if self.density is not None:
-            check_density(self.density)
-        elif not (isinstance(self.mass, (int, float)) and 0 < self.mass <= 1):
-            raise ValueError(f"mass is a share of each row's attention, expected in (0, 1], found {self.mass}")
-        if self.rule not in ("quantile", "row"):
-            raise ValueError(f'rule is "quantile" or "row", found {quoted(self.rule)}')
-        if self.mass is not None and self.rule != "quantile":
-            raise ValueError(f"a mass decides row by row: leave the rule out, found {self.rule!r}")
-        if self.floor < 0 or self.hold < 1:
-            raise ValueError(f"expected floor >= 0 and hold >= 1, found {self.floor} and {self.hold}")
-
-    @property
-    def label(self) -> str:
-        amount = f"{self.density:g}" if self.density is not None else f"mass {self.mass:g}"
-        words = ("row" if self.rule == "row" else "", amount, f"hold {self.hold}" if self.hold > 1 else "")
-        return " ".join(word for word in words if word)
-
-    @property
-    def expected_density(self) -> float | None:
-        return self.density
-
-    @property
-    def reselect_every(self) -> int:
-        return self.hold
-
-    def starved(self, pattern: BlockPattern, layout: TokenLayout) -> Tensor | None:
-        first, stop = video_blocks(layout)
-        if self.floor or first >= stop:
-            return None
-        return starved_rows(pattern, 1, (first, stop)).double().mean() / (stop - first)
-
     def pattern(self, call: AttentionCall, order: Order, tensors: Tensors, inputs: Inputs) -> BlockPattern:
         assert inputs.means is not None
-        q_means, k_means = inputs.means
-        layout = call.layout
-        always = _forced(layout, order, self.diagonal, self.first_frame, q_means.device)
-        first, stop = video_blocks(layout)
-        if first >= stop:  # every block holds text, which is always read
-            heads = q_means.shape[2]
-            return BlockPattern.full(heads, layout.tokens, layout.keys, BLOCK, BLOCK, device=q_means.device)
-        return select(
-            q_means,
-            k_means,
-            queries=layout.tokens,
-            keys=layout.keys,
-            density=self.density,
-            mass=self.mass,
-            rule=self.rule,
-            always=always[:, : layout.key_blocks(BLOCK)],
-            competing=(first, stop),
-            floor=min(self.floor, stop - first),
-            block_q=BLOCK,
-            block_k=BLOCK,
-        )
-
-
-@kept(64)
-def _forced(layout: TokenLayout, order: Order, diagonal: bool, first_frame: bool, device: torch.device) -> Tensor:
-    """bool [query blocks, key blocks]: what is read whatever the map says."""
-    always, _ = always_read(layout, first_frame and order.frame_major)
-    blocks = len(always)
-    forced = always.expand(blocks, blocks).clone()
-    if diagonal:
-        forced |= torch.eye(blocks, dtype=torch.bool)
-    return forced.to(device)
+        return self.best(partial(select, *inputs.means), call, order, inputs.device)
