@@ -8,6 +8,7 @@ from diffusers_accel.methods.selects.radial import Radial
 from diffusers_accel.methods.selects.skip import Skip
 from diffusers_accel.methods.selects.stored import Stored
 from diffusers_accel.methods.selects.stripe import Stripe
+from diffusers_accel.methods.selects.subblock import SubBlock
 
 _MEMBERS: tuple[type[Select], ...] = (
     All,
@@ -17,5 +18,6 @@ _MEMBERS: tuple[type[Select], ...] = (
     Draft,
     Stored,
     Radial,
+    SubBlock,
 )
 SELECTS: dict[str, type[Select]] = {each.kind: each for each in _MEMBERS}
