@@ -84,11 +84,15 @@ class Forwards:
 
 
 def _plain(part: Any) -> dict[str, Any]:
-    given = {field.name: getattr(part, field.name) for field in fields(part)}
-    return {
-        "kind": part.kind,
-        **{name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if v is not None},
-    }
+    given = {field.name: _listed(getattr(part, field.name)) for field in fields(part)}
+    return {"kind": part.kind, **{name: value for name, value in given.items() if value is not None}}
+
+
+def _listed(value: Any) -> Any:
+    """Lists for tuples, at any depth, as JSON has them."""
+    if isinstance(value, tuple):
+        return [_listed(each) for each in value]
+    return {name: _listed(each) for name, each in value.items()} if isinstance(value, dict) else value
 
 
 def _part(classes: Mapping[str, Any], data: object, what: str) -> Any:
