@@ -10,6 +10,7 @@ import msgspec
 
 from diffusers_accel.files import quoted
 from diffusers_accel.forwards.easycache import EasyCache
+from diffusers_accel.forwards.magcache import MagCache
 from diffusers_accel.forwards.predictors import PREDICTORS, Last, Predictor
 from diffusers_accel.forwards.rule import Rule
 from diffusers_accel.forwards.schedule import Schedule
@@ -17,6 +18,7 @@ from diffusers_accel.forwards.schedule import Schedule
 _RULES: tuple[type[Rule], ...] = (
     EasyCache,
     Schedule,
+    MagCache,
 )
 RULES: dict[str, type[Rule]] = {cls.kind: cls for cls in _RULES}
 
