@@ -10,11 +10,17 @@ import msgspec
 
 from diffusers_accel.files import Schema, built, quoted, shaped, tagged
 from diffusers_accel.forwards.easycache import EasyCache
+from diffusers_accel.forwards.magcache import MagCache
 from diffusers_accel.forwards.predictors import PREDICTORS, Last, Predictor
 from diffusers_accel.forwards.rule import Rule
 from diffusers_accel.forwards.schedule import Schedule
 
-RULES: dict[str, type[Rule]] = {cls.kind: cls for cls in (EasyCache, Schedule)}
+_RULES: tuple[type[Rule], ...] = (
+    EasyCache,
+    Schedule,
+    MagCache,
+)
+RULES: dict[str, type[Rule]] = {cls.kind: cls for cls in _RULES}
 
 # Forwards as they stand in a file.
 ForwardsData: Any = msgspec.defstruct(
@@ -88,11 +94,15 @@ class Forwards:
 
 
 def _plain(part: Any) -> dict[str, Any]:
-    given = {field.name: getattr(part, field.name) for field in fields(part)}
-    return {
-        "kind": part.kind,
-        **{name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if v is not None},
-    }
+    given = {field.name: _listed(getattr(part, field.name)) for field in fields(part)}
+    return {"kind": part.kind, **{name: value for name, value in given.items() if value is not None}}
+
+
+def _listed(value: Any) -> Any:
+    """Lists for tuples, at any depth, as JSON has them."""
+    if isinstance(value, tuple):
+        return [_listed(each) for each in value]
+    return {name: _listed(each) for name, each in value.items()} if isinstance(value, dict) else value
 
 
 def _check_kind(what: str, part: Any, classes: Mapping[str, Any]) -> None:

@@ -49,7 +49,7 @@ EASY: dict[str, Any] = {"kind": "easycache"}
         ([], "forwards: expected an object, found a list"),
         ({}, "'rule' is missing"),
         ({"rule": EASY, "rules": 1}, "unknown key 'rules'"),
-        ({"rule": {"kind": "teacache"}}, r"rule.kind: expected one of \['easycache', 'schedule'\], found 'teacache'"),
+        ({"rule": {"kind": "teacache"}}, r"rule.kind: expected one of \['easycache', .*'schedule'\], found 'teacache'"),
         ({"rule": {"kind": ["easycache"]}}, "rule.kind"),
         ({"rule": "easycache"}, "rule.kind"),
         ({"rule": {**EASY, "treshold": 1}}, "rule 'easycache': unknown key 'treshold'"),
@@ -88,7 +88,7 @@ def test_anything_unexpected_in_json_is_refused(data: Any, message: str) -> None
         (lambda: easycache(predictor="quadratic"), "one of residual, velocity, linear, taylor"),
         (lambda: Last("latents"), '"velocity" or "residual"'),
         (lambda: Taylor(over="sigma"), '"timestep" or "step"'),
-        (lambda: Forwards("easycache"), "rule: expected one of EasyCache, Schedule"),  # type: ignore[arg-type]
+        (lambda: Forwards("easycache"), "rule: expected one of EasyCache, .*Schedule"),  # type: ignore[arg-type]
         (lambda: Forwards(EasyCache(), EasyCache()), "predictor: expected one of Last, Taylor"),  # type: ignore[arg-type]
     ],
 )

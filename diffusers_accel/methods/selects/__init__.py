@@ -8,5 +8,16 @@ from diffusers_accel.methods.selects.radial import Radial
 from diffusers_accel.methods.selects.skip import Skip
 from diffusers_accel.methods.selects.stored import Stored
 from diffusers_accel.methods.selects.stripe import Stripe
+from diffusers_accel.methods.selects.subblock import SubBlock
 
-SELECTS: dict[str, type[Select]] = {each.kind: each for each in (All, Skip, Band, Stripe, Draft, Stored, Radial)}
+_MEMBERS: tuple[type[Select], ...] = (
+    All,
+    Skip,
+    Band,
+    Stripe,
+    Draft,
+    Stored,
+    Radial,
+    SubBlock,
+)
+SELECTS: dict[str, type[Select]] = {each.kind: each for each in _MEMBERS}

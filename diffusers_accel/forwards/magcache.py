@@ -1,0 +1,109 @@
+"""MagCache (arXiv 2506.09045): predict while what the model adds keeps its magnitude, which a table knows ahead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from diffusers_accel.files import quoted
+from diffusers_accel.forwards.rule import Decision, Now
+
+Ratios = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class MagCache:
+    """How much the residual, what the model adds to its input, grows or shrinks from step to step is nearly the same for all
+    prompts: one calibration run tells it.
+
+    With gamma_t the ratio of the residual's magnitude at step t to that at step t - 1, and c the last computed step,
+
+        error_t = sum over u = c + 1 .. t of |1 - gamma_(c+1) * ... * gamma_u|
+
+    A step is predicted while error < threshold and no more than `max_skips` in a row are. `threshold=0` computes every step.
+
+    Args:
+        ratios: gamma of each step of a schedule, from step 0, whose ratio is never read. For another number of steps the
+            nearest one is taken, as the authors do. Or a table for each pass of guidance by its name, such as "cond" and
+            "uncond": then a step is predicted while each of them allows it. The pass that decides must have one.
+        threshold: added up error at which the model runs again; 0 or more. The authors take 0.12 for Wan 2.1 1.3B and 0.24
+            for 14B and HunyuanVideo.
+        max_skips: most steps in a row that are predicted, 1 or more; the authors' K: 2 to 4 and 6.
+        retention: share of the schedule, from its start, that computes, in [0, 1].
+    """
+
+    kind: ClassVar[str] = "magcache"
+    ratios: Ratios | dict[str, Ratios] = field(hash=False)
+    threshold: float = 0.12
+    max_skips: int = 2
+    retention: float = 0.2
+
+    def __post_init__(self) -> None:
+        given: Any = self.ratios
+        if isinstance(given, Mapping):
+            if not given or not all(isinstance(name, str) for name in given):
+                raise ValueError(f"ratios: expected a table for each pass by its name, found {quoted(given)}")
+            tables: Any = {name: _table(f"ratios of {quoted(name)}", table) for name, table in given.items()}
+        else:
+            tables = _table("ratios", given)
+        object.__setattr__(self, "ratios", tables)
+        if not (_is_number(self.threshold) and self.threshold >= 0):
+            raise ValueError(f"threshold is a relative error, expected 0 or more, found {quoted(self.threshold)}")
+        if isinstance(self.max_skips, bool) or not isinstance(self.max_skips, int) or self.max_skips < 1:
+            raise ValueError(
+                f"max_skips is a number of steps, expected an integer of 1 or more, found {quoted(self.max_skips)}"
+            )
+        if not (_is_number(self.retention) and 0 <= self.retention <= 1):
+            raise ValueError(
+                f"retention is a share of the schedule, expected in [0, 1], found {quoted(self.retention)}"
+            )
+
+    @property
+    def label(self) -> str:
+        return f"magcache {self.threshold:g}"
+
+    @property
+    def looks_back(self) -> int:
+        return 1
+
+    def check(self, steps: int) -> None:
+        """Fits any number of steps."""
+
+    def decide(self, now: Now, carry: Any) -> Decision:
+        tables = self._tables(now.branch)
+        if now.step < int(self.retention * now.steps) or now.step - now.last.step > self.max_skips:
+            return Decision(True)
+        return Decision(not all(_error(table, now) < self.threshold for table in tables))
+
+    def _tables(self, branch: str) -> tuple[Ratios, ...]:
+        if not isinstance(self.ratios, dict):
+            return (self.ratios,)
+        if branch not in self.ratios:
+            raise ValueError(
+                f"ratios: expected a table for the pass {branch!r}, which is to be predicted, found those of "
+                f"{', '.join(self.ratios)}; name the passes that may be predicted with Forwards(branches=...), or give one "
+                "table for all"
+            )
+        return tuple(self.ratios.values())
+
+
+def _error(table: Ratios, now: Now) -> float:
+    """Added up since the last computed step."""
+    size, error = 1.0, 0.0
+    for step in range(now.last.step + 1, now.step + 1):
+        size *= table[round(step * (len(table) - 1) / (now.steps - 1))]
+        error += abs(1 - size)
+    return error
+
+
+def _table(what: str, values: Any) -> Ratios:
+    good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
+    if not good or not all(_is_number(value) and value > 0 for value in values):
+        raise ValueError(f"{what}: expected a list of numbers above 0, one for each step, found {quoted(values)}")
+    return tuple(float(value) for value in values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
