@@ -359,8 +359,8 @@ def every_kind() -> Plan:
         "a": Method(AxisOrder("hwf"), Band(0.4, text_counts=True)),
         "b": Method(select=Stripe(0.4, calibrated=True, text_counts=True)),
         "c": Method(AxisOrder("wfh"), Stored(0.5)),
-        "d": Method(Patches(), Draft(0.4), rest=Kept(gated=True)),
-        "e": Method(Patches(4, 4), Draft(None, 0.6), precision="int8"),
+        "d": Method(Patches(text_last=False), Draft(0.4), rest=Kept(gated=True)),
+        "e": Method(Patches(4, 4, text_last=False), Draft(None, 0.6), precision="int8"),
         "f": Method(select=Band(0.5, False, True), rest=Kept(2)),
     }
     spans = (
@@ -376,9 +376,9 @@ def two_experts() -> Plan:
     models = {"transformer": ModelShape(2, 3, 64), "transformer_2": ModelShape(1, 3, 64)}
     methods = {
         ".": DENSE,
-        "a": Method(Patches(8, 16), Draft(0.3, hold=4), "int8"),
+        "a": Method(Patches(8, 16, text_last=False), Draft(0.3, hold=4), "int8"),
         "Z": Method(AxisOrder("hwf"), Band(0.25, first_frame=False, text_counts=True), "int8_fp8"),
-        "1": Method(Patches(8, 16), Draft(0.25, rule="row", floor=2), rest=Kept(3)),
+        "1": Method(Patches(8, 16, text_last=False), Draft(0.25, rule="row", floor=2), rest=Kept(3)),
         "q": Method(precision="int8"),
     }
     spans = (

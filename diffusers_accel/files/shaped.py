@@ -75,6 +75,8 @@ def _bounded(annotation: Any) -> Any:
         return _WHOLE
     if get_origin(annotation) is tuple:
         return GenericAlias(tuple, (_bounded(get_args(annotation)[0]), ...))
+    if get_origin(annotation) is dict:
+        return GenericAlias(dict, (str, _bounded(get_args(annotation)[1])))
     if get_args(annotation):
         return Union[tuple(map(_bounded, get_args(annotation)))]  # noqa: UP007
     return annotation
