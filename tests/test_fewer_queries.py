@@ -33,6 +33,7 @@ from diffusers_accel.methods import (
 from diffusers_accel.methods.arrangement import arrangement
 from diffusers_accel.methods.order import exact_tokens
 from diffusers_accel.methods.select import Inputs
+from diffusers_accel.methods.selects import SubBlock
 from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.plan import Plan, Span
 from diffusers_accel.run.deals import Deals, deal
@@ -270,9 +271,11 @@ def test_pooled_rests_lose_nothing_where_keys_are_alike(layout: TokenLayout) -> 
 )
 def test_grouped_heads_are_as_if_repeated(layout: TokenLayout, key_heads: int) -> None:
     qkv = inputs(layout, key_heads)
-    for names in (("band",) * 4, ("draft", "band hwf", "draft by rows", "stripe")):
+    some = {**METHODS, "subblock": Method(select=SubBlock(0.3)), "pooled": Method(select=Draft(0.3), rest=Pooled())}
+    mixes = (("band",) * 4, ("subblock",) * 4, ("pooled",) * 4, ("draft", "band hwf", "draft by rows", "subblock"))
+    for names in mixes:
         for precision in ("input", "int8"):
-            methods = tuple(replace(METHODS[name], precision=precision) for name in names)
+            methods = tuple(replace(some[name], precision=precision) for name in names)
             a, b = (attend(methods, layout, each).out for each in (qkv, repeated(*qkv)))
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.kernels.attention import attention, chosen, quantized_attention
+from diffusers_accel.kernels.grouped import each_query_head
 from diffusers_accel.kernels.pattern import BlockPattern, head_flags, head_index
 from diffusers_accel.kernels.pool import pool
 from diffusers_accel.kernels.pooled import pooled
@@ -193,11 +194,14 @@ def _pattern(group: Group, turn: Turn, tensors: Tensors, call: AttentionCall, pr
 def _inputs(prepared: Prepared, group: Group) -> Inputs:
     place = group.place
     means, operands = prepared.means, prepared.operands
-    device = operands.q.device if isinstance(operands, Quantized) else operands[0].device
+    tokens = None
+    if isinstance(operands, tuple):
+        q, k = operands[0], each_query_head(operands[1], operands[0].shape[2])
+        tokens = q[:, :, place], k[:, :, place]
     return Inputs(
-        device,
+        operands.q.device if isinstance(operands, Quantized) else operands[0].device,
         (means[0][:, :, place], means[1][:, :, place]) if means else None,
-        (operands[0][:, :, place], operands[1][:, :, place]) if isinstance(operands, tuple) else None,
+        tokens,
     )
 
 
