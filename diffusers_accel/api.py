@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusers_accel.arguments import check_parameters, wrong_plan
+from diffusers_accel.arguments import checked_parameters, wrong_plan
 from diffusers_accel.attach.clock import Clock, tells_steps
 from diffusers_accel.attach.host_caches import caches_on
 from diffusers_accel.attach.processor import attend_densely, redirect, restore, site_of
@@ -337,15 +337,14 @@ def _choose(
 ) -> tuple[Plan | Recipe | Method, int]:
     """What to run, and from how many tokens on."""
     if plan is None:
-        check_parameters(PRESET, parameters)
+        parameters = checked_parameters(PRESET, parameters)
         reason = next((reason for _, reason in _refusals(pipe, NAMED[PRESET]().heads, found)), None)
         if reason is None:
             return NAMED[PRESET](**parameters), FEW_TOKENS
         LOG.warning("staying dense: no sparse kernel can run here (%s)", reason)
         return NAMED["dense"](), 0
     if isinstance(plan, str) and plan in NAMED:
-        check_parameters(plan, parameters)
-        return NAMED[plan](**parameters), 0
+        return NAMED[plan](**checked_parameters(plan, parameters)), 0
     if not isinstance(plan, (Plan, Recipe, Method)):
         raise wrong_plan(plan)
     return plan, 0

@@ -77,7 +77,7 @@ def compare(
     Args:
         pipe: a loaded, unpatched pipeline of a supported family.
         subjects: name -> what `patch` takes: a Plan, a method's name, a path to a plan file, a Method, Recipe or step cache, a
-            list such as ["easycache", "draft"]; or (one of these, parameters of `patch`), such as ("cached", {"every": 2,
+            list such as ["easycache", "draft"]; or (one of these, parameters of `patch`), such as ("cached", {"refresh_every": 2,
             "max_cache": 0.5}). Under a step cache alone attention is patched to be dense, so that its time is measured.
         prompts: texts; or mappings of pipeline arguments, such as prompt_embeds, for a pipeline without a text encoder.
         call: what else the pipeline is called with, such as height, width, num_frames, num_inference_steps, guidance_scale.

@@ -59,9 +59,9 @@ LAYOUTS = (
 
 ORDERS = st.one_of(st.sampled_from(AXES).map(AxisOrder), st.sampled_from([Patches(), Patches(4, 4), Patches(3, 5)]))
 SHARES = st.sampled_from([0.1, 0.25, 0.4, 0.7, 1.0])
-DRAFT_FLAGS = {"floor": st.integers(0, 3), "diagonal": st.booleans(), "first_frame": st.booleans()}
+DRAFT_FLAGS = {"min_blocks": st.integers(0, 3), "diagonal": st.booleans(), "first_frame": st.booleans()}
 DRAFTS = st.one_of(
-    st.builds(Draft, SHARES, rule=st.sampled_from(["quantile", "row"]), **DRAFT_FLAGS),
+    st.builds(Draft, SHARES, per=st.sampled_from(["head", "row"]), **DRAFT_FLAGS),
     st.builds(Draft, st.none(), SHARES, **DRAFT_FLAGS),
 )
 KEPT = st.one_of(st.builds(Kept, st.integers(2, 4)), st.just(Kept(gated=True)))
@@ -86,7 +86,7 @@ ANY = st.one_of(
     KEEPING,
     POOLED,
     methods(st.sampled_from([Drop(), Pooled()]), "int8"),
-    st.builds(Method, ORDERS, st.builds(Draft, SHARES, hold=st.integers(2, 3))),
+    st.builds(Method, ORDERS, st.builds(Draft, SHARES, reselect_every=st.integers(2, 3))),
     st.sampled_from([DENSE, Method(select=Skip()), Method(precision="int8")]),
 )
 EVERYTHING = st.one_of(
@@ -300,7 +300,9 @@ def test_reuse_is_dense_while_nothing_changes(heads: list[Method], layout: Token
     for each in ran:
         assert close(each.out, sdpa(*call))
     assert all(each.reused == 0 for each in ran[:1])
-    intervals = [method.rest.every for method in heads if isinstance(method.rest, Kept) and not method.rest.gated]
+    intervals = [
+        method.rest.refresh_every for method in heads if isinstance(method.rest, Kept) and not method.rest.gated
+    ]
     gated = len(heads) - len(intervals)
     expected = sum(STEPS - len(range(0, STEPS, every)) for every in intervals)
     assert expected <= sum(each.reused for each in ran) <= expected + gated * (STEPS - 1)
@@ -439,7 +441,7 @@ def branch_inputs(seed: int, batch: int = 1) -> dict[str, Tensor]:
 MIXED = Recipe(
     (
         Method(Patches(), Draft(0.34), rest=Kept(3)),
-        Method(AxisOrder("hwf"), Draft(0.34, hold=3)),
+        Method(AxisOrder("hwf"), Draft(0.34, reselect_every=3)),
         Method(AxisOrder("hwf"), Band(0.34), rest=Kept(2)),
         Method(AxisOrder("whf"), Draft(0.5), "int8", Kept(2)),
     )
@@ -526,7 +528,7 @@ def test_rows_that_read_nothing_give_0_or_all_of_the_rest(floor: int) -> None:
     q, k, v = inputs(layout, 1)
     q[:, : 3 * BLOCK] *= 0.01  # attends to all alike, so that no pair of it is among the best
     q[:, 3 * BLOCK :] *= 4
-    select = Draft(0.1, floor=floor, diagonal=False, first_frame=False)
+    select = Draft(0.1, min_blocks=floor, diagonal=False, first_frame=False)
     method = Method(select=select)
     out = attend((method,), layout, (q, k, v)).out
     empty = pattern_of(method, layout, q, k).counts[:, 0] == 0

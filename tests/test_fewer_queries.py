@@ -81,9 +81,9 @@ METHODS = {
     "band hwf": Method(AxisOrder("hwf"), Band(0.3, first_frame=False)),
     "stripe": Method(select=Stripe(0.4)),
     "draft": Method(Patches(), Draft(0.25)),
-    "draft, bare": Method(Patches(4, 4), Draft(0.25, floor=0, diagonal=False, first_frame=False)),
-    "draft whf mass": Method(AxisOrder("whf"), Draft(None, 0.5)),
-    "draft by rows": Method(select=Draft(0.25, rule="row")),
+    "draft, bare": Method(Patches(4, 4), Draft(0.25, min_blocks=0, diagonal=False, first_frame=False)),
+    "draft whf top-p": Method(AxisOrder("whf"), Draft(None, 0.5)),
+    "draft by rows": Method(select=Draft(0.25, per="row")),
 }
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

@@ -285,7 +285,7 @@ def test_free_memory_is_a_number_of_bytes() -> None:
 
 def test_which_steps_refresh_and_what_the_report_counts() -> None:
     pipe = tiny_wan()
-    with patch(pipe, "cached", density=0.34, every=3) as done:
+    with patch(pipe, "cached", density=0.34, refresh_every=3) as done:
         seen = densities(pipe, done, num_inference_steps=7)
         assert [density == 1 for density in seen] == [True, False, False] * 2 + [True], "steps 0, 3 and 6 refresh"
         assert all(0.3 < density < 0.6 for density in seen if density != 1)
@@ -308,7 +308,7 @@ def test_refresh_steps_are_dense_in_a_pipeline() -> None:
         assert not np.allclose(frames(pipe, num_inference_steps=2), stock, atol=1e-5)
 
 
-@pytest.mark.parametrize("plan", [CACHED, Method(Patches(), Draft(0.34, hold=3))])
+@pytest.mark.parametrize("plan", [CACHED, Method(Patches(), Draft(0.34, reselect_every=3))])
 def test_a_second_call_starts_clean(plan: Method) -> None:
     pipe = tiny_wan()
     with patch(pipe, plan):
@@ -406,7 +406,7 @@ def test_unpatch_forgets() -> None:
 def test_without_memory_all_is_dense_and_the_report_says_why(density: float, every: int) -> None:
     pipe = tiny_wan()
     stock = frames(pipe)
-    with patch(pipe, "cached", density=density, every=every, max_cache=0) as done:
+    with patch(pipe, "cached", density=density, refresh_every=every, max_cache=0) as done:
         assert np.array_equal(frames(pipe), stock)
         for row in done.report().rows:
             assert row["methods"] == {"dense": HEADS * 2 * 5} and row["density"] == 1 and row["cache_bytes"] == 0
@@ -461,7 +461,7 @@ def test_a_selection_is_made_as_often_as_asked(hold: int, selections: int, monke
 
     monkeypatch.setattr(Draft, "pattern", counted)
     pipe = tiny_wan()
-    with patch(pipe, Method(Patches(), Draft(0.34, hold=hold))) as done:
+    with patch(pipe, Method(Patches(), Draft(0.34, reselect_every=hold))) as done:
         for _ in range(2):
             count = 0
             frames(pipe)
@@ -554,7 +554,7 @@ def test_steps_are_known_from_the_timesteps_alone(named: bool, monkeypatch: pyte
         assert [row["reused"] for row in done.report().rows] == [3 * 2 * HEADS] * LAYERS
 
 
-@pytest.mark.parametrize("method", [CACHED, Method(Patches(), Draft(0.34, hold=2))])
+@pytest.mark.parametrize("method", [CACHED, Method(Patches(), Draft(0.34, reselect_every=2))])
 def test_an_own_loop_must_say_the_step(method: Method) -> None:
     transformer = tiny_wan_transformer()
     with (

@@ -228,10 +228,10 @@ def test_wrong_parameters_are_refused_before_anything_is_touched(
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("cached", {"every": 1}, "expected 2 or more, found 1"),
-        ("draft", {"hold": 0}, "hold >= 1, found 1 and 0"),
-        ("draft", {"density": 0.3, "mass": 0.5}, "either a density or a mass"),
-        ("draft", {"rule": "best"}, "found 'best'"),
+        ("cached", {"refresh_every": 1}, "expected 2 or more, found 1"),
+        ("draft", {"reselect_every": 0}, "reselect_every >= 1, found 1 and 0"),
+        ("draft", {"density": 0.3, "top_p": 0.5}, "either a density or a top_p"),
+        ("draft", {"per": "best"}, "found 'best'"),
         ("draft", {"patch": (0, 16)}, "Patches.height is a number of tokens, expected 1 to 65,536, found 0"),
         ("reordered", {"axes": "hw"}, "permutation"),
         ("dense", {"precision": "fp4"}, "found 'fp4'"),
@@ -240,6 +240,25 @@ def test_wrong_parameters_are_refused_before_anything_is_touched(
 def test_wrong_parameters_of_one_method(name: str, parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         patch(tiny_wan_transformer(), name, **parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "former", "present"),
+    [
+        ("draft", {"density": None, "mass": 0.6}, {"density": None, "top_p": 0.6}),
+        ("draft", {"rule": "quantile", "floor": 2, "hold": 2}, {"per": "head", "min_blocks": 2, "reselect_every": 2}),
+        ("draft", {"rule": "row"}, {"per": "row"}),
+        ("cached", {"every": 2}, {"refresh_every": 2}),
+    ],
+)
+def test_former_names_of_parameters_are_understood_with_a_warning(
+    name: str, former: dict[str, Any], present: dict[str, Any]
+) -> None:
+    with pytest.warns(FutureWarning, match=f"'{name}': '{list(former)[-1]}' is now called '{list(present)[-1]}'"):
+        done = patch(tiny_wan_transformer(), name, **former)
+    assert done.plan == patch(tiny_wan_transformer(), name, **present).plan
+    with pytest.raises(ValueError, match="is the former name of .* found both"):
+        patch(tiny_wan_transformer(), name, **former, **{list(present)[-1]: list(present.values())[-1]})
 
 
 def test_auto_is_for_recipes_only(tmp_path: Any) -> None:

@@ -37,8 +37,8 @@ METHODS = (
     Method(AxisOrder("hwf"), Band(0.3), rest=Pooled()),
     Method(select=Stripe(0.3, first_frame=False), rest=Pooled()),
     Method(Patches(), Draft(0.2, first_frame=False), rest=Pooled()),
-    Method(AxisOrder("whf"), Draft(0.2, floor=0, diagonal=False, first_frame=False), rest=Pooled()),
-    Method(AxisOrder("hwf"), Draft(None, mass=0.5), rest=Pooled()),
+    Method(AxisOrder("whf"), Draft(0.2, min_blocks=0, diagonal=False, first_frame=False), rest=Pooled()),
+    Method(AxisOrder("hwf"), Draft(None, top_p=0.5), rest=Pooled()),
 )
 DIM = 16
 Qkv = tuple[Tensor, Tensor, Tensor]
@@ -190,7 +190,7 @@ def test_a_batch_of_kinds_keeps_to_itself() -> None:
 def test_a_held_selection_pools_what_it_does_not_read_now() -> None:
     """Means are of this step's keys, though the blocks were selected at an earlier one."""
     layout = LAYOUTS[0]
-    method = Method(Patches(), Draft(0.3, first_frame=False, hold=3), rest=Pooled())
+    method = Method(Patches(), Draft(0.3, first_frame=False, reselect_every=3), rest=Pooled())
     memory, ones = Memory(), torch.ones(2, layout.tokens, 2, DIM)
     q, k, _ = inputs(layout)
     for step in range(3):

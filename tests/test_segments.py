@@ -60,8 +60,8 @@ METHODS = {
     "stripe": Method(select=Stripe(0.3)),
     "stripe calibrated": Method(select=Stripe(0.3, first_frame=False, calibrated=True)),
     "draft": Method(Patches(), Draft(0.25)),
-    "draft, bare": Method(Patches(4, 4), Draft(0.25, floor=0, diagonal=False, first_frame=False)),
-    "draft whf by rows": Method(AxisOrder("whf"), Draft(0.25, rule="row")),
+    "draft, bare": Method(Patches(4, 4), Draft(0.25, min_blocks=0, diagonal=False, first_frame=False)),
+    "draft whf by rows": Method(AxisOrder("whf"), Draft(0.25, per="row")),
     "draft pooled": Method(Patches(), Draft(0.25), rest=Pooled()),
     "stored": Method(AxisOrder("hfw"), Stored(0.5)),
 }

@@ -39,7 +39,7 @@ METHODS = (
     Method(AxisOrder("hwf"), Band(0.5)),
     Method(select=Stripe(0.3)),
     Method(Patches(4, 8), Draft(0.4)),
-    Method(AxisOrder("whf"), Draft(None, mass=0.6)),
+    Method(AxisOrder("whf"), Draft(None, top_p=0.6)),
     Method(precision="int8"),
     Method(Patches(4, 8), Draft(0.4), "int8"),
     Method(Patches(4, 8), Draft(0.4), rest=Pooled()),

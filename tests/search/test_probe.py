@@ -60,7 +60,7 @@ METHODS = (
     Method(precision="int8"),
     Method(Patches(), Draft(0.3), rest=Kept(3)),
     Method(AxisOrder("hwf"), Band(0.4), rest=Kept(2)),
-    Method(Patches(), Draft(0.3, hold=2)),
+    Method(Patches(), Draft(0.3, reselect_every=2)),
     Method(Patches(), Draft(0.3), rest=Pooled()),
     Method(AxisOrder("hwf"), Band(0.4), "int8", Pooled()),
     *(Method(AxisOrder(axes), Stored(density)) for axes in AXES for density in (0.3, 0.6)),
@@ -185,7 +185,11 @@ def test_errors_and_densities_are_those_of_the_engine(searched):
     compared = set()
     for (span, layer, index), found in ((key, value) for key, value in seen.items() if key[0] != "density"):
         method, count = scores.candidates[index], samples[span, layer, :, index]
-        ages = kept_age(scores.spans, *_measured_step(scores, span), method.rest.every) if method.rest.remembers else 1
+        ages = (
+            kept_age(scores.spans, *_measured_step(scores, span), method.rest.refresh_every)
+            if method.rest.remembers
+            else 1
+        )
         for head in np.flatnonzero(count):
             expected = np.mean([each[head] for each in found])
             mean = error[span, layer, head, index] / count[head] * ages
