@@ -25,12 +25,13 @@ from diffusers_accel.forwards.scope import Scope
 from diffusers_accel.kernels.kept import forget_kept
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import AUTO, NAMED, Method, Recipe
+from diffusers_accel.methods.former import warn_former
 from diffusers_accel.plan import Plan
 from diffusers_accel.plan.size import check_size, planned_size
 from diffusers_accel.report import PatchReport, strangers
 from diffusers_accel.run.deals import Deals
 from diffusers_accel.run.engine import PlanEngine
-from diffusers_accel.run.memory import MAX_CACHE, Memories
+from diffusers_accel.run.memory import CACHE_MEMORY_FRACTION, Memories
 from diffusers_accel.run.remarks import Remarks
 from diffusers_accel.shape import ModelShape
 from diffusers_accel.subject import Patchable, split
@@ -160,7 +161,7 @@ def patch(
     plan: Patchable = None,
     /,
     *,
-    max_cache: float = MAX_CACHE,
+    cache_memory_fraction: float = CACHE_MEMORY_FRACTION,
     **parameters: Any,
 ) -> Patch:
     """Makes the self-attention of a diffusers video pipeline sparse, in place.
@@ -173,8 +174,8 @@ def patch(
             which leaves attention as it is, as does a plan that holds only a step cache. A list of one of each composes them:
             ["easycache", ("draft", {"density": 0.3})].
             None takes "pattern" with its conservative defaults, and stays dense where sparse attention cannot win.
-        max_cache: share of the memory that is free at the first call which methods with a cache may fill, in [0, 1]. Layers
-            whose cache does not fit stay dense, and the report says so.
+        cache_memory_fraction: share of the memory that is free at the first call which methods with a cache may fill, in [0, 1].
+            Layers whose cache does not fit stay dense, and the report says so.
         **parameters: of the named method, such as density=0.3 or precision="int8".
 
     Returns:
@@ -187,7 +188,7 @@ def patch(
             patched pipeline, or a modular one that does not say its step.
         FileNotFoundError: for a plan file that does not exist.
     """
-    memories = Memories(max_cache)
+    memories = Memories(_cache_memory_fraction(cache_memory_fraction, parameters))
     scopes = split(plan, parameters)
     found = find(pipe)
     shapes = {name: family.shape(module) for name, (module, family) in found.items()}
@@ -220,6 +221,17 @@ def patch(
     done = Patch(attachment, resolved, engines, remarks, predicting)
     LOG.info("%r", done)
     return done
+
+
+def _cache_memory_fraction(given: float, parameters: dict[str, Any]) -> float:
+    """What was given under this name or, in `parameters`, from which it is taken, under the former one."""
+    if "max_cache" not in parameters:
+        return given
+    if given != CACHE_MEMORY_FRACTION:
+        raise ValueError("'max_cache' is the former name of 'cache_memory_fraction', found both: leave 'max_cache' out")
+    warn_former("max_cache", "cache_memory_fraction", "patch")
+    former: float = parameters.pop("max_cache")
+    return former
 
 
 def attach(pipe: Any, make_engine: Callable[[Site], Engine] | None) -> Attachment:

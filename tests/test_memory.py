@@ -272,7 +272,9 @@ def test_each_expert_has_the_whole_budget_in_its_turn() -> None:
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), "much"])
 def test_shares_that_are_none(share: Any) -> None:
-    with pytest.raises(ValueError, match=r"max_cache is a share of the free memory, expected in \[0, 1\], found"):
+    with pytest.raises(
+        ValueError, match=r"cache_memory_fraction is a share of the free memory, expected in \[0, 1\], found"
+    ):
         CacheBudget(share)
 
 
@@ -358,7 +360,7 @@ def test_many_prompts_share_one_budget_one_after_another(monkeypatch: pytest.Mon
     """The memory that is free holds one pass: each prompt, which is a pass of its own, must find it as the first did."""
     monkeypatch.setattr(memory_module, "free_bytes", lambda device: LAYERS * HEADS * ONE_HEAD)
     transformer = tiny_wan_transformer()
-    with patch(transformer, CACHED, max_cache=1.0) as done, torch.no_grad():
+    with patch(transformer, CACHED, cache_memory_fraction=1.0) as done, torch.no_grad():
         for _ in range(3):
             text = torch.zeros(1, 8, TEXT_DIM)
             done.clear()
@@ -373,7 +375,7 @@ def test_each_expert_reuses_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(memory_module, "free_bytes", lambda device: LAYERS * 2 * HEADS * ONE_HEAD)
     pipe = tiny_wan(experts=2)
     pipe.register_to_config(boundary_ratio=0.8)
-    with patch(pipe, CACHED, max_cache=1.0) as done:
+    with patch(pipe, CACHED, cache_memory_fraction=1.0) as done:
         frames(pipe, num_inference_steps=7)
         assert all(row["reused"] > 0 and not row["notes"] for row in done.report().rows)
 
@@ -406,7 +408,7 @@ def test_unpatch_forgets() -> None:
 def test_without_memory_all_is_dense_and_the_report_says_why(density: float, every: int) -> None:
     pipe = tiny_wan()
     stock = frames(pipe)
-    with patch(pipe, "cached", density=density, refresh_every=every, max_cache=0) as done:
+    with patch(pipe, "cached", density=density, refresh_every=every, cache_memory_fraction=0) as done:
         assert np.array_equal(frames(pipe), stock)
         for row in done.report().rows:
             assert row["methods"] == {"dense": HEADS * 2 * 5} and row["density"] == 1 and row["cache_bytes"] == 0
@@ -417,7 +419,7 @@ def test_layers_that_do_not_fit_stay_dense(monkeypatch: pytest.MonkeyPatch) -> N
     """Memory for three of the six layers x branches: the first branch of all layers, as they save the same."""
     monkeypatch.setattr(memory_module, "free_bytes", lambda device: 2 * (3 * HEADS * ONE_HEAD + 1))
     pipe = tiny_wan()
-    with patch(pipe, CACHED, max_cache=0.5) as done:
+    with patch(pipe, CACHED, cache_memory_fraction=0.5) as done:
         first = frames(pipe)
         for row in done.report().rows:
             assert row["methods"] == {CACHED.label: HEADS * 5, "dense": HEADS * 5}
@@ -431,7 +433,7 @@ def test_layers_that_save_more_come_first(monkeypatch: pytest.MonkeyPatch) -> No
     methods = {"a": CACHED, "b": Method(Patches(), Draft(0.17), rest=Kept(3))}
     plan = Plan("wan", WAN, methods, (Span(0, 1, {"transformer": rows}),))
     pipe = tiny_wan()
-    with patch(pipe, plan, max_cache=1.0) as done:
+    with patch(pipe, plan, cache_memory_fraction=1.0) as done:
         frames(pipe, guidance_scale=1.0)
         assert [row["reused"] for row in done.report().rows] == [0, 3 * HEADS, 0]
 
@@ -444,7 +446,7 @@ def test_layers_whose_gate_reuses_more_come_first(monkeypatch: pytest.MonkeyPatc
     methods = {"g": Method(Patches(), Draft(0.34), rest=Kept(gated=True))}
     plan = Plan("wan", WAN, methods, spans, tensors={"refresh/transformer": gate.byte()})
     pipe = tiny_wan()
-    with patch(pipe, plan, max_cache=1.0) as done:
+    with patch(pipe, plan, cache_memory_fraction=1.0) as done:
         frames(pipe, guidance_scale=1.0)
         assert [row["reused"] for row in done.report().rows] == [0, 3 * HEADS, 0]
 

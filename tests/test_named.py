@@ -210,7 +210,7 @@ def test_fullgraph_compile_keeps_one_graph_through_all_steps(name: str) -> None:
         ({"precision": "fp4"}, ValueError, "precision is one of input, int8, int8_fp8, found 'fp4'"),
         ({"dense_steps": 1.5}, ValueError, r"dense_steps is a share .* found 1.5"),
         ({"dense_layers": -1}, ValueError, "dense_layers is a number of layers, expected 0 or more, found -1"),
-        ({"max_cache": 1.5}, ValueError, r"max_cache is a share .* found 1.5"),
+        ({"cache_memory_fraction": 1.5}, ValueError, r"cache_memory_fraction is a share .* found 1.5"),
     ],
 )
 def test_wrong_parameters_are_refused_before_anything_is_touched(
@@ -259,6 +259,14 @@ def test_former_names_of_parameters_are_understood_with_a_warning(
     assert done.plan == patch(tiny_wan_transformer(), name, **present).plan
     with pytest.raises(ValueError, match="is the former name of .* found both"):
         patch(tiny_wan_transformer(), name, **former, **{list(present)[-1]: list(present.values())[-1]})
+
+
+def test_the_former_name_of_the_memory_is_understood_with_a_warning() -> None:
+    with pytest.warns(FutureWarning, match="patch: 'max_cache' is now called 'cache_memory_fraction'"):
+        done = patch(tiny_wan_transformer(), "cached", max_cache=0.5)
+    assert {engine._memories.budget.share for engine in done._engines} == {0.5}
+    with pytest.raises(ValueError, match="'max_cache' is the former name of 'cache_memory_fraction', found both"):
+        patch(tiny_wan_transformer(), "cached", max_cache=0.5, cache_memory_fraction=0.4)
 
 
 def test_auto_is_for_recipes_only(tmp_path: Any) -> None:

@@ -128,7 +128,7 @@ def cached(
     """FlashBlock (arXiv 2602.05305) for models without a history, as residual reuse.
 
     At every n-th step attention is exact; in between the best blocks (a draft in patches) are computed anew, and the rest is
-    merged in as it was. Costs memory: an output and an LSE per layer and branch, see `max_cache` of `patch`.
+    merged in as it was. Costs memory: an output and an LSE per layer and branch, see `cache_memory_fraction` of `patch`.
 
     Args:
         density: share of the video's block pairs that is computed between refreshes, in (0, 1].

@@ -13,7 +13,7 @@ from diffusers_accel.files import quoted
 from diffusers_accel.methods.rest import Held
 
 LSE_BYTES = 4
-MAX_CACHE = 0.2  # of the free memory
+CACHE_MEMORY_FRACTION = 0.2  # of the free memory
 
 Layer = tuple[str, int]  # name of the transformer, number of the layer
 Stream = tuple[str, tuple[int, int]]  # pass of guidance, and which batch rows
@@ -73,7 +73,9 @@ class CacheBudget:
 
     def __init__(self, share: float, free: Callable[[torch.device], int] | None = None) -> None:
         if isinstance(share, bool) or not (isinstance(share, (int, float)) and 0 <= share <= 1):
-            raise ValueError(f"max_cache is a share of the free memory, expected in [0, 1], found {quoted(share)}")
+            raise ValueError(
+                f"cache_memory_fraction is a share of the free memory, expected in [0, 1], found {quoted(share)}"
+            )
         self.share = share
         self._free = free or free_bytes
         self._rank: list[tuple[float, Layer, int]] = []  # (saving, layer, heads), best first
@@ -122,11 +124,11 @@ class Memories:
     its memory too. Nothing is left of a generation that was interrupted once the next one begins.
 
     Args:
-        max_cache: the budget's share of the memory that is free at the first call, in [0, 1].
+        cache_memory_fraction: the budget's share of the memory that is free at the first call, in [0, 1].
     """
 
-    def __init__(self, max_cache: float = MAX_CACHE) -> None:
-        self.budget = CacheBudget(max_cache)
+    def __init__(self, cache_memory_fraction: float = CACHE_MEMORY_FRACTION) -> None:
+        self.budget = CacheBudget(cache_memory_fraction)
         self._kept: dict[tuple[Layer, Stream], Memory] = {}
         self._at: tuple[str, int, int] | None = None
 

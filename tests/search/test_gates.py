@@ -225,7 +225,7 @@ def latents(pipe: Any) -> np.ndarray:
 
 def patched(pipe: Any, plan: Plan) -> tuple[np.ndarray, int]:
     """Latents, and how many heads x calls reused."""
-    with patch(pipe, plan, max_cache=1.0) as done:
+    with patch(pipe, plan, cache_memory_fraction=1.0) as done:
         return latents(pipe), sum(row["reused"] for row in done.report().rows)
 
 
