@@ -26,6 +26,7 @@ from diffusers_accel.search.arguments import (
     check_pipeline,
     check_prompts,
     check_weights,
+    dense_share,
 )
 from diffusers_accel.search.assign import OutOfReach, assign, check_reach
 from diffusers_accel.search.budget import Budget
@@ -91,7 +92,8 @@ def search_plan(
             masks among them are chosen on the first prompt and judged on the others, so that one prompt is too few for them.
         spans: inner borders of the stretches of the schedule that are decided separately, ascending in (0, 1); None:
             0.1, 0.3 and 0.6, and `dense_steps`.
-        dense_steps: share of the schedule, from its start, that stays dense.
+        dense_steps: what stays dense at the start of the schedule: a share of it, a float in [0, 1]; or a count of the steps of
+            `call`, a whole number of 1 or more.
         span_weights: how much an error in each span matters; None: measured, by one more generation per span.
         seed: of the noise of prompt i (seed + i) and of the sampled rows.
         rows: sampled query rows per measured call.
@@ -117,6 +119,7 @@ def search_plan(
     prompts = check_prompts(pipe, prompts)
     call = check_call(pipe, call)
     check_budget(budget)
+    dense_steps = dense_share(pipe, call, dense_steps)
     edges = borders(spans, dense_steps)
     weights = check_weights(span_weights, len(edges))
     if not isinstance(masks, MaskSettings):

@@ -209,6 +209,12 @@ def test_fullgraph_compile_keeps_one_graph_through_all_steps(name: str) -> None:
         ({"sparsity": 0.5}, TypeError, "has no parameter 'sparsity'; it has density"),
         ({"precision": "fp4"}, ValueError, "precision is one of input, int8, int8_fp8, found 'fp4'"),
         ({"dense_steps": 1.5}, ValueError, r"dense_steps is a share .* found 1.5"),
+        (
+            {"dense_steps": 4},
+            ValueError,
+            r"found 4, a count of steps: .* Give dense_steps=4 / num_inference_steps, or 1.0",
+        ),
+        ({"dense_steps": True}, TypeError, "dense_steps of .* expected float, .* found True"),
         ({"dense_layers": -1}, ValueError, "dense_layers is a number of layers, expected 0 or more, found -1"),
         ({"cache_memory_fraction": 1.5}, ValueError, r"cache_memory_fraction is a share .* found 1.5"),
     ],

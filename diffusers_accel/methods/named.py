@@ -31,10 +31,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.heads:
             raise ValueError("a recipe needs at least one method to deal out, found none")
-        if not (isinstance(self.dense_steps, (int, float)) and 0 <= self.dense_steps <= 1):
-            raise ValueError(
-                f"dense_steps is a share of the schedule, expected in [0, 1], found {quoted(self.dense_steps)}"
-            )
+        _check_dense_steps(self.dense_steps)
         if not (isinstance(self.dense_layers, int) and self.dense_layers >= 0):
             raise ValueError(
                 f"dense_layers is a number of layers, expected 0 or more, found {quoted(self.dense_layers)}"
@@ -42,6 +39,17 @@ class Recipe:
 
     def method(self, layer: int, head: int) -> Method:
         return DENSE if layer < self.dense_layers else self.heads[head % len(self.heads)]
+
+
+def _check_dense_steps(given: object) -> None:
+    """A count cannot be understood: how many steps there are is known when the pipeline runs, and a plan is made before."""
+    if isinstance(given, int) and not isinstance(given, bool) and given >= 1:
+        raise ValueError(
+            f"dense_steps is a share of the schedule here, found {quoted(given)}, a count of steps: how many there are is not "
+            f"known before the pipeline runs. Give dense_steps={given} / num_inference_steps, or 1.0 for all"
+        )
+    if isinstance(given, bool) or not (isinstance(given, (int, float)) and 0 <= given <= 1):
+        raise ValueError(f"dense_steps is a share of the schedule, expected in [0, 1], found {quoted(given)}")
 
 
 def dense(precision: str = "input") -> Recipe:
