@@ -86,7 +86,7 @@ def check_budget(budget: Any) -> None:
     """Refuses what is no `Budget`, and says how the number that it may be is given."""
     if isinstance(budget, Budget):
         return
-    hint = "give Budget.speedup(1.4), Budget.density(0.3) or Budget.paper(epsilon, lam)"
+    hint = "give Budget.speedup(1.4), Budget.density(0.3) or Budget.sparse_vdit(epsilon, lam)"
     with contextlib.suppress(TypeError, ValueError):
         if 0 < (number := real_number("budget", budget)) < math.inf:
             hint = f"is it Budget.{'speedup' if number > 1 else 'density'}({number:g}) that you mean?"

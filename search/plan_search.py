@@ -86,7 +86,7 @@ def search_plan(
         pipe: a loaded diffusers video pipeline.
         prompts: calibration prompts, one generation each; a mapping gives other arguments, such as prompt_embeds.
         call: all further arguments of `pipe(...)`: size, frames, steps, guidance. A plan is for this size and schedule.
-        budget: `Budget.speedup(1.4)`, `Budget.density(0.3)` or `Budget.paper(epsilon, lam)`.
+        budget: `Budget.speedup(1.4)`, `Budget.density(0.3)` or `Budget.sparse_vdit(epsilon, lam)`.
         out: the plan file (.json) to write; that it can be written is made sure before the work.
         candidates: methods to choose from, the first of them dense; None: `search.candidates.candidates_for(pipe)`. Stored
             masks among them are chosen on the first prompt and judged on the others, so that one prompt is too few for them.
@@ -133,7 +133,7 @@ def search_plan(
         whole_number("seed", seed, 0),
         masks,
     )
-    measures_spans = weights is None and budget.kind != "paper" and len(edges) > 1
+    measures_spans = weights is None and budget.kind != "sparse_vdit" and len(edges) > 1
     if measures_spans:
         check_callback(pipe)
     plan_file, scores_file = check_places(out, scores_path)

@@ -163,11 +163,11 @@ def test_wrong_arguments(error: type[Exception], change: dict[str, Any], message
         (TypeError, lambda: Budget.speedup("1.4"), "Budget.speedup: expected a number, found '1.4'"),
         (TypeError, lambda: Budget.density(True), "Budget.density: expected a number, found True"),
         (TypeError, lambda: Budget.density(None), "Budget.density: expected a number, found None"),
-        (TypeError, lambda: Budget.paper(1.0, "0.5"), "Budget.paper: expected a number, found '0.5'"),
-        (ValueError, lambda: Budget.paper(NAN), "epsilon and lambda are 0 or more"),
-        (ValueError, lambda: Budget.paper(mse="max"), "mse: expected one of mean, relative, found 'max'"),
-        (ValueError, lambda: Budget.paper(cost=["time"]), r"cost: expected one of time, blocks, found \['time'\]"),
-        (ValueError, lambda: Budget("fast", 2.0), "kind: expected one of speedup, density, paper, found 'fast'"),
+        (TypeError, lambda: Budget.sparse_vdit(1.0, "0.5"), "Budget.sparse_vdit: expected a number, found '0.5'"),
+        (ValueError, lambda: Budget.sparse_vdit(NAN), "epsilon and lambda are 0 or more"),
+        (ValueError, lambda: Budget.sparse_vdit(mse="max"), "mse: expected one of mean, relative, found 'max'"),
+        (ValueError, lambda: Budget.sparse_vdit(cost=["time"]), r"cost: expected one of time, blocks, found \['time'\]"),
+        (ValueError, lambda: Budget("fast", 2.0), "kind: expected one of speedup, density, sparse_vdit, found 'fast'"),
     ],
 )
 def test_wrong_budgets(error: type[Exception], make: Any, message: str) -> None:
@@ -176,10 +176,10 @@ def test_wrong_budgets(error: type[Exception], make: Any, message: str) -> None:
 
 
 def test_budgets_are_plain_data() -> None:
-    for budget in (Budget.density(np.float32(0.5)), Budget.speedup(np.int64(2)), Budget.paper(INF)):
+    for budget in (Budget.density(np.float32(0.5)), Budget.speedup(np.int64(2)), Budget.sparse_vdit(INF)):
         check_budget(budget)
         check_json(budget.to_json(), "budget")
-    assert Budget.paper(INF).to_json()["epsilon"] == "infinity"
+    assert Budget.sparse_vdit(INF).to_json()["epsilon"] == "infinity"
 
 
 def test_a_calibration_needs_a_plan() -> None:

@@ -205,7 +205,7 @@ def test_deterministic():
 
 
 def paper(scores: Scores, epsilon: float, lam: float = 0.5, **options) -> Assignment:
-    return assign(scores, cost_of(scores), Budget.paper(epsilon, lam, **options))
+    return assign(scores, cost_of(scores), Budget.sparse_vdit(epsilon, lam, **options))
 
 
 def test_paper_epsilon_zero_keeps_all_dense_and_infinity_none():
@@ -260,8 +260,8 @@ def test_paper_measured_time_instead_of_blocks():
     mse = np.array([[[[0.0, 0.9, 0.1]]]] * 2)
     scores = make_scores(mse)
     slow = costs(100.0, 1.0, 180.0)
-    assert assign(scores, slow, Budget.paper(2.0, 0.5, cost="time")).choice["transformer"].ravel().tolist() == [1, 1]
-    assert assign(scores, slow, Budget.paper(2.0, 0.5)).choice["transformer"].ravel().tolist() == [2, 2]
+    assert assign(scores, slow, Budget.sparse_vdit(2.0, 0.5, cost="time")).choice["transformer"].ravel().tolist() == [1, 1]
+    assert assign(scores, slow, Budget.sparse_vdit(2.0, 0.5)).choice["transformer"].ravel().tolist() == [2, 2]
 
 
 def test_a_mix_beats_every_single_method():
@@ -301,7 +301,7 @@ def test_what_reuses_costs_its_refreshes_and_errs_by_its_age():
     assert found.error == pytest.approx(2 * 0.05 * sum(ages) / 8)
 
 
-@pytest.mark.parametrize("make", [lambda: Budget.speedup(0.9), lambda: Budget.density(1.1), lambda: Budget.paper(-1.0)])
+@pytest.mark.parametrize("make", [lambda: Budget.speedup(0.9), lambda: Budget.density(1.1), lambda: Budget.sparse_vdit(-1.0)])
 def test_wrong_budgets_cannot_be_built(make):
     with pytest.raises(ValueError, match="found"):
         make()
