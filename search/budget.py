@@ -74,7 +74,13 @@ class Budget:
         """Plain data for a plan; an infinite epsilon, which JSON has no number for, as "infinity"."""
         if self.kind == "sparse_vdit":
             epsilon = self.value if math.isfinite(self.value) else "infinity"
-            return {"kind": "sparse_vdit", "epsilon": epsilon, "lambda": self.penalty, "mse": self.mse, "cost": self.cost}
+            return {
+                "kind": "sparse_vdit",
+                "epsilon": epsilon,
+                "lambda": self.penalty,
+                "mse": self.mse,
+                "cost": self.cost,
+            }
         return {"kind": self.kind, "value": self.value}
 
 

@@ -26,7 +26,7 @@ from diffusers_accel.search.assign import Assignment
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.cost import Cost
 from diffusers_accel.search.plan_making import make_plan
-from diffusers_accel.search.scores import Pass, Scores
+from diffusers_accel.search.scores import CalibrationRun, Scores
 from diffusers_accel.shape import ModelShape
 from tests.evals import synthetic
 from tests.tiny import HEAD_DIM, HEADS, LAYERS, tiny_wan, tiny_wan_call
@@ -131,7 +131,7 @@ def scores_of_80() -> Scores:
     sums = Scores.zeros(models, 2, candidates, layout, 0)
     for name in ("samples", "density", "energy"):
         sums[f"{name}/transformer"][:] = 2
-    done = Pass("a red circle", 10.0, 5.0, {"transformer": (2, 6)}, {"transformer": (2, 6)})
+    done = CalibrationRun("a red circle", 10.0, 5.0, {"transformer": (2, 6)}, {"transformer": (2, 6)})
     return Scores("wan", models, layout, candidates, ((0.0, 0.25), (0.25, 1.0)), 0, {}, {}, (done,), sums)
 
 

@@ -166,7 +166,11 @@ def test_wrong_arguments(error: type[Exception], change: dict[str, Any], message
         (TypeError, lambda: Budget.sparse_vdit(1.0, "0.5"), "Budget.sparse_vdit: expected a number, found '0.5'"),
         (ValueError, lambda: Budget.sparse_vdit(NAN), "epsilon and lambda are 0 or more"),
         (ValueError, lambda: Budget.sparse_vdit(mse="max"), "mse: expected one of mean, relative, found 'max'"),
-        (ValueError, lambda: Budget.sparse_vdit(cost=["time"]), r"cost: expected one of time, blocks, found \['time'\]"),
+        (
+            ValueError,
+            lambda: Budget.sparse_vdit(cost=["time"]),
+            r"cost: expected one of time, blocks, found \['time'\]",
+        ),
         (ValueError, lambda: Budget("fast", 2.0), "kind: expected one of speedup, density, sparse_vdit, found 'fast'"),
     ],
 )
