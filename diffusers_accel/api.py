@@ -31,7 +31,7 @@ from diffusers_accel.plan.size import check_size, planned_size
 from diffusers_accel.report import PatchReport, strangers
 from diffusers_accel.run.deals import Deals
 from diffusers_accel.run.engine import PlanEngine
-from diffusers_accel.run.memory import CACHE_MEMORY_FRACTION, Memories
+from diffusers_accel.run.memory import CACHE_MEMORY_FRACTION, CacheManager
 from diffusers_accel.run.remarks import Remarks
 from diffusers_accel.shape import ModelShape
 from diffusers_accel.subject import Patchable, split
@@ -188,7 +188,7 @@ def patch(
             patched pipeline, or a modular one that does not say its step.
         FileNotFoundError: for a plan file that does not exist.
     """
-    memories = Memories(_cache_memory_fraction(cache_memory_fraction, parameters))
+    caches = CacheManager(_cache_memory_fraction(cache_memory_fraction, parameters))
     scopes = split(plan, parameters)
     found = find(pipe)
     shapes = {name: family.shape(module) for name, (module, family) in found.items()}
@@ -210,14 +210,14 @@ def patch(
     few_tokens = FEW_TOKENS if named and _leaves_out(resolved) else 0
 
     def make_engine(site: Site) -> PlanEngine:
-        engines.append(PlanEngine(site, resolved, deals, min_tokens, memories, remarks, few_tokens))
+        engines.append(PlanEngine(site, resolved, deals, min_tokens, caches, remarks, few_tokens))
         return engines[-1]
 
     attachment = attach(pipe, make_engine if scopes.attends else None)
-    attachment._undo += [memories.clear, deals.clear]
+    attachment._undo += [caches.clear, deals.clear]
     for model in attachment._models:
         model.expects = partial(check_size, resolved, model.name)
-    predicting = _predict(attachment, scopes.forwards, memories) if scopes.forwards else None
+    predicting = _predict(attachment, scopes.forwards, caches) if scopes.forwards else None
     done = Patch(attachment, resolved, engines, remarks, predicting)
     LOG.info("%r", done)
     return done
@@ -265,9 +265,9 @@ def attach(pipe: Any, make_engine: Callable[[Site], Engine] | None) -> Attachmen
     return attachment
 
 
-def _predict(attachment: Attachment, forwards: Forwards, memories: Memories) -> Scope:
+def _predict(attachment: Attachment, forwards: Forwards, caches: CacheManager) -> Scope:
     """Puts a step cache around the forwards of what is attached."""
-    scope = Scope(forwards, attachment._clock, memories.carry)
+    scope = Scope(forwards, attachment._clock, caches.carry)
     try:
         attachment._undo.append(scope.attach(attachment._models))
     except BaseException:

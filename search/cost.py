@@ -22,7 +22,7 @@ from diffusers_accel.methods import Method
 from diffusers_accel.methods.uses import Tensors
 from diffusers_accel.run.deals import Deal, deal
 from diffusers_accel.run.launch import run
-from diffusers_accel.run.memory import Memory
+from diffusers_accel.run.memory import LayerCache
 
 KIND = Kind("diffusers_accel.cost", 3, "delete the file and measure the cost again")
 MIN_ROUNDS = 3
@@ -166,7 +166,7 @@ class _Cycle:
 
     def refresh(self) -> Tensor:
         """The first step of a generation."""
-        self._memory, self._step = Memory(), 0
+        self._cache, self._step = LayerCache(), 0
         return self._run()
 
     def go_on(self) -> Tensor:
@@ -176,7 +176,7 @@ class _Cycle:
 
     def _run(self) -> Tensor:
         now = (self._step, FOREVER)
-        return run(self._launch, replace(self._call, now=now), *self._qkv, self._memory).out
+        return run(self._launch, replace(self._call, now=now), *self._qkv, self._cache).out
 
 
 def describe_device(device: torch.device) -> str:

@@ -16,7 +16,7 @@ from diffusers_accel.methods import BLOCK, Method
 from diffusers_accel.methods.select import Inputs
 from diffusers_accel.run.deals import Deal, deal
 from diffusers_accel.run.launch import Ran, run
-from diffusers_accel.run.memory import Memory
+from diffusers_accel.run.memory import LayerCache
 
 CPU = torch.device("cpu")
 NONE: Mapping[str, Tensor] = {}
@@ -82,7 +82,7 @@ def attend(
     layout: TokenLayout,
     qkv: tuple[Tensor, Tensor, Tensor],
     tensors: Mapping[str, Tensor] = NONE,
-    memory: Memory | None = None,
+    memory: LayerCache | None = None,
     *,
     now: tuple[int, int] | None = None,
 ) -> Ran:

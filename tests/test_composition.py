@@ -33,7 +33,7 @@ from diffusers_accel.methods import (
 )
 from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.run.launch import Ran
-from diffusers_accel.run.memory import Memory
+from diffusers_accel.run.memory import LayerCache
 from tests.stages import attend, dealt, mask_of, pattern_of, sdpa
 from tests.tiny import TEXT_DIM, tiny_wan_transformer
 
@@ -145,7 +145,7 @@ def steps_of(
     calls: list[tuple[Tensor, Tensor, Tensor]],
 ) -> list[Ran]:
     """What comes out step by step; as in an engine, the heads are dealt anew where stored masks change."""
-    memory = Memory()
+    memory = LayerCache()
     return [attend(heads, layout, qkv, tensors, memory, now=(step, len(calls))) for step, qkv in enumerate(calls)]
 
 
@@ -418,7 +418,7 @@ def test_batch_rows_never_mix(heads: list[Method], layout: TokenLayout) -> None:
 def test_what_comes_out_is_never_what_is_kept(heads: list[Method], layout: TokenLayout) -> None:
     """A caller that writes into the output, or into q, k and v, changes nothing of later steps."""
     tensors = plan_tensors(layout, len(heads))
-    memory, spoiled = Memory(), Memory()
+    memory, spoiled = LayerCache(), LayerCache()
     for step in range(3):
         call = inputs(layout, len(heads), step)
         other = [x.clone() for x in call]
@@ -510,7 +510,7 @@ def test_half_precision_keeps_its_log_sum_exp_in_fp32(dtype: torch.dtype) -> Non
     layout = LAYOUTS[0]
     method = Method(Patches(), Draft(0.4), rest=Kept(3))
     q, k, v = (x.to(dtype) for x in inputs(layout, 2))
-    memory = Memory()
+    memory = LayerCache()
     ran = [attend((method,) * 2, layout, (q, k, v), memory=memory, now=(step, 3)) for step in range(3)]
     (held,) = memory.held.values()
     assert held.out is not None and held.lse is not None and held.out.dtype == dtype and held.lse.dtype == torch.float32

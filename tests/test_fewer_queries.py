@@ -38,7 +38,7 @@ from diffusers_accel.plan import Plan, Span
 from diffusers_accel.run.deals import Deals, deal
 from diffusers_accel.run.engine import PlanEngine
 from diffusers_accel.run.launch import Ran, run
-from diffusers_accel.run.memory import Memories, Memory
+from diffusers_accel.run.memory import CacheManager, LayerCache
 from diffusers_accel.search.gates import Watch
 from diffusers_accel.search.measure import SampledHeads, deviations, head_grams, layer_energy
 from diffusers_accel.search.probe import PassProbe
@@ -113,7 +113,7 @@ def attend(
     methods: tuple[Method, ...],
     layout: TokenLayout,
     qkv: tuple[Tensor, Tensor, Tensor],
-    memory: Memory | None = None,
+    memory: LayerCache | None = None,
     step: int = 0,
 ) -> Ran:
     call = AttentionCall(layout, "transformer", 0, tuple(range(HEADS)), now=(step, 9), dense=sdpa)
@@ -242,7 +242,7 @@ def test_all_keys_beside_the_video_are_read(layout: TokenLayout, method: Method)
 @pytest.mark.parametrize(("key_heads", "precision"), [(4, "input"), (2, "int8")])
 def test_kept_parts_make_up_the_whole(layout: TokenLayout, key_heads: int, precision: str) -> None:
     methods = tuple(replace(METHODS[name], rest=Kept(2), precision=precision) for name in ("band", "draft")) * 2
-    qkv, memory = inputs(layout, key_heads), Memory()
+    qkv, memory = inputs(layout, key_heads), LayerCache()
     for step in range(3):
         ran = attend(methods, layout, qkv, memory, step)
         assert ran.reused == (HEADS if step == 1 else 0)
@@ -326,7 +326,7 @@ def test_a_plan_is_at_work_on_fewer_queries(layout: TokenLayout, key_heads: int)
         "wan", {"transformer": ModelShape(1, HEADS, HEAD_DIM)}, methods, (Span(0.0, 1.0, {"transformer": ("abda",)}),)
     )
     site = site_of(layout)
-    site.engine = PlanEngine(site, plan, Deals({}), 0, Memories())
+    site.engine = PlanEngine(site, plan, Deals({}), 0, CacheManager())
     out = site.attend(*whole(layout, key_heads))
     qkv = inputs(layout, key_heads)
     close(out[:, :, 1:3], sdpa(*qkv)[:, :, 1:3])  # a refresh, and dense

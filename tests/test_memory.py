@@ -16,12 +16,12 @@ from diffusers_accel.api import Patch
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Recipe
-from diffusers_accel.methods.rest import Held
+from diffusers_accel.methods.rest import CacheEntry
 from diffusers_accel.methods.steps import mixed
 from diffusers_accel.plan import Span
 from diffusers_accel.run import launch
 from diffusers_accel.run import memory as memory_module
-from diffusers_accel.run.memory import CacheBudget, Memories, Memory
+from diffusers_accel.run.memory import CacheBudget, CacheManager, LayerCache
 from diffusers_accel.shape import ModelShape
 from tests.tiny import (
     HEAD_DIM,
@@ -58,7 +58,7 @@ def inputs(text: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def kept(done: Patch) -> int:
     """Bytes that a patch keeps now."""
-    return sum(engine._memories.bytes(engine._layer) for engine in done._engines)
+    return sum(engine._caches.bytes(engine._layer) for engine in done._engines)
 
 
 def densities(pipe: Any, done: Patch, **overrides: Any) -> list[float]:
@@ -79,12 +79,12 @@ def densities(pipe: Any, done: Patch, **overrides: Any) -> list[float]:
 # One memory
 
 
-def filled(now: tuple[int, int] = (2, 9), **changes: Any) -> Memory:
+def filled(now: tuple[int, int] = (2, 9), **changes: Any) -> LayerCache:
     """A memory after a step, of one group "a"."""
-    memory = Memory()
+    memory = LayerCache()
     memory.begin(now, *tensors(**changes), {"a"})
     pattern = BlockPattern.full(2, 64, 64)
-    memory.held["a"] = Held(pattern, now[0], [now[0]] * 2, torch.zeros(1, 64, 2, 8), torch.zeros(1, 2, 64))
+    memory.held["a"] = CacheEntry(pattern, now[0], [now[0]] * 2, torch.zeros(1, 64, 2, 8), torch.zeros(1, 2, 64))
     return memory
 
 
@@ -146,9 +146,9 @@ def test_mixing_takes_each_head_from_its_pattern_whatever_their_capacity() -> No
 
 
 def test_memories_are_of_one_generation_and_one_expert() -> None:
-    memories = Memories()
+    memories = CacheManager()
 
-    def run(transformer: str, step: int, steps: int = 9, branch: str = "cond") -> Memory:
+    def run(transformer: str, step: int, steps: int = 9, branch: str = "cond") -> LayerCache:
         memories.at(transformer, (step, steps))
         memory = memories.of((transformer, 0), (branch, (0, 1)))
         memory.begin((step, steps), *tensors(), {"a"})
@@ -395,7 +395,7 @@ def test_unpatch_forgets() -> None:
     done = patch(pipe, CACHED)
     interrupted(pipe, 1)
     tensors = [
-        weakref.ref(held.out) for memory in done._engines[0]._memories._kept.values() for held in memory.held.values()
+        weakref.ref(held.out) for memory in done._engines[0]._caches._kept.values() for held in memory.held.values()
     ]
     assert kept(done) > 0 and len(tensors) == LAYERS * 2
     done.unpatch()
@@ -498,7 +498,7 @@ def test_experts_hand_the_memory_over() -> None:
             sizes.append(
                 {
                     name: sum(
-                        engine._memories.bytes(engine._layer)
+                        engine._caches.bytes(engine._layer)
                         for engine in done._engines
                         if engine.site.transformer == name
                     )

@@ -38,7 +38,7 @@ from diffusers_accel.methods import (
 )
 from diffusers_accel.methods.blocks import part_of
 from diffusers_accel.methods.orders import parse_order
-from diffusers_accel.methods.rest import Held
+from diffusers_accel.methods.rest import CacheEntry
 from diffusers_accel.methods.select import StaticSelect
 from diffusers_accel.methods.selects.stored import packed
 from tests.stages import call_of, mask_of, pattern_of
@@ -587,9 +587,9 @@ def test_a_gate_takes_no_interval() -> None:
         Kept(4, gated=True)
 
 
-def held(refreshed: list[int]) -> Held:
+def held(refreshed: list[int]) -> CacheEntry:
     """Of heads that refreshed last at these steps."""
-    return Held(BlockPattern.full(len(refreshed), BLOCK, BLOCK), min(refreshed), refreshed)
+    return CacheEntry(BlockPattern.full(len(refreshed), BLOCK, BLOCK), min(refreshed), refreshed)
 
 
 def due(gate: torch.Tensor, now: tuple[int, int]) -> list[bool]:

@@ -270,7 +270,7 @@ def test_former_names_of_parameters_are_understood_with_a_warning(
 def test_the_former_name_of_the_memory_is_understood_with_a_warning() -> None:
     with pytest.warns(FutureWarning, match="patch: 'max_cache' is now called 'cache_memory_fraction'"):
         done = patch(tiny_wan_transformer(), "cached", max_cache=0.5)
-    assert {engine._memories.budget.share for engine in done._engines} == {0.5}
+    assert {engine._caches.budget.share for engine in done._engines} == {0.5}
     with pytest.raises(ValueError, match="'max_cache' is the former name of 'cache_memory_fraction', found both"):
         patch(tiny_wan_transformer(), "cached", max_cache=0.5, cache_memory_fraction=0.4)
 

@@ -18,7 +18,7 @@ from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, DENSE, AxisOrder, Band, Draft, Drop, Method, Patches, Pooled, Skip, Stripe
 from diffusers_accel.methods.rest import Read
 from diffusers_accel.methods.steps import take_turn
-from diffusers_accel.run.memory import Memory
+from diffusers_accel.run.memory import LayerCache
 from diffusers_accel.search.measure import SampledHeads, sample_rows
 from diffusers_accel.search.running import Enough, run_pipeline
 from diffusers_accel.search.selections import RowReader, Selections
@@ -191,7 +191,7 @@ def test_a_held_selection_pools_what_it_does_not_read_now() -> None:
     """Means are of this step's keys, though the blocks were selected at an earlier one."""
     layout = LAYOUTS[0]
     method = Method(Patches(), Draft(0.3, first_frame=False, reselect_every=3), rest=Pooled())
-    memory, ones = Memory(), torch.ones(2, layout.tokens, 2, DIM)
+    memory, ones = LayerCache(), torch.ones(2, layout.tokens, 2, DIM)
     q, k, _ = inputs(layout)
     for step in range(3):
         moved = alike(k.roll(37 * step, 1), method, layout), alike(ones.cumsum(1), method, layout)

@@ -156,7 +156,7 @@ def test_unpatch_frees_what_was_kept_though_the_patch_is_held() -> None:
         with pytest.raises(KeyboardInterrupt):
             run(pipe, callback_on_step_end=stop)
         (engine, *_) = (site.engine for site in done.sites)
-        kept = [weakref.ref(held.out) for memory in engine._memories._kept.values() for held in memory.held.values()]
+        kept = [weakref.ref(held.out) for memory in engine._caches._kept.values() for held in memory.held.values()]
         small = weakref.ref(patterns.head_index((0, 2), torch.device("cpu")))
         assert kept and all(ref() is not None for ref in kept) and engine._deals.all() and small() is not None
         calls = done.report().rows[0]["calls"]

@@ -22,7 +22,7 @@ from diffusers_accel.methods.select import Inputs
 from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.run.deals import deal
 from diffusers_accel.run.launch import Ran, run
-from diffusers_accel.run.memory import Memory
+from diffusers_accel.run.memory import LayerCache
 
 CPU = torch.device("cpu")
 HEAD_DIM = 16
@@ -90,7 +90,7 @@ def inputs(layout: TokenLayout, heads: int, seed: int = 0) -> tuple[Tensor, Tens
 
 
 def attend(
-    methods: tuple[Method, ...], layout: TokenLayout, qkv: Any, memory: Memory | None = None, step: int = 0
+    methods: tuple[Method, ...], layout: TokenLayout, qkv: Any, memory: LayerCache | None = None, step: int = 0
 ) -> Ran:
     heads = tuple(range(len(methods)))
     call = AttentionCall(layout, "transformer", 0, heads, now=(step, 9), dense=sdpa)
@@ -285,7 +285,7 @@ def test_heads_read_exactly_their_blocks(layout: TokenLayout, method: Method) ->
 @every_arrangement
 def test_kept_parts_make_up_the_whole(layout: TokenLayout) -> None:
     methods = (Method(Patches(), Draft(0.25), rest=Kept(3)), Method(AxisOrder("hwf"), Band(0.3), rest=Kept(2)))
-    qkv, memory = inputs(layout, 2), Memory()
+    qkv, memory = inputs(layout, 2), LayerCache()
     reused = 0
     for step in range(5):
         ran = attend(methods, layout, qkv, memory, step)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from diffusers_accel.kernels.pattern import BlockPattern, head_flags
 from diffusers_accel.methods.method import Method
-from diffusers_accel.methods.rest import Held, Turn
+from diffusers_accel.methods.rest import CacheEntry, Turn
 
 
 def take_turn(
-    method: Method, heads: int, held: Held | None, now: tuple[int, int], gate: Tensor | None, before: int | None
+    method: Method, heads: int, held: CacheEntry | None, now: tuple[int, int], gate: Tensor | None, before: int | None
 ) -> Turn:
     """What a group does at a step.
 

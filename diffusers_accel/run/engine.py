@@ -15,7 +15,7 @@ from diffusers_accel.methods import BLOCK, DENSE, Method
 from diffusers_accel.plan import Plan
 from diffusers_accel.run.deals import Deals, Mix
 from diffusers_accel.run.launch import Ran, run
-from diffusers_accel.run.memory import Layer, Memories
+from diffusers_accel.run.memory import CacheManager, Layer
 from diffusers_accel.run.remarks import Remarks
 
 
@@ -51,7 +51,7 @@ class PlanEngine:
         plan: what; it must fit the site's model.
         deals: shared by the sites of one patch, so that layers with equal heads share their block lists.
         min_tokens: shorter sequences stay dense (and a note says so); 0 for a plan or method that was asked for.
-        memories: what is kept for later steps, shared by the sites of one patch.
+        caches: what is kept for later steps, shared by the sites of one patch.
         remarks: where to say what holds for the whole patch.
         few_tokens: below so many tokens a remark says that the plan's methods lose too much; 0 for never.
     """
@@ -62,7 +62,7 @@ class PlanEngine:
         plan: Plan,
         deals: Deals,
         min_tokens: int,
-        memories: Memories,
+        caches: CacheManager,
         remarks: Remarks | None = None,
         few_tokens: int = 0,
     ) -> None:
@@ -72,7 +72,7 @@ class PlanEngine:
         self._span: int | None = None  # of the last call
         self._deals = deals
         self._min_tokens = min_tokens
-        self._memories = memories
+        self._caches = caches
         self._remarks = remarks or Remarks()
         self._few_tokens = few_tokens
         self._layer: Layer = (site.transformer, site.layer)
@@ -84,7 +84,7 @@ class PlanEngine:
             for span, methods in enumerate(spans)
         ]
         if most := max(savings, key=len):
-            memories.budget.enter(self._layer, len(most), sum(most) / len(most))
+            caches.budget.enter(self._layer, len(most), sum(most) / len(most))
 
     def clear(self) -> None:
         """Starts the tally anew."""
@@ -92,7 +92,7 @@ class PlanEngine:
 
     def attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if call.now is not None:
-            self._memories.at(call.transformer, call.now)
+            self._caches.at(call.transformer, call.now)
         self.tally.layout = call.layout
         if call.layer == 0:
             self._look_around(call.now)
@@ -105,15 +105,15 @@ class PlanEngine:
             sparse = next(method.label for method in mix.distinct if not method.dense)
             self._remarks.say(_too_few(sparse, q.shape[1], self._few_tokens))
         dealt = self._deals.find(mix, call, q.device)
-        memory = self._memories.of(self._layer, call.stream) if dealt.remembering else None
-        ran = run(dealt, call, q, k, v, memory)
+        cache = self._caches.of(self._layer, call.stream) if dealt.remembering else None
+        ran = run(dealt, call, q, k, v, cache)
         self._count(mix, ran)
         if q.device.type == "cpu" and any(launch.precision != "input" for launch in dealt.launches):
             self.tally.notes["quantized products are simulated on a CPU: their numbers, not their speed"] += 1
-        if memory is not None and call.now is not None:
-            self.tally.cache_bytes = max(self.tally.cache_bytes, self._memories.bytes(self._layer))
+        if cache is not None and call.now is not None:
+            self.tally.cache_bytes = max(self.tally.cache_bytes, self._caches.bytes(self._layer))
             if call.now[0] == call.now[1] - 1:
-                memory.clear()
+                cache.clear()
         return ran.out
 
     def _look_around(self, now: tuple[int, int] | None) -> None:
@@ -173,7 +173,7 @@ class PlanEngine:
         """Heads that keep an output are dense where it does not fit into memory."""
         if not mix.remembers:
             return mix
-        budget = self._memories.budget
+        budget = self._caches.budget
         if budget.admits(self._layer, call.stream, q):
             return mix
         self.tally.notes[f"its cache does not fit into {budget.share:.0%} of the free memory: dense"] += 1

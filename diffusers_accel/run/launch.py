@@ -23,7 +23,7 @@ from diffusers_accel.methods.steps import read_blocks, selects, take_turn
 from diffusers_accel.methods.uses import Tensors
 from diffusers_accel.run.deals import Deal, Group, Launch
 from diffusers_accel.run.grouped import of_heads
-from diffusers_accel.run.memory import Memory
+from diffusers_accel.run.memory import LayerCache
 
 
 class GroupRead(NamedTuple):
@@ -58,21 +58,21 @@ class Ran(NamedTuple):
     read: tuple[GroupRead, ...] = ()
 
 
-def run(deal: Deal, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, memory: Memory | None = None) -> Ran:
+def run(deal: Deal, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None = None) -> Ran:
     """Attention of one layer.
 
     Args:
         call: of which all heads have been dealt out.
         q: [B, queries, H, D]; k, v: [B, keys, H_k, D], in which several heads may share one.
-        memory: of this layer and branch; None remembers nothing, so that what could be reused is computed.
+        cache: of this layer and branch; None remembers nothing, so that what could be reused is computed.
     """
-    memory = memory or Memory()
+    cache = cache or LayerCache()
     if deal.remembering:
-        memory.begin(call.now or (0, 1), q, k, deal.remembering)
+        cache.begin(call.now or (0, 1), q, k, deal.remembering)
     if len(deal.launches) == 1 and deal.launches[0].whole:
         if len(deal.launches[0].groups) > 1:  # whose heads may share one of the keys
             k, v = (of_heads(x, call.heads, q.shape[2]) for x in (k, v))
-        return _attend(deal.launches[0], deal.tensors, call, q, k, v, None, memory)
+        return _attend(deal.launches[0], deal.tensors, call, q, k, v, None, cache)
     out = v.new_zeros(q.shape) if deal.skipped else v.new_empty(q.shape)
     density: float | Tensor = float(len(deal.dense))
     kernels: tuple[str, ...] = ("dense",) if deal.dense else ()
@@ -85,7 +85,7 @@ def run(deal: Deal, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, memory
         out.index_copy_(2, index, call.dense(*own))
     for launch in deal.launches:
         rows = launch.rows()
-        ran = _attend(launch, deal.tensors, call, q, k, v, rows, memory)
+        ran = _attend(launch, deal.tensors, call, q, k, v, rows, cache)
         out.view(out.shape[0], -1, out.shape[-1]).index_copy_(1, rows, ran.out.flatten(1, 2))
         density, reused = density + ran.density * len(launch.heads), reused + ran.reused
         kernels, read = kernels + ran.kernels, read + ran.read
@@ -100,13 +100,13 @@ def _attend(
     k: Tensor,
     v: Tensor,
     rows: Tensor | None,
-    memory: Memory,
+    cache: LayerCache,
 ) -> Ran:
     """One launch on the model's q, k, v; the output has its heads, each in its own order. rows: as of `Launch.rows`, or None
     where the launch is `whole`."""
     now = call.now or (0, 1)
     turns = [
-        take_turn(group.method, len(group.heads), memory.held.get(group.key), now, group.gate, memory.before)
+        take_turn(group.method, len(group.heads), cache.held.get(group.key), now, group.gate, cache.before)
         for group in launch.groups
     ]
     both = list(zip(launch.groups, turns, strict=True))
@@ -136,7 +136,7 @@ def _attend(
         if part is not mine.part:
             out[:, :, place] = part[0]
         if group.method.timed:
-            memory.held[group.key] = held
+            cache.held[group.key] = held
         reused += len(turn.refresh) - sum(turn.refresh)
     return Ran(out, density / len(launch.heads), reused, (_named(kernel, launch.precision, q.device),), read)
 

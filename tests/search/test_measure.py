@@ -11,7 +11,7 @@ from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Pooled, Skip, Stripe
 from diffusers_accel.methods.rest import Read
 from diffusers_accel.methods.steps import read_blocks, take_turn
-from diffusers_accel.run.memory import Memory
+from diffusers_accel.run.memory import LayerCache
 from diffusers_accel.search.measure import (
     SampledHeads,
     column_mass,
@@ -108,7 +108,7 @@ def test_a_reused_part_is_that_of_the_engine(layout, precision):
     """A refresh, and a step later with other q, k and v: blocks as they were selected, and the rest as it was."""
     method = Method(Patches(4, 8), Draft(0.4), precision, Kept(3))
     first, second = qkv(layout), tuple(a + 0.3 * b for a, b in zip(qkv(layout), qkv(layout, 1)))
-    memory = Memory()
+    memory = LayerCache()
     attend((method,) * HEADS, layout, first, memory=memory, now=(3, 9))
     expected = attend((method,) * HEADS, layout, second, memory=memory, now=(4, 9)).out[0].transpose(0, 1)
 

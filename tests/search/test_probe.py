@@ -16,7 +16,7 @@ from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method,
 from diffusers_accel.plan import Plan
 from diffusers_accel.run.deals import deal
 from diffusers_accel.run.launch import run
-from diffusers_accel.run.memory import Memory
+from diffusers_accel.run.memory import LayerCache
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.assign import Assignment
 from diffusers_accel.search.budget import Budget
@@ -83,7 +83,7 @@ class Shadow:
     def __init__(self, site: Site, scores: Scores, tensors: dict[str, torch.Tensor], seen: dict[Any, Any]) -> None:
         self.site, self.scores, self.tensors, self.seen = site, scores, tensors, seen
         self.stored = stored_tensors(scores)
-        self.memories: dict[Any, Memory] = {}
+        self.memories: dict[Any, LayerCache] = {}
 
     def attend(self, call: AttentionCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         site, scores = self.site, self.scores
@@ -99,7 +99,7 @@ class Shadow:
             own = method.select.owners(call, method.order, self.stored)
             if own is not None:
                 heads = [method if mine else DENSE for mine in own]
-            memory = self.memories.setdefault((index, span, call.branch), Memory())
+            memory = self.memories.setdefault((index, span, call.branch), LayerCache())
             ran = run(deal(tuple(heads), call, self.tensors, q.device), call, q, k, v, memory)
             if now[0] in Schedule.of(settings, now[1]).measured:
                 keys = call.layout.keys

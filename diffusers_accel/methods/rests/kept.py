@@ -21,7 +21,7 @@ from diffusers_accel.files import FileError
 from diffusers_accel.kernels.merge import merge
 from diffusers_accel.kernels.pattern import BlockPattern, head_index
 from diffusers_accel.methods.blocks import part_of
-from diffusers_accel.methods.rest import Held, Part, Read, Reader, Rest, Turn
+from diffusers_accel.methods.rest import CacheEntry, Part, Read, Reader, Rest, Turn
 from diffusers_accel.methods.select import Select
 from diffusers_accel.methods.uses import Tensors, Uses, planned
 
@@ -111,12 +111,12 @@ class Kept(Rest):
             return 1 / self.refresh_every
         return float(gate.double().mean()) if len(gate) else 0.0
 
-    def due(self, held: Held, now: tuple[int, int], gate: Tensor | None, before: int | None) -> list[bool]:
+    def due(self, held: CacheEntry, now: tuple[int, int], gate: Tensor | None, before: int | None) -> list[bool]:
         if gate is not None:
             return [bool(each) for each in gate[_begun(now, len(gate), before)].any(0)]
         return [now[0] - last >= self.refresh_every for last in held.refreshed]
 
-    def complete(self, read: Read, turn: Turn, reader: Reader) -> tuple[Part, Held]:
+    def complete(self, read: Read, turn: Turn, reader: Reader) -> tuple[Part, CacheEntry]:
         held = _renewed(read, turn, reader)
         assert held.out is not None and held.lse is not None
         return merge([read.part, (held.out, held.lse)]), held
@@ -135,14 +135,14 @@ def _begun(now: tuple[int, int], parts: int, before: int | None = None) -> slice
     return slice(before + 1, part_of(now, parts) + 1)
 
 
-def _renewed(read: Read, turn: Turn, reader: Reader) -> Held:
+def _renewed(read: Read, turn: Turn, reader: Reader) -> CacheEntry:
     """What is held after this step: where heads refresh, their unread blocks are computed."""
     held, step = turn.held, turn.step
     heads = [head for head, now in enumerate(turn.refresh) if now]
     if len(heads) == len(turn.refresh):
         # A pattern that stays is complemented once; lists that stay with another would only take memory.
         unread = read.pattern.derived(BlockPattern.complement) if read.shared else read.pattern.complement()
-        return Held(read.pattern, step, [step] * len(heads), *reader.attend(unread))
+        return CacheEntry(read.pattern, step, [step] * len(heads), *reader.attend(unread))
     assert held is not None and held.out is not None and held.lse is not None
     if heads:
         index = head_index(tuple(heads), read.pattern.device)
