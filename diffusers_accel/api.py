@@ -29,9 +29,9 @@ from diffusers_accel.methods.former import warn_former
 from diffusers_accel.plan import Plan
 from diffusers_accel.plan.size import check_size, planned_size
 from diffusers_accel.report import PatchReport, strangers
-from diffusers_accel.run.deals import Deals
 from diffusers_accel.run.engine import PlanEngine
 from diffusers_accel.run.memory import CACHE_MEMORY_FRACTION, CacheManager
+from diffusers_accel.run.partition import Partitions
 from diffusers_accel.run.remarks import Remarks
 from diffusers_accel.shape import ModelShape
 from diffusers_accel.subject import Patchable, split
@@ -203,18 +203,18 @@ def patch(
         resolved = replace(resolved, forwards=scopes.forwards)
     if scopes.heads is not None:
         _check_kernels(pipe, resolved, found)
-    deals = Deals(resolved.tensors)
+    partitions = Partitions(resolved.tensors)
     engines: list[PlanEngine] = []
     remarks = Remarks()
     named = isinstance(scopes.heads, str) and scopes.heads in NAMED
     few_tokens = FEW_TOKENS if named and _leaves_out(resolved) else 0
 
     def make_engine(site: Site) -> PlanEngine:
-        engines.append(PlanEngine(site, resolved, deals, min_tokens, caches, remarks, few_tokens))
+        engines.append(PlanEngine(site, resolved, partitions, min_tokens, caches, remarks, few_tokens))
         return engines[-1]
 
     attachment = attach(pipe, make_engine if scopes.attends else None)
-    attachment._undo += [caches.clear, deals.clear]
+    attachment._undo += [caches.clear, partitions.clear]
     for model in attachment._models:
         model.expects = partial(check_size, resolved, model.name)
     predicting = _predict(attachment, scopes.forwards, caches) if scopes.forwards else None

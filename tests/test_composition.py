@@ -32,9 +32,9 @@ from diffusers_accel.methods import (
     Stripe,
 )
 from diffusers_accel.methods.selects.stored import packed
-from diffusers_accel.run.launch import Ran
+from diffusers_accel.run.launch import Output
 from diffusers_accel.run.memory import LayerCache
-from tests.stages import attend, dealt, mask_of, pattern_of, sdpa
+from tests.stages import attend, mask_of, partition_of, pattern_of, sdpa
 from tests.tiny import TEXT_DIM, tiny_wan_transformer
 
 HEAD_DIM = 16
@@ -143,8 +143,8 @@ def steps_of(
     layout: TokenLayout,
     tensors: dict[str, Tensor],
     calls: list[tuple[Tensor, Tensor, Tensor]],
-) -> list[Ran]:
-    """What comes out step by step; as in an engine, the heads are dealt anew where stored masks change."""
+) -> list[Output]:
+    """What comes out step by step; as in an engine, the heads are partitioned anew where stored masks change."""
     memory = LayerCache()
     return [attend(heads, layout, qkv, tensors, memory, now=(step, len(calls))) for step, qkv in enumerate(calls)]
 
@@ -182,7 +182,7 @@ def test_a_selection_and_its_complement_are_all_keys_once(method: Method, layout
     order = method.order.index(layout)
     sorted_qk = q[:, order], k[:, order[: layout.keys]]
     pattern = pattern_of(method, layout, *sorted_qk, tensors, now=(part, PARTS))
-    (launch,) = dealt((method,) * 2, layout, tensors, (part, PARTS)).launches
+    (launch,) = partition_of((method,) * 2, layout, tensors, (part, PARTS)).launches
     if method.select.wants:
         assert launch.pattern is None
     else:
@@ -481,9 +481,9 @@ def test_heads_in_the_order_of_the_model_are_not_moved(precision: str, layout: T
     """One launch of all heads takes q, k and v as they are, padding cut off or not; beside a dense head it cannot."""
     method = Method(select=Band(0.4), precision=precision)
     q, k, v = inputs(layout, 3)
-    alone, mixed = (dealt(heads, layout) for heads in ((method,) * 3, (method, DENSE, method)))
+    alone, mixed = (partition_of(heads, layout) for heads in ((method,) * 3, (method, DENSE, method)))
     assert alone.launches[0].whole and not mixed.launches[0].whole
-    assert not dealt((Method(AxisOrder("hwf"), Band(0.4)),) * 3, layout).launches[0].whole
+    assert not partition_of((Method(AxisOrder("hwf"), Band(0.4)),) * 3, layout).launches[0].whole
     a, b = (attend(each.methods, layout, (q, k, v)).out for each in (alone, mixed))
     assert close(a[:, :, ::2], b[:, :, ::2], 2e-6)
     assert close(b[:, :, 1], sdpa(q, k, v)[:, :, 1])

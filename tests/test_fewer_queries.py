@@ -35,10 +35,10 @@ from diffusers_accel.methods.order import exact_tokens
 from diffusers_accel.methods.select import Inputs
 from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.plan import Plan, Span
-from diffusers_accel.run.deals import Deals, deal
 from diffusers_accel.run.engine import PlanEngine
-from diffusers_accel.run.launch import Ran, run
+from diffusers_accel.run.launch import Output, run
 from diffusers_accel.run.memory import CacheManager, LayerCache
+from diffusers_accel.run.partition import Partitions, partition
 from diffusers_accel.search.gates import Watch
 from diffusers_accel.search.measure import SampledHeads, deviations, head_grams, layer_energy
 from diffusers_accel.search.probe import PassProbe
@@ -115,9 +115,9 @@ def attend(
     qkv: tuple[Tensor, Tensor, Tensor],
     memory: LayerCache | None = None,
     step: int = 0,
-) -> Ran:
+) -> Output:
     call = AttentionCall(layout, "transformer", 0, tuple(range(HEADS)), now=(step, 9), dense=sdpa)
-    return run(deal(methods, call, {}, CPU), call, *qkv, memory)
+    return run(partition(methods, call, {}, CPU), call, *qkv, memory)
 
 
 def mask_of(method: Method, layout: TokenLayout, qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -286,7 +286,7 @@ def test_stored_masks_are_refused_with_the_reason() -> None:
     with pytest.raises(
         ValueError, match="every token queries, found 960 queries for 1,160 tokens.*Take another selection"
     ):
-        deal((Method(select=Stored(0.5)),) * HEADS, call, tensors, CPU)
+        partition((Method(select=Stored(0.5)),) * HEADS, call, tensors, CPU)
 
 
 # At a site
@@ -326,7 +326,7 @@ def test_a_plan_is_at_work_on_fewer_queries(layout: TokenLayout, key_heads: int)
         "wan", {"transformer": ModelShape(1, HEADS, HEAD_DIM)}, methods, (Span(0.0, 1.0, {"transformer": ("abda",)}),)
     )
     site = site_of(layout)
-    site.engine = PlanEngine(site, plan, Deals({}), 0, CacheManager())
+    site.engine = PlanEngine(site, plan, Partitions({}), 0, CacheManager())
     out = site.attend(*whole(layout, key_heads))
     qkv = inputs(layout, key_heads)
     close(out[:, :, 1:3], sdpa(*qkv)[:, :, 1:3])  # a refresh, and dense

@@ -346,13 +346,13 @@ def test_block_lists_of_one_part_of_the_schedule_are_held() -> None:
     transformer = tiny_wan_transformer()
     masks = packed(torch.stack([torch.eye(6, dtype=torch.bool), torch.ones(6, 6, dtype=torch.bool)]))
     with patch(transformer, stored_plan(masks[None])) as done, torch.no_grad():
-        deals = done._engines[0]._deals
+        partitions = done._engines[0]._partitions
         for step, density in ((0, 1 / 6), (1, 1.0), (0, 1 / 6)):
             done.clear()
             done.step(step, 2)
             transformer(**inputs())
             assert done.report().density == pytest.approx(density)
-            assert len(deals.all()) == LAYERS
+            assert len(partitions.all()) == LAYERS
 
 
 def test_block_lists_of_stored_masks_go_when_another_method_takes_over() -> None:
@@ -362,8 +362,8 @@ def test_block_lists_of_stored_masks_go_when_another_method_takes_over() -> None
     spans = (Span(0, 0.5, heads["a"]), Span(0.5, 1, heads["b"]))
     plan = Plan("wan", plan.models, {**plan.methods, "b": Method(select=Band(0.5))}, spans, tensors=plan.tensors)
     with patch(transformer, plan) as done, torch.no_grad():
-        deals = done._engines[0]._deals
+        partitions = done._engines[0]._partitions
         for step, held in ((0, LAYERS), (1, 1), (0, 1 + LAYERS)):  # the layers share the lists of a band
             done.step(step, 2)
             transformer(**inputs())
-            assert len(deals.all()) == held
+            assert len(partitions.all()) == held

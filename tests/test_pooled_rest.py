@@ -17,7 +17,7 @@ from diffusers_accel.evals import shapes
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, DENSE, AxisOrder, Band, Draft, Drop, Method, Patches, Pooled, Skip, Stripe
 from diffusers_accel.methods.rest import Read
-from diffusers_accel.methods.steps import take_turn
+from diffusers_accel.methods.steps import decide
 from diffusers_accel.run.memory import LayerCache
 from diffusers_accel.search.measure import SampledHeads, sample_rows
 from diffusers_accel.search.running import Enough, run_pipeline
@@ -67,8 +67,8 @@ def on_rows(method: Method, layout: TokenLayout, qkv: Qkv, rows: Tensor) -> Tens
     sampled = SampledHeads(*(x[0] for x in qkv), rows, layout)
     reader = RowReader(sampled, method.order, method.precision)
     pattern = Selections({}).rows(method, call, sampled).pattern
-    turn = take_turn(method, len(call.heads), None, (0, 1), None, None)
-    part, _ = method.rest.complete(Read(reader.attend(pattern), pattern, shared=False), turn, reader)
+    decision = decide(method, len(call.heads), None, (0, 1), None, None)
+    part, _ = method.rest.complete(Read(reader.attend(pattern), pattern, shared=False), decision, reader)
     return part[0][0]
 
 

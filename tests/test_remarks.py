@@ -158,11 +158,11 @@ def test_unpatch_frees_what_was_kept_though_the_patch_is_held() -> None:
         (engine, *_) = (site.engine for site in done.sites)
         kept = [weakref.ref(held.out) for memory in engine._caches._kept.values() for held in memory.held.values()]
         small = weakref.ref(patterns.head_index((0, 2), torch.device("cpu")))
-        assert kept and all(ref() is not None for ref in kept) and engine._deals.all() and small() is not None
+        assert kept and all(ref() is not None for ref in kept) and engine._partitions.all() and small() is not None
         calls = done.report().rows[0]["calls"]
         take_off(pipe, done)
         gc.collect()
-        assert not engine._deals.all() and all(ref() is None for ref in kept) and small() is None
+        assert not engine._partitions.all() and all(ref() is None for ref in kept) and small() is None
         assert done.report().rows[0]["calls"] == calls, "what ran is still known"
 
 

@@ -20,9 +20,9 @@ from diffusers_accel.methods.arrangement import arrangement
 from diffusers_accel.methods.order import exact_tokens, video_places
 from diffusers_accel.methods.select import Inputs
 from diffusers_accel.methods.selects.stored import packed
-from diffusers_accel.run.deals import deal
-from diffusers_accel.run.launch import Ran, run
+from diffusers_accel.run.launch import Output, run
 from diffusers_accel.run.memory import LayerCache
+from diffusers_accel.run.partition import partition
 
 CPU = torch.device("cpu")
 HEAD_DIM = 16
@@ -91,10 +91,10 @@ def inputs(layout: TokenLayout, heads: int, seed: int = 0) -> tuple[Tensor, Tens
 
 def attend(
     methods: tuple[Method, ...], layout: TokenLayout, qkv: Any, memory: LayerCache | None = None, step: int = 0
-) -> Ran:
+) -> Output:
     heads = tuple(range(len(methods)))
     call = AttentionCall(layout, "transformer", 0, heads, now=(step, 9), dense=sdpa)
-    return run(deal(methods, call, plan_tensors(layout, len(heads)), CPU), call, *qkv, memory)
+    return run(partition(methods, call, plan_tensors(layout, len(heads)), CPU), call, *qkv, memory)
 
 
 def mask_of(method: Method, layout: TokenLayout, qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The methods that users call by name, each a recipe that deals heads out without a search."""
+"""The methods that users call by name, each a recipe that assigns heads without a search."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not self.heads:
-            raise ValueError("a recipe needs at least one method to deal out, found none")
+            raise ValueError("a recipe needs at least one method to assign, found none")
         _check_dense_steps(self.dense_steps)
         if not (isinstance(self.dense_layers, int) and self.dense_layers >= 0):
             raise ValueError(

@@ -10,7 +10,7 @@ from diffusers_accel.call import AttentionCall
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Pooled, Skip, Stripe
 from diffusers_accel.methods.rest import Read
-from diffusers_accel.methods.steps import read_blocks, take_turn
+from diffusers_accel.methods.steps import decide, read_blocks
 from diffusers_accel.run.memory import LayerCache
 from diffusers_accel.search.measure import (
     SampledHeads,
@@ -62,9 +62,9 @@ def sampled_output(
     """[heads, rows, D] of a method that runs on sampled rows."""
     reader, selections = RowReader(heads, method.order, method.precision), Selections({})
     assert call.now is not None
-    turn = take_turn(method, HEADS, kept.held if kept else None, call.now, None, None)
-    pattern = read_blocks(method, turn, lambda: selections.rows(method, call, heads).pattern)
-    part, _ = method.rest.complete(Read(reader.attend(pattern), pattern, shared=False), turn, reader)
+    decision = decide(method, HEADS, kept.held if kept else None, call.now, None, None)
+    pattern = read_blocks(method, decision, lambda: selections.rows(method, call, heads).pattern)
+    part, _ = method.rest.complete(Read(reader.attend(pattern), pattern, shared=False), decision, reader)
     return part[0][0].transpose(0, 1)
 
 

@@ -14,9 +14,9 @@ from diffusers_accel.attach.site import Site
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Pooled, Skip, Stored, Stripe
 from diffusers_accel.plan import Plan
-from diffusers_accel.run.deals import deal
 from diffusers_accel.run.launch import run
 from diffusers_accel.run.memory import LayerCache
+from diffusers_accel.run.partition import partition
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.assign import Assignment
 from diffusers_accel.search.budget import Budget
@@ -100,7 +100,7 @@ class Shadow:
             if own is not None:
                 heads = [method if mine else DENSE for mine in own]
             memory = self.memories.setdefault((index, span, call.branch), LayerCache())
-            ran = run(deal(tuple(heads), call, self.tensors, q.device), call, q, k, v, memory)
+            ran = run(partition(tuple(heads), call, self.tensors, q.device), call, q, k, v, memory)
             if now[0] in Schedule.of(settings, now[1]).measured:
                 keys = call.layout.keys
                 whole = (out[0, :keys].flatten(1) @ weight).double().square().sum()

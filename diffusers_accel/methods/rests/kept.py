@@ -21,7 +21,7 @@ from diffusers_accel.files import FileError
 from diffusers_accel.kernels.merge import merge
 from diffusers_accel.kernels.pattern import BlockPattern, head_index
 from diffusers_accel.methods.blocks import part_of
-from diffusers_accel.methods.rest import CacheEntry, Part, Read, Reader, Rest, Turn
+from diffusers_accel.methods.rest import CacheEntry, Decision, Part, Read, Reader, Rest
 from diffusers_accel.methods.select import Select
 from diffusers_accel.methods.uses import Tensors, Uses, planned
 
@@ -116,8 +116,8 @@ class Kept(Rest):
             return [bool(each) for each in gate[_begun(now, len(gate), before)].any(0)]
         return [now[0] - last >= self.refresh_every for last in held.refreshed]
 
-    def complete(self, read: Read, turn: Turn, reader: Reader) -> tuple[Part, CacheEntry]:
-        held = _renewed(read, turn, reader)
+    def complete(self, read: Read, decision: Decision, reader: Reader) -> tuple[Part, CacheEntry]:
+        held = _renewed(read, decision, reader)
         assert held.out is not None and held.lse is not None
         return merge([read.part, (held.out, held.lse)]), held
 
@@ -135,11 +135,11 @@ def _begun(now: tuple[int, int], parts: int, before: int | None = None) -> slice
     return slice(before + 1, part_of(now, parts) + 1)
 
 
-def _renewed(read: Read, turn: Turn, reader: Reader) -> CacheEntry:
+def _renewed(read: Read, decision: Decision, reader: Reader) -> CacheEntry:
     """What is held after this step: where heads refresh, their unread blocks are computed."""
-    held, step = turn.held, turn.step
-    heads = [head for head, now in enumerate(turn.refresh) if now]
-    if len(heads) == len(turn.refresh):
+    held, step = decision.held, decision.step
+    heads = [head for head, now in enumerate(decision.refresh) if now]
+    if len(heads) == len(decision.refresh):
         # A pattern that stays is complemented once; lists that stay with another would only take memory.
         unread = read.pattern.derived(BlockPattern.complement) if read.shared else read.pattern.complement()
         return CacheEntry(read.pattern, step, [step] * len(heads), *reader.attend(unread))
@@ -153,5 +153,5 @@ def _renewed(read: Read, turn: Turn, reader: Reader) -> CacheEntry:
         held,
         pattern=read.pattern,
         selected=held.selected if read.pattern is held.pattern else step,
-        refreshed=[step if now else last for now, last in zip(turn.refresh, held.refreshed, strict=True)],
+        refreshed=[step if now else last for now, last in zip(decision.refresh, held.refreshed, strict=True)],
     )
