@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusers_accel.arguments import check_parameters, wrong_plan
+from diffusers_accel.arguments import checked_parameters, wrong_plan
 from diffusers_accel.attach.clock import Clock, tells_steps
 from diffusers_accel.attach.host_caches import caches_on
 from diffusers_accel.attach.processor import attend_densely, redirect, restore, site_of
@@ -25,12 +25,13 @@ from diffusers_accel.forwards.scope import Scope
 from diffusers_accel.kernels.kept import forget_kept
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import AUTO, NAMED, Method, Recipe
+from diffusers_accel.methods.former import warn_former
 from diffusers_accel.plan import Plan
 from diffusers_accel.plan.size import check_size, planned_size
 from diffusers_accel.report import PatchReport, strangers
-from diffusers_accel.run.deals import Deals
 from diffusers_accel.run.engine import PlanEngine
-from diffusers_accel.run.memory import MAX_CACHE, Memories
+from diffusers_accel.run.memory import CACHE_MEMORY_FRACTION, CacheManager
+from diffusers_accel.run.partition import Partitions
 from diffusers_accel.run.remarks import Remarks
 from diffusers_accel.shape import ModelShape
 from diffusers_accel.subject import Patchable, split
@@ -160,7 +161,7 @@ def patch(
     plan: Patchable = None,
     /,
     *,
-    max_cache: float = MAX_CACHE,
+    cache_memory_fraction: float = CACHE_MEMORY_FRACTION,
     **parameters: Any,
 ) -> Patch:
     """Makes the self-attention of a diffusers video pipeline sparse, in place.
@@ -173,8 +174,8 @@ def patch(
             which leaves attention as it is, as does a plan that holds only a step cache. A list of one of each composes them:
             ["easycache", ("draft", {"density": 0.3})].
             None takes "pattern" with its conservative defaults, and stays dense where sparse attention cannot win.
-        max_cache: share of the memory that is free at the first call which methods with a cache may fill, in [0, 1]. Layers
-            whose cache does not fit stay dense, and the report says so.
+        cache_memory_fraction: share of the memory that is free at the first call which methods with a cache may fill, in [0, 1].
+            Layers whose cache does not fit stay dense, and the report says so.
         **parameters: of the named method, such as density=0.3 or precision="int8".
 
     Returns:
@@ -187,7 +188,7 @@ def patch(
             patched pipeline, or a modular one that does not say its step.
         FileNotFoundError: for a plan file that does not exist.
     """
-    memories = Memories(max_cache)
+    caches = CacheManager(_cache_memory_fraction(cache_memory_fraction, parameters))
     scopes = split(plan, parameters)
     found = find(pipe)
     shapes = {name: family.shape(module) for name, (module, family) in found.items()}
@@ -202,24 +203,35 @@ def patch(
         resolved = replace(resolved, forwards=scopes.forwards)
     if scopes.heads is not None:
         _check_kernels(pipe, resolved, found)
-    deals = Deals(resolved.tensors)
+    partitions = Partitions(resolved.tensors)
     engines: list[PlanEngine] = []
     remarks = Remarks()
     named = isinstance(scopes.heads, str) and scopes.heads in NAMED
     few_tokens = FEW_TOKENS if named and _leaves_out(resolved) else 0
 
     def make_engine(site: Site) -> PlanEngine:
-        engines.append(PlanEngine(site, resolved, deals, min_tokens, memories, remarks, few_tokens))
+        engines.append(PlanEngine(site, resolved, partitions, min_tokens, caches, remarks, few_tokens))
         return engines[-1]
 
     attachment = attach(pipe, make_engine if scopes.attends else None)
-    attachment._undo += [memories.clear, deals.clear]
+    attachment._undo += [caches.clear, partitions.clear]
     for model in attachment._models:
         model.expects = partial(check_size, resolved, model.name)
-    predicting = _predict(attachment, scopes.forwards, memories) if scopes.forwards else None
+    predicting = _predict(attachment, scopes.forwards, caches) if scopes.forwards else None
     done = Patch(attachment, resolved, engines, remarks, predicting)
     LOG.info("%r", done)
     return done
+
+
+def _cache_memory_fraction(given: float, parameters: dict[str, Any]) -> float:
+    """What was given under this name or, in `parameters`, from which it is taken, under the former one."""
+    if "max_cache" not in parameters:
+        return given
+    if given != CACHE_MEMORY_FRACTION:
+        raise ValueError("'max_cache' is the former name of 'cache_memory_fraction', found both: leave 'max_cache' out")
+    warn_former("max_cache", "cache_memory_fraction", "patch")
+    former: float = parameters.pop("max_cache")
+    return former
 
 
 def attach(pipe: Any, make_engine: Callable[[Site], Engine] | None) -> Attachment:
@@ -253,9 +265,9 @@ def attach(pipe: Any, make_engine: Callable[[Site], Engine] | None) -> Attachmen
     return attachment
 
 
-def _predict(attachment: Attachment, forwards: Forwards, memories: Memories) -> Scope:
+def _predict(attachment: Attachment, forwards: Forwards, caches: CacheManager) -> Scope:
     """Puts a step cache around the forwards of what is attached."""
-    scope = Scope(forwards, attachment._clock, memories.carry)
+    scope = Scope(forwards, attachment._clock, caches.carry)
     try:
         attachment._undo.append(scope.attach(attachment._models))
     except BaseException:
@@ -337,15 +349,14 @@ def _choose(
 ) -> tuple[Plan | Recipe | Method, int]:
     """What to run, and from how many tokens on."""
     if plan is None:
-        check_parameters(PRESET, parameters)
+        parameters = checked_parameters(PRESET, parameters)
         reason = next((reason for _, reason in _refusals(pipe, NAMED[PRESET]().heads, found)), None)
         if reason is None:
             return NAMED[PRESET](**parameters), FEW_TOKENS
         LOG.warning("staying dense: no sparse kernel can run here (%s)", reason)
         return NAMED["dense"](), 0
     if isinstance(plan, str) and plan in NAMED:
-        check_parameters(plan, parameters)
-        return NAMED[plan](**parameters), 0
+        return NAMED[plan](**checked_parameters(plan, parameters)), 0
     if not isinstance(plan, (Plan, Recipe, Method)):
         raise wrong_plan(plan)
     return plan, 0

@@ -13,6 +13,7 @@ import msgspec
 from diffusers_accel.files import quoted
 from diffusers_accel.forwards import NAMED_FORWARDS, PREDICTORS, RULES, Forwards
 from diffusers_accel.methods import NAMED, SELECTS, Recipe
+from diffusers_accel.methods.former import by_present_names
 from diffusers_accel.support.suggest import closest
 
 NAMES: dict[str, Callable[..., Recipe | Forwards]] = {**NAMED, **NAMED_FORWARDS}
@@ -30,15 +31,17 @@ def meant(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near!r}? " if near else ""
 
 
-def check_parameters(name: str, parameters: Mapping[str, Any]) -> None:
-    """Refuses what the named method `name` has not, or has with another type.
+def checked_parameters(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of the named method `name`, under their present names.
 
     Raises:
         TypeError: an unknown parameter, or a value of the wrong type.
+        ValueError: a parameter under its former name and under the present one.
     """
     recipe = NAMES[name]
     known, types = inspect.signature(recipe).parameters, get_type_hints(recipe)
-    for parameter, value in parameters.items():
+    given = by_present_names(parameters, known, f"{name!r}")
+    for parameter, value in given.items():
         if parameter not in known:
             raise TypeError(
                 f"{name!r} has no parameter {parameter!r}; {meant(parameter, known)}it has {', '.join(known) or 'none'}"
@@ -51,6 +54,7 @@ def check_parameters(name: str, parameters: Mapping[str, Any]) -> None:
                 f"{parameter} of {name!r}: expected {usual.annotation}, as in {parameter}={usual.default!r}, found "
                 f"{quoted(value)}, {_kind(value)}"
             ) from None
+    return given
 
 
 def plan_path(plan: str | os.PathLike[str]) -> Path:

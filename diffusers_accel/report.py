@@ -141,7 +141,8 @@ def _starved(engines: Sequence[PlanEngine]) -> list[str]:
         total = totals.setdefault(method.label, [0.0, 0.0])
         total[0], total[1] = total[0] + read.heads, total[1] + float(read.starved)
     return [
-        f"{label}: {starved / heads:.1%} of the video's query blocks read no block of the video; floor=1 gives each its best one"
+        f"{label}: {starved / heads:.1%} of the video's query blocks read no block of the video; min_blocks=1 gives each its "
+        "best one"
         for label, (heads, starved) in totals.items()
         if starved > 0
     ]

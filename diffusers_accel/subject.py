@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from diffusers_accel.arguments import NAMES, check_parameters, plan_path, wrong_plan
+from diffusers_accel.arguments import NAMES, checked_parameters, plan_path, wrong_plan
 from diffusers_accel.files import quoted
 from diffusers_accel.forwards import NAMED_FORWARDS, Forwards
 from diffusers_accel.methods import NAMED, Method, Recipe
@@ -106,8 +106,7 @@ def _only(subject: Any, parameters: dict[str, Any]) -> Scopes:
     """One thing, in its scope."""
     if isinstance(subject, str) and subject in NAMED_FORWARDS:
         make = NAMED_FORWARDS[subject]
-        check_parameters(subject, parameters)
-        return Scopes("dense", {}, make(**parameters), attends=False)
+        return Scopes("dense", {}, make(**checked_parameters(subject, parameters)), attends=False)
     if isinstance(subject, Forwards):
         if parameters:
             raise TypeError(f"parameters go with a name, found {sorted(parameters)} beside {quoted(subject)}")

@@ -51,7 +51,7 @@ from diffusers_accel.support.interrupted import Interrupted
 
 DISTRIBUTIONS = ("torch", "triton", "diffusers", "diffusers-accel", "numpy", "scikit-image", "lpips")
 LONGEST_REASON = 300  # characters of why a metric is missing, which each of its rows repeats
-# What a subject may be; a pair gives the parameters of `patch`: of a named method, and max_cache.
+# What a subject may be; a pair gives the parameters of `patch`: of a named method, and cache_memory_fraction.
 PlanLike = Patchable | tuple[Patchable, Mapping[str, Any]]
 
 
@@ -77,8 +77,9 @@ def compare(
     Args:
         pipe: a loaded, unpatched pipeline of a supported family.
         subjects: name -> what `patch` takes: a Plan, a method's name, a path to a plan file, a Method, Recipe or step cache, a
-            list such as ["easycache", "draft"]; or (one of these, parameters of `patch`), such as ("cached", {"every": 2,
-            "max_cache": 0.5}). Under a step cache alone attention is patched to be dense, so that its time is measured.
+            list such as ["easycache", "draft"]; or (one of these, parameters of `patch`), such as ("cached", {"refresh_every": 2,
+            "cache_memory_fraction": 0.5}). Under a step cache alone attention is patched to be dense, so that its time is
+            measured.
         prompts: texts; or mappings of pipeline arguments, such as prompt_embeds, for a pipeline without a text encoder.
         call: what else the pipeline is called with, such as height, width, num_frames, num_inference_steps, guidance_scale.
         seeds: of the CPU generator that makes the initial noise.
@@ -334,7 +335,7 @@ def _resolved(pipe: Any, subject: PlanLike) -> Plan:
 def _options(subject: PlanLike) -> dict[str, Any]:
     """What is not in the plan itself, and so is said again at each patch."""
     parameters = subject[1] if isinstance(subject, tuple) else {}
-    return {name: value for name, value in parameters.items() if name == "max_cache"}
+    return {name: value for name, value in parameters.items() if name in ("cache_memory_fraction", "max_cache")}
 
 
 def _load(metric: Metric) -> Score | str:

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -85,11 +86,32 @@ def check_budget(budget: Any) -> None:
     """Refuses what is no `Budget`, and says how the number that it may be is given."""
     if isinstance(budget, Budget):
         return
-    hint = "give Budget.speedup(1.4), Budget.density(0.3) or Budget.paper(epsilon, lam)"
+    hint = "give Budget.speedup(1.4), Budget.density(0.3) or Budget.sparse_vdit(epsilon, lam)"
     with contextlib.suppress(TypeError, ValueError):
         if 0 < (number := real_number("budget", budget)) < math.inf:
             hint = f"is it Budget.{'speedup' if number > 1 else 'density'}({number:g}) that you mean?"
     raise TypeError(f"budget: expected a Budget, found {quoted(budget)}; {hint}")
+
+
+def dense_share(pipe: Any, call: Mapping[str, Any], dense_steps: Any) -> float:
+    """The share of the schedule that `dense_steps` is: itself as a float, and as a whole number of 1 or more a count of the
+    steps of `call`."""
+    if isinstance(dense_steps, bool) or not isinstance(dense_steps, Integral) or dense_steps < 1:
+        return real_number("dense_steps", dense_steps)
+    count = int(dense_steps)
+    usual = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
+    steps = call.get("num_inference_steps", None if usual is None else usual.default)
+    if others := [name for name in ("timesteps", "sigmas", "strength") if call.get(name) is not None]:
+        steps = None  # which say themselves how many run
+    if not isinstance(steps, Integral):
+        because = f"with {' and '.join(others)}" if others else "without num_inference_steps"
+        raise ValueError(
+            f"dense_steps: found {quoted(count)}, a count of steps, of a call {because}, so that their number is not known: give "
+            "a share of the schedule, a float in [0, 1]"
+        )
+    if count > steps:
+        raise ValueError(f"dense_steps: expected at most the {steps} steps of the call, found {quoted(count)}")
+    return count / int(steps)
 
 
 def borders(spans: Any, dense_steps: Any) -> tuple[tuple[float, float], ...]:

@@ -3,7 +3,7 @@
 A speed-up or a density is a limit on the sum of costs over all heads and calls, under which the sum of errors is minimised
 (`search.knapsack`).
 
-The paper's own rule (Sparse-vDiT, arXiv 2506.03065, Eq. 2 and 3) is there as `Budget.paper`. Its Algorithm 1 prints the
+The paper's own rule (Sparse-vDiT, arXiv 2506.03065, Eq. 2 and 3) is there as `Budget.sparse_vdit`. Its Algorithm 1 prints the
 penalty with the opposite sign; Eq. 2 is taken, the only reading that rewards sparsity.
 """
 
@@ -78,8 +78,8 @@ def assign(
         [among is None or index == DENSE or method in among for index, method in enumerate(scores.candidates)]
     )
     tables = {name: _Table.build(scores, cost, name, weights, open_spans, taken) for name in scores.models}
-    if budget.kind == "paper":
-        choice = {name: table.paper(scores, name, budget) for name, table in tables.items()}
+    if budget.kind == "sparse_vdit":
+        choice = {name: table.sparse_vdit(scores, name, budget) for name, table in tables.items()}
     else:
         choice = _within(budget, scores, tables)
     return _summary(scores, tables, choice)
@@ -155,7 +155,7 @@ class _Table:
         density = calls[:, None, None, None] * np.where(measured, scores.density(name), 1.0)
         return cls(error, plain, time, density, allowed, calls)
 
-    def paper(self, scores: Scores, name: str, budget: Budget) -> Array:
+    def sparse_vdit(self, scores: Scores, name: str, budget: Budget) -> Array:
         mse = np.nan_to_num(scores.mse(name))
         if budget.mse == "relative":
             energy = np.nan_to_num(scores.energy(name))[..., None]

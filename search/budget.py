@@ -12,9 +12,9 @@ from diffusers_accel.search.checks import real_number
 
 @dataclass(frozen=True)
 class Budget:
-    """What a plan may cost. Built with `Budget.speedup`, `Budget.density` or `Budget.paper`."""
+    """What a plan may cost. Built with `Budget.speedup`, `Budget.density` or `Budget.sparse_vdit`."""
 
-    kind: Literal["speedup", "density", "paper"]
+    kind: Literal["speedup", "density", "sparse_vdit"]
     value: float
     penalty: float = 0.0
     mse: Literal["mean", "relative"] = "mean"
@@ -34,7 +34,7 @@ class Budget:
                 f"a density is a share of block pairs, expected in (0, 1], found {self.value:g}; 0 would leave no attention "
                 "at all, and 0.1 is the least that the candidates are made for"
             )
-        if self.kind == "paper" and not (self.value >= 0 and math.isfinite(self.penalty) and self.penalty >= 0):
+        if self.kind == "sparse_vdit" and not (self.value >= 0 and math.isfinite(self.penalty) and self.penalty >= 0):
             raise ValueError(f"epsilon and lambda are 0 or more, found epsilon {self.value}, lambda {self.penalty}")
 
     @classmethod
@@ -51,7 +51,7 @@ class Budget:
         return cls("density", density)
 
     @classmethod
-    def paper(
+    def sparse_vdit(
         cls,
         epsilon: float = 1.0,
         lam: float = 0.5,
@@ -68,14 +68,20 @@ class Budget:
                 the head's own energy, which does.
             cost: what S_i counts: skipped "blocks" as in the paper, or saved kernel "time" on this device.
         """
-        return cls("paper", epsilon, lam, mse, cost)
+        return cls("sparse_vdit", epsilon, lam, mse, cost)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a plan; an infinite epsilon, which JSON has no number for, as "infinity"."""
-        if self.kind == "paper":
+        if self.kind == "sparse_vdit":
             epsilon = self.value if math.isfinite(self.value) else "infinity"
-            return {"kind": "paper", "epsilon": epsilon, "lambda": self.penalty, "mse": self.mse, "cost": self.cost}
+            return {
+                "kind": "sparse_vdit",
+                "epsilon": epsilon,
+                "lambda": self.penalty,
+                "mse": self.mse,
+                "cost": self.cost,
+            }
         return {"kind": self.kind, "value": self.value}
 
 
-_WORDS = {"kind": ("speedup", "density", "paper"), "mse": ("mean", "relative"), "cost": ("time", "blocks")}
+_WORDS = {"kind": ("speedup", "density", "sparse_vdit"), "mse": ("mean", "relative"), "cost": ("time", "blocks")}

@@ -20,9 +20,9 @@ from diffusers_accel.call import AttentionCall
 from diffusers_accel.files import Kind, Schema, load_document, printable, quoted, save_document
 from diffusers_accel.methods import Method
 from diffusers_accel.methods.uses import Tensors
-from diffusers_accel.run.deals import Deal, deal
 from diffusers_accel.run.launch import run
-from diffusers_accel.run.memory import Memory
+from diffusers_accel.run.memory import LayerCache
+from diffusers_accel.run.partition import Partition, partition
 
 KIND = Kind("diffusers_accel.cost", 3, "delete the file and measure the cost again")
 MIN_ROUNDS = 3
@@ -94,13 +94,13 @@ def alike(method: Method) -> Method:
     return replace(method, order=method.order.representative, rest=method.rest.representative)
 
 
-def launch_all(method: Method, call: AttentionCall, tensors: Tensors, device: torch.device) -> Deal:
+def launch_all(method: Method, call: AttentionCall, tensors: Tensors, device: torch.device) -> Partition:
     """The launch in which all heads of a call take a method."""
-    return deal((method,) * len(call.heads), call, tensors, device)
+    return partition((method,) * len(call.heads), call, tensors, device)
 
 
 def time_candidates(
-    planned: Sequence[Deal],
+    planned: Sequence[Partition],
     call: AttentionCall,
     q: Tensor,
     k: Tensor,
@@ -116,7 +116,7 @@ def time_candidates(
 
     Args:
         planned: of `launch_all`, and of `alike` methods where they keep something; the first is dense.
-        call: whose heads they deal out.
+        call: whose heads they partition.
         seconds: rounds go on until then, at least three.
         on_round: called after each round with the share of `seconds` that is over.
 
@@ -128,7 +128,7 @@ def time_candidates(
     dense = call.dense
     assert dense is not None
 
-    def timed(launch: Deal) -> tuple[float, float]:
+    def timed(launch: Partition) -> tuple[float, float]:
         if launch is planned[0]:
             ms = _time(lambda: dense(q, k, v), q.device)
         elif not any(method.rest.remembers for method in launch.methods):
@@ -161,12 +161,12 @@ def time_candidates(
 class _Cycle:
     """The calls of a launch that keeps something, step by step."""
 
-    def __init__(self, launch: Deal, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def __init__(self, launch: Partition, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> None:
         self._launch, self._call, self._qkv = launch, call, (q, k, v)
 
     def refresh(self) -> Tensor:
         """The first step of a generation."""
-        self._memory, self._step = Memory(), 0
+        self._cache, self._step = LayerCache(), 0
         return self._run()
 
     def go_on(self) -> Tensor:
@@ -176,7 +176,7 @@ class _Cycle:
 
     def _run(self) -> Tensor:
         now = (self._step, FOREVER)
-        return run(self._launch, replace(self._call, now=now), *self._qkv, self._memory).out
+        return run(self._launch, replace(self._call, now=now), *self._qkv, self._cache).out
 
 
 def describe_device(device: torch.device) -> str:

@@ -26,6 +26,7 @@ from diffusers_accel.search.arguments import (
     check_pipeline,
     check_prompts,
     check_weights,
+    dense_share,
 )
 from diffusers_accel.search.assign import OutOfReach, assign, check_reach
 from diffusers_accel.search.budget import Budget
@@ -85,13 +86,14 @@ def search_plan(
         pipe: a loaded diffusers video pipeline.
         prompts: calibration prompts, one generation each; a mapping gives other arguments, such as prompt_embeds.
         call: all further arguments of `pipe(...)`: size, frames, steps, guidance. A plan is for this size and schedule.
-        budget: `Budget.speedup(1.4)`, `Budget.density(0.3)` or `Budget.paper(epsilon, lam)`.
+        budget: `Budget.speedup(1.4)`, `Budget.density(0.3)` or `Budget.sparse_vdit(epsilon, lam)`.
         out: the plan file (.json) to write; that it can be written is made sure before the work.
         candidates: methods to choose from, the first of them dense; None: `search.candidates.candidates_for(pipe)`. Stored
             masks among them are chosen on the first prompt and judged on the others, so that one prompt is too few for them.
         spans: inner borders of the stretches of the schedule that are decided separately, ascending in (0, 1); None:
             0.1, 0.3 and 0.6, and `dense_steps`.
-        dense_steps: share of the schedule, from its start, that stays dense.
+        dense_steps: what stays dense at the start of the schedule: a share of it, a float in [0, 1]; or a count of the steps of
+            `call`, a whole number of 1 or more.
         span_weights: how much an error in each span matters; None: measured, by one more generation per span.
         seed: of the noise of prompt i (seed + i) and of the sampled rows.
         rows: sampled query rows per measured call.
@@ -117,6 +119,7 @@ def search_plan(
     prompts = check_prompts(pipe, prompts)
     call = check_call(pipe, call)
     check_budget(budget)
+    dense_steps = dense_share(pipe, call, dense_steps)
     edges = borders(spans, dense_steps)
     weights = check_weights(span_weights, len(edges))
     if not isinstance(masks, MaskSettings):
@@ -130,7 +133,7 @@ def search_plan(
         whole_number("seed", seed, 0),
         masks,
     )
-    measures_spans = weights is None and budget.kind != "paper" and len(edges) > 1
+    measures_spans = weights is None and budget.kind != "sparse_vdit" and len(edges) > 1
     if measures_spans:
         check_callback(pipe)
     plan_file, scores_file = check_places(out, scores_path)

@@ -29,7 +29,7 @@ from diffusers_accel.search.recorders import recorders
 from diffusers_accel.search.row import Chunk, RowProbe, grouped, keep
 from diffusers_accel.search.running import SiteEngine, now
 from diffusers_accel.search.schedule import Schedule, Settings, kept_age, span_index
-from diffusers_accel.search.scores import Array, Pass, Scores
+from diffusers_accel.search.scores import Array, CalibrationRun, Scores
 from diffusers_accel.search.selections import KeptRows, RowReader, Selections
 from diffusers_accel.shape import ModelShape
 
@@ -140,7 +140,7 @@ class PassProbe:
             for recorder in self._recorders:
                 recorder.add_call(call, part, q, k, v, self._chunks(call.layout.tokens, *q.shape[2:]))
 
-    def finished(self, prompt: str, seconds: float) -> Pass:
+    def finished(self, prompt: str, seconds: float) -> CalibrationRun:
         """The record of this pass, which took `seconds` of wall time, measuring included."""
         spans = range(len(self.settings.spans))
         calls = {name: tuple(int(count) for count in counts) for name, counts in self.calls.items()}
@@ -149,7 +149,7 @@ class PassProbe:
             for name, seen in self._steps.items()
         }
         attention = self.dense_timer.attention_ms / 1e3
-        return Pass(prompt, seconds - self.measuring_seconds, attention, calls, steps)
+        return CalibrationRun(prompt, seconds - self.measuring_seconds, attention, calls, steps)
 
     def _span(self, step: int) -> int:
         return span_index(self.settings.spans, step, self.schedule.steps)

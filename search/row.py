@@ -12,8 +12,8 @@ from torch import Tensor
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.methods import Method, Order
-from diffusers_accel.methods.rest import Read, Turn
-from diffusers_accel.methods.steps import read_blocks, take_turn
+from diffusers_accel.methods.rest import Decision, Read
+from diffusers_accel.methods.steps import decide, read_blocks
 from diffusers_accel.search.measure import SampledHeads, deviations
 from diffusers_accel.search.scores import DENSE, Array
 from diffusers_accel.search.selections import KeptRows, RowBlocks, RowReader, Selections, as_part
@@ -83,11 +83,11 @@ class RowProbe:
         reader = RowReader(chunk.sampled, order, precision)
         found = [self._read(index, chunk) for index in owners]
         out, lse = reader.parts.merge(torch.stack([pattern.mask()[0] for _, pattern, _ in found]))
-        for place, (index, (turn, pattern, _)) in enumerate(zip(owners, found, strict=True)):
+        for place, (index, (decision, pattern, _)) in enumerate(zip(owners, found, strict=True)):
             if index == DENSE:
                 chunk.dense.copy_(out[:, place])
             read = Read(as_part(out[:, place], lse[:, place]), pattern, shared=False)
-            part, _ = self._candidates[index].rest.complete(read, turn, reader)
+            part, _ = self._candidates[index].rest.complete(read, decision, reader)
             if part is not read.part:
                 out[:, place] = part[0][0].transpose(0, 1)
         off = deviations(out, chunk.dense, chunk.grams)
@@ -105,23 +105,23 @@ class RowProbe:
         found = {index: self._selections.owned(self._candidates[index], call).numpy() for index in ready}
         return {index: own for index, own in found.items() if own.any()}
 
-    def _read(self, index: int, chunk: Chunk) -> tuple[Turn, BlockPattern, Tensor]:
+    def _read(self, index: int, chunk: Chunk) -> tuple[Decision, BlockPattern, Tensor]:
         """What a candidate does at this step, the blocks that its rows read, and its density, fp64 [heads]."""
         method, call = self._candidates[index], chunk.call
         assert call.now is not None
         kept = self._kept[index].take(call.heads, chunk.dense.device) if index in self._kept else None
-        turn = take_turn(method, len(call.heads), kept.held if kept else None, call.now, None, None)
+        decision = decide(method, len(call.heads), kept.held if kept else None, call.now, None, None)
         fresh: list[RowBlocks] = []
 
         def select() -> BlockPattern:
             fresh.append(self._selections.rows(method, call, chunk.sampled))
             return fresh[0].pattern
 
-        pattern = read_blocks(method, turn, select)
+        pattern = read_blocks(method, decision, select)
         if fresh:
-            return turn, pattern, fresh[0].density
+            return decision, pattern, fresh[0].density
         assert kept is not None
-        return turn, pattern, kept.density
+        return decision, pattern, kept.density
 
 
 def keep(
@@ -129,10 +129,10 @@ def keep(
 ) -> KeptRows:
     """What a candidate that begins now, or refreshes, keeps of the rows of a later step."""
     assert call.now is not None
-    turn = take_turn(method, len(call.heads), None, call.now, None, None)
+    decision = decide(method, len(call.heads), None, call.now, None, None)
     rows = selections.rows(method, call, sampled)
     read = Read(reader.attend(rows.pattern), rows.pattern, shared=False)
-    return KeptRows.of(method.rest.complete(read, turn, reader)[1], rows.density, sampled.q.dtype)
+    return KeptRows.of(method.rest.complete(read, decision, reader)[1], rows.density, sampled.q.dtype)
 
 
 def grouped(candidates: Sequence[Method], members: Iterable[int]) -> dict[tuple[Order, str], list[int]]:

@@ -19,10 +19,10 @@ from diffusers_accel.search.recorders import RECORDERS
 from diffusers_accel.search.schedule import mean_age, refresh_share
 from diffusers_accel.search.scores_check import check_scores, check_size
 from diffusers_accel.search.scores_data import ScoresData
-from diffusers_accel.search.scores_file import Array, Pass, read, refused, write
+from diffusers_accel.search.scores_file import Array, CalibrationRun, read, refused, write
 from diffusers_accel.shape import ModelShape
 
-__all__ = ["DENSE", "Array", "Pass", "Scores"]
+__all__ = ["DENSE", "Array", "CalibrationRun", "Scores"]
 
 DENSE = 0  # index of the dense candidate
 
@@ -69,7 +69,7 @@ class Scores(ScoresData):
         arrays = _arrays(models, spans, candidates, layout, parts)
         return {name: np.zeros(shape, kind) for name, (shape, kind) in arrays.items()}
 
-    def plus(self, done: Pass, sums: Mapping[str, Array]) -> Scores:
+    def plus(self, done: CalibrationRun, sums: Mapping[str, Array]) -> Scores:
         """These scores and one more pass."""
         total = {name: old + sums[name] for name, old in self.sums.items()}
         return replace(self, passes=(*self.passes, done), sums=total)

@@ -9,7 +9,7 @@ import numpy as np
 
 from diffusers_accel.files import FileError, check_json, printable, quoted
 from diffusers_accel.search.scores_data import ScoresData
-from diffusers_accel.search.scores_file import Array, Pass
+from diffusers_accel.search.scores_file import Array, CalibrationRun
 
 MOST_TOKENS = 2**31 - 1
 MOST_STEPS = 100_000  # of a span: what is above it is a mistake
@@ -81,7 +81,7 @@ def _check_spans(scores: ScoresData) -> None:
         raise FileError(f"spans: expected an end at 1, found {edge:g}")
 
 
-def _check_pass(scores: ScoresData, done: Pass, path: str) -> None:
+def _check_pass(scores: ScoresData, done: CalibrationRun, path: str) -> None:
     for what in ("seconds", "attention_seconds"):
         value = getattr(done, what)
         if not math.isfinite(value) or value <= 0:

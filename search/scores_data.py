@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import Method
-from diffusers_accel.search.scores_file import Array, Pass
+from diffusers_accel.search.scores_file import Array, CalibrationRun
 from diffusers_accel.shape import ModelShape
 
 
@@ -23,6 +23,6 @@ class ScoresData:
     parts: int
     config: dict[str, Any]
     provenance: dict[str, Any]
-    passes: tuple[Pass, ...]
+    passes: tuple[CalibrationRun, ...]
     sums: dict[str, Array]
     impacts: tuple[float, ...] = ()

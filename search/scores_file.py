@@ -28,7 +28,7 @@ KIND = Kind("diffusers_accel.scores", 4, "delete the file, or name another one, 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-class Pass(Schema, frozen=True):
+class CalibrationRun(Schema, frozen=True):
     """One finished generation of a calibration prompt.
 
     Args:
@@ -99,7 +99,7 @@ class Header(Schema, frozen=True):
     parts: int
     config: dict[str, Any]
     provenance: dict[str, Any]
-    passes: tuple[Pass, ...]
+    passes: tuple[CalibrationRun, ...]
     impacts: tuple[float, ...]
 
 

@@ -14,7 +14,7 @@ from diffusers_accel.kernels.pool import pool
 from diffusers_accel.kernels.pooled import pooled
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, Method, Order, Select
-from diffusers_accel.methods.rest import Held, Part
+from diffusers_accel.methods.rest import CacheEntry, Part
 from diffusers_accel.methods.select import Inputs
 from diffusers_accel.search.measure import BlockParts, SampledHeads
 
@@ -122,11 +122,11 @@ class KeptRows:
         density: fp64 [heads], of the blocks that were selected.
     """
 
-    held: Held
+    held: CacheEntry
     density: Tensor
 
     @classmethod
-    def of(cls, held: Held, density: Tensor, dtype: torch.dtype) -> KeptRows:
+    def of(cls, held: CacheEntry, density: Tensor, dtype: torch.dtype) -> KeptRows:
         moved = replace(held, pattern=held.pattern.to("cpu"))
         if held.out is not None and held.lse is not None:
             moved = replace(moved, out=held.out.to(dtype).cpu(), lse=held.lse.cpu())
@@ -138,7 +138,7 @@ class KeptRows:
         held = [each.held for each in some]
         outs = [each.out for each in held if each.out is not None]
         lses = [each.lse for each in held if each.lse is not None]
-        whole = Held(
+        whole = CacheEntry(
             BlockPattern.cat([each.pattern for each in held]),
             held[0].selected,
             [step for each in held for step in each.refreshed],
@@ -150,7 +150,7 @@ class KeptRows:
     def take(self, heads: Sequence[int], device: torch.device) -> KeptRows:
         """Of some heads, on a device, in fp32."""
         some, held = list(heads), self.held
-        taken = Held(
+        taken = CacheEntry(
             held.pattern.take(some).to(device),
             held.selected,
             [held.refreshed[head] for head in some] if held.refreshed else [],

@@ -17,9 +17,9 @@ from torch import Tensor
 from diffusers_accel.attach.site import Engine, Site
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.plan import Plan
-from diffusers_accel.run.deals import Deals
 from diffusers_accel.run.engine import PlanEngine
-from diffusers_accel.run.memory import Memories
+from diffusers_accel.run.memory import CacheManager
+from diffusers_accel.run.partition import Partitions
 from diffusers_accel.search.knapsack import knapsack
 from diffusers_accel.search.plan_making import chosen_spans, joined_spans, plan_tensors
 from diffusers_accel.search.predicted import span_errors
@@ -58,9 +58,9 @@ def plan_engine(scores: Scores, choice: Mapping[str, Array]) -> Callable[[Site],
     """`make_engine` for the plan of a choice."""
     methods, spans = chosen_spans(scores, choice)
     plan = Plan(scores.family, dict(scores.models), methods, joined_spans(spans), tensors=plan_tensors(scores, choice))
-    deals = Deals(plan.tensors)  # shared by the layers, as in a patch
-    memories = Memories()
-    return lambda site: PlanEngine(site, plan, deals, 0, memories)
+    partitions = Partitions(plan.tensors)  # shared by the layers, as in a patch
+    caches = CacheManager()
+    return lambda site: PlanEngine(site, plan, partitions, 0, caches)
 
 
 class LastLatents:

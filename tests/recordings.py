@@ -69,13 +69,13 @@ NAMED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("pattern", {"precision": "int8_fp8"}),
     ("draft", {}),
     ("draft", {"density": 0.4, "dense_steps": 0.0, "dense_layers": 0}),
-    ("draft", {"mass": 0.7, "dense_steps": 0.0}),
-    ("draft", {"rule": "row", "floor": 2, "dense_steps": 0.0}),
-    ("draft", {"floor": 0, "diagonal": False, "first_frame": False, "dense_layers": 0}),
-    ("draft", {"hold": 2, "dense_steps": 0.0, "precision": "int8"}),
+    ("draft", {"top_p": 0.7, "dense_steps": 0.0}),
+    ("draft", {"per": "row", "min_blocks": 2, "dense_steps": 0.0}),
+    ("draft", {"min_blocks": 0, "diagonal": False, "first_frame": False, "dense_layers": 0}),
+    ("draft", {"reselect_every": 2, "dense_steps": 0.0, "precision": "int8"}),
     ("draft", {"patch": (4, 8), "dense_steps": 0.0}),
     ("cached", {}),
-    ("cached", {"every": 2, "density": 0.4}),
+    ("cached", {"refresh_every": 2, "density": 0.4}),
     ("cached", {"precision": "int8"}),
     ("reordered", {}),
     ("reordered", {"axes": "whf", "density": 0.3, "precision": "int8"}),
@@ -95,7 +95,7 @@ METHODS: dict[str, Recipe | Method] = {
     "band held": Recipe(heads=(Method(select=Band(0.3), rest=Kept(2)), Method(select=All(), precision="int8"))),
     "orders": Recipe(heads=tuple(Method(AxisOrder(axes), Draft(0.4)) for axes in ("fwh", "hfw", "wfh", "whf"))),
     "held beside cached": Recipe(
-        heads=(Method(Patches(), Draft(0.3, hold=2)), Method(AxisOrder("hwf"), Draft(0.4), rest=Kept(3)))
+        heads=(Method(Patches(), Draft(0.3, reselect_every=2)), Method(AxisOrder("hwf"), Draft(0.4), rest=Kept(3)))
     ),
     "skip": Recipe(heads=(Method(select=Skip()), Method(select=Band(0.5)))),
 }

@@ -14,9 +14,9 @@ from diffusers_accel.kernels.pool import pool
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, Method
 from diffusers_accel.methods.select import Inputs
-from diffusers_accel.run.deals import Deal, deal
-from diffusers_accel.run.launch import Ran, run
-from diffusers_accel.run.memory import Memory
+from diffusers_accel.run.launch import Output, run
+from diffusers_accel.run.memory import LayerCache
+from diffusers_accel.run.partition import Partition, partition
 
 CPU = torch.device("cpu")
 NONE: Mapping[str, Tensor] = {}
@@ -67,14 +67,14 @@ def pattern_of(
     )
 
 
-def dealt(
+def partition_of(
     methods: Sequence[Method],
     layout: TokenLayout,
     tensors: Mapping[str, Tensor] = NONE,
     now: tuple[int, int] | None = None,
-) -> Deal:
+) -> Partition:
     """The heads of layer 0, of which each has its method."""
-    return deal(tuple(methods), call_of(layout, len(methods), now=now), tensors, CPU)
+    return partition(tuple(methods), call_of(layout, len(methods), now=now), tensors, CPU)
 
 
 def attend(
@@ -82,13 +82,13 @@ def attend(
     layout: TokenLayout,
     qkv: tuple[Tensor, Tensor, Tensor],
     tensors: Mapping[str, Tensor] = NONE,
-    memory: Memory | None = None,
+    memory: LayerCache | None = None,
     *,
     now: tuple[int, int] | None = None,
-) -> Ran:
+) -> Output:
     """One call of a patched layer 0, whose heads have these methods: q [B, S, H, D], k and v [B, keys, H, D]."""
     call = call_of(layout, len(methods), now=now, dense=sdpa)
-    return run(deal(tuple(methods), call, tensors, qkv[0].device), call, *qkv, memory)
+    return run(partition(tuple(methods), call, tensors, qkv[0].device), call, *qkv, memory)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

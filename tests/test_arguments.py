@@ -27,15 +27,15 @@ class Budget:
     [
         ("drat", {}, ValueError, r"'drat' is neither a method nor a plan file .* did you mean 'draft'\?"),
         ("zzz", {}, ValueError, r"neither a method nor a plan file that exists: The methods are dense, pattern"),
-        ("draft", {"densty": 0.3}, TypeError, r"no parameter 'densty'; did you mean 'density'\? it has density, mass"),
+        ("draft", {"densty": 0.3}, TypeError, r"no parameter 'densty'; did you mean 'density'\? it has density, top_p"),
         (None, {"densty": 0.3}, TypeError, r"'pattern' has no parameter 'densty'"),
         ("draft", {"density": "0.3"}, TypeError, r"density of 'draft': expected float \| None.* found '0\.3', a str"),
         ("pattern", {"density": True}, TypeError, r"expected float, as in density=0\.5, found True, a bool"),
         ("draft", {"patch": 16}, TypeError, r"patch of 'draft': expected tuple\[int, int\], as in patch=\(8, 16\), found 16"),
-        ("draft", {"hold": 1.5}, TypeError, r"hold of 'draft': expected int"),
+        ("draft", {"reselect_every": 1.5}, TypeError, r"reselect_every of 'draft': expected int"),
         ("dense", {"density": 0.3}, TypeError, r"'dense' has no parameter 'density'"),
-        ("draft", {"max_cache": "0.3"}, ValueError, r"max_cache .* in \[0, 1\], found '0\.3'"),
-        ("draft", {"max_cache": True}, ValueError, r"max_cache .* found True"),
+        ("draft", {"cache_memory_fraction": "0.3"}, ValueError, r"cache_memory_fraction .* in \[0, 1\], found '0\.3'"),
+        ("draft", {"cache_memory_fraction": True}, ValueError, r"cache_memory_fraction .* found True"),
         (Budget(), {}, TypeError, r"found a Budget: a budget is what a search is asked for"),
         (Draft(0.3), {}, TypeError, r"found a Draft: give it as Method\(select=\.\.\.\)"),
         ({}, {}, TypeError, r"found a dict: write it as a plan file"),
@@ -106,7 +106,7 @@ def test_a_pipeline_whose_transformer_is_not_loaded() -> None:
 
 def test_right_arguments_of_every_kind_still_work() -> None:
     pipe = tiny_wan()
-    for parameters in ({"density": 1}, {"density": None, "mass": 0.5}, {"patch": [4, 4]}, {"diagonal": False}):
+    for parameters in ({"density": 1}, {"density": None, "top_p": 0.5}, {"patch": [4, 4]}, {"diagonal": False}):
         with patch(pipe, "draft", **parameters):
             pass
 

@@ -112,8 +112,8 @@ def test_a_refusal_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_budgets() -> None:
     assert find_budget(None, None, None, None) == Budget.density(0.4)
     assert find_budget(1.5, None, None, None) == Budget.speedup(1.5)
-    assert find_budget(None, None, 0.1, None) == Budget.paper(0.1, 0.5)
-    assert find_budget(None, None, 0.1, 0.3) == Budget.paper(0.1, 0.3)
+    assert find_budget(None, None, 0.1, None) == Budget.sparse_vdit(0.1, 0.5)
+    assert find_budget(None, None, 0.1, 0.3) == Budget.sparse_vdit(0.1, 0.3)
 
 
 def test_calls_hold_what_was_given() -> None:

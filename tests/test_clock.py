@@ -158,7 +158,7 @@ def test_a_modular_pipeline_is_followed_by_its_guider() -> None:
 def test_a_cache_is_used_under_a_modular_pipeline() -> None:
     """Its passes are told apart by the guider: text embeddings may be converted anew at each step."""
     pipe = modular()
-    with patch(pipe, "cached", every=2) as done:
+    with patch(pipe, "cached", refresh_every=2) as done:
         run_modular(pipe, 4)
     assert done.report().rows[0]["reused"] == 2 * 2 * HEADS
 

@@ -32,9 +32,9 @@ from diffusers_accel.methods import (
     Stripe,
 )
 from diffusers_accel.methods.selects.stored import packed
-from diffusers_accel.run.launch import Ran
-from diffusers_accel.run.memory import Memory
-from tests.stages import attend, dealt, mask_of, pattern_of, sdpa
+from diffusers_accel.run.launch import Output
+from diffusers_accel.run.memory import LayerCache
+from tests.stages import attend, mask_of, partition_of, pattern_of, sdpa
 from tests.tiny import TEXT_DIM, tiny_wan_transformer
 
 HEAD_DIM = 16
@@ -59,9 +59,9 @@ LAYOUTS = (
 
 ORDERS = st.one_of(st.sampled_from(AXES).map(AxisOrder), st.sampled_from([Patches(), Patches(4, 4), Patches(3, 5)]))
 SHARES = st.sampled_from([0.1, 0.25, 0.4, 0.7, 1.0])
-DRAFT_FLAGS = {"floor": st.integers(0, 3), "diagonal": st.booleans(), "first_frame": st.booleans()}
+DRAFT_FLAGS = {"min_blocks": st.integers(0, 3), "diagonal": st.booleans(), "first_frame": st.booleans()}
 DRAFTS = st.one_of(
-    st.builds(Draft, SHARES, rule=st.sampled_from(["quantile", "row"]), **DRAFT_FLAGS),
+    st.builds(Draft, SHARES, per=st.sampled_from(["head", "row"]), **DRAFT_FLAGS),
     st.builds(Draft, st.none(), SHARES, **DRAFT_FLAGS),
 )
 KEPT = st.one_of(st.builds(Kept, st.integers(2, 4)), st.just(Kept(gated=True)))
@@ -86,7 +86,7 @@ ANY = st.one_of(
     KEEPING,
     POOLED,
     methods(st.sampled_from([Drop(), Pooled()]), "int8"),
-    st.builds(Method, ORDERS, st.builds(Draft, SHARES, hold=st.integers(2, 3))),
+    st.builds(Method, ORDERS, st.builds(Draft, SHARES, reselect_every=st.integers(2, 3))),
     st.sampled_from([DENSE, Method(select=Skip()), Method(precision="int8")]),
 )
 EVERYTHING = st.one_of(
@@ -143,9 +143,9 @@ def steps_of(
     layout: TokenLayout,
     tensors: dict[str, Tensor],
     calls: list[tuple[Tensor, Tensor, Tensor]],
-) -> list[Ran]:
-    """What comes out step by step; as in an engine, the heads are dealt anew where stored masks change."""
-    memory = Memory()
+) -> list[Output]:
+    """What comes out step by step; as in an engine, the heads are partitioned anew where stored masks change."""
+    memory = LayerCache()
     return [attend(heads, layout, qkv, tensors, memory, now=(step, len(calls))) for step, qkv in enumerate(calls)]
 
 
@@ -182,7 +182,7 @@ def test_a_selection_and_its_complement_are_all_keys_once(method: Method, layout
     order = method.order.index(layout)
     sorted_qk = q[:, order], k[:, order[: layout.keys]]
     pattern = pattern_of(method, layout, *sorted_qk, tensors, now=(part, PARTS))
-    (launch,) = dealt((method,) * 2, layout, tensors, (part, PARTS)).launches
+    (launch,) = partition_of((method,) * 2, layout, tensors, (part, PARTS)).launches
     if method.select.wants:
         assert launch.pattern is None
     else:
@@ -300,7 +300,9 @@ def test_reuse_is_dense_while_nothing_changes(heads: list[Method], layout: Token
     for each in ran:
         assert close(each.out, sdpa(*call))
     assert all(each.reused == 0 for each in ran[:1])
-    intervals = [method.rest.every for method in heads if isinstance(method.rest, Kept) and not method.rest.gated]
+    intervals = [
+        method.rest.refresh_every for method in heads if isinstance(method.rest, Kept) and not method.rest.gated
+    ]
     gated = len(heads) - len(intervals)
     expected = sum(STEPS - len(range(0, STEPS, every)) for every in intervals)
     assert expected <= sum(each.reused for each in ran) <= expected + gated * (STEPS - 1)
@@ -416,7 +418,7 @@ def test_batch_rows_never_mix(heads: list[Method], layout: TokenLayout) -> None:
 def test_what_comes_out_is_never_what_is_kept(heads: list[Method], layout: TokenLayout) -> None:
     """A caller that writes into the output, or into q, k and v, changes nothing of later steps."""
     tensors = plan_tensors(layout, len(heads))
-    memory, spoiled = Memory(), Memory()
+    memory, spoiled = LayerCache(), LayerCache()
     for step in range(3):
         call = inputs(layout, len(heads), step)
         other = [x.clone() for x in call]
@@ -439,7 +441,7 @@ def branch_inputs(seed: int, batch: int = 1) -> dict[str, Tensor]:
 MIXED = Recipe(
     (
         Method(Patches(), Draft(0.34), rest=Kept(3)),
-        Method(AxisOrder("hwf"), Draft(0.34, hold=3)),
+        Method(AxisOrder("hwf"), Draft(0.34, reselect_every=3)),
         Method(AxisOrder("hwf"), Band(0.34), rest=Kept(2)),
         Method(AxisOrder("whf"), Draft(0.5), "int8", Kept(2)),
     )
@@ -479,9 +481,9 @@ def test_heads_in_the_order_of_the_model_are_not_moved(precision: str, layout: T
     """One launch of all heads takes q, k and v as they are, padding cut off or not; beside a dense head it cannot."""
     method = Method(select=Band(0.4), precision=precision)
     q, k, v = inputs(layout, 3)
-    alone, mixed = (dealt(heads, layout) for heads in ((method,) * 3, (method, DENSE, method)))
+    alone, mixed = (partition_of(heads, layout) for heads in ((method,) * 3, (method, DENSE, method)))
     assert alone.launches[0].whole and not mixed.launches[0].whole
-    assert not dealt((Method(AxisOrder("hwf"), Band(0.4)),) * 3, layout).launches[0].whole
+    assert not partition_of((Method(AxisOrder("hwf"), Band(0.4)),) * 3, layout).launches[0].whole
     a, b = (attend(each.methods, layout, (q, k, v)).out for each in (alone, mixed))
     assert close(a[:, :, ::2], b[:, :, ::2], 2e-6)
     assert close(b[:, :, 1], sdpa(q, k, v)[:, :, 1])
@@ -508,7 +510,7 @@ def test_half_precision_keeps_its_log_sum_exp_in_fp32(dtype: torch.dtype) -> Non
     layout = LAYOUTS[0]
     method = Method(Patches(), Draft(0.4), rest=Kept(3))
     q, k, v = (x.to(dtype) for x in inputs(layout, 2))
-    memory = Memory()
+    memory = LayerCache()
     ran = [attend((method,) * 2, layout, (q, k, v), memory=memory, now=(step, 3)) for step in range(3)]
     (held,) = memory.held.values()
     assert held.out is not None and held.lse is not None and held.out.dtype == dtype and held.lse.dtype == torch.float32
@@ -526,7 +528,7 @@ def test_rows_that_read_nothing_give_0_or_all_of_the_rest(floor: int) -> None:
     q, k, v = inputs(layout, 1)
     q[:, : 3 * BLOCK] *= 0.01  # attends to all alike, so that no pair of it is among the best
     q[:, 3 * BLOCK :] *= 4
-    select = Draft(0.1, floor=floor, diagonal=False, first_frame=False)
+    select = Draft(0.1, min_blocks=floor, diagonal=False, first_frame=False)
     method = Method(select=select)
     out = attend((method,), layout, (q, k, v)).out
     empty = pattern_of(method, layout, q, k).counts[:, 0] == 0

@@ -36,10 +36,10 @@ from diffusers_accel.methods.select import Inputs
 from diffusers_accel.methods.selects import SubBlock
 from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.plan import Plan, Span
-from diffusers_accel.run.deals import Deals, deal
 from diffusers_accel.run.engine import PlanEngine
-from diffusers_accel.run.launch import Ran, run
-from diffusers_accel.run.memory import Memories, Memory
+from diffusers_accel.run.launch import Output, run
+from diffusers_accel.run.memory import CacheManager, LayerCache
+from diffusers_accel.run.partition import Partitions, partition
 from diffusers_accel.search.gates import Watch
 from diffusers_accel.search.measure import SampledHeads, deviations, head_grams, layer_energy
 from diffusers_accel.search.probe import PassProbe
@@ -82,9 +82,9 @@ METHODS = {
     "band hwf": Method(AxisOrder("hwf"), Band(0.3, first_frame=False)),
     "stripe": Method(select=Stripe(0.4)),
     "draft": Method(Patches(), Draft(0.25)),
-    "draft, bare": Method(Patches(4, 4), Draft(0.25, floor=0, diagonal=False, first_frame=False)),
-    "draft whf mass": Method(AxisOrder("whf"), Draft(None, 0.5)),
-    "draft by rows": Method(select=Draft(0.25, rule="row")),
+    "draft, bare": Method(Patches(4, 4), Draft(0.25, min_blocks=0, diagonal=False, first_frame=False)),
+    "draft whf top-p": Method(AxisOrder("whf"), Draft(None, 0.5)),
+    "draft by rows": Method(select=Draft(0.25, per="row")),
 }
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -114,11 +114,11 @@ def attend(
     methods: tuple[Method, ...],
     layout: TokenLayout,
     qkv: tuple[Tensor, Tensor, Tensor],
-    memory: Memory | None = None,
+    memory: LayerCache | None = None,
     step: int = 0,
-) -> Ran:
+) -> Output:
     call = AttentionCall(layout, "transformer", 0, tuple(range(HEADS)), now=(step, 9), dense=sdpa)
-    return run(deal(methods, call, {}, CPU), call, *qkv, memory)
+    return run(partition(methods, call, {}, CPU), call, *qkv, memory)
 
 
 def mask_of(method: Method, layout: TokenLayout, qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -246,7 +246,7 @@ def test_all_keys_beside_the_video_are_read(layout: TokenLayout, method: Method)
 @pytest.mark.parametrize(("key_heads", "precision"), [(4, "input"), (2, "int8")])
 def test_kept_parts_make_up_the_whole(layout: TokenLayout, key_heads: int, precision: str) -> None:
     methods = tuple(replace(METHODS[name], rest=Kept(2), precision=precision) for name in ("band", "draft")) * 2
-    qkv, memory = inputs(layout, key_heads), Memory()
+    qkv, memory = inputs(layout, key_heads), LayerCache()
     for step in range(3):
         ran = attend(methods, layout, qkv, memory, step)
         assert ran.reused == (HEADS if step == 1 else 0)
@@ -292,7 +292,7 @@ def test_stored_masks_are_refused_with_the_reason() -> None:
     with pytest.raises(
         ValueError, match="every token queries, found 960 queries for 1,160 tokens.*Take another selection"
     ):
-        deal((Method(select=Stored(0.5)),) * HEADS, call, tensors, CPU)
+        partition((Method(select=Stored(0.5)),) * HEADS, call, tensors, CPU)
 
 
 # At a site
@@ -332,7 +332,7 @@ def test_a_plan_is_at_work_on_fewer_queries(layout: TokenLayout, key_heads: int)
         "wan", {"transformer": ModelShape(1, HEADS, HEAD_DIM)}, methods, (Span(0.0, 1.0, {"transformer": ("abda",)}),)
     )
     site = site_of(layout)
-    site.engine = PlanEngine(site, plan, Deals({}), 0, Memories())
+    site.engine = PlanEngine(site, plan, Partitions({}), 0, CacheManager())
     out = site.attend(*whole(layout, key_heads))
     qkv = inputs(layout, key_heads)
     close(out[:, :, 1:3], sdpa(*qkv)[:, :, 1:3])  # a refresh, and dense

@@ -16,12 +16,12 @@ from diffusers_accel.api import Patch
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Recipe
-from diffusers_accel.methods.rest import Held
+from diffusers_accel.methods.rest import CacheEntry
 from diffusers_accel.methods.steps import mixed
 from diffusers_accel.plan import Span
 from diffusers_accel.run import launch
 from diffusers_accel.run import memory as memory_module
-from diffusers_accel.run.memory import CacheBudget, Memories, Memory
+from diffusers_accel.run.memory import CacheBudget, CacheManager, LayerCache
 from diffusers_accel.shape import ModelShape
 from tests.tiny import (
     HEAD_DIM,
@@ -58,7 +58,7 @@ def inputs(text: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def kept(done: Patch) -> int:
     """Bytes that a patch keeps now."""
-    return sum(engine._memories.bytes(engine._layer) for engine in done._engines)
+    return sum(engine._caches.bytes(engine._layer) for engine in done._engines)
 
 
 def densities(pipe: Any, done: Patch, **overrides: Any) -> list[float]:
@@ -79,12 +79,12 @@ def densities(pipe: Any, done: Patch, **overrides: Any) -> list[float]:
 # One memory
 
 
-def filled(now: tuple[int, int] = (2, 9), **changes: Any) -> Memory:
+def filled(now: tuple[int, int] = (2, 9), **changes: Any) -> LayerCache:
     """A memory after a step, of one group "a"."""
-    memory = Memory()
+    memory = LayerCache()
     memory.begin(now, *tensors(**changes), {"a"})
     pattern = BlockPattern.full(2, 64, 64)
-    memory.held["a"] = Held(pattern, now[0], [now[0]] * 2, torch.zeros(1, 64, 2, 8), torch.zeros(1, 2, 64))
+    memory.held["a"] = CacheEntry(pattern, now[0], [now[0]] * 2, torch.zeros(1, 64, 2, 8), torch.zeros(1, 2, 64))
     return memory
 
 
@@ -146,9 +146,9 @@ def test_mixing_takes_each_head_from_its_pattern_whatever_their_capacity() -> No
 
 
 def test_memories_are_of_one_generation_and_one_expert() -> None:
-    memories = Memories()
+    memories = CacheManager()
 
-    def run(transformer: str, step: int, steps: int = 9, branch: str = "cond") -> Memory:
+    def run(transformer: str, step: int, steps: int = 9, branch: str = "cond") -> LayerCache:
         memories.at(transformer, (step, steps))
         memory = memories.of((transformer, 0), (branch, (0, 1)))
         memory.begin((step, steps), *tensors(), {"a"})
@@ -272,7 +272,9 @@ def test_each_expert_has_the_whole_budget_in_its_turn() -> None:
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), "much"])
 def test_shares_that_are_none(share: Any) -> None:
-    with pytest.raises(ValueError, match=r"max_cache is a share of the free memory, expected in \[0, 1\], found"):
+    with pytest.raises(
+        ValueError, match=r"cache_memory_fraction is a share of the free memory, expected in \[0, 1\], found"
+    ):
         CacheBudget(share)
 
 
@@ -285,7 +287,7 @@ def test_free_memory_is_a_number_of_bytes() -> None:
 
 def test_which_steps_refresh_and_what_the_report_counts() -> None:
     pipe = tiny_wan()
-    with patch(pipe, "cached", density=0.34, every=3) as done:
+    with patch(pipe, "cached", density=0.34, refresh_every=3) as done:
         seen = densities(pipe, done, num_inference_steps=7)
         assert [density == 1 for density in seen] == [True, False, False] * 2 + [True], "steps 0, 3 and 6 refresh"
         assert all(0.3 < density < 0.6 for density in seen if density != 1)
@@ -308,7 +310,7 @@ def test_refresh_steps_are_dense_in_a_pipeline() -> None:
         assert not np.allclose(frames(pipe, num_inference_steps=2), stock, atol=1e-5)
 
 
-@pytest.mark.parametrize("plan", [CACHED, Method(Patches(), Draft(0.34, hold=3))])
+@pytest.mark.parametrize("plan", [CACHED, Method(Patches(), Draft(0.34, reselect_every=3))])
 def test_a_second_call_starts_clean(plan: Method) -> None:
     pipe = tiny_wan()
     with patch(pipe, plan):
@@ -358,7 +360,7 @@ def test_many_prompts_share_one_budget_one_after_another(monkeypatch: pytest.Mon
     """The memory that is free holds one pass: each prompt, which is a pass of its own, must find it as the first did."""
     monkeypatch.setattr(memory_module, "free_bytes", lambda device: LAYERS * HEADS * ONE_HEAD)
     transformer = tiny_wan_transformer()
-    with patch(transformer, CACHED, max_cache=1.0) as done, torch.no_grad():
+    with patch(transformer, CACHED, cache_memory_fraction=1.0) as done, torch.no_grad():
         for _ in range(3):
             text = torch.zeros(1, 8, TEXT_DIM)
             done.clear()
@@ -373,7 +375,7 @@ def test_each_expert_reuses_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(memory_module, "free_bytes", lambda device: LAYERS * 2 * HEADS * ONE_HEAD)
     pipe = tiny_wan(experts=2)
     pipe.register_to_config(boundary_ratio=0.8)
-    with patch(pipe, CACHED, max_cache=1.0) as done:
+    with patch(pipe, CACHED, cache_memory_fraction=1.0) as done:
         frames(pipe, num_inference_steps=7)
         assert all(row["reused"] > 0 and not row["notes"] for row in done.report().rows)
 
@@ -393,7 +395,7 @@ def test_unpatch_forgets() -> None:
     done = patch(pipe, CACHED)
     interrupted(pipe, 1)
     tensors = [
-        weakref.ref(held.out) for memory in done._engines[0]._memories._kept.values() for held in memory.held.values()
+        weakref.ref(held.out) for memory in done._engines[0]._caches._kept.values() for held in memory.held.values()
     ]
     assert kept(done) > 0 and len(tensors) == LAYERS * 2
     done.unpatch()
@@ -406,7 +408,7 @@ def test_unpatch_forgets() -> None:
 def test_without_memory_all_is_dense_and_the_report_says_why(density: float, every: int) -> None:
     pipe = tiny_wan()
     stock = frames(pipe)
-    with patch(pipe, "cached", density=density, every=every, max_cache=0) as done:
+    with patch(pipe, "cached", density=density, refresh_every=every, cache_memory_fraction=0) as done:
         assert np.array_equal(frames(pipe), stock)
         for row in done.report().rows:
             assert row["methods"] == {"dense": HEADS * 2 * 5} and row["density"] == 1 and row["cache_bytes"] == 0
@@ -417,7 +419,7 @@ def test_layers_that_do_not_fit_stay_dense(monkeypatch: pytest.MonkeyPatch) -> N
     """Memory for three of the six layers x branches: the first branch of all layers, as they save the same."""
     monkeypatch.setattr(memory_module, "free_bytes", lambda device: 2 * (3 * HEADS * ONE_HEAD + 1))
     pipe = tiny_wan()
-    with patch(pipe, CACHED, max_cache=0.5) as done:
+    with patch(pipe, CACHED, cache_memory_fraction=0.5) as done:
         first = frames(pipe)
         for row in done.report().rows:
             assert row["methods"] == {CACHED.label: HEADS * 5, "dense": HEADS * 5}
@@ -431,7 +433,7 @@ def test_layers_that_save_more_come_first(monkeypatch: pytest.MonkeyPatch) -> No
     methods = {"a": CACHED, "b": Method(Patches(), Draft(0.17), rest=Kept(3))}
     plan = Plan("wan", WAN, methods, (Span(0, 1, {"transformer": rows}),))
     pipe = tiny_wan()
-    with patch(pipe, plan, max_cache=1.0) as done:
+    with patch(pipe, plan, cache_memory_fraction=1.0) as done:
         frames(pipe, guidance_scale=1.0)
         assert [row["reused"] for row in done.report().rows] == [0, 3 * HEADS, 0]
 
@@ -444,7 +446,7 @@ def test_layers_whose_gate_reuses_more_come_first(monkeypatch: pytest.MonkeyPatc
     methods = {"g": Method(Patches(), Draft(0.34), rest=Kept(gated=True))}
     plan = Plan("wan", WAN, methods, spans, tensors={"refresh/transformer": gate.byte()})
     pipe = tiny_wan()
-    with patch(pipe, plan, max_cache=1.0) as done:
+    with patch(pipe, plan, cache_memory_fraction=1.0) as done:
         frames(pipe, guidance_scale=1.0)
         assert [row["reused"] for row in done.report().rows] == [0, 3 * HEADS, 0]
 
@@ -461,7 +463,7 @@ def test_a_selection_is_made_as_often_as_asked(hold: int, selections: int, monke
 
     monkeypatch.setattr(Draft, "pattern", counted)
     pipe = tiny_wan()
-    with patch(pipe, Method(Patches(), Draft(0.34, hold=hold))) as done:
+    with patch(pipe, Method(Patches(), Draft(0.34, reselect_every=hold))) as done:
         for _ in range(2):
             count = 0
             frames(pipe)
@@ -496,7 +498,7 @@ def test_experts_hand_the_memory_over() -> None:
             sizes.append(
                 {
                     name: sum(
-                        engine._memories.bytes(engine._layer)
+                        engine._caches.bytes(engine._layer)
                         for engine in done._engines
                         if engine.site.transformer == name
                     )
@@ -554,7 +556,7 @@ def test_steps_are_known_from_the_timesteps_alone(named: bool, monkeypatch: pyte
         assert [row["reused"] for row in done.report().rows] == [3 * 2 * HEADS] * LAYERS
 
 
-@pytest.mark.parametrize("method", [CACHED, Method(Patches(), Draft(0.34, hold=2))])
+@pytest.mark.parametrize("method", [CACHED, Method(Patches(), Draft(0.34, reselect_every=2))])
 def test_an_own_loop_must_say_the_step(method: Method) -> None:
     transformer = tiny_wan_transformer()
     with (

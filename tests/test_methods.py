@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffusers_accel.files import FileError
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.pool import pool
 from diffusers_accel.layout import TokenLayout
@@ -37,7 +38,7 @@ from diffusers_accel.methods import (
 )
 from diffusers_accel.methods.blocks import part_of
 from diffusers_accel.methods.orders import parse_order
-from diffusers_accel.methods.rest import Held
+from diffusers_accel.methods.rest import CacheEntry
 from diffusers_accel.methods.select import StaticSelect
 from diffusers_accel.methods.selects.stored import packed
 from tests.stages import call_of, mask_of, pattern_of
@@ -183,7 +184,10 @@ COMBINATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "skip in patches": ({"order": Patches(), "select": Skip()}, '"skip" reads the same in every order'),
     "stripe in patches": ({"order": Patches(), "select": Stripe(0.5)}, "a stripe is a set of frame rows"),
     "stored in patches": ({"order": Patches(), "select": Stored(0.5)}, "six axis orders, found the order 8x16"),
-    "kept with a held draft": ({"select": Draft(hold=2), "rest": Kept()}, "leave hold at 1, found 2"),
+    "kept with a held draft": (
+        {"select": Draft(reselect_every=2), "rest": Kept()},
+        "leave reselect_every at 1, found 2",
+    ),
     "unknown precision": (
         {"select": Draft(), "precision": "fp8"},
         "precision is one of input, int8, int8_fp8, found 'fp8'",
@@ -203,12 +207,12 @@ AXES = st.sampled_from(["fhw", "hwf", "whf"]).map(AxisOrder)
 PATCHES = st.builds(Patches, st.integers(1, 99), st.integers(1, 99))
 PRECISION = st.sampled_from(["input", "int8", "int8_fp8"])
 REST = st.one_of(st.just(Drop()), st.just(Pooled()), st.builds(Kept, st.integers(2, 9)), st.just(Kept(gated=True)))
-FLAGS = {"floor": st.integers(0, 3), "diagonal": st.booleans(), "first_frame": st.booleans()}
+FLAGS = {"min_blocks": st.integers(0, 3), "diagonal": st.booleans(), "first_frame": st.booleans()}
 DRAFT = st.one_of(
-    st.builds(Draft, SHARES, rule=st.sampled_from(["quantile", "row"]), **FLAGS),
+    st.builds(Draft, SHARES, per=st.sampled_from(["head", "row"]), **FLAGS),
     st.builds(Draft, st.none(), SHARES, **FLAGS),
 )
-HELD = st.builds(Draft, SHARES, hold=st.integers(1, 5))
+HELD = st.builds(Draft, SHARES, reselect_every=st.integers(1, 5))
 METHODS = st.one_of(
     st.just(Method(select=Skip())),
     st.builds(Method, select=st.just(All()), precision=PRECISION),
@@ -247,13 +251,16 @@ def test_json_round_trip(method: Method) -> None:
         ),
         ({"select": {"kind": "all"}, "precision": "auto"}, "precision: expected one of .*found 'auto'"),
         ({"select": {"kind": "all"}, "speed": 2}, "unknown key 'speed'"),
-        ({"select": {"kind": "draft", "density": None}}, "either a density or a mass"),
-        ({"select": {"kind": "draft", "hold": 1.5}}, r"select\.hold: expected int, found 1\.5"),
-        ({"select": {"kind": "draft", "mass": "all"}}, r"select\.mass: expected float \| None, found 'all'"),
+        ({"select": {"kind": "draft", "density": None}}, "either a density or a top_p"),
+        ({"select": {"kind": "draft", "reselect_every": 1.5}}, r"select\.reselect_every: expected int, found 1\.5"),
+        ({"select": {"kind": "draft", "top_p": "all"}}, r"select\.top_p: expected float \| None, found 'all'"),
         ({"select": {"kind": "draft", "diagonal": 1}}, r"select\.diagonal: expected bool, found 1"),
         ({"select": {"kind": "stored"}}, "'density' is missing"),
         ({"select": {"kind": "draft"}, "order": "8x0"}, "an order is a permutation"),
-        ({"select": {"kind": "draft"}, "rest": {"kind": "kept", "every": 1}}, "rest: .*expected 2 or more, found 1"),
+        (
+            {"select": {"kind": "draft"}, "rest": {"kind": "kept", "refresh_every": 1}},
+            "rest: .*expected 2 or more, found 1",
+        ),
         ({"select": {"kind": "draft"}, "rest": {"kind": "kept", "gated": 1}}, r"rest\.gated: expected bool, found 1"),
         ({"select": {"kind": "draft"}, "rest": {"kind": "kept", "age": 1}}, "rest 'kept': unknown key 'age'"),
         (
@@ -353,17 +360,17 @@ def test_orders_come_back_from_their_labels() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"density": None}, "either a density or a mass, found density None and mass None"),
-        ({"mass": 0.5}, "either a density or a mass, found density 0.25 and mass 0.5"),
+        ({"density": None}, "either a density or a top_p, found density None and top_p None"),
+        ({"top_p": 0.5}, "either a density or a top_p, found density 0.25 and top_p 0.5"),
         ({"density": 0.0}, r"density .*\(0, 1\], found 0"),
         ({"density": 1.5}, r"density .*\(0, 1\], found 1.5"),
-        ({"density": None, "mass": 0}, r"mass .*\(0, 1\], found 0"),
-        ({"density": None, "mass": 1.01}, r"mass .*\(0, 1\], found 1.01"),
-        ({"density": None, "mass": float("nan")}, r"mass .*\(0, 1\], found nan"),
-        ({"rule": "best"}, '"quantile" or "row", found \'best\''),
-        ({"density": None, "mass": 0.5, "rule": "row"}, "a mass decides row by row"),
-        ({"floor": -1}, "floor >= 0 and hold >= 1, found -1 and 1"),
-        ({"hold": 0}, "floor >= 0 and hold >= 1, found 1 and 0"),
+        ({"density": None, "top_p": 0}, r"top_p .*\(0, 1\], found 0"),
+        ({"density": None, "top_p": 1.01}, r"top_p .*\(0, 1\], found 1.01"),
+        ({"density": None, "top_p": float("nan")}, r"top_p .*\(0, 1\], found nan"),
+        ({"per": "best"}, '"head" or "row", found \'best\''),
+        ({"density": None, "top_p": 0.5, "per": "row"}, "a top_p decides row by row"),
+        ({"min_blocks": -1}, "min_blocks >= 0 and reselect_every >= 1, found -1 and 1"),
+        ({"reselect_every": 0}, "min_blocks >= 0 and reselect_every >= 1, found 1 and 0"),
     ],
 )
 def test_drafts_that_mean_nothing(arguments: dict[str, Any], message: str) -> None:
@@ -387,7 +394,7 @@ def noise(
     return [q[None], k[None, :keys]]
 
 
-FAITHFUL = {"floor": 0, "diagonal": False, "first_frame": False}
+FAITHFUL = {"min_blocks": 0, "diagonal": False, "first_frame": False}
 
 
 @pytest.mark.parametrize(
@@ -413,14 +420,14 @@ def test_the_faithful_draft_starves_rows_and_a_floor_feeds_them() -> None:
     q, k = noise(layout, heads=2)
     q[:, : 8 * BLOCK] *= 0.01  # rows whose attention is spread over all blocks
     bare = pattern_of(Method(Patches(), Draft(0.05, **FAITHFUL)), layout, q, k)
-    fed = pattern_of(Method(Patches(), Draft(0.05, floor=2, diagonal=False, first_frame=False)), layout, q, k)
+    fed = pattern_of(Method(Patches(), Draft(0.05, min_blocks=2, diagonal=False, first_frame=False)), layout, q, k)
     share = Draft(0.05, **FAITHFUL).starved(bare, Patches(), layout)
     assert share is not None and float(share) == float((bare.counts == 0).double().mean()) > 0
-    assert int(fed.counts.min()) >= 2 and Draft(0.05, floor=2).starved(fed, Patches(), layout) is None
-    assert torch.all(fed.mask() | ~bare.mask()), "a floor adds blocks and takes none away"
+    assert int(fed.counts.min()) >= 2 and Draft(0.05, min_blocks=2).starved(fed, Patches(), layout) is None
+    assert torch.all(fed.mask() | ~bare.mask()), "min_blocks adds blocks and takes none away"
 
 
-@pytest.mark.parametrize("select", [Draft(0.1), Draft(0.1, rule="row"), Draft(None, 0.2), Draft(0.1, **FAITHFUL)])
+@pytest.mark.parametrize("select", [Draft(0.1), Draft(0.1, per="row"), Draft(None, 0.2), Draft(0.1, **FAITHFUL)])
 @pytest.mark.parametrize(
     "layout",
     [
@@ -453,19 +460,19 @@ def test_forced_blocks_are_read_and_count_towards_the_density() -> None:
     assert across.diagonal().all() and not across[:, :first].all(), "no first frame where frames do not lie together"
 
 
-@pytest.mark.parametrize("rule", ["quantile", "row"])
+@pytest.mark.parametrize("per", ["head", "row"])
 @pytest.mark.parametrize("grid", [(45, 80), (30, 52), (30, 45), (48, 85), (85, 48)])
-def test_density_1_keeps_every_block_of_a_ragged_grid(rule: str, grid: tuple[int, int]) -> None:
+def test_density_1_keeps_every_block_of_a_ragged_grid(per: str, grid: tuple[int, int]) -> None:
     layout = TokenLayout(2, *grid)
     q, k = noise(layout)
-    assert pattern_of(Method(Patches(), Draft(1.0, rule=rule)), layout, q, k).density == 1
+    assert pattern_of(Method(Patches(), Draft(1.0, per=per)), layout, q, k).density == 1
     assert pattern_of(Method(Patches(), Draft(None, 1.0)), layout, q, k).density == 1
 
 
 def test_a_floor_above_the_number_of_blocks_reads_them_all() -> None:
     layout = TokenLayout(2, 16, 16)
     q, k = noise(layout)
-    assert pattern_of(Method(Patches(), Draft(0.25, floor=99)), layout, q, k).density == 1
+    assert pattern_of(Method(Patches(), Draft(0.25, min_blocks=99)), layout, q, k).density == 1
 
 
 def test_a_video_without_a_block_of_its_own_is_read_whole() -> None:
@@ -486,7 +493,7 @@ def test_pooled_scores_are_block_means_of_the_scores() -> None:
 
 
 @pytest.mark.parametrize(
-    "select", [Draft(0.3, **FAITHFUL), Draft(0.3, rule="row", **FAITHFUL), Draft(None, 0.6, **FAITHFUL)]
+    "select", [Draft(0.3, **FAITHFUL), Draft(0.3, per="row", **FAITHFUL), Draft(None, 0.6, **FAITHFUL)]
 )
 def test_where_patches_are_constant_the_map_is_attention_itself(select: Draft) -> None:
     """Then the blocks that are read are those with most attention of the whole, unpooled map."""
@@ -500,13 +507,13 @@ def test_where_patches_are_constant_the_map_is_attention_itself(select: Draft) -
     whole = torch.softmax(q[:, 0] @ k[:, 0].T * 8**-0.5, dim=-1)
     mass = whole.view(blocks, BLOCK, blocks, BLOCK).sum(3).mean(1)
     mask = pattern_of(Method(Patches(), select), layout, q[None], k[None]).mask()[0, 0]
-    if select.mass is not None:
+    if select.top_p is not None:
         ranked = mass.sort(1, descending=True)
-        needed = (ranked.values.cumsum(1) - ranked.values < select.mass).sum(1)
+        needed = (ranked.values.cumsum(1) - ranked.values < select.top_p).sum(1)
         assert torch.equal(mask.sum(1), needed)
     worst_read = mass.masked_fill(~mask, torch.inf)
     best_unread = mass.masked_fill(mask, -torch.inf)
-    if select.rule == "row" or select.mass is not None:
+    if select.per == "row" or select.top_p is not None:
         assert torch.all(worst_read.amin(1) >= best_unread.amax(1) - 1e-6)
     else:
         assert worst_read.min() >= best_unread.max() - 1e-6
@@ -581,20 +588,20 @@ def test_stored_masks_that_do_not_fit_are_refused() -> None:
 # Kept
 
 
-@pytest.mark.parametrize("every", [1, 0, -3, 2.0, True, "3"])
-def test_what_is_never_used_again_is_not_kept(every: Any) -> None:
-    with pytest.raises(ValueError, match=r"every is a number of steps, expected 2 or more, found"):
-        Kept(every)
+@pytest.mark.parametrize("refresh_every", [1, 0, -3, 2.0, True, "3"])
+def test_what_is_never_used_again_is_not_kept(refresh_every: Any) -> None:
+    with pytest.raises(ValueError, match=r"refresh_every is a number of steps, expected 2 or more, found"):
+        Kept(refresh_every)
 
 
 def test_a_gate_takes_no_interval() -> None:
-    with pytest.raises(ValueError, match="take their refresh steps from the plan: leave every out, found 4"):
+    with pytest.raises(ValueError, match="take their refresh steps from the plan: leave refresh_every out, found 4"):
         Kept(4, gated=True)
 
 
-def held(refreshed: list[int]) -> Held:
+def held(refreshed: list[int]) -> CacheEntry:
     """Of heads that refreshed last at these steps."""
-    return Held(BlockPattern.full(len(refreshed), BLOCK, BLOCK), min(refreshed), refreshed)
+    return CacheEntry(BlockPattern.full(len(refreshed), BLOCK, BLOCK), min(refreshed), refreshed)
 
 
 def due(gate: torch.Tensor, now: tuple[int, int]) -> list[bool]:
@@ -661,8 +668,8 @@ def test_a_gate_serves_another_number_of_steps(steps: int, expected: str) -> Non
         (Method(HWF, Band(0.25)), "band hwf 0.25"),
         (Method(select=Stripe(0.25, calibrated=True)), "stripe calibrated 0.25"),
         (Method(Patches(), Draft()), "draft 8x16 0.25"),
-        (Method(Patches(), Draft(None, 0.9), "int8"), "draft 8x16 mass 0.9 int8"),
-        (Method(Patches(), Draft(rule="row", hold=4)), "draft 8x16 row 0.25 hold 4"),
+        (Method(Patches(), Draft(None, 0.9), "int8"), "draft 8x16 top-p 0.9 int8"),
+        (Method(Patches(), Draft(per="row", reselect_every=4)), "draft 8x16 row 0.25 reselect 4"),
         (Method(Patches(4, 32), Draft(0.125), "int8_fp8", Kept(4)), "draft 4x32 0.125 int8_fp8, cached 4"),
         (Method(HWF, Stored(0.3), rest=Kept(gated=True)), "stored hwf 0.3, cached gated"),
     ],
@@ -672,7 +679,7 @@ def test_labels(method: Method, label: str) -> None:
 
 
 def test_what_methods_say_of_themselves() -> None:
-    draft, held, cached = (Method(Patches(), Draft(hold=hold)) for hold in (1, 2, 1))
+    draft, held, cached = (Method(Patches(), Draft(reselect_every=hold)) for hold in (1, 2, 1))
     cached = dataclasses.replace(cached, rest=Kept())
     assert [method.timed for method in (DENSE, draft, held, cached)] == [False, False, True, True]
     assert [method.select.wants for method in (DENSE, draft, STORED)] == ["", "means", ""]
@@ -700,22 +707,22 @@ RECIPES: dict[str, tuple[Recipe, dict[str, Any], Recipe]] = {
     "draft": (
         Recipe((Method(Patches(), Draft(0.25)),), dense_steps=0.25, dense_layers=1),
         {
-            "mass": 0.9,
+            "top_p": 0.9,
             "patch": (4, 32),
-            "floor": 0,
+            "min_blocks": 0,
             "diagonal": False,
             "first_frame": False,
-            "hold": 2,
+            "reselect_every": 2,
             "dense_steps": 0.3,
             "dense_layers": 2,
             "precision": "int8_fp8",
             "rest": "pooled",
         },
-        Recipe((Method(Patches(4, 32), Draft(None, 0.9, hold=2, **FAITHFUL), "int8_fp8", Pooled()),), 0.3, 2),
+        Recipe((Method(Patches(4, 32), Draft(None, 0.9, reselect_every=2, **FAITHFUL), "int8_fp8", Pooled()),), 0.3, 2),
     ),
     "cached": (
         Recipe((Method(Patches(), Draft(0.25), rest=Kept(3)),)),
-        {"density": 0.3, "every": 4, "dense_steps": 0.1, "dense_layers": 1, "precision": "int8"},
+        {"density": 0.3, "refresh_every": 4, "dense_steps": 0.1, "dense_layers": 1, "precision": "int8"},
         Recipe((Method(Patches(), Draft(0.3), "int8", Kept(4)),), 0.1, 1),
     ),
     "reordered": (
@@ -732,7 +739,7 @@ def test_named_recipes_and_all_their_parameters(name: str) -> None:
     assert NAMED[name]() == plain
     assert NAMED[name](**parameters) == expected
     known = set(inspect.signature(NAMED[name]).parameters)
-    assert set(parameters) == known - ({"density", "rule"} if name == "draft" else set())
+    assert set(parameters) == known - ({"density", "per"} if name == "draft" else set())
     assert set(RECIPES) == set(NAMED)
 
 
@@ -745,10 +752,10 @@ def test_what_is_kept_has_a_recipe_of_its_own(name: str) -> None:
 
 
 def test_a_draft_recipe_by_rows() -> None:
-    (method,) = NAMED["draft"](density=0.3, rule="row").heads
-    assert method.select == Draft(0.3, rule="row")
-    with pytest.raises(ValueError, match="either a density or a mass"):
-        NAMED["draft"](density=0.3, mass=0.9)
+    (method,) = NAMED["draft"](density=0.3, per="row").heads
+    assert method.select == Draft(0.3, per="row")
+    with pytest.raises(ValueError, match="either a density or a top_p"):
+        NAMED["draft"](density=0.3, top_p=0.9)
 
 
 @pytest.mark.parametrize(
@@ -778,3 +785,38 @@ def test_a_gpu_refuses_what_its_kernel_does_not_take(
     found = Method(select=Band(0.5), precision=precision).refuses(head_dim, torch.device("cuda", 63), dtype)
     assert (found is None) == (reason is None)
     assert reason is None or reason in str(found)
+
+
+FORMER = {"mass": "top_p", "floor": "min_blocks", "rule": "per", "hold": "reselect_every", "every": "refresh_every"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "former", "made"),
+    [
+        (
+            "select",
+            {"kind": "draft", "density": None, "mass": 0.6, "rule": "quantile", "floor": 2, "hold": 3},
+            Draft(None, 0.6, min_blocks=2, reselect_every=3),
+        ),
+        ("select", {"kind": "draft", "rule": "row"}, Draft(per="row")),
+        ("rest", {"kind": "kept", "every": 4}, Kept(4)),
+    ],
+)
+def test_former_names_in_files_are_understood_with_a_warning(stage: str, former: dict[str, Any], made: Any) -> None:
+    data = {"select": {"kind": "draft"}, stage: former}
+    with pytest.warns(FutureWarning) as said:
+        found = Method.from_json(data)
+    assert getattr(found, stage) == made
+    assert {str(each.message) for each in said} == {
+        f"{stage}: {key!r} is now called {FORMER[key]!r}; write that instead" for key in former if key in FORMER
+    }
+    assert Method.from_json(found.to_json()) == found and not set(found.to_json()[stage]) & set(FORMER)
+
+
+def test_a_name_and_its_former_name_are_refused_together() -> None:
+    with pytest.raises(
+        FileError, match="select: 'hold' is the former name of 'reselect_every', found both: leave 'hold' out"
+    ):
+        Method.from_json({"select": {"kind": "draft", "hold": 2, "reselect_every": 2}})
+    with pytest.raises(FileError, match="select 'band': unknown key 'hold'"):
+        Method.from_json({"select": {"kind": "band", "density": 0.3, "hold": 2}})

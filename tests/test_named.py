@@ -209,8 +209,14 @@ def test_fullgraph_compile_keeps_one_graph_through_all_steps(name: str) -> None:
         ({"sparsity": 0.5}, TypeError, "has no parameter 'sparsity'; it has density"),
         ({"precision": "fp4"}, ValueError, "precision is one of input, int8, int8_fp8, found 'fp4'"),
         ({"dense_steps": 1.5}, ValueError, r"dense_steps is a share .* found 1.5"),
+        (
+            {"dense_steps": 4},
+            ValueError,
+            r"found 4, a count of steps: .* Give dense_steps=4 / num_inference_steps, or 1.0",
+        ),
+        ({"dense_steps": True}, TypeError, "dense_steps of .* expected float, .* found True"),
         ({"dense_layers": -1}, ValueError, "dense_layers is a number of layers, expected 0 or more, found -1"),
-        ({"max_cache": 1.5}, ValueError, r"max_cache is a share .* found 1.5"),
+        ({"cache_memory_fraction": 1.5}, ValueError, r"cache_memory_fraction is a share .* found 1.5"),
     ],
 )
 def test_wrong_parameters_are_refused_before_anything_is_touched(
@@ -228,10 +234,10 @@ def test_wrong_parameters_are_refused_before_anything_is_touched(
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("cached", {"every": 1}, "expected 2 or more, found 1"),
-        ("draft", {"hold": 0}, "hold >= 1, found 1 and 0"),
-        ("draft", {"density": 0.3, "mass": 0.5}, "either a density or a mass"),
-        ("draft", {"rule": "best"}, "found 'best'"),
+        ("cached", {"refresh_every": 1}, "expected 2 or more, found 1"),
+        ("draft", {"reselect_every": 0}, "reselect_every >= 1, found 1 and 0"),
+        ("draft", {"density": 0.3, "top_p": 0.5}, "either a density or a top_p"),
+        ("draft", {"per": "best"}, "found 'best'"),
         ("draft", {"patch": (0, 16)}, "Patches.height is a number of tokens, expected 1 to 65,536, found 0"),
         ("reordered", {"axes": "hw"}, "permutation"),
         ("dense", {"precision": "fp4"}, "found 'fp4'"),
@@ -240,6 +246,33 @@ def test_wrong_parameters_are_refused_before_anything_is_touched(
 def test_wrong_parameters_of_one_method(name: str, parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         patch(tiny_wan_transformer(), name, **parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "former", "present"),
+    [
+        ("draft", {"density": None, "mass": 0.6}, {"density": None, "top_p": 0.6}),
+        ("draft", {"rule": "quantile", "floor": 2, "hold": 2}, {"per": "head", "min_blocks": 2, "reselect_every": 2}),
+        ("draft", {"rule": "row"}, {"per": "row"}),
+        ("cached", {"every": 2}, {"refresh_every": 2}),
+    ],
+)
+def test_former_names_of_parameters_are_understood_with_a_warning(
+    name: str, former: dict[str, Any], present: dict[str, Any]
+) -> None:
+    with pytest.warns(FutureWarning, match=f"'{name}': '{list(former)[-1]}' is now called '{list(present)[-1]}'"):
+        done = patch(tiny_wan_transformer(), name, **former)
+    assert done.plan == patch(tiny_wan_transformer(), name, **present).plan
+    with pytest.raises(ValueError, match="is the former name of .* found both"):
+        patch(tiny_wan_transformer(), name, **former, **{list(present)[-1]: list(present.values())[-1]})
+
+
+def test_the_former_name_of_the_memory_is_understood_with_a_warning() -> None:
+    with pytest.warns(FutureWarning, match="patch: 'max_cache' is now called 'cache_memory_fraction'"):
+        done = patch(tiny_wan_transformer(), "cached", max_cache=0.5)
+    assert {engine._caches.budget.share for engine in done._engines} == {0.5}
+    with pytest.raises(ValueError, match="'max_cache' is the former name of 'cache_memory_fraction', found both"):
+        patch(tiny_wan_transformer(), "cached", max_cache=0.5, cache_memory_fraction=0.4)
 
 
 def test_auto_is_for_recipes_only(tmp_path: Any) -> None:
@@ -313,13 +346,13 @@ def test_block_lists_of_one_part_of_the_schedule_are_held() -> None:
     transformer = tiny_wan_transformer()
     masks = packed(torch.stack([torch.eye(6, dtype=torch.bool), torch.ones(6, 6, dtype=torch.bool)]))
     with patch(transformer, stored_plan(masks[None])) as done, torch.no_grad():
-        deals = done._engines[0]._deals
+        partitions = done._engines[0]._partitions
         for step, density in ((0, 1 / 6), (1, 1.0), (0, 1 / 6)):
             done.clear()
             done.step(step, 2)
             transformer(**inputs())
             assert done.report().density == pytest.approx(density)
-            assert len(deals.all()) == LAYERS
+            assert len(partitions.all()) == LAYERS
 
 
 def test_block_lists_of_stored_masks_go_when_another_method_takes_over() -> None:
@@ -329,8 +362,8 @@ def test_block_lists_of_stored_masks_go_when_another_method_takes_over() -> None
     spans = (Span(0, 0.5, heads["a"]), Span(0.5, 1, heads["b"]))
     plan = Plan("wan", plan.models, {**plan.methods, "b": Method(select=Band(0.5))}, spans, tensors=plan.tensors)
     with patch(transformer, plan) as done, torch.no_grad():
-        deals = done._engines[0]._deals
+        partitions = done._engines[0]._partitions
         for step, held in ((0, LAYERS), (1, 1), (0, 1 + LAYERS)):  # the layers share the lists of a band
             done.step(step, 2)
             transformer(**inputs())
-            assert len(deals.all()) == held
+            assert len(partitions.all()) == held

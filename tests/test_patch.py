@@ -28,7 +28,7 @@ from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, DENSE, AxisOrder, Band, Method, Recipe, Skip, Stripe
 from diffusers_accel.plan import PlanError
-from diffusers_accel.run.deals import MAX_LAYOUTS
+from diffusers_accel.run.partition import MAX_LAYOUTS
 from diffusers_accel.shape import ModelShape
 from tests.stages import mask_of
 from tests.tiny import (
@@ -317,7 +317,7 @@ def test_calibrated_stripes_differ_by_layer() -> None:
     transformer = tiny_wan_transformer()
     with patch(transformer, plan) as done, torch.no_grad():
         transformer(**model_inputs(32))
-        patterns = [dealt.launches[0].pattern for dealt in done.sites[0].engine._deals.all()]
+        patterns = [partition.launches[0].pattern for partition in done.sites[0].engine._partitions.all()]
     assert len(patterns) == LAYERS
     assert [int(p.mask()[0, 0].all(0).nonzero()[0]) for p in patterns if p is not None] == [0, 2, 4]
 
@@ -339,11 +339,11 @@ def test_the_preset_stays_dense_on_short_sequences_and_says_why() -> None:
 def test_block_lists_are_kept_for_a_few_layouts_only() -> None:
     transformer = tiny_wan_transformer()
     with patch(transformer, BAND) as done, torch.no_grad():
-        deals = done.sites[0].engine._deals
+        partitions = done.sites[0].engine._partitions
         sizes = []
         for size in range(16, 16 + 2 * (MAX_LAYOUTS + 1), 2):
             transformer(**model_inputs(size))
-            sizes.append(len(deals.all()))
+            sizes.append(len(partitions.all()))
     assert sizes == [*range(1, MAX_LAYOUTS + 1), 1]
 
 

@@ -237,22 +237,22 @@ EDITED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         lambda data: data["heads"]["methods"]["b"].update(order="8x9999999"),
         r"heads\.methods\.b: order: .*expected 1 to 65,536, found 9999999",
     ),
-    "hold of a fraction": (
-        lambda data: data["heads"]["methods"].update(a={"select": {"kind": "draft", "hold": 1.0}}),
-        r"heads\.methods\.a: select\.hold: expected int, found 1\.0",
+    "reselect_every of a fraction": (
+        lambda data: data["heads"]["methods"].update(a={"select": {"kind": "draft", "reselect_every": 1.0}}),
+        r"heads\.methods\.a: select\.reselect_every: expected int, found 1\.0",
     ),
-    "floor without end": (
-        lambda data: data["heads"]["methods"].update(a={"select": {"kind": "draft", "floor": 2**62}}),
-        r"heads\.methods\.a: select\.floor: expected a whole number of at most 2,147,483,647, found 46",
+    "min_blocks without end": (
+        lambda data: data["heads"]["methods"].update(a={"select": {"kind": "draft", "min_blocks": 2**62}}),
+        r"heads\.methods\.a: select\.min_blocks: expected a whole number of at most 2,147,483,647, found 46",
     ),
     "interval of bool": (
         lambda data: data["heads"]["methods"].update(
-            a={"select": {"kind": "draft"}, "rest": {"kind": "kept", "every": True}}
+            a={"select": {"kind": "draft"}, "rest": {"kind": "kept", "refresh_every": True}}
         ),
-        r"heads\.methods\.a: rest\.every: expected int, found True",
+        r"heads\.methods\.a: rest\.refresh_every: expected int, found True",
     ),
     "rest of no kind": (
-        lambda data: data["heads"]["methods"].update(a={"select": {"kind": "draft"}, "rest": {"every": 3}}),
+        lambda data: data["heads"]["methods"].update(a={"select": {"kind": "draft"}, "rest": {"refresh_every": 3}}),
         r"heads\.methods\.a: rest\.kind: expected one of \['drop', 'kept', 'pooled'\], found None",
     ),
     "rest of version 1": (
@@ -393,7 +393,7 @@ def test_a_plan_saved_before_there_was_a_checksum_still_loads(tmp_path: Path) ->
     assert Plan.load(path) == found and "sha256" in saved
     assert saved["version"] == 2 and saved["heads"]["methods"]["a"]["rest"] == {
         "kind": "kept",
-        "every": 3,
+        "refresh_every": 3,
         "gated": False,
     }
 
@@ -402,7 +402,7 @@ def test_a_plan_saved_before_there_was_a_checksum_still_loads(tmp_path: Path) ->
     ("reuse", "message"),
     [
         ({"every": 1}, r"methods\.a: rest: .*expected 2 or more, found 1"),
-        ({"every": True}, r"methods\.a: rest\.every: expected int, found True"),
+        ({"every": True}, r"methods\.a: rest\.refresh_every: expected int, found True"),
         ({"age": 3}, r"methods\.a: rest 'kept': unknown key 'age'"),
         ({"kind": "pooled"}, r"methods\.a: a method: unknown key 'reuse'"),
         (None, r"methods\.a: rest\.kind: expected one of .*, found None"),

@@ -17,8 +17,8 @@ from diffusers_accel.evals import shapes
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, DENSE, AxisOrder, Band, Draft, Drop, Method, Patches, Pooled, Skip, Stripe
 from diffusers_accel.methods.rest import Read
-from diffusers_accel.methods.steps import take_turn
-from diffusers_accel.run.memory import Memory
+from diffusers_accel.methods.steps import decide
+from diffusers_accel.run.memory import LayerCache
 from diffusers_accel.search.measure import SampledHeads, sample_rows
 from diffusers_accel.search.running import Enough, run_pipeline
 from diffusers_accel.search.selections import RowReader, Selections
@@ -37,8 +37,8 @@ METHODS = (
     Method(AxisOrder("hwf"), Band(0.3), rest=Pooled()),
     Method(select=Stripe(0.3, first_frame=False), rest=Pooled()),
     Method(Patches(), Draft(0.2, first_frame=False), rest=Pooled()),
-    Method(AxisOrder("whf"), Draft(0.2, floor=0, diagonal=False, first_frame=False), rest=Pooled()),
-    Method(AxisOrder("hwf"), Draft(None, mass=0.5), rest=Pooled()),
+    Method(AxisOrder("whf"), Draft(0.2, min_blocks=0, diagonal=False, first_frame=False), rest=Pooled()),
+    Method(AxisOrder("hwf"), Draft(None, top_p=0.5), rest=Pooled()),
 )
 DIM = 16
 Qkv = tuple[Tensor, Tensor, Tensor]
@@ -67,8 +67,8 @@ def on_rows(method: Method, layout: TokenLayout, qkv: Qkv, rows: Tensor) -> Tens
     sampled = SampledHeads(*(x[0] for x in qkv), rows, layout)
     reader = RowReader(sampled, method.order, method.precision)
     pattern = Selections({}).rows(method, call, sampled).pattern
-    turn = take_turn(method, len(call.heads), None, (0, 1), None, None)
-    part, _ = method.rest.complete(Read(reader.attend(pattern), pattern, shared=False), turn, reader)
+    decision = decide(method, len(call.heads), None, (0, 1), None, None)
+    part, _ = method.rest.complete(Read(reader.attend(pattern), pattern, shared=False), decision, reader)
     return part[0][0]
 
 
@@ -190,8 +190,8 @@ def test_a_batch_of_kinds_keeps_to_itself() -> None:
 def test_a_held_selection_pools_what_it_does_not_read_now() -> None:
     """Means are of this step's keys, though the blocks were selected at an earlier one."""
     layout = LAYOUTS[0]
-    method = Method(Patches(), Draft(0.3, first_frame=False, hold=3), rest=Pooled())
-    memory, ones = Memory(), torch.ones(2, layout.tokens, 2, DIM)
+    method = Method(Patches(), Draft(0.3, first_frame=False, reselect_every=3), rest=Pooled())
+    memory, ones = LayerCache(), torch.ones(2, layout.tokens, 2, DIM)
     q, k, _ = inputs(layout)
     for step in range(3):
         moved = alike(k.roll(37 * step, 1), method, layout), alike(ones.cumsum(1), method, layout)

@@ -74,7 +74,7 @@ def test_refreshes_are_not_held_against_the_density() -> None:
     with patch(pipe, NAMED["draft"](0.9)) as done:
         run(pipe)
         assert not done.report().notes
-    with patch(pipe, "cached", density=0.9, every=2) as done:
+    with patch(pipe, "cached", density=0.9, refresh_every=2) as done:
         run(pipe)
         assert not any("was asked for" in note for note in done.report().notes)
 
@@ -129,7 +129,7 @@ def test_first_block_cache_beside_a_patch_is_named() -> None:
 
 def test_mag_cache_beside_cached_is_named() -> None:
     pipe = tiny_wan()
-    with patch(pipe, "cached", every=2) as done:
+    with patch(pipe, "cached", refresh_every=2) as done:
         pipe.transformer.enable_cache(
             MagCacheConfig(
                 num_inference_steps=6, mag_ratios=[1.0] * 6, threshold=1.0, max_skip_steps=1, retention_ratio=0.0
@@ -145,7 +145,7 @@ def test_unpatch_frees_what_was_kept_though_the_patch_is_held() -> None:
     """By either way to unpatch; tensors kept for the process go with the last patch."""
     for take_off in (lambda pipe, done: unpatch(pipe), lambda pipe, done: done.unpatch()):
         pipe = tiny_wan()
-        done = patch(pipe, "cached", every=3)
+        done = patch(pipe, "cached", refresh_every=3)
         stop_at = 3
 
         def stop(pipe: Any, step: int, *_: Any, stop_at: int = stop_at) -> Any:
@@ -156,13 +156,13 @@ def test_unpatch_frees_what_was_kept_though_the_patch_is_held() -> None:
         with pytest.raises(KeyboardInterrupt):
             run(pipe, callback_on_step_end=stop)
         (engine, *_) = (site.engine for site in done.sites)
-        kept = [weakref.ref(held.out) for memory in engine._memories._kept.values() for held in memory.held.values()]
+        kept = [weakref.ref(held.out) for memory in engine._caches._kept.values() for held in memory.held.values()]
         small = weakref.ref(patterns.head_index((0, 2), torch.device("cpu")))
-        assert kept and all(ref() is not None for ref in kept) and engine._deals.all() and small() is not None
+        assert kept and all(ref() is not None for ref in kept) and engine._partitions.all() and small() is not None
         calls = done.report().rows[0]["calls"]
         take_off(pipe, done)
         gc.collect()
-        assert not engine._deals.all() and all(ref() is None for ref in kept) and small() is None
+        assert not engine._partitions.all() and all(ref() is None for ref in kept) and small() is None
         assert done.report().rows[0]["calls"] == calls, "what ran is still known"
 
 

@@ -20,9 +20,9 @@ from diffusers_accel.methods.arrangement import arrangement
 from diffusers_accel.methods.order import exact_tokens, video_places
 from diffusers_accel.methods.select import Inputs
 from diffusers_accel.methods.selects.stored import packed
-from diffusers_accel.run.deals import deal
-from diffusers_accel.run.launch import Ran, run
-from diffusers_accel.run.memory import Memory
+from diffusers_accel.run.launch import Output, run
+from diffusers_accel.run.memory import LayerCache
+from diffusers_accel.run.partition import partition
 
 CPU = torch.device("cpu")
 HEAD_DIM = 16
@@ -60,8 +60,8 @@ METHODS = {
     "stripe": Method(select=Stripe(0.3)),
     "stripe calibrated": Method(select=Stripe(0.3, first_frame=False, calibrated=True)),
     "draft": Method(Patches(), Draft(0.25)),
-    "draft, bare": Method(Patches(4, 4), Draft(0.25, floor=0, diagonal=False, first_frame=False)),
-    "draft whf by rows": Method(AxisOrder("whf"), Draft(0.25, rule="row")),
+    "draft, bare": Method(Patches(4, 4), Draft(0.25, min_blocks=0, diagonal=False, first_frame=False)),
+    "draft whf by rows": Method(AxisOrder("whf"), Draft(0.25, per="row")),
     "draft pooled": Method(Patches(), Draft(0.25), rest=Pooled()),
     "stored": Method(AxisOrder("hfw"), Stored(0.5)),
 }
@@ -90,11 +90,11 @@ def inputs(layout: TokenLayout, heads: int, seed: int = 0) -> tuple[Tensor, Tens
 
 
 def attend(
-    methods: tuple[Method, ...], layout: TokenLayout, qkv: Any, memory: Memory | None = None, step: int = 0
-) -> Ran:
+    methods: tuple[Method, ...], layout: TokenLayout, qkv: Any, memory: LayerCache | None = None, step: int = 0
+) -> Output:
     heads = tuple(range(len(methods)))
     call = AttentionCall(layout, "transformer", 0, heads, now=(step, 9), dense=sdpa)
-    return run(deal(methods, call, plan_tensors(layout, len(heads)), CPU), call, *qkv, memory)
+    return run(partition(methods, call, plan_tensors(layout, len(heads)), CPU), call, *qkv, memory)
 
 
 def mask_of(method: Method, layout: TokenLayout, qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -285,7 +285,7 @@ def test_heads_read_exactly_their_blocks(layout: TokenLayout, method: Method) ->
 @every_arrangement
 def test_kept_parts_make_up_the_whole(layout: TokenLayout) -> None:
     methods = (Method(Patches(), Draft(0.25), rest=Kept(3)), Method(AxisOrder("hwf"), Band(0.3), rest=Kept(2)))
-    qkv, memory = inputs(layout, 2), Memory()
+    qkv, memory = inputs(layout, 2), LayerCache()
     reused = 0
     for step in range(5):
         ran = attend(methods, layout, qkv, memory, step)

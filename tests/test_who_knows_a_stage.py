@@ -132,7 +132,7 @@ IMPORT = "from diffusers_accel.methods import Band, Draft, Drop, Kept, Method, S
         "x = type(method.select) is Draft",
         "x = type(method.select) in (Band, Draft)",
         "x = method.select.__class__ == Draft",
-        "x = cast(Kept, method.rest).every",
+        "x = cast(Kept, method.rest).refresh_every",
         "x = {Band: 1, Draft: 2}[type(method.select)]",
         "match method.select:\n    case Draft(): pass",
         "import diffusers_accel.methods as m\nx = isinstance(y, m.Kept)",

@@ -30,6 +30,6 @@ def caches_on(transformer: nn.Module) -> list[str]:
 def _said(cache: str, does: str) -> str:
     return (
         f"diffusers' {cache} is on: it {does}, and what it leaves out never reaches this patch. Layers that then run in dense "
-        'steps only are reported as dense, and methods that keep something from step to step ("cached", a hold above 1) start '
-        "anew after each gap: take one of the two, see docs/choosing.md"
+        'steps only are reported as dense, and methods that keep something from step to step ("cached", reselect_every above 1) '
+        "start anew after each gap: take one of the two, see docs/choosing.md"
     )

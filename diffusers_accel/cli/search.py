@@ -120,5 +120,5 @@ def find_budget(speedup: float | None, density: float | None, epsilon: float | N
         return Budget.speedup(speedup)
     if epsilon is not None:
         check_finite("--epsilon", epsilon)
-        return Budget.paper(epsilon, 0.5 if lam is None else lam)
+        return Budget.sparse_vdit(epsilon, 0.5 if lam is None else lam)
     return Budget.density(0.4 if density is None else density)

@@ -15,6 +15,7 @@ import torch
 
 from diffusers_accel.files import FileError, Schema, built, shaped, tagged
 from diffusers_accel.kernels.attention import PRECISIONS, choices
+from diffusers_accel.methods.former import stages_by_present_names
 from diffusers_accel.methods.order import Order
 from diffusers_accel.methods.orders import AxisOrder, parse_order
 from diffusers_accel.methods.rest import Rest
@@ -128,7 +129,7 @@ class Method:
     @staticmethod
     def from_json(data: object) -> Method:
         """The inverse of `to_json`; anything unexpected is refused with a FileError that names it."""
-        found = shaped(data, MethodData, "a method")
+        found = shaped(stages_by_present_names(data), MethodData, "a method")
         try:
             order = parse_order(found.order)
         except ValueError as error:

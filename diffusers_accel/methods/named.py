@@ -1,4 +1,4 @@
-"""The methods that users call by name, each a recipe that deals heads out without a search."""
+"""The methods that users call by name, each a recipe that assigns heads without a search."""
 
 from __future__ import annotations
 
@@ -30,11 +30,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not self.heads:
-            raise ValueError("a recipe needs at least one method to deal out, found none")
-        if not (isinstance(self.dense_steps, (int, float)) and 0 <= self.dense_steps <= 1):
-            raise ValueError(
-                f"dense_steps is a share of the schedule, expected in [0, 1], found {quoted(self.dense_steps)}"
-            )
+            raise ValueError("a recipe needs at least one method to assign, found none")
+        _check_dense_steps(self.dense_steps)
         if not (isinstance(self.dense_layers, int) and self.dense_layers >= 0):
             raise ValueError(
                 f"dense_layers is a number of layers, expected 0 or more, found {quoted(self.dense_layers)}"
@@ -42,6 +39,17 @@ class Recipe:
 
     def method(self, layer: int, head: int) -> Method:
         return DENSE if layer < self.dense_layers else self.heads[head % len(self.heads)]
+
+
+def _check_dense_steps(given: object) -> None:
+    """A count cannot be understood: how many steps there are is known when the pipeline runs, and a plan is made before."""
+    if isinstance(given, int) and not isinstance(given, bool) and given >= 1:
+        raise ValueError(
+            f"dense_steps is a share of the schedule here, found {quoted(given)}, a count of steps: how many there are is not "
+            f"known before the pipeline runs. Give dense_steps={given} / num_inference_steps, or 1.0 for all"
+        )
+    if isinstance(given, bool) or not (isinstance(given, (int, float)) and 0 <= given <= 1):
+        raise ValueError(f"dense_steps is a share of the schedule, expected in [0, 1], found {quoted(given)}")
 
 
 def dense(precision: str = "input") -> Recipe:
@@ -79,13 +87,13 @@ def pattern(
 
 def draft(
     density: float | None = None,
-    mass: float | None = None,
-    rule: str = "quantile",
+    top_p: float | None = None,
+    per: str = "head",
     patch: tuple[int, int] = (8, 16),
-    floor: int = 1,
+    min_blocks: int = 1,
     diagonal: bool = True,
     first_frame: bool = True,
-    hold: int = 1,
+    reselect_every: int = 1,
     dense_steps: float = 0.25,
     dense_layers: int = 1,
     precision: str = "input",
@@ -93,46 +101,51 @@ def draft(
 ) -> Recipe:
     """DraftAttention (arXiv 2505.14708): a low-resolution attention map, computed anew at each call, guides the full one.
 
-    The paper's own form is `floor=0, diagonal=False, first_frame=False`, with dense_layers=2 for HunyuanVideo. Its code keeps
-    30 % of the steps dense at 50 steps, its text 25 %; 25 % is our default.
+    The paper's own form is `min_blocks=0, diagonal=False, first_frame=False`, with dense_layers=2 for HunyuanVideo. Its code
+    keeps 30 % of the steps dense at 50 steps, its text 25 %; 25 % is our default.
 
     Args:
-        density: share of the video's block pairs read, in (0, 1]; 0.25 where neither it nor a mass is given.
-        mass: read in each row the fewest blocks that reach this share of the map, in (0, 1].
-        rule: "quantile" over a head's whole map, or "row": equally many blocks in each row.
+        density: share of the video's block pairs read, in (0, 1]; 0.25 where neither it nor a top_p is given.
+        top_p: read in each row the fewest blocks that reach this share of the map, in (0, 1].
+        per: over what the best pairs are counted: "head": its whole map, so that a row that scores high gets more; "row": equally
+            many in each row.
         patch: token rows and columns that a pooled pixel covers; exchanged in portrait frames. 128 tokens are one block.
-        floor: blocks that each row reads at least.
+        min_blocks: blocks that each row reads at least.
         diagonal: always read a block's own keys.
         first_frame: always read the first frame.
-        hold: steps for which a selection is kept.
+        reselect_every: steps for which a selection is kept.
         dense_steps: share of the schedule that stays dense at its start.
         dense_layers: number of first layers that stay dense.
         precision: of the products, "input", "int8" or "int8_fp8".
         rest: what happens to the blocks that are not read: "drop" or "pooled" (each takes part as its mean).
     """
-    if density is None and mass is None:
+    if density is None and top_p is None:
         density = 0.25
-    select = Draft(density, mass, rule, floor, diagonal, first_frame, hold)
+    select = Draft(density, top_p, per, min_blocks, diagonal, first_frame, reselect_every)
     method = Method(Patches(*patch), select, precision, _rest(rest))
     return Recipe(heads=(method,), dense_steps=dense_steps, dense_layers=dense_layers)
 
 
 def cached(
-    density: float = 0.25, every: int = 3, dense_steps: float = 0.0, dense_layers: int = 0, precision: str = "input"
+    density: float = 0.25,
+    refresh_every: int = 3,
+    dense_steps: float = 0.0,
+    dense_layers: int = 0,
+    precision: str = "input",
 ) -> Recipe:
     """FlashBlock (arXiv 2602.05305) for models without a history, as residual reuse.
 
     At every n-th step attention is exact; in between the best blocks (a draft in patches) are computed anew, and the rest is
-    merged in as it was. Costs memory: an output and an LSE per layer and branch, see `max_cache` of `patch`.
+    merged in as it was. Costs memory: an output and an LSE per layer and branch, see `cache_memory_fraction` of `patch`.
 
     Args:
         density: share of the video's block pairs that is computed between refreshes, in (0, 1].
-        every: refresh at every n-th step, 2 or more.
+        refresh_every: refresh at every n-th step, 2 or more.
         dense_steps: share of the schedule that stays dense at its start.
         dense_layers: number of first layers that stay dense.
         precision: of the products, "input", "int8" or "int8_fp8".
     """
-    method = Method(Patches(), Draft(density), precision, Kept(every))
+    method = Method(Patches(), Draft(density), precision, Kept(refresh_every))
     return Recipe(heads=(method,), dense_steps=dense_steps, dense_layers=dense_layers)
 
 

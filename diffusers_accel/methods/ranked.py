@@ -27,58 +27,61 @@ class RankedSelect(Select):
 
     Args:
         density: share of the block pairs of the video that is read, in (0, 1]; text is always read beside it. None with
-            `mass`.
-        mass: read in each row the fewest blocks whose share of the map reaches this, in (0, 1], instead of a density.
-        rule: "quantile": the best of a head's whole map; "row": equally many in each row.
-        floor: blocks that a row reads at least; all where there are fewer.
+            `top_p`.
+        top_p: read in each row the fewest blocks whose share of the map reaches this, in (0, 1], instead of a density.
+        per: over what the best pairs are counted: "head": its whole map, so that a row that scores high gets more; "row": equally
+            many in each row.
+        min_blocks: blocks that a row reads at least; all where there are fewer.
         diagonal: always read a block's own keys.
         first_frame: always read the first frame's keys, where the order keeps it together.
-        hold: steps for which a selection is kept, 1 or more.
+        reselect_every: steps for which a selection is kept, 1 or more.
     """
 
     density: float | None = 0.25
-    mass: float | None = None
-    rule: str = "quantile"
-    floor: int = 1
+    top_p: float | None = None
+    per: str = "head"
+    min_blocks: int = 1
     diagonal: bool = True
     first_frame: bool = True
-    hold: int = 1
+    reselect_every: int = 1
 
     def __post_init__(self) -> None:
-        if (self.density is None) == (self.mass is None):
+        if (self.density is None) == (self.top_p is None):
             raise ValueError(
-                f"a {self.kind} takes either a density or a mass, found density {self.density} and mass {self.mass}; "
-                "give density=None with a mass"
+                f"a {self.kind} takes either a density or a top_p, found density {self.density} and top_p {self.top_p}; "
+                "give density=None with a top_p"
             )
         if self.density is not None:
             check_density(self.density)
-        elif not (isinstance(self.mass, (int, float)) and 0 < self.mass <= 1):
-            raise ValueError(f"mass is a share of each row's attention, expected in (0, 1], found {self.mass}")
-        if self.rule not in ("quantile", "row"):
-            raise ValueError(f'rule is "quantile" or "row", found {quoted(self.rule)}')
-        if self.mass is not None and self.rule != "quantile":
-            raise ValueError(f"a mass decides row by row: leave the rule out, found {self.rule!r}")
-        if self.floor < 0 or self.hold < 1:
-            raise ValueError(f"expected floor >= 0 and hold >= 1, found {self.floor} and {self.hold}")
+        elif not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
+            raise ValueError(f"top_p is a share of each row's attention, expected in (0, 1], found {self.top_p}")
+        if self.per not in ("head", "row"):
+            raise ValueError(f'per is "head" or "row", found {quoted(self.per)}')
+        if self.top_p is not None and self.per != "head":
+            raise ValueError(f"a top_p decides row by row: leave per out, found {self.per!r}")
+        if self.min_blocks < 0 or self.reselect_every < 1:
+            raise ValueError(
+                f"expected min_blocks >= 0 and reselect_every >= 1, found {self.min_blocks} and {self.reselect_every}"
+            )
 
     @property
     def label(self) -> str:
-        amount = f"{self.density:g}" if self.density is not None else f"mass {self.mass:g}"
-        words = ("row" if self.rule == "row" else "", amount, f"hold {self.hold}" if self.hold > 1 else "")
+        amount = f"{self.density:g}" if self.density is not None else f"top-p {self.top_p:g}"
+        words = (
+            "row" if self.per == "row" else "",
+            amount,
+            f"reselect {self.reselect_every}" if self.reselect_every > 1 else "",
+        )
         return " ".join(word for word in words if word)
 
     @property
     def expected_density(self) -> float | None:
         return self.density
 
-    @property
-    def reselect_every(self) -> int:
-        return self.hold
-
     def starved(self, pattern: BlockPattern, order: Order, layout: TokenLayout) -> Tensor | None:
         places = arrangement(order, layout)
         (first, stop), (start, end) = places.video_queries, places.video_keys
-        if self.floor or first == stop or start == end:
+        if self.min_blocks or first == stop or start == end:
             return None
         blocks, counts = pattern.blocks[:, :, first:stop], pattern.counts[:, :, first:stop]
         listed = torch.arange(blocks.shape[3], device=blocks.device) < counts[..., None]
@@ -101,12 +104,12 @@ class RankedSelect(Select):
             queries=layout.queries,
             keys=layout.keys,
             density=self.density,
-            mass=self.mass,
-            rule=self.rule,
+            mass=self.top_p,
+            rule="row" if self.per == "row" else "quantile",
             always=always,
             competing=columns,
             competing_queries=rows,
-            floor=min(self.floor, columns[1] - columns[0]),
+            floor=min(self.min_blocks, columns[1] - columns[0]),
             block_q=BLOCK,
             block_k=BLOCK,
         )

@@ -34,7 +34,7 @@ class Reader(Protocol):
 
 
 @dataclass
-class Held:
+class CacheEntry:
     """What the heads of a group remember of an earlier step.
 
     Args:
@@ -52,12 +52,12 @@ class Held:
     lse: Tensor | None = None
 
 
-class Turn(NamedTuple):
+class Decision(NamedTuple):
     """A group at one step: what it has held since an earlier one, and which of its heads make what is held anew (empty where
     nothing is kept)."""
 
     step: int
-    held: Held | None
+    held: CacheEntry | None
     refresh: list[bool]
 
 
@@ -141,7 +141,7 @@ class Rest(ABC):
         """At what share of the steps a head refreshes whose gate, bool [parts], is this."""
         return 0.0
 
-    def due(self, held: Held, now: tuple[int, int], gate: Tensor | None, before: int | None) -> list[bool]:
+    def due(self, held: CacheEntry, now: tuple[int, int], gate: Tensor | None, before: int | None) -> list[bool]:
         """Which heads refresh at this step.
 
         Args:
@@ -152,5 +152,5 @@ class Rest(ABC):
         return []
 
     @abstractmethod
-    def complete(self, read: Read, turn: Turn, reader: Reader) -> tuple[Part, Held]:
+    def complete(self, read: Read, decision: Decision, reader: Reader) -> tuple[Part, CacheEntry]:
         """The output of the group's heads, and what they remember."""

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from diffusers_accel.kernels.pattern import BlockPattern, head_flags
 from diffusers_accel.methods.method import Method
-from diffusers_accel.methods.rest import Held, Turn
+from diffusers_accel.methods.rest import CacheEntry, Decision
 
 
-def take_turn(
-    method: Method, heads: int, held: Held | None, now: tuple[int, int], gate: Tensor | None, before: int | None
-) -> Turn:
+def decide(
+    method: Method, heads: int, held: CacheEntry | None, now: tuple[int, int], gate: Tensor | None, before: int | None
+) -> Decision:
     """What a group does at a step.
 
     Args:
@@ -26,27 +26,27 @@ def take_turn(
         before: the step at which the layer attended last; None: the one before this.
     """
     if held is None:
-        return Turn(now[0], None, [True] * heads if method.rest.remembers else [])
-    return Turn(now[0], held, method.rest.due(held, now, gate, before))
+        return Decision(now[0], None, [True] * heads if method.rest.remembers else [])
+    return Decision(now[0], held, method.rest.due(held, now, gate, before))
 
 
-def selects(method: Method, turn: Turn) -> bool:
+def selects(method: Method, decision: Decision) -> bool:
     """Whether blocks are selected anew at this step."""
-    if turn.held is None:
+    if decision.held is None:
         return True
     if method.rest.remembers:
-        return any(turn.refresh)
-    return turn.step - turn.held.selected >= method.select.reselect_every
+        return any(decision.refresh)
+    return decision.step - decision.held.selected >= method.select.reselect_every
 
 
-def read_blocks(method: Method, turn: Turn, select: Callable[[], BlockPattern]) -> BlockPattern:
+def read_blocks(method: Method, decision: Decision, select: Callable[[], BlockPattern]) -> BlockPattern:
     """What a group reads at this step: what `select` gives, what it has held, or per head the one or the other."""
-    held = turn.held
+    held = decision.held
     if held is None:
         return select()
-    if not selects(method, turn):
+    if not selects(method, decision):
         return held.pattern  # also where the plan's mask has changed since: what is kept is the rest of the held one
-    return select() if all(turn.refresh) else mixed(select(), held.pattern, turn.refresh)
+    return select() if all(decision.refresh) else mixed(select(), held.pattern, decision.refresh)
 
 
 def mixed(fresh: BlockPattern, held: BlockPattern, take_fresh: Sequence[bool]) -> BlockPattern:

@@ -14,6 +14,7 @@ import msgspec
 from diffusers_accel.files import FileError, Schema, checksum, printable, quoted, shaped
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import Method
+from diffusers_accel.methods.former import stages_by_present_names
 from diffusers_accel.methods.orders.patches import of_version_1
 from diffusers_accel.plan.data import PlanData
 from diffusers_accel.plan.span import EDGES, Row, Span, row_of, row_text
@@ -234,7 +235,8 @@ _MEANT = {"band": {"text_counts": True}, "stripe": {"text_counts": True}}
 
 
 def _upgraded_method(method: object, path: str) -> object:
-    """Version 1 called the rest "kept" a reuse and had no other; some stages meant something else."""
+    """Version 1 called the rest "kept" a reuse and had no other; some stages meant something else, or had other names for what
+    they take."""
     if isinstance(method, Mapping) and "rest" in method:
         raise FileError(f"{path}: unknown key 'rest' of version 1, which has \"reuse\"")
     if not isinstance(method, Mapping):
@@ -245,12 +247,14 @@ def _upgraded_method(method: object, path: str) -> object:
     if "order" in method:
         method = {**method, "order": of_version_1(method["order"])}
     if "reuse" not in method:
-        return method
+        return stages_by_present_names(method, warn=False)
     reuse = method["reuse"]
     if isinstance(reuse, Mapping) and "kind" in reuse:
-        return method  # which version 1 did not know either: "reuse" is refused
+        # Version 1 did not know a kind either: "reuse" is refused.
+        return stages_by_present_names(method, warn=False)
     kept = {"kind": "kept", **reuse} if isinstance(reuse, Mapping) else reuse
-    return {**{key: value for key, value in method.items() if key != "reuse"}, "rest": kept}
+    upgraded = {**{key: value for key, value in method.items() if key != "reuse"}, "rest": kept}
+    return stages_by_present_names(upgraded, warn=False)
 
 
 def _key(name: str) -> str:

@@ -101,7 +101,7 @@ class Plan(PlanData):
 
     @staticmethod
     def uniform(method: Method | Recipe, family: str, models: Mapping[str, ModelShape]) -> Plan:
-        """The plan in which every layer is dealt out by the same rule; a recipe's dense steps and layers stay dense."""
+        """The plan in which every layer is assigned by the same rule; a recipe's dense steps and layers stay dense."""
         recipe = Recipe(heads=(method,)) if isinstance(method, Method) else method
         symbols = {DENSE: "."} if recipe.dense_steps or recipe.dense_layers or DENSE in recipe.heads else {}
         unused = new_symbols()

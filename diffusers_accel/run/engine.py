@@ -1,4 +1,4 @@
-"""A plan at work at one site: heads dealt to methods once per span and layout, and attended in as few launches as can be."""
+"""A plan at work at one site: heads partitioned once per span and layout, and attended in as few launches as can be."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from diffusers_accel.call import AttentionCall
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, DENSE, Method
 from diffusers_accel.plan import Plan
-from diffusers_accel.run.deals import Deals, Mix
-from diffusers_accel.run.launch import Ran, run
-from diffusers_accel.run.memory import Layer, Memories
+from diffusers_accel.run.launch import Output, run
+from diffusers_accel.run.memory import CacheManager, Layer
+from diffusers_accel.run.partition import Mix, Partitions
 from diffusers_accel.run.remarks import Remarks
 
 
@@ -49,9 +49,9 @@ class PlanEngine:
     Args:
         site: where.
         plan: what; it must fit the site's model.
-        deals: shared by the sites of one patch, so that layers with equal heads share their block lists.
+        partitions: shared by the sites of one patch, so that layers with equal heads share their block lists.
         min_tokens: shorter sequences stay dense (and a note says so); 0 for a plan or method that was asked for.
-        memories: what is kept for later steps, shared by the sites of one patch.
+        caches: what is kept for later steps, shared by the sites of one patch.
         remarks: where to say what holds for the whole patch.
         few_tokens: below so many tokens a remark says that the plan's methods lose too much; 0 for never.
     """
@@ -60,9 +60,9 @@ class PlanEngine:
         self,
         site: Site,
         plan: Plan,
-        deals: Deals,
+        partitions: Partitions,
         min_tokens: int,
-        memories: Memories,
+        caches: CacheManager,
         remarks: Remarks | None = None,
         few_tokens: int = 0,
     ) -> None:
@@ -70,21 +70,21 @@ class PlanEngine:
         self.plan = plan
         self.clear()
         self._span: int | None = None  # of the last call
-        self._deals = deals
+        self._partitions = partitions
         self._min_tokens = min_tokens
-        self._memories = memories
+        self._caches = caches
         self._remarks = remarks or Remarks()
         self._few_tokens = few_tokens
         self._layer: Layer = (site.transformer, site.layer)
         heads = range(site.model.shape.heads)
         spans = [[self._method(span, head) for head in heads] for span in range(len(plan.spans))]
-        self._mixes = [deals.mix(methods) for methods in spans]
+        self._mixes = [partitions.mix(methods) for methods in spans]
         savings = [
             [self._saving(method, span, head) for head, method in enumerate(methods) if method.rest.remembers]
             for span, methods in enumerate(spans)
         ]
         if most := max(savings, key=len):
-            memories.budget.enter(self._layer, len(most), sum(most) / len(most))
+            caches.budget.enter(self._layer, len(most), sum(most) / len(most))
 
     def clear(self) -> None:
         """Starts the tally anew."""
@@ -92,29 +92,29 @@ class PlanEngine:
 
     def attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if call.now is not None:
-            self._memories.at(call.transformer, call.now)
+            self._caches.at(call.transformer, call.now)
         self.tally.layout = call.layout
         if call.layer == 0:
             self._look_around(call.now)
         mix = self._uncached(self._mix(q, call), call, q)
         if mix.dense:
             assert call.dense is not None
-            self._count(mix, Ran(q, 1.0, 0, ("dense",)))
+            self._count(mix, Output(q, 1.0, 0, ("dense",)))
             return call.dense(q, k, v)
         if q.shape[1] < self._few_tokens:
             sparse = next(method.label for method in mix.distinct if not method.dense)
             self._remarks.say(_too_few(sparse, q.shape[1], self._few_tokens))
-        dealt = self._deals.find(mix, call, q.device)
-        memory = self._memories.of(self._layer, call.stream) if dealt.remembering else None
-        ran = run(dealt, call, q, k, v, memory)
-        self._count(mix, ran)
-        if q.device.type == "cpu" and any(launch.precision != "input" for launch in dealt.launches):
+        partition = self._partitions.find(mix, call, q.device)
+        cache = self._caches.of(self._layer, call.stream) if partition.remembering else None
+        output = run(partition, call, q, k, v, cache)
+        self._count(mix, output)
+        if q.device.type == "cpu" and any(launch.precision != "input" for launch in partition.launches):
             self.tally.notes["quantized products are simulated on a CPU: their numbers, not their speed"] += 1
-        if memory is not None and call.now is not None:
-            self.tally.cache_bytes = max(self.tally.cache_bytes, self._memories.bytes(self._layer))
+        if cache is not None and call.now is not None:
+            self.tally.cache_bytes = max(self.tally.cache_bytes, self._caches.bytes(self._layer))
             if call.now[0] == call.now[1] - 1:
-                memory.clear()
-        return ran.out
+                cache.clear()
+        return output.out
 
     def _look_around(self, now: tuple[int, int] | None) -> None:
         """Says what of this call keeps the plan from doing what was asked for."""
@@ -159,11 +159,11 @@ class PlanEngine:
         """The methods of the running span."""
         if q.shape[1] < self._min_tokens:
             self.tally.notes[f"{q.shape[1]:,} tokens: below {self._min_tokens:,} dense attention is faster"] += 1
-            return self._deals.mix((DENSE,) * q.shape[2])
+            return self._partitions.mix((DENSE,) * q.shape[2])
         span = running_span(self.plan, call)
         if span != self._span:
             self._span = span
-            self._deals.leave(self._layer)
+            self._partitions.leave(self._layer)
         mix = self._mixes[span]
         if call.now is None and mix.timed:
             raise _no_clock("a selection or a part of an earlier step is reused")
@@ -173,20 +173,20 @@ class PlanEngine:
         """Heads that keep an output are dense where it does not fit into memory."""
         if not mix.remembers:
             return mix
-        budget = self._memories.budget
+        budget = self._caches.budget
         if budget.admits(self._layer, call.stream, q):
             return mix
         self.tally.notes[f"its cache does not fit into {budget.share:.0%} of the free memory: dense"] += 1
-        return self._deals.mix(DENSE if method.rest.remembers else method for method in mix.methods)
+        return self._partitions.mix(DENSE if method.rest.remembers else method for method in mix.methods)
 
-    def _count(self, mix: Mix, ran: Ran) -> None:
+    def _count(self, mix: Mix, output: Output) -> None:
         tally = self.tally
         tally.calls += 1
-        tally.density = tally.density + ran.density
-        tally.kernels[" + ".join(ran.kernels) or "none"] += 1
+        tally.density = tally.density + output.density
+        tally.kernels[" + ".join(output.kernels) or "none"] += 1
         tally.heads.update(mix.labels)
-        tally.reused += ran.reused
-        for each in ran.read:
+        tally.reused += output.reused
+        for each in output.read:
             total = tally.reads.setdefault(each.method, ReadTotal())
             total.heads += each.heads
             total.density = total.density + each.density * each.heads

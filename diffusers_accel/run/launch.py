@@ -1,4 +1,4 @@
-"""Runs the heads of a layer as they were dealt out: each launch once through its stages."""
+"""Runs the heads of a layer as they were partitioned: each launch once through its stages."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from diffusers_accel.kernels.pooled import pooled
 from diffusers_accel.kernels.prep import Prepared, prep
 from diffusers_accel.kernels.quantize import Quantized
 from diffusers_accel.methods import BLOCK, Method
-from diffusers_accel.methods.rest import Part, Read, Turn
+from diffusers_accel.methods.rest import Decision, Part, Read
 from diffusers_accel.methods.select import Inputs
-from diffusers_accel.methods.steps import read_blocks, selects, take_turn
+from diffusers_accel.methods.steps import decide, read_blocks, selects
 from diffusers_accel.methods.uses import Tensors
-from diffusers_accel.run.deals import Deal, Group, Launch
 from diffusers_accel.run.grouped import of_heads
-from diffusers_accel.run.memory import Memory
+from diffusers_accel.run.memory import LayerCache
+from diffusers_accel.run.partition import Group, Launch, Partition
 
 
 class GroupRead(NamedTuple):
@@ -41,7 +41,7 @@ class GroupRead(NamedTuple):
     starved: Tensor | None
 
 
-class Ran(NamedTuple):
+class Output(NamedTuple):
     """What a layer, or one launch of it, has done.
 
     Args:
@@ -59,38 +59,40 @@ class Ran(NamedTuple):
     read: tuple[GroupRead, ...] = ()
 
 
-def run(deal: Deal, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, memory: Memory | None = None) -> Ran:
+def run(
+    partition: Partition, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None = None
+) -> Output:
     """Attention of one layer.
 
     Args:
-        call: of which all heads have been dealt out.
+        call: of which all heads have been partitioned.
         q: [B, queries, H, D]; k, v: [B, keys, H_k, D], in which several heads may share one.
-        memory: of this layer and branch; None remembers nothing, so that what could be reused is computed.
+        cache: of this layer and branch; None remembers nothing, so that what could be reused is computed.
     """
-    memory = memory or Memory()
-    if deal.remembering:
-        memory.begin(call.now or (0, 1), q, k, deal.remembering)
-    if len(deal.launches) == 1 and deal.launches[0].whole:
-        if len(deal.launches[0].groups) > 1:  # whose heads may share one of the keys
+    cache = cache or LayerCache()
+    if partition.remembering:
+        cache.begin(call.now or (0, 1), q, k, partition.remembering)
+    if len(partition.launches) == 1 and partition.launches[0].whole:
+        if len(partition.launches[0].groups) > 1:  # whose heads may share one of the keys
             k, v = (of_heads(x, call.heads, q.shape[2]) for x in (k, v))
-        return _attend(deal.launches[0], deal.tensors, call, q, k, v, None, memory)
-    out = v.new_zeros(q.shape) if deal.skipped else v.new_empty(q.shape)
-    density: float | Tensor = float(len(deal.dense))
-    kernels: tuple[str, ...] = ("dense",) if deal.dense else ()
+        return _attend(partition.launches[0], partition.tensors, call, q, k, v, None, cache)
+    out = v.new_zeros(q.shape) if partition.skipped else v.new_empty(q.shape)
+    density: float | Tensor = float(len(partition.dense))
+    kernels: tuple[str, ...] = ("dense",) if partition.dense else ()
     read: tuple[GroupRead, ...] = ()
     reused = 0
-    if deal.dense:
+    if partition.dense:
         assert call.dense is not None
-        index = head_index(deal.dense, q.device)
-        own = q.index_select(2, index), *(of_heads(x, deal.dense, q.shape[2]) for x in (k, v))
+        index = head_index(partition.dense, q.device)
+        own = q.index_select(2, index), *(of_heads(x, partition.dense, q.shape[2]) for x in (k, v))
         out.index_copy_(2, index, call.dense(*own))
-    for launch in deal.launches:
+    for launch in partition.launches:
         rows = launch.rows()
-        ran = _attend(launch, deal.tensors, call, q, k, v, rows, memory)
-        out.view(out.shape[0], -1, out.shape[-1]).index_copy_(1, rows, ran.out.flatten(1, 2))
-        density, reused = density + ran.density * len(launch.heads), reused + ran.reused
-        kernels, read = kernels + ran.kernels, read + ran.read
-    return Ran(out, density / len(deal.methods), reused, kernels, read)
+        output = _attend(launch, partition.tensors, call, q, k, v, rows, cache)
+        out.view(out.shape[0], -1, out.shape[-1]).index_copy_(1, rows, output.out.flatten(1, 2))
+        density, reused = density + output.density * len(launch.heads), reused + output.reused
+        kernels, read = kernels + output.kernels, read + output.read
+    return Output(out, density / len(partition.methods), reused, kernels, read)
 
 
 def _attend(
@@ -101,19 +103,19 @@ def _attend(
     k: Tensor,
     v: Tensor,
     rows: Tensor | None,
-    memory: Memory,
-) -> Ran:
+    cache: LayerCache,
+) -> Output:
     """One launch on the model's q, k, v; the output has its heads, each in its own order. rows: as of `Launch.rows`, or None
     where the launch is `whole`."""
     now = call.now or (0, 1)
-    turns = [
-        take_turn(group.method, len(group.heads), memory.held.get(group.key), now, group.gate, memory.before)
+    decisions = [
+        decide(group.method, len(group.heads), cache.held.get(group.key), now, group.gate, cache.before)
         for group in launch.groups
     ]
-    both = list(zip(launch.groups, turns, strict=True))
-    means = any(group.method.select.wants == "means" and selects(group.method, turn) for group, turn in both)
+    both = list(zip(launch.groups, decisions, strict=True))
+    means = any(group.method.select.wants == "means" and selects(group.method, decision) for group, decision in both)
     prepared = _prepare(launch, q, k, v, rows, means)
-    patterns = [_pattern(group, turn, tensors, call, prepared) for group, turn in both]
+    patterns = [_pattern(group, decision, tensors, call, prepared) for group, decision in both]
     kernel = chosen(q.device, q.dtype, q.shape[3], (BLOCK, BLOCK), launch.precision)
     together = _together(launch, patterns)
     if isinstance(prepared.operands, Quantized):
@@ -123,23 +125,23 @@ def _attend(
     density: float | Tensor = 0.0
     read: tuple[GroupRead, ...] = ()
     reused = 0
-    for group, turn, pattern in zip(launch.groups, turns, patterns, strict=True):
-        share = _density(pattern, turn.refresh)
+    for group, decision, pattern in zip(launch.groups, decisions, patterns, strict=True):
+        share = _density(pattern, decision.refresh)
         density = density + share * len(group.heads)
-        if not any(turn.refresh):
+        if not any(decision.refresh):
             starved = group.method.select.starved(pattern, group.method.order, call.layout)
             read += (GroupRead(group.method, len(group.heads), share, starved),)
         place = group.place
         mine = Read((out[:, :, place], lse[:, place]), pattern, pattern is group.pattern)
         k_means = prepared.means[1][:, :, place] if prepared.means else None
         reader = _Kernels(prepared.operands, place, launch.precision, kernel, k_means)
-        part, held = group.method.rest.complete(mine, turn, reader)
+        part, held = group.method.rest.complete(mine, decision, reader)
         if part is not mine.part:
             out[:, :, place] = part[0]
         if group.method.timed:
-            memory.held[group.key] = held
-        reused += len(turn.refresh) - sum(turn.refresh)
-    return Ran(out, density / len(launch.heads), reused, (_named(kernel, launch.precision, q.device),), read)
+            cache.held[group.key] = held
+        reused += len(decision.refresh) - sum(decision.refresh)
+    return Output(out, density / len(launch.heads), reused, (_named(kernel, launch.precision, q.device),), read)
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,9 @@ def _prepare(launch: Launch, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | Non
     return prep(q, k, v, rows, len(launch.heads), key_rows=key_rows, precision=precision, pooled=means, block=BLOCK)
 
 
-def _pattern(group: Group, turn: Turn, tensors: Tensors, call: AttentionCall, prepared: Prepared) -> BlockPattern:
+def _pattern(
+    group: Group, decision: Decision, tensors: Tensors, call: AttentionCall, prepared: Prepared
+) -> BlockPattern:
     """What a group reads at this step."""
 
     def select() -> BlockPattern:
@@ -188,7 +192,7 @@ def _pattern(group: Group, turn: Turn, tensors: Tensors, call: AttentionCall, pr
         method = group.method
         return method.select.pattern(call.of(group.heads), method.order, tensors, _inputs(prepared, group))
 
-    return read_blocks(group.method, turn, select)
+    return read_blocks(group.method, decision, select)
 
 
 def _inputs(prepared: Prepared, group: Group) -> Inputs:

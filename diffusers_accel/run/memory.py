@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.files import quoted
-from diffusers_accel.methods.rest import Held
+from diffusers_accel.methods.rest import CacheEntry
 
 LSE_BYTES = 4
-MAX_CACHE = 0.2  # of the free memory
+CACHE_MEMORY_FRACTION = 0.2  # of the free memory
 
 Layer = tuple[str, int]  # name of the transformer, number of the layer
 Stream = tuple[str, tuple[int, int]]  # pass of guidance, and which batch rows
 
 
 @dataclass
-class Memory:
+class LayerCache:
     """What one layer remembers on one branch. It lasts while step follows step of one generation, computed or
     predicted (`carry`): a gap, a step back, another number of steps, shape, dtype or device empty it."""
 
-    held: dict[Hashable, Held] = field(default_factory=dict)
+    held: dict[Hashable, CacheEntry] = field(default_factory=dict)
     before: int | None = None  # the step at which the layer attended before this one; None at the first
     _last: int | None = None  # the last step that was computed or predicted
     _attended: int | None = None
@@ -73,7 +73,9 @@ class CacheBudget:
 
     def __init__(self, share: float, free: Callable[[torch.device], int] | None = None) -> None:
         if isinstance(share, bool) or not (isinstance(share, (int, float)) and 0 <= share <= 1):
-            raise ValueError(f"max_cache is a share of the free memory, expected in [0, 1], found {quoted(share)}")
+            raise ValueError(
+                f"cache_memory_fraction is a share of the free memory, expected in [0, 1], found {quoted(share)}"
+            )
         self.share = share
         self._free = free or free_bytes
         self._rank: list[tuple[float, Layer, int]] = []  # (saving, layer, heads), best first
@@ -115,19 +117,19 @@ class CacheBudget:
         return admitted, left
 
 
-class Memories:
-    """The memories of all layers under one patch, and the budget that says where there may be one.
+class CacheManager:
+    """The caches of all layers under one patch, and the budget that says which layers may have one.
 
-    What is kept belongs to one generation and to the transformer that runs: an expert that takes over from another takes over
-    its memory too. Nothing is left of a generation that was interrupted once the next one begins.
+    What is kept belongs to one generation and to the transformer that runs: when one expert takes over from another, that
+    one's caches are emptied. Nothing is left of a generation that was interrupted once the next one begins.
 
     Args:
-        max_cache: the budget's share of the memory that is free at the first call, in [0, 1].
+        cache_memory_fraction: the budget's share of the memory that is free at the first call, in [0, 1].
     """
 
-    def __init__(self, max_cache: float = MAX_CACHE) -> None:
-        self.budget = CacheBudget(max_cache)
-        self._kept: dict[tuple[Layer, Stream], Memory] = {}
+    def __init__(self, cache_memory_fraction: float = CACHE_MEMORY_FRACTION) -> None:
+        self.budget = CacheBudget(cache_memory_fraction)
+        self._kept: dict[tuple[Layer, Stream], LayerCache] = {}
         self._at: tuple[str, int, int] | None = None
 
     def at(self, transformer: str, now: tuple[int, int]) -> None:
@@ -137,23 +139,23 @@ class Memories:
             return
         if before is None or (transformer, now[1]) != (before[0], before[2]) or now[0] < before[1]:
             self.clear()
-        for key in [key for key, memory in self._kept.items() if memory.outlived(now[0])]:
+        for key in [key for key, cache in self._kept.items() if cache.outlived(now[0])]:
             del self._kept[key]
 
     def carry(self, transformer: str, branch: str, now: tuple[int, int]) -> None:
         """The forward of a pass at this step is predicted: what its layers keep outlives the step."""
         if self._kept:
             self.at(transformer, now)
-        for (layer, (passing, _)), memory in self._kept.items():
+        for (layer, (passing, _)), cache in self._kept.items():
             if layer[0] == transformer and passing == branch:
-                memory.carry(now)
+                cache.carry(now)
 
-    def of(self, layer: Layer, stream: Stream) -> Memory:
-        return self._kept.setdefault((layer, stream), Memory())
+    def of(self, layer: Layer, stream: Stream) -> LayerCache:
+        return self._kept.setdefault((layer, stream), LayerCache())
 
     def bytes(self, layer: Layer) -> int:
         """What a layer keeps now, on all branches."""
-        return sum(memory.bytes for (of, _), memory in self._kept.items() if of == layer)
+        return sum(cache.bytes for (of, _), cache in self._kept.items() if of == layer)
 
     def clear(self) -> None:
         self._kept.clear()

@@ -128,9 +128,9 @@ def method(random: Random, plain: bool = False) -> Method:
             (
                 Band(share, random.random() < 0.5),
                 Stripe(share, False, random.random() < 0.5) if plain else Stripe(share, random.random() < 0.5),
-                Draft(share, rule=random.choice(("quantile", "row")), floor=random.randrange(3)),
+                Draft(share, per=random.choice(("head", "row")), min_blocks=random.randrange(3)),
                 Draft(None, share, diagonal=random.random() < 0.5),
-                Draft(share, hold=random.randrange(1, 4)),
+                Draft(share, reselect_every=random.randrange(1, 4)),
                 Band(share) if plain else Stored(0.5),
             )
         )
@@ -211,7 +211,7 @@ class Oracle:
         if kept is not None and isinstance(method.rest, Kept):
             selects = self._due(method.rest, call, kept.refreshed)
         elif kept is not None and isinstance(method.select, Draft):
-            selects = step - kept.selected >= method.select.hold
+            selects = step - kept.selected >= method.select.reselect_every
         mask = self._token_mask(method, call, q, k) if selects or kept is None else kept.mask
         out, lse = attend(q, k, v, mask)
         rest = None
@@ -235,7 +235,7 @@ class Oracle:
         step, steps = call.now
         gate = rest.gate(call.place, call.heads, self.plan.tensors)
         if gate is None:
-            return step - refreshed >= rest.every
+            return step - refreshed >= rest.refresh_every
         begun = range(part_of((step - 1, steps), len(gate)) + 1, part_of(call.now, len(gate)) + 1)
         return bool(gate[list(begun)].any())
 

@@ -21,7 +21,7 @@ def test_compositions(campaign: Campaign) -> None:
             if not difference(head) <= 1:
                 wrong.append(f"{number}: {head.what}: {difference(head):.3g} times what is allowed")
 
-        with patch(drawn.pipe, drawn.plan, max_cache=1.0) as patched:
+        with patch(drawn.pipe, drawn.plan, cache_memory_fraction=1.0) as patched:
             oracle = Oracle(patched.plan)
             for site in patched.sites:
                 site.engine = Watching(site.engine, oracle, tell)

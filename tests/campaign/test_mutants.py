@@ -188,7 +188,7 @@ def picture_by_saving(folder: Path, name: str, says: Callable[[Path], Any], valu
 
 
 def use_scores(cost: Cost, scores: Scores) -> None:
-    for budget in (Budget.density(0.6), Budget.paper(0.5, 0.5), Budget.speedup(1.01)):
+    for budget in (Budget.density(0.6), Budget.sparse_vdit(0.5, 0.5), Budget.speedup(1.01)):
         make_plan(scores, cost, assign(scores, cost, budget), budget).show()
 
 

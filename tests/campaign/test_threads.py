@@ -16,7 +16,7 @@ KINDS = {"wan": (tiny_wan, tiny_wan_call), "hunyuan_video": (tiny_hunyuan, tiny_
 METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("pattern", {"density": 0.4}),
     ("draft", {"density": 0.3}),
-    ("cached", {"every": 2}),
+    ("cached", {"refresh_every": 2}),
     ("reordered", {"axes": "hwf", "density": 0.5}),
     ("dense", {}),
 )

@@ -122,7 +122,7 @@ def test_what_is_said_of_the_patch_as_a_whole_is_in_every_part_of_the_report(pip
 
 
 def test_the_cache_budget_of_a_subject_holds_in_its_runs(pipe: Any) -> None:
-    subjects = {"room": "cached", "none": ("cached", {"max_cache": 0.0})}
+    subjects = {"room": "cached", "none": ("cached", {"cache_memory_fraction": 0.0})}
     report = compare(pipe, subjects, [PROMPT], call=CALL, metrics=("psnr",), show=0, progress=False)
     assert report.row("density", "room").value < report.row("density", "none").value == 1
     assert report.row("time", "none").note == "its cache does not fit into 0% of the free memory: dense"

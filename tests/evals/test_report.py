@@ -330,7 +330,7 @@ def test_difference_is_amplified(tmp_path: Path) -> None:
 
 def many_methods() -> list[Method]:
     """More kinds than there are hues, most at two densities."""
-    methods = [Method(), Method(precision="int8"), Method(select=Skip()), Method(select=Draft(density=None, mass=0.9))]
+    methods = [Method(), Method(precision="int8"), Method(select=Skip()), Method(select=Draft(density=None, top_p=0.9))]
     for density in (0.25, 0.5):
         selects = (Band(density), Stripe(density), Stripe(density, calibrated=True), Draft(density), Stored(density))
         methods += [Method(select=select) for select in selects]
@@ -368,7 +368,7 @@ def test_colours_tell_methods_apart() -> None:
         (Method(precision="int8"), 1.0),
         (Method(select=Skip()), 0.0),
         (Method(select=Draft(0.25)), 0.25),
-        (Method(select=Draft(density=None, mass=0.9)), None),
+        (Method(select=Draft(density=None, top_p=0.9)), None),
         (Method(select=Draft(0.25), rest=Kept(3)), 0.5),  # a third of the steps dense
         (Method(select=Draft(0.25), rest=Kept(gated=True)), None),
         (Method(select=Draft(0.25), rest=Pooled()), 0.25),

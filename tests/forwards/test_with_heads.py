@@ -103,7 +103,7 @@ def selections(hold: int, computed: list[int]) -> int:
         count += 1
         return original(*args, **kwargs)
 
-    held = Method(Patches(), Draft(0.34, hold=hold))
+    held = Method(Patches(), Draft(0.34, reselect_every=hold))
     with pytest.MonkeyPatch.context() as patched, patch(model, [held, schedule(computed)]) as done, torch.no_grad():
         patched.setattr(Draft, "pattern", counted)
         for step in range(STEPS):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffusers_accel.files import check_json
 from diffusers_accel.methods import DENSE, Band, Method
-from diffusers_accel.search.arguments import check_budget
+from diffusers_accel.search.arguments import check_budget, dense_share
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.gates import calibrate_gates
 from diffusers_accel.search.plan_search import search_plan
@@ -134,6 +134,9 @@ def test_wrong_prompts(error: type[Exception], prompts: Any, message: str) -> No
             {"dense_steps": 0.2, "spans": (0.5,)},
             r"dense_steps: expected 0, 1 or one of the borders .* \[0.5\]",
         ),
+        (ValueError, {"dense_steps": 99}, r"dense_steps: expected at most the \d steps of the call, found 99"),
+        (ValueError, {"dense_steps": 10**400}, r"dense_steps: expected at most the \d steps of the call, found 1000"),
+        (ValueError, {"dense_steps": -1}, r"dense_steps: expected a share of the schedule in \[0, 1\], found -1"),
         (TypeError, {"spans": 0.5}, "spans: expected a list of numbers, found 0.5"),
         (TypeError, {"spans": "0.5"}, "spans: expected a list of numbers, found '0.5'"),
         (TypeError, {"spans": [None]}, r"spans\[0\]: expected a number, found None"),
@@ -160,11 +163,15 @@ def test_wrong_arguments(error: type[Exception], change: dict[str, Any], message
         (TypeError, lambda: Budget.speedup("1.4"), "Budget.speedup: expected a number, found '1.4'"),
         (TypeError, lambda: Budget.density(True), "Budget.density: expected a number, found True"),
         (TypeError, lambda: Budget.density(None), "Budget.density: expected a number, found None"),
-        (TypeError, lambda: Budget.paper(1.0, "0.5"), "Budget.paper: expected a number, found '0.5'"),
-        (ValueError, lambda: Budget.paper(NAN), "epsilon and lambda are 0 or more"),
-        (ValueError, lambda: Budget.paper(mse="max"), "mse: expected one of mean, relative, found 'max'"),
-        (ValueError, lambda: Budget.paper(cost=["time"]), r"cost: expected one of time, blocks, found \['time'\]"),
-        (ValueError, lambda: Budget("fast", 2.0), "kind: expected one of speedup, density, paper, found 'fast'"),
+        (TypeError, lambda: Budget.sparse_vdit(1.0, "0.5"), "Budget.sparse_vdit: expected a number, found '0.5'"),
+        (ValueError, lambda: Budget.sparse_vdit(NAN), "epsilon and lambda are 0 or more"),
+        (ValueError, lambda: Budget.sparse_vdit(mse="max"), "mse: expected one of mean, relative, found 'max'"),
+        (
+            ValueError,
+            lambda: Budget.sparse_vdit(cost=["time"]),
+            r"cost: expected one of time, blocks, found \['time'\]",
+        ),
+        (ValueError, lambda: Budget("fast", 2.0), "kind: expected one of speedup, density, sparse_vdit, found 'fast'"),
     ],
 )
 def test_wrong_budgets(error: type[Exception], make: Any, message: str) -> None:
@@ -173,10 +180,10 @@ def test_wrong_budgets(error: type[Exception], make: Any, message: str) -> None:
 
 
 def test_budgets_are_plain_data() -> None:
-    for budget in (Budget.density(np.float32(0.5)), Budget.speedup(np.int64(2)), Budget.paper(INF)):
+    for budget in (Budget.density(np.float32(0.5)), Budget.speedup(np.int64(2)), Budget.sparse_vdit(INF)):
         check_budget(budget)
         check_json(budget.to_json(), "budget")
-    assert Budget.paper(INF).to_json()["epsilon"] == "infinity"
+    assert Budget.sparse_vdit(INF).to_json()["epsilon"] == "infinity"
 
 
 def test_a_calibration_needs_a_plan() -> None:
@@ -201,3 +208,13 @@ def test_methods_may_come_as_any_list() -> None:
     refused(
         ValueError, "at least one calibration prompt", prompts=iter([]), candidates=[DENSE, Method(select=Band(0.4))]
     )
+
+
+def test_dense_steps_are_a_share_or_a_count() -> None:
+    pipe = tiny_wan()
+    assert [dense_share(pipe, {"num_inference_steps": 10}, given) for given in (0, 0.25, 1.0)] == [0.0, 0.25, 1.0]
+    assert [dense_share(pipe, {"num_inference_steps": 10}, given) for given in (1, 3, np.int64(10))] == [0.1, 0.3, 1.0]
+    assert dense_share(pipe, {}, 5) == 0.1, "of the 50 steps that this pipeline takes"
+    for call in ({"num_inference_steps": None}, {"timesteps": [9, 1]}, {"strength": 0.5}):
+        with pytest.raises(ValueError, match="found 2, a count of steps, .* give a share of the schedule"):
+            dense_share(pipe, call, 2)

@@ -16,7 +16,7 @@ from diffusers_accel.search.assign import Assignment, assign
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.cost import Cost
 from diffusers_accel.search.knapsack import knapsack
-from diffusers_accel.search.scores import Pass, Scores
+from diffusers_accel.search.scores import CalibrationRun, Scores
 from diffusers_accel.shape import ModelShape
 
 SPANS = ((0.0, 0.25), (0.25, 1.0))
@@ -43,7 +43,7 @@ def make_scores(
     sums["error_square/transformer"][:] = error**2 * samples
     sums["mse/transformer"][:] = mse * samples
     sums["energy/transformer"][:] = 2.0 * samples
-    done = Pass("a red circle", 10.0, 10.0 * share, {"transformer": calls}, {"transformer": calls})
+    done = CalibrationRun("a red circle", 10.0, 10.0 * share, {"transformer": calls}, {"transformer": calls})
     return Scores("wan", models, layout, methods, spans, 0, {}, {}, (done,), sums)
 
 
@@ -205,7 +205,7 @@ def test_deterministic():
 
 
 def paper(scores: Scores, epsilon: float, lam: float = 0.5, **options) -> Assignment:
-    return assign(scores, cost_of(scores), Budget.paper(epsilon, lam, **options))
+    return assign(scores, cost_of(scores), Budget.sparse_vdit(epsilon, lam, **options))
 
 
 def test_paper_epsilon_zero_keeps_all_dense_and_infinity_none():
@@ -260,8 +260,11 @@ def test_paper_measured_time_instead_of_blocks():
     mse = np.array([[[[0.0, 0.9, 0.1]]]] * 2)
     scores = make_scores(mse)
     slow = costs(100.0, 1.0, 180.0)
-    assert assign(scores, slow, Budget.paper(2.0, 0.5, cost="time")).choice["transformer"].ravel().tolist() == [1, 1]
-    assert assign(scores, slow, Budget.paper(2.0, 0.5)).choice["transformer"].ravel().tolist() == [2, 2]
+    assert assign(scores, slow, Budget.sparse_vdit(2.0, 0.5, cost="time")).choice["transformer"].ravel().tolist() == [
+        1,
+        1,
+    ]
+    assert assign(scores, slow, Budget.sparse_vdit(2.0, 0.5)).choice["transformer"].ravel().tolist() == [2, 2]
 
 
 def test_a_mix_beats_every_single_method():
@@ -301,7 +304,9 @@ def test_what_reuses_costs_its_refreshes_and_errs_by_its_age():
     assert found.error == pytest.approx(2 * 0.05 * sum(ages) / 8)
 
 
-@pytest.mark.parametrize("make", [lambda: Budget.speedup(0.9), lambda: Budget.density(1.1), lambda: Budget.paper(-1.0)])
+@pytest.mark.parametrize(
+    "make", [lambda: Budget.speedup(0.9), lambda: Budget.density(1.1), lambda: Budget.sparse_vdit(-1.0)]
+)
 def test_wrong_budgets_cannot_be_built(make):
     with pytest.raises(ValueError, match="found"):
         make()

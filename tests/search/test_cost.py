@@ -30,11 +30,11 @@ def test_refreshing_and_reusing_calls_are_timed_apart(monkeypatch):
     planned = [launch_all(alike(method), call, {}, CPU) for method in methods]
     seen: list[tuple[int, int]] = []
 
-    def recorded(deal, call, q, k, v, *memory):
-        ran = stock(deal, call, q, k, v, *memory)
+    def recorded(partition, call, q, k, v, *memory):
+        output = stock(partition, call, q, k, v, *memory)
         if memory:
-            seen.append((call.now[0], ran.reused))
-        return ran
+            seen.append((call.now[0], output.reused))
+        return output
 
     stock = cost.run
     monkeypatch.setattr(cost, "run", recorded)

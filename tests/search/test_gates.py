@@ -16,7 +16,7 @@ from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Skip, Stored
 from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.plan import Plan, PlanError, Span
-from diffusers_accel.run.memory import Memory
+from diffusers_accel.run.memory import LayerCache
 from diffusers_accel.search import gates
 from diffusers_accel.search.gates import WATCHED, Watch, calibrate_gates, summary, watched_blocks
 from diffusers_accel.shape import ModelShape
@@ -79,7 +79,7 @@ def columns(gate: Tensor) -> list[str]:
 
 @pytest.mark.parametrize("method", [DRAFT, BAND], ids=["selected", "fixed"])
 def test_what_is_watched_is_what_a_plan_at_work_keeps(method: Method) -> None:
-    plan, memory = one_layer((method,) * 2), Memory()
+    plan, memory = one_layer((method,) * 2), LayerCache()
     attend((method,) * 2, LAYOUT, inputs(2), memory=memory, now=(0, 2))
     (held,) = memory.held.values()
     watch = Watch(plan, 0.85, 0.05)
@@ -225,7 +225,7 @@ def latents(pipe: Any) -> np.ndarray:
 
 def patched(pipe: Any, plan: Plan) -> tuple[np.ndarray, int]:
     """Latents, and how many heads x calls reused."""
-    with patch(pipe, plan, max_cache=1.0) as done:
+    with patch(pipe, plan, cache_memory_fraction=1.0) as done:
         return latents(pipe), sum(row["reused"] for row in done.report().rows)
 
 

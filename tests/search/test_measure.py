@@ -10,8 +10,8 @@ from diffusers_accel.call import AttentionCall
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Pooled, Skip, Stripe
 from diffusers_accel.methods.rest import Read
-from diffusers_accel.methods.steps import read_blocks, take_turn
-from diffusers_accel.run.memory import Memory
+from diffusers_accel.methods.steps import decide, read_blocks
+from diffusers_accel.run.memory import LayerCache
 from diffusers_accel.search.measure import (
     SampledHeads,
     column_mass,
@@ -39,7 +39,7 @@ METHODS = (
     Method(AxisOrder("hwf"), Band(0.5)),
     Method(select=Stripe(0.3)),
     Method(Patches(4, 8), Draft(0.4)),
-    Method(AxisOrder("whf"), Draft(None, mass=0.6)),
+    Method(AxisOrder("whf"), Draft(None, top_p=0.6)),
     Method(precision="int8"),
     Method(Patches(4, 8), Draft(0.4), "int8"),
     Method(Patches(4, 8), Draft(0.4), rest=Pooled()),
@@ -62,9 +62,9 @@ def sampled_output(
     """[heads, rows, D] of a method that runs on sampled rows."""
     reader, selections = RowReader(heads, method.order, method.precision), Selections({})
     assert call.now is not None
-    turn = take_turn(method, HEADS, kept.held if kept else None, call.now, None, None)
-    pattern = read_blocks(method, turn, lambda: selections.rows(method, call, heads).pattern)
-    part, _ = method.rest.complete(Read(reader.attend(pattern), pattern, shared=False), turn, reader)
+    decision = decide(method, HEADS, kept.held if kept else None, call.now, None, None)
+    pattern = read_blocks(method, decision, lambda: selections.rows(method, call, heads).pattern)
+    part, _ = method.rest.complete(Read(reader.attend(pattern), pattern, shared=False), decision, reader)
     return part[0][0].transpose(0, 1)
 
 
@@ -108,7 +108,7 @@ def test_a_reused_part_is_that_of_the_engine(layout, precision):
     """A refresh, and a step later with other q, k and v: blocks as they were selected, and the rest as it was."""
     method = Method(Patches(4, 8), Draft(0.4), precision, Kept(3))
     first, second = qkv(layout), tuple(a + 0.3 * b for a, b in zip(qkv(layout), qkv(layout, 1)))
-    memory = Memory()
+    memory = LayerCache()
     attend((method,) * HEADS, layout, first, memory=memory, now=(3, 9))
     expected = attend((method,) * HEADS, layout, second, memory=memory, now=(4, 9)).out[0].transpose(0, 1)
 

@@ -14,9 +14,9 @@ from diffusers_accel.attach.site import Site
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Pooled, Skip, Stored, Stripe
 from diffusers_accel.plan import Plan
-from diffusers_accel.run.deals import deal
 from diffusers_accel.run.launch import run
-from diffusers_accel.run.memory import Memory
+from diffusers_accel.run.memory import LayerCache
+from diffusers_accel.run.partition import partition
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.assign import Assignment
 from diffusers_accel.search.budget import Budget
@@ -60,7 +60,7 @@ METHODS = (
     Method(precision="int8"),
     Method(Patches(), Draft(0.3), rest=Kept(3)),
     Method(AxisOrder("hwf"), Band(0.4), rest=Kept(2)),
-    Method(Patches(), Draft(0.3, hold=2)),
+    Method(Patches(), Draft(0.3, reselect_every=2)),
     Method(Patches(), Draft(0.3), rest=Pooled()),
     Method(AxisOrder("hwf"), Band(0.4), "int8", Pooled()),
     *(Method(AxisOrder(axes), Stored(density)) for axes in AXES for density in (0.3, 0.6)),
@@ -83,7 +83,7 @@ class Shadow:
     def __init__(self, site: Site, scores: Scores, tensors: dict[str, torch.Tensor], seen: dict[Any, Any]) -> None:
         self.site, self.scores, self.tensors, self.seen = site, scores, tensors, seen
         self.stored = stored_tensors(scores)
-        self.memories: dict[Any, Memory] = {}
+        self.memories: dict[Any, LayerCache] = {}
 
     def attend(self, call: AttentionCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         site, scores = self.site, self.scores
@@ -99,8 +99,8 @@ class Shadow:
             own = method.select.owners(call, method.order, self.stored)
             if own is not None:
                 heads = [method if mine else DENSE for mine in own]
-            memory = self.memories.setdefault((index, span, call.branch), Memory())
-            ran = run(deal(tuple(heads), call, self.tensors, q.device), call, q, k, v, memory)
+            memory = self.memories.setdefault((index, span, call.branch), LayerCache())
+            ran = run(partition(tuple(heads), call, self.tensors, q.device), call, q, k, v, memory)
             if now[0] in Schedule.of(settings, now[1]).measured:
                 keys = call.layout.keys
                 whole = (out[0, :keys].flatten(1) @ weight).double().square().sum()
@@ -185,7 +185,11 @@ def test_errors_and_densities_are_those_of_the_engine(searched):
     compared = set()
     for (span, layer, index), found in ((key, value) for key, value in seen.items() if key[0] != "density"):
         method, count = scores.candidates[index], samples[span, layer, :, index]
-        ages = kept_age(scores.spans, *_measured_step(scores, span), method.rest.every) if method.rest.remembers else 1
+        ages = (
+            kept_age(scores.spans, *_measured_step(scores, span), method.rest.refresh_every)
+            if method.rest.remembers
+            else 1
+        )
         for head in np.flatnonzero(count):
             expected = np.mean([each[head] for each in found])
             mean = error[span, layer, head, index] / count[head] * ages

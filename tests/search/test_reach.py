@@ -35,7 +35,7 @@ def test_the_most_is_attention_that_takes_no_time() -> None:
     with pytest.raises(OutOfReach, match=r"here and 20% of the steps stay dense, so that 1\.67 .* fewer dense steps"):
         check_reach(Budget.speedup(2.0), 0.5, 0.8, "a generation")
     check_reach(Budget.speedup(1.6), 0.5, 0.8, "a generation")
-    check_reach(Budget.paper(), 0.01, 1.0, "a step")
+    check_reach(Budget.sparse_vdit(), 0.01, 1.0, "a step")
 
 
 def test_a_noisy_measurement_refuses_nothing_that_may_be_reached() -> None:

@@ -23,7 +23,7 @@ from diffusers_accel.search import scores_file
 from diffusers_accel.search.assign import assign
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.cost import Cost
-from diffusers_accel.search.scores import Pass, Scores
+from diffusers_accel.search.scores import CalibrationRun, Scores
 from tests.search.test_assign import cost_of, make_scores, random_scores
 
 
@@ -45,7 +45,7 @@ def test_means_and_deviations_over_samples():
     for sums, value in ((first, 1.0), (second, 3.0)):
         sums["error/transformer"][:] = value
         sums["error_square/transformer"][:] = value**2
-    done = Pass("a blue square", 20.0, 8.0, {"transformer": (4, 6)}, {"transformer": (2, 6)})
+    done = CalibrationRun("a blue square", 20.0, 8.0, {"transformer": (4, 6)}, {"transformer": (2, 6)})
     both = Scores(**{**vars(scores), "sums": first}).plus(done, second)
     assert both.error("transformer") == pytest.approx(2.0)
     assert both.error_std("transformer") == pytest.approx(1.0)

@@ -39,7 +39,7 @@ KINDS = (
     Method(Patches(), Draft(0.4)),
     Method(AxisOrder("hwf"), Draft(0.4), rest=Kept(3)),
     Method(AxisOrder("hwf"), Draft(0.4), rest=Pooled()),
-    Method(Patches(), Draft(0.4, hold=2)),
+    Method(Patches(), Draft(0.4, reselect_every=2)),
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffusers_accel.methods.rest import Held, Part, Read, Reader, Rest, Turn
+from diffusers_accel.methods.rest import CacheEntry, Decision, Part, Read, Reader, Rest
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Drop(Rest):
 
     kind: ClassVar[str] = "drop"
 
-    def complete(self, read: Read, turn: Turn, reader: Reader) -> tuple[Part, Held]:
-        same = turn.held is not None and read.pattern is turn.held.pattern
-        selected = turn.held.selected if turn.held is not None and same else turn.step
-        return read.part, Held(read.pattern, selected, [])
+    def complete(self, read: Read, decision: Decision, reader: Reader) -> tuple[Part, CacheEntry]:
+        same = decision.held is not None and read.pattern is decision.held.pattern
+        selected = decision.held.selected if decision.held is not None and same else decision.step
+        return read.part, CacheEntry(read.pattern, selected, [])

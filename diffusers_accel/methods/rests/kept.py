@@ -21,7 +21,7 @@ from diffusers_accel.files import FileError
 from diffusers_accel.kernels.merge import merge
 from diffusers_accel.kernels.pattern import BlockPattern, head_index
 from diffusers_accel.methods.blocks import part_of
-from diffusers_accel.methods.rest import Held, Part, Read, Reader, Rest, Turn
+from diffusers_accel.methods.rest import CacheEntry, Decision, Part, Read, Reader, Rest
 from diffusers_accel.methods.select import Select
 from diffusers_accel.methods.uses import Tensors, Uses, planned
 
@@ -34,33 +34,33 @@ class Kept(Rest):
     """Keep the output and LSE of the unselected blocks.
 
     Args:
-        every: refresh at every n-th step, counted from the last refresh; 1 would never reuse.
+        refresh_every: refresh at every n-th step, counted from the last refresh; 1 would never reuse.
         gated: refresh a head where the plan's tensor "refresh/<transformer>" says so (uint8 [parts, layers, heads], 1 =
             refresh at the beginning of that part, for equal parts of the schedule): what `search.gates.calibrate_gates` found
-            from how fast each head's part drifts. `every` is then not used and stays at its default.
+            from how fast each head's part drifts. `refresh_every` is then not used and stays at its default.
     """
 
-    every: int = USUAL
+    refresh_every: int = USUAL
     gated: bool = False
     kind: ClassVar[str] = "kept"
     remembers: ClassVar[bool] = True
     reads: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 2:
-            raise ValueError(f"every is a number of steps, expected 2 or more, found {self.every!r}")
-        if self.gated and self.every != USUAL:
+        if not isinstance(self.refresh_every, int) or isinstance(self.refresh_every, bool) or self.refresh_every < 2:
+            raise ValueError(f"refresh_every is a number of steps, expected 2 or more, found {self.refresh_every!r}")
+        if self.gated and self.refresh_every != USUAL:
             raise ValueError(
-                f"heads with a gate take their refresh steps from the plan: leave every out, found {self.every}"
+                f"heads with a gate take their refresh steps from the plan: leave refresh_every out, found {self.refresh_every}"
             )
 
     @property
     def label(self) -> str:
-        return "cached gated" if self.gated else f"cached {self.every}"
+        return "cached gated" if self.gated else f"cached {self.refresh_every}"
 
     @property
     def period(self) -> int:
-        return self.every
+        return self.refresh_every
 
     @property
     def unmeasured(self) -> str | None:
@@ -77,12 +77,13 @@ class Kept(Rest):
             return f'"{select.kind}" leaves no blocks whose attention could be kept: leave the rest out'
         if select.reselect_every > 1:
             return (
-                f"what is kept keeps its selection until it refreshes: leave hold at 1, found {select.reselect_every}"
+                "what is kept keeps its selection until it refreshes: leave reselect_every at 1, found "
+                f"{select.reselect_every}"
             )
         return None
 
     def expected_density(self, density: float | None) -> float | None:
-        return None if density is None or self.gated else density + (1 - density) / self.every
+        return None if density is None or self.gated else density + (1 - density) / self.refresh_every
 
     def check(self, uses: Uses, tensors: Tensors) -> None:
         if not self.gated:
@@ -107,16 +108,16 @@ class Kept(Rest):
 
     def refresh_share(self, gate: Tensor | None) -> float:
         if gate is None:
-            return 1 / self.every
+            return 1 / self.refresh_every
         return float(gate.double().mean()) if len(gate) else 0.0
 
-    def due(self, held: Held, now: tuple[int, int], gate: Tensor | None, before: int | None) -> list[bool]:
+    def due(self, held: CacheEntry, now: tuple[int, int], gate: Tensor | None, before: int | None) -> list[bool]:
         if gate is not None:
             return [bool(each) for each in gate[_begun(now, len(gate), before)].any(0)]
-        return [now[0] - last >= self.every for last in held.refreshed]
+        return [now[0] - last >= self.refresh_every for last in held.refreshed]
 
-    def complete(self, read: Read, turn: Turn, reader: Reader) -> tuple[Part, Held]:
-        held = _renewed(read, turn, reader)
+    def complete(self, read: Read, decision: Decision, reader: Reader) -> tuple[Part, CacheEntry]:
+        held = _renewed(read, decision, reader)
         assert held.out is not None and held.lse is not None
         return merge([read.part, (held.out, held.lse)]), held
 
@@ -134,14 +135,14 @@ def _begun(now: tuple[int, int], parts: int, before: int | None = None) -> slice
     return slice(before + 1, part_of(now, parts) + 1)
 
 
-def _renewed(read: Read, turn: Turn, reader: Reader) -> Held:
+def _renewed(read: Read, decision: Decision, reader: Reader) -> CacheEntry:
     """What is held after this step: where heads refresh, their unread blocks are computed."""
-    held, step = turn.held, turn.step
-    heads = [head for head, now in enumerate(turn.refresh) if now]
-    if len(heads) == len(turn.refresh):
+    held, step = decision.held, decision.step
+    heads = [head for head, now in enumerate(decision.refresh) if now]
+    if len(heads) == len(decision.refresh):
         # A pattern that stays is complemented once; lists that stay with another would only take memory.
         unread = read.pattern.derived(BlockPattern.complement) if read.shared else read.pattern.complement()
-        return Held(read.pattern, step, [step] * len(heads), *reader.attend(unread))
+        return CacheEntry(read.pattern, step, [step] * len(heads), *reader.attend(unread))
     assert held is not None and held.out is not None and held.lse is not None
     if heads:
         index = head_index(tuple(heads), read.pattern.device)
@@ -152,5 +153,5 @@ def _renewed(read: Read, turn: Turn, reader: Reader) -> Held:
         held,
         pattern=read.pattern,
         selected=held.selected if read.pattern is held.pattern else step,
-        refreshed=[step if now else last for now, last in zip(turn.refresh, held.refreshed, strict=True)],
+        refreshed=[step if now else last for now, last in zip(decision.refresh, held.refreshed, strict=True)],
     )

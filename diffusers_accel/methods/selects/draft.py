@@ -19,10 +19,10 @@ from diffusers_accel.methods.uses import Tensors
 class Draft(RankedSelect):
     """Blocks are averaged, their softmax map stands for the full one, and the best block pairs are read.
 
-    The paper keeps the best share of a head's whole map (rule "quantile"), whose rows may be empty, forces nothing but text
-    and selects anew at every call. That is `Draft(density, floor=0, diagonal=False, first_frame=False)` in patches of 8 x 16.
-    By default rows here read at least one block, and the diagonal and the first frame are always read, within the density.
-    Its arguments are those of `RankedSelect`.
+    The paper keeps the best share of a head's whole map (per "head"), whose rows may be empty, forces nothing but text
+    and selects anew at every call. That is `Draft(density, min_blocks=0, diagonal=False, first_frame=False)` in patches of
+    8 x 16. By default rows here read at least one block, and the diagonal and the first frame are always read, within the
+    density. Its arguments are those of `RankedSelect`.
     """
 
     kind: ClassVar[str] = "draft"

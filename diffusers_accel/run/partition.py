@@ -1,4 +1,4 @@
-"""The heads of a layer, dealt out to as few kernel launches as can be."""
+"""The heads of a layer, partitioned into as few kernel launches as can be."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Launch:
 
 
 @dataclass(frozen=True, eq=False)
-class Deal:
+class Partition:
     """The heads of a layer: dense ones, launches, and the rest, whose output is 0.
 
     Args:
@@ -129,7 +129,7 @@ class Deal:
 
 @dataclass(frozen=True, eq=False)
 class Mix:
-    """Which method each head of a layer takes, in one span of a plan. Made by `Deals.mix`, which gives equal heads one."""
+    """Which method each head of a layer takes, in one span of a plan. Made by `Partitions.mix`, which gives equal heads one."""
 
     methods: tuple[Method, ...]
 
@@ -161,8 +161,8 @@ Needs = tuple[tuple[Method, Hashable], ...]  # on what the blocks of some method
 Key = tuple[Mix, TokenLayout, torch.device, Needs]
 
 
-class Deals:
-    """How the layers under one patch are dealt out: layers with equal heads share their block lists.
+class Partitions:
+    """How the layers under one patch are partitioned: layers with equal heads share their block lists.
 
     Block lists of more than `MAX_LAYOUTS` layouts, and those of one layer that are not of the running transformer and part of
     the schedule, are dropped and built again: a large model's are gigabytes.
@@ -174,7 +174,7 @@ class Deals:
     def __init__(self, tensors: Tensors) -> None:
         self._tensors = tensors
         self._mixes: dict[tuple[Method, ...], Mix] = {}
-        self._found: dict[Key, Deal] = {}
+        self._found: dict[Key, Partition] = {}
         self._places: dict[Key, tuple[str, int]] = {}  # of those that are one layer's own
 
     def mix(self, methods: Iterable[Method]) -> Mix:
@@ -182,12 +182,12 @@ class Deals:
         found = tuple(methods)
         return self._mixes.setdefault(found, Mix(found))
 
-    def find(self, mix: Mix, call: AttentionCall, device: torch.device) -> Deal:
-        """How the heads of a call are dealt out."""
+    def find(self, mix: Mix, call: AttentionCall, device: torch.device) -> Partition:
+        """How the heads of a call are partitioned."""
         key: Key = mix, call.layout, device, self._needs(mix, call)
         if key not in self._found:
             self._make_room(key, call)
-            self._found[key] = deal(mix.methods, call, self._tensors, device)
+            self._found[key] = partition(mix.methods, call, self._tensors, device)
             if key[3]:
                 self._places[key] = call.place
         return self._found[key]
@@ -200,7 +200,7 @@ class Deals:
         self._found.clear()
         self._places.clear()
 
-    def all(self) -> list[Deal]:
+    def all(self) -> list[Partition]:
         """Those that are there now."""
         return list(self._found.values())
 
@@ -235,13 +235,13 @@ def _rows(orders: Tensor, heads: tuple[int, ...], of: int) -> Tensor:
     return (orders * of + head_index(heads, orders.device)[:, None]).T.flatten()
 
 
-def deal(methods: tuple[Method, ...], call: AttentionCall, tensors: Tensors, device: torch.device) -> Deal:
-    """Deals the heads of a call out, of which each has its method; `tensors` are the plan's."""
+def partition(methods: tuple[Method, ...], call: AttentionCall, tensors: Tensors, device: torch.device) -> Partition:
+    """Partitions the heads of a call, of which each has its method; `tensors` are the plan's."""
     precisions: dict[str, dict[Method, list[int]]] = {}
     for head, method in zip(call.heads, methods, strict=True):
         if not method.dense and not method.skips:
             precisions.setdefault(method.precision, {}).setdefault(method, []).append(head)
-    return Deal(
+    return Partition(
         methods=methods,
         layout=call.layout,
         dense=tuple(head for head, method in zip(call.heads, methods, strict=True) if method.dense),
