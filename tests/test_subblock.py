@@ -41,9 +41,9 @@ TEXT_START = TokenLayout(9, 10, 16, text_tokens=226, text_at="start")
 LAYOUTS = [RAGGED, TEXT_END, TEXT_START, TokenLayout(1, 8, 8, 20, "end", 7)]
 BUDGETS: list[dict[str, Any]] = [
     {"density": 0.3},
-    {"density": 0.3, "rule": "row", "floor": 3},
-    {"density": None, "mass": 0.4},
-    {"density": 0.1, "floor": 0, "diagonal": False, "first_frame": False},
+    {"density": 0.3, "per": "row", "min_blocks": 3},
+    {"density": None, "top_p": 0.4},
+    {"density": 0.1, "min_blocks": 0, "diagonal": False, "first_frame": False},
 ]
 
 
@@ -124,7 +124,7 @@ def test_rows_read_the_pairs_that_score_most(floor: int) -> None:
     """By rank, one row after the other; the diagonal and the first frame come first."""
     layout = TokenLayout(5, 16, 16)
     q, k = noise(layout)
-    mask = pattern_of(SubBlock(0.4, rule="row", floor=floor), layout, q, k).mask()[0]
+    mask = pattern_of(SubBlock(0.4, per="row", min_blocks=floor), layout, q, k).mask()[0]
     scores = pair_scores(pool(q, 32), pool(k, 32), 4)[0]
     for head in range(2):
         for row in range(10):
@@ -173,7 +173,7 @@ def gains(rule: str, stretches: tuple[int, int], select: SubBlock) -> list[float
             for size in stretches
         )
         for density in (0.1, 0.25):
-            options: dict[str, Any] = {"density": density, "rule": rule, "diagonal": False, "first_frame": False}
+            options: dict[str, Any] = {"density": density, "per": rule, "diagonal": False, "first_frame": False}
             patterns = [
                 pattern_of(each, layout, q[None], k[None]) for each in (replace(select, **options), Draft(**options))
             ]
@@ -182,13 +182,13 @@ def gains(rule: str, stretches: tuple[int, int], select: SubBlock) -> list[float
     return found
 
 
-@pytest.mark.parametrize("rule", ["quantile", "row"])
+@pytest.mark.parametrize("rule", ["head", "row"])
 def test_it_finds_more_attention_than_draft_where_the_keys_of_blocks_are_mixed(rule: str) -> None:
     found = gains(rule, (128, 32), SubBlock())
     assert float(np.mean(found)) > 0.04 and min(found) > 0
 
 
-@pytest.mark.parametrize("rule", ["quantile", "row"])
+@pytest.mark.parametrize("rule", ["head", "row"])
 @pytest.mark.parametrize("stretches", [(128, 32), (32, 32), (32, 128)])
 def test_normalized_it_finds_more_whatever_is_mixed(rule: str, stretches: tuple[int, int]) -> None:
     """As published, it does not where queries are: the part with the largest scores decides for its block."""
@@ -202,10 +202,10 @@ def test_normalized_it_finds_more_whatever_is_mixed(rule: str, stretches: tuple[
 
 
 def test_as_data() -> None:
-    method = Method(Patches(), SubBlock(0.2, parts=8, hold=2), "int8")
+    method = Method(Patches(), SubBlock(0.2, parts=8, reselect_every=2), "int8")
     data = method.to_json()
     assert data["select"]["kind"] == "subblock" and data["select"]["parts"] == 8
-    assert Method.from_json(data) == method and method.label == "subblock of 8 8x16 0.2 hold 2 int8"
+    assert Method.from_json(data) == method and method.label == "subblock of 8 8x16 0.2 reselect 2 int8"
     assert Method.from_json({"select": {"kind": "subblock"}}).label == "subblock 0.25"
     assert method.expected_density == 0.2 and method.period == 2
     assert SubBlock(normalize=True).name == "subblock normalized"
@@ -220,8 +220,8 @@ def test_as_data() -> None:
         ({"parts": 0}, "expected a divisor of 128, found 0"),
         ({"parts": True}, "expected a divisor of 128, found True"),
         ({"parts": 256}, "expected a divisor of 128, found 256"),
-        ({"density": None}, "a subblock takes either a density or a mass"),
-        ({"hold": 0}, "hold >= 1"),
+        ({"density": None}, "a subblock takes either a density or a top_p"),
+        ({"reselect_every": 0}, "reselect_every >= 1"),
     ],
 )
 def test_what_means_nothing(arguments: dict[str, Any], message: str) -> None:
@@ -295,7 +295,7 @@ def test_as_a_candidate_of_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Method(Patches(), plain),
         Method(AxisOrder("hwf"), plain, "int8"),
         Method(Patches(), plain, rest=Pooled()),
-        Method(Patches(), SubBlock(0.3, hold=2, **FREE)),
+        Method(Patches(), SubBlock(0.3, reselect_every=2, **FREE)),
     )
     budget = Budget.density(0.6)
     plan = search_plan(pipe, [prompt], call=call, budget=budget, candidates=methods, rows=64, progress=False)
