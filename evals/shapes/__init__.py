@@ -1,4 +1,4 @@
-"""shapes: a small text-to-video model that ships with the package, and the only input of its tests and examples.
+"""shapes: a small text-to-video model that a checkout of the project holds, and the only input of its tests and examples.
 
     pipe = load_pipeline()
     video = pipe("a red circle moves left on a navy background", **CALL).frames[0]

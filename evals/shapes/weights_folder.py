@@ -49,22 +49,27 @@ def verify_weights(folder: Path = WEIGHTS) -> dict:
     path = folder / RECORD
     if not path.is_file():
         raise FileNotFoundError(
-            f"expected the shapes model's record {path}, found none; reinstall diffusers-accel (the weights are package "
-            "data), or train it: python -m diffusers_accel.evals.shapes.train --help"
+            f"expected the shapes model's record {path}, found none: its weights come with a checkout of the project, not with "
+            "the installed package. Clone it and install from there, or train the model: python -m "
+            "diffusers_accel.evals.shapes.train --help"
         )
     record = read_json(path)
     try:
         files = convert(record, _Record).files
     except FileError as error:
-        raise FileError(f"{path}: {error}; reinstall diffusers-accel, or export the weights again") from error
+        raise FileError(
+            f"{path}: {error}; take the file from the project again, or export the weights again"
+        ) from error
     for name, expected in files.items():
         file = folder / name
         if not file.is_file():
-            raise FileNotFoundError(f"expected {file}, named in {path}, found no such file; reinstall diffusers-accel")
+            raise FileNotFoundError(
+                f"expected {file}, named in {path}, found no such file; take it from the project again"
+            )
         if (found := sha256(file)) != expected:
             raise ValueError(
                 f"expected {file} with sha256 {expected}, found {found}: the file was changed or only partly written; "
-                "reinstall diffusers-accel, or export the weights again"
+                "take it from the project again, or export the weights again"
             )
     return record
 
