@@ -11,6 +11,7 @@ import torch
 from diffusers_accel.families import find
 from diffusers_accel.files import quoted
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Skip, Stored, Stripe
+from diffusers_accel.search.recorders import recorders
 from diffusers_accel.support.suggest import did_you_mean
 
 DENSITIES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
@@ -53,7 +54,7 @@ def candidates(
     found = [method for name in check_sets(methods or tuple(SETS)) for method in SETS[name](ordered, quantized)]
     if quantized:
         found.append(replace(DENSE, precision="int8"))
-    kept = [method for method in found if stripes or method.select.records != "column mass"]
+    kept = [method for method in found if stripes or not any(each.splits_rows for each in recorders([method]))]
     return (DENSE, *dict.fromkeys(kept))
 
 

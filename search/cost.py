@@ -19,6 +19,7 @@ from torch import Tensor
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.files import Kind, Schema, load_document, printable, quoted, save_document
 from diffusers_accel.methods import Method
+from diffusers_accel.methods.blocks import FOREVER
 from diffusers_accel.methods.uses import Tensors
 from diffusers_accel.run.launch import run
 from diffusers_accel.run.memory import LayerCache
@@ -27,7 +28,6 @@ from diffusers_accel.run.partition import Partition, partition
 KIND = Kind("diffusers_accel.cost", 3, "delete the file and measure the cost again")
 MIN_ROUNDS = 3
 MIN_SECONDS = 0.002  # calls shorter than this are repeated within one timing
-FOREVER = 1 << 30  # steps
 
 
 class Cost(Schema, frozen=True):
@@ -91,7 +91,9 @@ class Cost(Schema, frozen=True):
 
 def alike(method: Method) -> Method:
     """A method that costs the same and stands for all that do: into which order tokens are sorted makes no difference."""
-    return replace(method, order=method.order.representative, rest=method.rest.representative)
+    return Method(
+        method.order.representative, method.select.representative, method.precision, method.rest.representative
+    )
 
 
 def launch_all(method: Method, call: AttentionCall, tensors: Tensors, device: torch.device) -> Partition:
@@ -131,7 +133,7 @@ def time_candidates(
     def timed(launch: Partition) -> tuple[float, float]:
         if launch is planned[0]:
             ms = _time(lambda: dense(q, k, v), q.device)
-        elif not any(method.rest.remembers for method in launch.methods):
+        elif not any(method.timed for method in launch.methods):
             ms = _time(lambda: run(launch, call, q, k, v).out, q.device)
         else:
             cycle = _Cycle(launch, call, q, k, v)

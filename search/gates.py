@@ -29,7 +29,7 @@ from diffusers_accel.kernels.kept import kept
 from diffusers_accel.kernels.pattern import BlockPattern, head_index
 from diffusers_accel.kernels.pool import pool
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import BLOCK, Kept, Method, Order
+from diffusers_accel.methods import BLOCK, Method, Order
 from diffusers_accel.methods.arrangement import arrangement
 from diffusers_accel.methods.orders import AxisOrder
 from diffusers_accel.methods.rests.kept import gate_name
@@ -226,7 +226,7 @@ class Watch:
         found: dict[Method, list[int]] = {}
         for head in call.heads:
             method = self.plan.method(span, *call.place, head)
-            if method.rest.remembers:
+            if method.rest.with_gate is not None:
                 found.setdefault(method, []).append(head)
         return [Members(*call.place, span, method, tuple(heads)) for method, heads in found.items()]
 
@@ -316,7 +316,8 @@ def _sequences(order: Order, layout: TokenLayout, device: torch.device) -> tuple
 
 
 def _gated(method: Method) -> Method:
-    return replace(method, rest=Kept(gated=True)) if method.rest.remembers else method
+    gated = method.rest.with_gate
+    return method if gated is None else replace(method, rest=gated)
 
 
 def _reusing(plan: Plan, transformer: str) -> set[tuple[int, int, int]]:
@@ -326,7 +327,7 @@ def _reusing(plan: Plan, transformer: str) -> set[tuple[int, int, int]]:
         for number, span in enumerate(plan.spans)
         for layer, row in enumerate(span.heads[transformer])
         for head, symbol in enumerate(row)
-        if plan.methods[symbol].rest.remembers
+        if plan.methods[symbol].rest.with_gate is not None
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from diffusers_accel.files import FileError, WriteError, prepare_file, printable, quoted
 from diffusers_accel.search.scores import Scores
+from diffusers_accel.search.scores_file import KIND
 
 PLAN, SCORES, COST = ".json", ".scores.safetensors", ".cost.json"
 Place = str | os.PathLike[str]
@@ -71,7 +72,8 @@ def cached_scores(identity: Mapping[str, Any]) -> Path:
     """
     cache = os.environ.get("XDG_CACHE_HOME", "")
     home = Path(cache) if os.path.isabs(cache) else Path(os.path.expanduser("~")) / ".cache"
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+    whole = {"version": KIND.version, **identity}  # files of another version are left alone, not met
+    digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:20]
     path = Path(os.path.realpath(home / "diffusers_accel" / "searches" / f"{digest}{SCORES}"))
     try:
         prepare_scores(path)

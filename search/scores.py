@@ -98,7 +98,8 @@ class Scores(ScoresData):
     def density(self, transformer: str) -> Array:
         """[spans, layers, heads, candidates]: mean realised share of computed block pairs, 0..1, refresh steps included;
         NaN where there is no sample."""
-        selected, refreshed = self._mean("density", transformer), self.refreshed(transformer)[:, None, None]
+        selected = self._mean("density", transformer)
+        refreshed = self._of_cycles(transformer, self._kept_for, refresh_share, 0.0)[:, None, None]  # is dense
         return selected + refreshed * (1 - selected)
 
     def energy(self, transformer: str) -> Array:
@@ -111,16 +112,23 @@ class Scores(ScoresData):
         return np.max([done.steps[transformer] for done in self.passes], axis=0)
 
     def refreshed(self, transformer: str) -> Array:
-        """[spans, candidates]: share of the steps at which a candidate refreshes what it reuses; 0 for one that does not."""
-        return self._of_cycles(transformer, refresh_share, 0.0)
+        """[spans, candidates]: share of the steps at which a candidate makes anew what it uses again; 0 for one that does not."""
+        return self._of_cycles(transformer, [method.period for method in self.candidates], refresh_share, 0.0)
 
     def _ages(self, transformer: str) -> Array:
-        """[spans, 1, 1, candidates]: mean age of what is reused; 1 for a candidate that reuses nothing."""
-        return self._of_cycles(transformer, mean_age, 1.0)[:, None, None]
+        """[spans, 1, 1, candidates]: mean age of the output that is reused; 1 for a candidate that keeps none."""
+        return self._of_cycles(transformer, self._kept_for, mean_age, 1.0)[:, None, None]
 
-    def _of_cycles(self, transformer: str, figure: Callable[[int, int], float], without: float) -> Array:
+    @property
+    def _kept_for(self) -> list[int | None]:
+        """For how many steps each candidate keeps an output."""
+        return [method.rest.period for method in self.candidates]
+
+    def _of_cycles(
+        self, transformer: str, periods: list[int | None], figure: Callable[[int, int], float], without: float
+    ) -> Array:
         rows = [
-            [figure(int(steps), method.rest.period) if method.rest.period else without for method in self.candidates]
+            [figure(int(steps), period) if period else without for period in periods]
             for steps in self.steps(transformer)
         ]
         return np.array(rows)

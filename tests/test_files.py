@@ -30,6 +30,7 @@ from diffusers_accel.files import (
     Schema,
     WriteError,
     append_line,
+    check_appends,
     convert,
     encode_line,
     encode_tensors,
@@ -355,7 +356,7 @@ def test_a_tensor_document_comes_back_and_no_changed_byte_goes_unnoticed(tmp_pat
     ("change", "message"),
     [
         ({"format": "other"}, "expected the format test.notes, found 'other'"),
-        ({"version": 2}, "expected version 1 of test.notes, found 2"),
+        ({"version": 0}, "expected version 1 of test.notes, found 0"),
         ({"version": True}, "expected version 1 of test.notes, found True"),
         ({"name": 3}, "name: expected str, found int"),
         ({"counts": {"x": [1, "2"]}}, "counts"),
@@ -479,3 +480,33 @@ def test_a_place_deep_in_a_file_keeps_its_message_short() -> None:
     with pytest.raises(FileError, match="expected a finite number") as caught:
         parse_json(data)
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["\x1b" * 300, "\x1b" * 200, "\n" * 199, "\ud800" * 250, "x" * 5_000_000])
+def test_what_escapes_lengthen_is_cut_too(text: str) -> None:
+    assert len(quoted(text)) < 260 and quoted(text).isprintable()
+
+
+def test_a_file_of_a_later_release_is_not_to_be_deleted(tmp_path: Path) -> None:
+    kind = Kind("diffusers_accel.test", 3, "delete the file")
+    for version, advice in (
+        (4, "found 4: a later release has written it; upgrade diffusers-accel"),
+        (2, "delete the file"),
+    ):
+        (tmp_path / "x.json").write_text(json.dumps({"format": kind.format, "version": version, "sha256": "0"}))
+        with pytest.raises(FileError, match=advice) as caught:
+            load_document(tmp_path / "x.json", kind, Schema)
+        assert ("delete" in str(caught.value)) == (version < kind.version)
+
+
+def test_rows_that_cannot_be_added_are_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl"
+    check_appends(path)  # a file that is not there is made later
+    path.write_text("{}\n")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(WriteError, match="cannot be written: Permission denied; its rows are kept"):
+        check_appends(path)

@@ -18,8 +18,8 @@ from diffusers_accel.files.documents import (
     save_document,
     save_tensor_document,
 )
-from diffusers_accel.files.errors import FileError, FlushError, WriteError, printable, quoted
-from diffusers_accel.files.lines import append_line, encode_line, read_lines
+from diffusers_accel.files.errors import FileError, FlushError, NewerFileError, WriteError, printable, quoted
+from diffusers_accel.files.lines import append_line, check_appends, encode_line, read_lines
 from diffusers_accel.files.lock import only_writer
 from diffusers_accel.files.reading import read_bytes
 from diffusers_accel.files.safe_tensors import TensorFile, check_tensors, encode_tensors, read_tensor_file
@@ -32,11 +32,13 @@ from diffusers_accel.files.whole_folder import prepare_whole_folder, whole_folde
 __all__ = [
     "FileError",
     "FlushError",
+    "NewerFileError",
     "Kind",
     "Schema",
     "TensorFile",
     "WriteError",
     "append_line",
+    "check_appends",
     "built",
     "check_json",
     "check_tensors",

@@ -19,7 +19,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from diffusers_accel.files.errors import FileError, printable, quoted
+from diffusers_accel.files.errors import FileError, NewerFileError, printable, quoted
 from diffusers_accel.files.safe_tensors import encode_tensors, read_tensor_file
 from diffusers_accel.files.strict_json import check_json, parse_json, read_json, write_json
 from diffusers_accel.files.whole import write_whole
@@ -63,6 +63,8 @@ def load_document(path: Path, kind: Kind, schema: type[T]) -> T:
     """
     try:
         return parse_document(read_json(path), kind, schema)
+    except NewerFileError as error:
+        raise NewerFileError(f"{printable(path)}: {error}") from error
     except FileError as error:
         message = str(error).removeprefix(f"{printable(path)}: ")
         raise FileError(f"{printable(path)}: {message}; {kind.remedy}") from error
@@ -100,6 +102,8 @@ def load_tensor_document(path: Path, kind: Kind, schema: type[T]) -> tuple[T, di
             )
         _check_sum(texts["sha256"], _checksum_of_tensors(texts["content"], file.tensors))
         return convert(parse_json(texts["content"].encode(errors="surrogatepass")), schema), file.tensors
+    except NewerFileError as error:
+        raise NewerFileError(f"{shown}: {error}") from error
     except FileError as error:
         raise FileError(f"{shown}: {str(error).removeprefix(f'{shown}: ')}; {kind.remedy}") from error
 
@@ -179,7 +183,12 @@ def _check_kind(name: object, version: object, kind: Kind, of: type[int] | type[
     if name != kind.format:
         raise FileError(f"expected the format {kind.format}, found {quoted(name)}")
     if type(version) is not of or version != of(kind.version):
-        raise FileError(f"expected version {kind.version} of {kind.format}, found {quoted(version)}")
+        found = f"expected version {kind.version} of {kind.format}, found {quoted(version)}"
+        if re.fullmatch(r"[1-9][0-9]{0,5}", str(version)) and int(str(version)) > kind.version:
+            raise NewerFileError(
+                f"{found}: a later release has written it; upgrade diffusers-accel, or use another file"
+            )
+        raise FileError(found)
 
 
 def _check_sum(given: object, found: str) -> None:

@@ -13,6 +13,10 @@ class FileError(ValueError):
     """A file, or data meant for one, is not what it should be: the message says what was expected and what was found."""
 
 
+class NewerFileError(FileError):
+    """A file of a later release, which this one does not know: it is not damaged, and nothing is to be deleted."""
+
+
 class WriteError(OSError):
     """A file or folder cannot be written: the message names it, the reason, and what became of what was there before."""
 
@@ -50,11 +54,13 @@ def _steers(character: str) -> bool:
 
 
 def quoted(value: object) -> str:
-    """A value as a message quotes it: its `repr`, printable, and cut after 200 characters."""
-    if isinstance(value, str):
-        value, rest = value[: LONGEST + 1], len(value) - LONGEST  # a text of megabytes is not escaped whole
-        return (
-            printable(repr(value)) if rest <= 0 else f"{printable(repr(value[:LONGEST]))} and {rest:,} characters more"
-        )
-    text = printable(repr(value))
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text):,} characters)"
+    """A value as a message quotes it: its `repr`, printable, and cut after 200 characters, of a text or of what escapes make
+    of it."""
+    if not isinstance(value, str):
+        text = printable(repr(value))
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text):,} characters)"
+    text = printable(repr(value[:LONGEST]))  # a text of megabytes is not escaped whole
+    if len(text) > LONGEST + len("''"):
+        return f"{text[:LONGEST]} ... ({len(value):,} characters)"
+    rest = len(value) - LONGEST
+    return text if rest <= 0 else f"{text} and {rest:,} characters more"

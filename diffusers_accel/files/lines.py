@@ -30,6 +30,19 @@ def encode_line(row: Mapping[str, Any]) -> bytes:
     return json.dumps({**row, SUM: checksum(row)}, allow_nan=False).encode() + b"\n"
 
 
+def check_appends(path: Path) -> None:
+    """Makes sure, before the work, that rows can be added to a file that is there; it is not changed.
+
+    Raises:
+        WriteError: they cannot.
+    """
+    try:
+        if path.exists():
+            path.open("r+b").close()
+    except OSError as error:
+        raise WriteError(path, error, "its rows are kept. Name another place") from error
+
+
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
     """Adds a row, and has it on the disk on return; makes the file. One writer at a time: see `only_writer`.
 

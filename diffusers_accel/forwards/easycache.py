@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from diffusers_accel.files import quoted
 from diffusers_accel.forwards.rule import Decision, Now
 
 
@@ -33,9 +34,11 @@ class EasyCache:
 
     def __post_init__(self) -> None:
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)) or not self.threshold >= 0:
-            raise ValueError(f"threshold is a relative change, expected 0 or more, found {self.threshold!r}")
+            raise ValueError(f"threshold is a relative change, expected 0 or more, found {quoted(self.threshold)}")
         if isinstance(self.warm_up, bool) or not isinstance(self.warm_up, int) or self.warm_up < 0:
-            raise ValueError(f"warm_up is a number of steps, expected an integer of 0 or more, found {self.warm_up!r}")
+            raise ValueError(
+                f"warm_up is a number of steps, expected an integer of 0 or more, found {quoted(self.warm_up)}"
+            )
 
     @property
     def label(self) -> str:

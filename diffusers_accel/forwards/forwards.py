@@ -8,7 +8,7 @@ from typing import Any, Union
 
 import msgspec
 
-from diffusers_accel.files import Schema, built, quoted, shaped, tagged
+from diffusers_accel.files import Schema, built, printable, quoted, shaped, tagged
 from diffusers_accel.forwards.easycache import EasyCache
 from diffusers_accel.forwards.magcache import MagCache
 from diffusers_accel.forwards.predictors import PREDICTORS, Last, Predictor
@@ -34,6 +34,8 @@ ForwardsData: Any = msgspec.defstruct(
     kw_only=True,
     namespace={"__doc__": "Which forwards of the transformers are computed (rule), and how the others are predicted."},
 )
+
+LONGEST_BRANCH = 60  # characters of a name that a label shows
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Forwards:
     @property
     def label(self) -> str:
         """A short name for tables, such as "easycache 0.025, last residual"."""
-        only = f", {' and '.join(self.branches)} only" if self.branches else ""
+        shown = " and ".join(printable(branch[:LONGEST_BRANCH]) for branch in self.branches or ())
+        only = f", {shown} only" if shown else ""
         return f"{self.rule.label}, {self.predictor.label}{only}"
 
     @property

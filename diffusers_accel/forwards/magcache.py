@@ -82,8 +82,8 @@ class MagCache:
             return (self.ratios,)
         if branch not in self.ratios:
             raise ValueError(
-                f"ratios: expected a table for the pass {branch!r}, which is to be predicted, found those of "
-                f"{', '.join(self.ratios)}; name the passes that may be predicted with Forwards(branches=...), or give one "
+                f"ratios: expected a table for the pass {quoted(branch)}, which is to be predicted, found those of "
+                f"{quoted(sorted(self.ratios))}; name the passes that may be predicted with Forwards(branches=...), or give one "
                 "table for all"
             )
         return tuple(self.ratios.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from diffusers_accel.files import quoted
 from diffusers_accel.forwards.easycache import EasyCache
 from diffusers_accel.forwards.forwards import Forwards
 from diffusers_accel.forwards.predictors import Last, Predictor, Taylor
@@ -58,7 +59,7 @@ def schedule(
 
 def _predictor(name: str) -> Predictor:
     if name not in NAMED_PREDICTORS:
-        raise ValueError(f"predictor: expected one of {', '.join(NAMED_PREDICTORS)}, found {name!r}")
+        raise ValueError(f"predictor: expected one of {', '.join(NAMED_PREDICTORS)}, found {quoted(name)}")
     return NAMED_PREDICTORS[name]
 
 

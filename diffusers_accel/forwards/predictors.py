@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from diffusers_accel.files import quoted
 from diffusers_accel.forwards.rule import Computed, Now
 
 QUANTITIES = ("velocity", "residual")
@@ -81,10 +82,10 @@ class Taylor:
 
     def __post_init__(self) -> None:
         if isinstance(self.order, bool) or not isinstance(self.order, int) or self.order < 1:
-            raise ValueError(f"order is the degree of a polynomial, expected 1 or more, found {self.order!r}")
+            raise ValueError(f"order is the degree of a polynomial, expected 1 or more, found {quoted(self.order)}")
         _check_quantity(self.of)
         if self.over not in ("timestep", "step"):
-            raise ValueError(f'over: expected "timestep" or "step", found {self.over!r}')
+            raise ValueError(f'over: expected "timestep" or "step", found {quoted(self.over)}')
 
     @property
     def label(self) -> str:
@@ -139,4 +140,4 @@ def _restore(of: str, value: Tensor, now: Now) -> Tensor:
 
 def _check_quantity(of: str) -> None:
     if of not in QUANTITIES:
-        raise ValueError(f'of: expected "velocity" or "residual", found {of!r}')
+        raise ValueError(f'of: expected "velocity" or "residual", found {quoted(of)}')

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from diffusers_accel.files import quoted
 from diffusers_accel.forwards.rule import Decision, Now
 
 
@@ -27,14 +28,14 @@ class Schedule:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.shares is None):
             raise ValueError(
-                f"a schedule takes either steps or shares, found steps={self.steps!r} and shares={self.shares!r}"
+                f"a schedule takes either steps or shares, found steps={quoted(self.steps)} and shares={quoted(self.shares)}"
             )
         if self.steps is not None:
             object.__setattr__(self, "steps", _increasing("steps", self.steps, int, "indices from 0"))
         if self.shares is not None:
             object.__setattr__(self, "shares", _increasing("shares", self.shares, (int, float), "in [0, 1)"))
             if not all(share < 1 for share in self.shares):
-                raise ValueError(f"shares: expected numbers in [0, 1), found {self.shares}")
+                raise ValueError(f"shares: expected numbers in [0, 1), found {quoted(self.shares)}")
 
     @property
     def label(self) -> str:
@@ -67,8 +68,8 @@ class Schedule:
 
 def _increasing(name: str, values: Any, types: Any, expected: str) -> tuple[Any, ...]:
     if not isinstance(values, Sequence) or isinstance(values, str):
-        raise ValueError(f"{name}: expected a list of numbers, found {values!r}")
+        raise ValueError(f"{name}: expected a list of numbers, found {quoted(values)}")
     good = all(isinstance(value, types) and not isinstance(value, bool) and value >= 0 for value in values)
     if not good or any(a >= b for a, b in zip(values, values[1:])):
-        raise ValueError(f"{name}: expected {expected}, each larger than the one before, found {list(values)!r}")
+        raise ValueError(f"{name}: expected {expected}, each larger than the one before, found {quoted(list(values))}")
     return tuple(values)

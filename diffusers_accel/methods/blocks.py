@@ -5,12 +5,13 @@ from __future__ import annotations
 from diffusers_accel.files import quoted
 
 BLOCK = 128  # tokens of a query block and of a key block
+FOREVER = 1 << 30  # steps: never again
 
 
 def check_density(density: float) -> None:
     if isinstance(density, bool) or not (isinstance(density, (int, float)) and 0 < density <= 1):
         raise ValueError(
-            f"density is the share of key blocks that are read, expected in (0, 1], found {quoted(density)}"
+            f"density is the share of the video's key blocks that is read, expected in (0, 1], found {quoted(density)}"
         )
 
 

@@ -55,7 +55,7 @@ class Method:
         rest: what happens to the blocks that are not read.
 
     Raises:
-        ValueError: for a combination that means nothing, such as a stripe over tokens that are not in frames.
+        ValueError: for a combination that has no meaning, such as a stripe over tokens that are not in frames.
     """
 
     order: Order = AxisOrder()

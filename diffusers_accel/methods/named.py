@@ -70,12 +70,12 @@ def pattern(
 ) -> Recipe:
     """Sparse-vDiT's patterns (arXiv 2506.03065) without its search.
 
-    The paper decides each head's mode by profiling; without a plan no head's taste is known, so even heads take the band
+    The paper decides each head's mode by profiling; without a plan nothing is known about a head, so even heads take the band
     (nearby frames) and odd heads the band in "hwf" order (nearby positions through all frames), at equal density. A search
     does better: it finds which heads want which, which can be skipped and which must stay dense.
 
     Args:
-        density: share of key blocks read, in (0, 1].
+        density: share of the video's key blocks read, in (0, 1].
         dense_steps: share of the schedule that stays dense at its start, where the layout of the video is decided.
         dense_layers: number of first layers that stay dense.
         precision: of the products, "input", "int8" or "int8_fp8".

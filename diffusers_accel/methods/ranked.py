@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from diffusers_accel.kernels.kept import kept
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods.arrangement import Blocks, arrangement
-from diffusers_accel.methods.blocks import BLOCK, check_density
+from diffusers_accel.methods.blocks import BLOCK, FOREVER, check_density
 from diffusers_accel.methods.order import Order
 from diffusers_accel.methods.select import Select
 
@@ -77,6 +77,10 @@ class RankedSelect(Select):
     @property
     def expected_density(self) -> float | None:
         return self.density
+
+    @property
+    def representative(self) -> Select:
+        return replace(self, reselect_every=FOREVER) if self.reselect_every > 1 else self
 
     def starved(self, pattern: BlockPattern, order: Order, layout: TokenLayout) -> Tensor | None:
         places = arrangement(order, layout)

@@ -108,6 +108,11 @@ class Rest(ABC):
         """One of the same kind that costs as much per call, whenever it refreshes."""
         return self
 
+    @property
+    def with_gate(self) -> Rest | None:
+        """The same with a gate, which a plan brings, in place of its period; None where there is nothing to refresh."""
+        return None
+
     def refuses(self, select: Select) -> str | None:
         """Why it does not go with a selection, or None."""
         return None

@@ -81,6 +81,11 @@ class Select(ABC):
         """What a search has to record for it, a key of `search.recorders.RECORDERS`; None for nothing."""
         return None
 
+    @property
+    def representative(self) -> Select:
+        """One that costs as much per call, whenever it selects anew."""
+        return self
+
     def refuses(self, order: Order) -> str | None:
         """Why it does not go with an order, or None."""
         return None

@@ -44,7 +44,7 @@ class Group:
 
     @property
     def key(self) -> Hashable:
-        """By which a memory knows it."""
+        """What the entries of a cache are found by."""
         return self.method, self.heads
 
 

@@ -14,6 +14,7 @@ from diffusers_accel.evals.kernel_bench.points import Row, key
 from diffusers_accel.files import (
     FileError,
     append_line,
+    check_appends,
     convert,
     only_writer,
     prepare_file,
@@ -100,6 +101,7 @@ def appending(path: Path) -> Iterator[Callable[[Row], None]]:
     """
     prepare_file(path)
     with only_writer(path, "another run measures into it"):
+        check_appends(path)
         yield partial(append_line, path)
 
 

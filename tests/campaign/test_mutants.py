@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import json
 import pickle
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,9 @@ from diffusers_accel.evals.report.render import html, markdown
 from diffusers_accel.evals.shapes.nested import flatten
 from diffusers_accel.evals.shapes.run_state import RunState
 from diffusers_accel.files import encode_tensors, load_document, side_file
-from diffusers_accel.forwards import schedule
+from diffusers_accel.forwards import PREDICTORS, RULES, Forwards, schedule
+from diffusers_accel.forwards.magcache import MagCache
+from diffusers_accel.forwards.predictors import Taylor
 from diffusers_accel.plan import Plan, Span
 from diffusers_accel.plan.file import plain, signed
 from diffusers_accel.search import plan_search
@@ -64,8 +67,8 @@ from tests.evals import synthetic
 from tests.kernels.test_bench import row as bench_row
 
 KINDS = (
-    "plan", "plan of windows", "scores", "cost", "report", "clips", "comparison", "bench rows", "run state", "LPIPS cache",
-    "prompts",
+    "plan", "plan of windows", "plan of tables", "scores", "cost", "report", "clips", "comparison", "bench rows", "run state",
+    "LPIPS cache", "prompts",
 )  # fmt: skip
 SLOW = 20.0  # seconds; a damaged file that takes longer is one that hangs
 
@@ -124,6 +127,23 @@ def write_windows(folder: Path) -> tuple[Path, ...]:
     return folder / "plan.json", *folder.glob("*.safetensors")
 
 
+def write_tables(folder: Path) -> tuple[Path, ...]:
+    """A step cache by tables, with a predictor and passes by their names."""
+    ratios = {"cond": (1.0, 0.98, 0.96), "uncond": (1.0, 0.97, 0.95)}
+    forwards = Forwards(MagCache(ratios, 0.24, 3), Taylor(2), branches=("cond", "uncond"))
+    replace(every_kind(), forwards=forwards).save(folder / "plan.json")
+    return folder / "plan.json", *folder.glob("*.safetensors")
+
+
+def with_defaults(part: Any, kinds: Mapping[str, type]) -> Any:
+    """What a rule or predictor says where a field is left out."""
+    kind = part.get("kind") if isinstance(part, dict) else None
+    if not isinstance(kind, str) or kind not in kinds:
+        return part
+    usual = {field.name: field.default for field in dataclasses.fields(kinds[kind])}
+    return {**{k: v for k, v in usual.items() if v not in (None, dataclasses.MISSING)}, **part}
+
+
 def longer(row: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"m-{symbol}" for symbol in row)
 
@@ -141,6 +161,12 @@ def plan_says(path: Path) -> Any:
     tensors = raw_tensors(path.with_name(reference["file"]))[1] if reference else {}
     for name in ("schedule", "forwards", "correct"):  # null says as much as left out
         data.setdefault(name, None)
+    if isinstance(forwards := data["forwards"], dict):
+        forwards.setdefault("predictor", {"kind": "last"})
+        for name, kinds in (("rule", RULES), ("predictor", PREDICTORS)):
+            forwards[name] = with_defaults(forwards.get(name), kinds)
+        if forwards.get("branches", 0) is None:
+            del forwards["branches"]
     for method in data["heads"]["methods"].values():
         for name, usual in (("order", "fhw"), ("precision", "input")):
             if method.get(name) == usual:
@@ -330,6 +356,15 @@ def subject(
     again.mkdir()
     subjects = {
         "plan": Subject("plan", write_plan, Plan.load, picture_of_plan, plan_says, partial(use_plan, pipe), seal_plan),
+        "plan of tables": Subject(
+            "plan of tables",
+            write_tables,
+            Plan.load,
+            picture_of_plan,
+            plan_says,
+            partial(use_plan, pipe),
+            seal_plan,
+        ),
         "plan of windows": Subject(
             "plan of windows",
             write_windows,

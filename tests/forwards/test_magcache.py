@@ -152,7 +152,7 @@ def test_one_pass_alone() -> None:
         found["cond"] == list(range(8)) and found["uncond"] == computed([[1.0, 0.5]], 8, 0.2, 9, 0.0) != found["cond"]
     )
     with pytest.raises(
-        ValueError, match="a table for the pass 'cond', which is to be predicted, found those of uncond"
+        ValueError, match="a table for the pass 'cond', which is to be predicted, found those of \\['uncond'"
     ):
         passes(Forwards(rule), ("cond", "uncond"))
 

@@ -260,3 +260,19 @@ def test_a_schedule_for_more_steps_is_refused_before_the_first_one_runs() -> Non
     ):
         walk(done, model, [latents(0)] * 10)
     assert model.ran == []
+
+
+def test_names_from_a_plan_steer_no_terminal_and_make_no_long_message() -> None:
+    hostile = "\x1b[31mX\x1b]0;t\x07<b>"
+    assert Forwards(EasyCache(), branches=(hostile,)).label.isprintable()
+    for make in (
+        lambda: Schedule(steps=tuple(range(50_000, 0, -1))),
+        lambda: Schedule(shares=tuple(range(50_000))),
+        lambda: Schedule(steps="x" * 1_000_000),  # type: ignore[arg-type]
+        lambda: EasyCache(threshold="0" * 100_000),  # type: ignore[arg-type]
+        lambda: Taylor(over="\x1b" * 50_000),
+        lambda: Last("\x1b" * 50_000),
+    ):
+        with pytest.raises(ValueError) as caught:
+            make()
+        assert len(str(caught.value)) < 500 and str(caught.value).isprintable()

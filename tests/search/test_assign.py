@@ -284,6 +284,16 @@ def test_a_mix_beats_every_single_method():
     assert assign(scores, cost, budget, among=methods).error == mixed.error
 
 
+def test_what_holds_its_selection_costs_its_selections_and_errs_as_measured():
+    methods = (DENSE, Method(Patches(), Draft(0.2, reselect_every=3)))
+    error = np.zeros((1, 1, 2, 2))
+    error[..., 1] = 0.4
+    scores = make_scores(error, densities=(1.0, 0.2), spans=((0.0, 1.0),), calls=(7,), methods=methods)
+    assert scores.error("transformer")[0, 0, 0].tolist() == pytest.approx([0, 0.4])
+    assert scores.density("transformer")[0, 0, 0].tolist() == pytest.approx([1, 0.2])
+    assert scores.refreshed("transformer")[0].tolist() == pytest.approx([0, 3 / 7])
+
+
 def test_what_reuses_costs_its_refreshes_and_errs_by_its_age():
     """7 steps refreshed at the first, fourth and seventh; a span of one step has nothing to reuse."""
     spans = ((0.0, 0.125), (0.125, 1.0))

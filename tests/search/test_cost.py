@@ -23,6 +23,22 @@ def test_only_what_differs_in_cost_is_timed():
     assert len(methods) == 50 and len({alike(method) for method in methods}) == 38
 
 
+def test_a_held_selection_is_timed_with_and_without_selecting(monkeypatch):
+    methods = (DENSE, Method(Patches(4, 8), Draft(0.4, reselect_every=3)))
+    call = call_of(LAYOUT, HEADS, dense=sdpa)
+    planned = [launch_all(alike(method), call, {}, CPU) for method in methods]
+    steps: list[int] = []
+
+    def recorded(self, call, order, tensors, inputs):
+        steps.append(call.now[0])
+        return stock(self, call, order, tensors, inputs)
+
+    stock = Draft.pattern
+    monkeypatch.setattr(Draft, "pattern", recorded)
+    ms, _ = time_candidates(planned, call, *qkv(LAYOUT), 0.001)
+    assert (ms > 0).all() and set(steps) == {0}, "later steps of a cycle read what was selected at its first"
+
+
 def test_refreshing_and_reusing_calls_are_timed_apart(monkeypatch):
     """Also where the clock is too coarse for one call: no refresh falls among the reusing calls."""
     methods = (DENSE, Method(select=Band(0.4)), Method(Patches(4, 8), Draft(0.4), rest=Kept(2)))

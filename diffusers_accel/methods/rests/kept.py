@@ -20,13 +20,12 @@ from diffusers_accel.call import AttentionCall
 from diffusers_accel.files import FileError
 from diffusers_accel.kernels.merge import merge
 from diffusers_accel.kernels.pattern import BlockPattern, head_index
-from diffusers_accel.methods.blocks import part_of
+from diffusers_accel.methods.blocks import FOREVER, part_of
 from diffusers_accel.methods.rest import CacheEntry, Decision, Part, Read, Reader, Rest
 from diffusers_accel.methods.select import Select
 from diffusers_accel.methods.uses import Tensors, Uses, planned
 
 USUAL = 3  # steps from refresh to refresh
-FOREVER = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,10 @@ class Kept(Rest):
     @property
     def representative(self) -> Rest:
         return Kept(FOREVER)
+
+    @property
+    def with_gate(self) -> Rest:
+        return Kept(gated=True)
 
     def refuses(self, select: Select) -> str | None:
         if select.reads_all or select.reads_nothing:
