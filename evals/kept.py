@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,13 +166,29 @@ class Kept:
         try:
             found = load_document(self.folder / RUN, KIND, Identity)
         except FileNotFoundError:
-            others = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
-            if others:
-                reason = f"it holds other files ({printable(others[0])[:60]}) and no {RUN}"
-                raise WriteError(self.folder, reason, "name a folder of its own") from None
+            _check_own(self.folder)
             save_document(self.folder / RUN, KIND, self.identity)
             return
         _check_same(self.folder, found, self.identity)
+
+
+def check_keep(folder: Path) -> None:
+    """Makes sure, before anything is loaded, that a comparison can keep its clips in a folder; it need not be there.
+
+    Raises:
+        WriteError: it cannot, or the folder holds other files.
+    """
+    if os.path.lexists(folder):
+        prepare_folder(folder)
+        if not (folder / RUN).exists():
+            _check_own(folder)
+
+
+def _check_own(folder: Path) -> None:
+    others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if others:
+        reason = f"it holds other files ({printable(others[0])[:60]}) and no {RUN}"
+        raise WriteError(folder, reason, "name a folder of its own")
 
 
 def _check_same(folder: Path, kept: Identity, asked: Identity) -> None:

@@ -32,6 +32,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Plan.uniform(NAMED["cached"](), "wan", MODELS).save(folder / "searched.json")
     Plan.uniform(NAMED["draft"](), "wan", MODELS).save(folder / "draft.json")
     (folder / "file").write_text("x")
+    (folder / "taken.partial").write_text("somebody else's")
     (folder / "half.json").write_text("{")
     (folder / "folder.json").mkdir()
     (folder / "folder.safetensors").mkdir()
@@ -91,6 +92,7 @@ WRONG = [
     (f"{REPORT} --seed 9223372036854775808", "--seed: expected a whole number from 0"),
     (f"{REPORT} --seed 1 --seed 1", "seeds: expected one or more different whole numbers"),
     (f"{REPORT} --rounds 0", "--rounds: expected a whole number from 1"),
+    (f"{REPORT} --out taken", "taken.partial: cannot be written: there is a file of that name"),
     (f"{SEARCH} --density 1.5", "a density is a share of block pairs"),
     (f"{SEARCH} --density nan", "a density is a share of block pairs"),
     (f"{SEARCH} --speedup 1", "--speedup: expected a factor above 1, such as 1.4, found 1.0"),

@@ -65,6 +65,7 @@ def report(
     # Now: they need the packages of the extra `eval`, without which the above is refused too.
     from diffusers_accel.evals.arguments import check_asked
     from diffusers_accel.evals.compare import compare
+    from diffusers_accel.evals.kept import check_keep
     from diffusers_accel.evals.metrics import METRICS
     from diffusers_accel.evals.report import check_report_folder
 
@@ -76,6 +77,7 @@ def report(
     check_asked(subjects, texts, metrics=metrics, seeds=seeds, rounds=rounds)
     check_report_folder(out)
     partial = out.absolute().with_name(f"{out.absolute().name}.partial")  # removed when the report is saved
+    check_keep(partial)
     asked: dict[str, Any] = {"call": setup.call(), "seeds": seeds, "metrics": metrics, "rounds": rounds}
     found = compare(setup.load(), subjects, texts, **asked, keep=partial)
     page = found.save(out)
