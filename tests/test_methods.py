@@ -820,3 +820,25 @@ def test_a_name_and_its_former_name_are_refused_together() -> None:
         Method.from_json({"select": {"kind": "draft", "hold": 2, "reselect_every": 2}})
     with pytest.raises(FileError, match="select 'band': unknown key 'hold'"):
         Method.from_json({"select": {"kind": "band", "density": 0.3, "hold": 2}})
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"rest": "pooled"}, r"rest: expected a rest such as Drop\(\), .* found 'pooled'"),
+        ({"rest": None}, "rest: expected a rest such as .* found None"),
+        ({"rest": Kept}, "rest: expected a rest"),
+        ({"order": "8x16"}, "order: expected an order such as .* found '8x16'"),
+        ({"order": Draft(0.2)}, r"order: expected an order .*Method\(order=..., select=..., precision=..., rest=...\)"),
+        ({"select": "draft"}, "select: expected a selection such as .* found 'draft'"),
+    ],
+)
+def test_what_is_no_stage_is_told_as_such(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        Method(**{"select": Band(0.2), **given})
+
+
+@pytest.mark.parametrize("heads", [Method(select=Band(0.2)), ("draft",), [Method(select=Band(0.2))]])
+def test_a_recipe_is_of_methods(heads: Any) -> None:
+    with pytest.raises(TypeError, match="heads: expected a tuple of methods"):
+        Recipe(heads=heads)

@@ -103,7 +103,7 @@ def test_after_a_kill_between_the_renames_the_old_one_is_back(
 ) -> None:
     path = tmp_path / "report"
     fill(path, "one")
-    if os.fork() == 0:  # a process of its own, whose end runs no `finally`
+    if (child := os.fork()) == 0:  # a process of its own, whose end runs no `finally`
         stock, calls = os.rename, 0
 
         def rename(*arguments: Any) -> None:
@@ -118,7 +118,7 @@ def test_after_a_kill_between_the_renames_the_old_one_is_back(
             fill(path, "two")
         finally:
             os._exit(1)
-    assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9, "of this child, and of no other test's"
     assert path.exists() == (at == 1)
     assert len(list(tmp_path.iterdir())) == 2
     assert prepare_whole_folder(path, NAMES) == path

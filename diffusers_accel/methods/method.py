@@ -13,7 +13,7 @@ from typing import Any, Literal, Union
 import msgspec
 import torch
 
-from diffusers_accel.files import FileError, Schema, built, shaped, tagged
+from diffusers_accel.files import FileError, Schema, built, quoted, shaped, tagged
 from diffusers_accel.kernels.attention import PRECISIONS, choices
 from diffusers_accel.methods.former import stages_by_present_names
 from diffusers_accel.methods.order import Order
@@ -23,6 +23,11 @@ from diffusers_accel.methods.rests import RESTS, Drop
 from diffusers_accel.methods.select import Select
 from diffusers_accel.methods.selects import SELECTS, All
 
+_EXAMPLES = {
+    "order": 'an order such as AxisOrder("hwf") or Patches(8, 16)',
+    "select": "a selection such as Band(0.25) or Draft(0.25)",
+    "rest": "a rest such as Drop(), Kept(3) or Pooled()",
+}
 AUTO = "auto"  # the precision of a recipe that leaves it to the device; `patch` replaces it
 
 
@@ -64,6 +69,16 @@ class Method:
     rest: Rest = Drop()
 
     def __post_init__(self) -> None:
+        for name, stage, kind in (
+            ("order", self.order, Order),
+            ("select", self.select, Select),
+            ("rest", self.rest, Rest),
+        ):
+            if not isinstance(stage, kind):
+                raise TypeError(
+                    f"{name}: expected {_EXAMPLES[name]}, found {quoted(stage)}: a Method is Method(order=..., select=..., "
+                    "precision=..., rest=...)"
+                )
         if reason := self.select.refuses(self.order) or self.rest.refuses(self.select):
             raise ValueError(reason)
         if self.precision not in (*PRECISIONS, AUTO):

@@ -29,6 +29,11 @@ class Recipe:
     dense_layers: int = 0
 
     def __post_init__(self) -> None:
+        given: object = self.heads
+        if not isinstance(given, tuple) or not all(isinstance(each, Method) for each in given):
+            raise TypeError(
+                f"heads: expected a tuple of methods, such as (Method(select=Band(0.25)),), found {quoted(given)}"
+            )
         if not self.heads:
             raise ValueError("a recipe needs at least one method to assign, found none")
         _check_dense_steps(self.dense_steps)

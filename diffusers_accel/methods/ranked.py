@@ -49,7 +49,7 @@ class RankedSelect(Select):
         if (self.density is None) == (self.top_p is None):
             raise ValueError(
                 f"a {self.kind} takes either a density or a top_p, found density {self.density} and top_p {self.top_p}; "
-                "give density=None with a top_p"
+                "give density=None (null in a file) with a top_p"
             )
         if self.density is not None:
             check_density(self.density)
