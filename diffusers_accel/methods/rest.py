@@ -82,11 +82,13 @@ class Rest(ABC):
         kind: the name in plan files.
         remembers: an output and its log-sum-exp are kept from step to step, which takes memory.
         reads: it asks its reader for more than what was selected.
+        changes_nothing: what was read is the output as it is.
     """
 
     kind: ClassVar[str]
     remembers: ClassVar[bool] = False
     reads: ClassVar[bool] = False
+    changes_nothing: ClassVar[bool] = False
 
     @property
     def label(self) -> str:

@@ -131,6 +131,8 @@ def _attend(
         if not any(decision.refresh):
             starved = group.method.select.starved(pattern, group.method.order, call.layout)
             read += (GroupRead(group.method, len(group.heads), share, starved),)
+        if group.method.rest.changes_nothing and not group.method.timed:
+            continue  # at every call of most layers: nothing is made for it
         place = group.place
         mine = Read((out[:, :, place], lse[:, place]), pattern, pattern is group.pattern)
         k_means = prepared.means[1][:, :, place] if prepared.means else None

@@ -13,6 +13,7 @@ class Drop(Rest):
     """Nothing is done about the unread keys, whose attention goes to the others."""
 
     kind: ClassVar[str] = "drop"
+    changes_nothing: ClassVar[bool] = True
 
     def complete(self, read: Read, decision: Decision, reader: Reader) -> tuple[Part, CacheEntry]:
         same = decision.held is not None and read.pattern is decision.held.pattern

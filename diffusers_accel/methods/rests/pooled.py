@@ -20,6 +20,7 @@ class Pooled(Drop):
 
     kind: ClassVar[str] = "pooled"
     reads: ClassVar[bool] = True
+    changes_nothing: ClassVar[bool] = False
 
     @property
     def label(self) -> str:
