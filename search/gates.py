@@ -25,6 +25,7 @@ from diffusers_accel.block_external.drift import Calibration
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.files import quoted
 from diffusers_accel.kernels.attention import attention
+from diffusers_accel.kernels.grouped import key_heads
 from diffusers_accel.kernels.kept import kept
 from diffusers_accel.kernels.pattern import BlockPattern, head_index
 from diffusers_accel.kernels.pool import pool
@@ -38,7 +39,6 @@ from diffusers_accel.methods.steps import mixed
 from diffusers_accel.methods.uses import Tensors
 from diffusers_accel.plan import Plan
 from diffusers_accel.run.engine import running_span
-from diffusers_accel.run.grouped import key_heads
 from diffusers_accel.search.arguments import check_call, check_pipeline, check_prompts
 from diffusers_accel.search.checks import whole_number
 from diffusers_accel.search.running import Prompt, SiteEngine, now, prompt_label, run_pipeline

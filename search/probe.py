@@ -21,9 +21,9 @@ from torch import Tensor
 
 from diffusers_accel.attach.site import Engine, Site, Timer
 from diffusers_accel.call import AttentionCall
+from diffusers_accel.kernels.grouped import of_heads
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, Method
-from diffusers_accel.run.grouped import of_heads
 from diffusers_accel.search.measure import SampledHeads, head_grams, layer_energy, projection, sample_rows
 from diffusers_accel.search.recorders import recorders
 from diffusers_accel.search.row import Chunk, RowProbe, grouped, keep

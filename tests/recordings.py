@@ -202,6 +202,10 @@ def main() -> None:
             found[f"{name} / {key}"] = array
             if options.what == "compare":
                 different += _differs(f"{name} / {key}", known.get(f"{name} / {key}"), array)
+    missing = sorted(name for name in known.keys() - found.keys() if options.only in name)
+    for name in missing:
+        print(f"{name}: is not made any more")
+    different += len(missing)
     if options.what == "save":
         np.savez_compressed(options.file, **found)
     print(f"{len(found)} arrays {'saved' if options.what == 'save' else f'compared, {different} differ'}")

@@ -56,7 +56,9 @@ def imports() -> dict[str, set[str]]:
     known, found = modules(), defaultdict(set)
     for name, path in known.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffusers_accel."):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                raise AssertionError(f"{name}: a relative import, which this does not follow")
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "diffusers_accel":
                 full = {f"{node.module}.{each.name}" for each in node.names}
                 found[name] |= {each if each in known else str(node.module) for each in full}
             elif isinstance(node, ast.Import):

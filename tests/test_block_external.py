@@ -562,3 +562,12 @@ def test_calibration_names_what_does_not_fit() -> None:
             Calibration(2, 1, 1, **wrong)
     with pytest.raises(ValueError, match="found 2, 0 and 1"):
         Calibration(2, 0, 1)
+
+
+def test_a_step_is_judged_by_its_own_threshold() -> None:
+    calibration = Calibration(4, 1, H, gamma=(1.0, -1.0, 1.0, -1.0), max_lse_change=1e9)
+    found = []
+    for step in range(4):
+        out, lse = eager(*inputs(step)[:3])
+        found.append(bool(calibration.observe(0, step, out, lse.float()).all()))
+    assert found == [True, False, True, False], "at once, by which the next step is compared with what it would find"

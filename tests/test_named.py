@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -262,6 +263,10 @@ def test_former_names_of_parameters_are_understood_with_a_warning(
 ) -> None:
     with pytest.warns(FutureWarning, match=f"'{name}': '{list(former)[-1]}' is now called '{list(present)[-1]}'"):
         done = patch(tiny_wan_transformer(), name, **former)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch(tiny_wan_transformer(), name, **former)
+    assert {each.filename for each in caught if each.category is FutureWarning} == {__file__}, "at the user's own line"
     assert done.plan == patch(tiny_wan_transformer(), name, **present).plan
     with pytest.raises(ValueError, match="is the former name of .* found both"):
         patch(tiny_wan_transformer(), name, **former, **{list(present)[-1]: list(present.values())[-1]})

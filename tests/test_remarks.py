@@ -69,6 +69,18 @@ def test_realised_density_is_held_against_what_was_asked_for() -> None:
         assert not any("was asked for" in note for note in done.report().notes)
 
 
+def test_rows_that_a_selection_starves_are_counted() -> None:
+    pipe = tiny_wan()
+    bare = {"density": 0.15, "diagonal": False, "first_frame": False, "dense_steps": 0.0, "dense_layers": 0}
+    with patch(pipe, "draft", min_blocks=0, **bare) as done:
+        run(pipe)
+        (note,) = (note for note in done.report().notes if "read no block of the video" in note)
+    assert 0 < float(note.partition(": ")[2].partition("%")[0]) < 100
+    with patch(pipe, "draft", min_blocks=1, **bare) as done:
+        run(pipe)
+        assert not any("read no block" in note for note in done.report().notes)
+
+
 def test_refreshes_are_not_held_against_the_density() -> None:
     pipe = tiny_wan()
     with patch(pipe, NAMED["draft"](0.9)) as done:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -23,7 +24,11 @@ _STAGES: dict[str, Mapping[str, type]] = {"select": SELECTS, "rest": RESTS}
 
 def warn_former(former: str, name: str, where: str) -> None:
     """Says that `former` is called `name` now."""
-    warnings.warn(f"{where}: {former!r} is now called {name!r}; write that instead", FutureWarning, stacklevel=2)
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("diffusers_accel."):
+        level, frame = level + 1, frame.f_back  # up to the line of the user
+    message = f"{where}: {former!r} is now called {name!r}; write that instead"
+    warnings.warn(message, FutureWarning, stacklevel=level)
 
 
 def by_present_names(given: Mapping[str, Any], known: Collection[str], where: str, warn: bool = True) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.kernels.attention import attention, chosen, quantized_attention
-from diffusers_accel.kernels.grouped import each_query_head
+from diffusers_accel.kernels.grouped import each_query_head, of_heads
 from diffusers_accel.kernels.pattern import BlockPattern, head_flags, head_index
 from diffusers_accel.kernels.pool import pool
 from diffusers_accel.kernels.pooled import pooled
@@ -22,7 +22,6 @@ from diffusers_accel.methods.rest import Decision, Part, Read
 from diffusers_accel.methods.select import Inputs
 from diffusers_accel.methods.steps import decide, read_blocks, selects
 from diffusers_accel.methods.uses import Tensors
-from diffusers_accel.run.grouped import of_heads
 from diffusers_accel.run.memory import LayerCache
 from diffusers_accel.run.partition import Group, Launch, Partition
 
@@ -201,7 +200,8 @@ def _inputs(prepared: Prepared, group: Group) -> Inputs:
     place = group.place
     means, operands = prepared.means, prepared.operands
     tokens = None
-    if isinstance(operands, tuple):
+    if group.method.select.wants == "tokens":
+        assert isinstance(operands, tuple)  # see `Launch.takes_tensors`
         q, k = operands[0], each_query_head(operands[1], operands[0].shape[2])
         tokens = q[:, :, place], k[:, :, place]
     return Inputs(

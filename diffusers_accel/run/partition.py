@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
+from diffusers_accel.kernels.grouped import key_heads
 from diffusers_accel.kernels.pattern import BlockPattern, head_index
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import Method, Order
 from diffusers_accel.methods.select import Inputs
 from diffusers_accel.methods.uses import Tensors
-from diffusers_accel.run.grouped import key_heads
 
 MAX_LAYOUTS = 4
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.kernels.dense import dense as attend_densely
+from diffusers_accel.kernels.grouped import of_heads
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, Method
 from diffusers_accel.methods.orders import parse_order
 from diffusers_accel.methods.selects.stored import Stored, packed
 from diffusers_accel.methods.selects.stored_check import refuses_layout
-from diffusers_accel.run.grouped import of_heads
 from diffusers_accel.search.recorders.recorder import Kinds, Recorder
 from diffusers_accel.search.scores_file import Array
 from diffusers_accel.search.stored_masks import QUERY_STEP, best_orders, block_shares, kept_levels, order_scores

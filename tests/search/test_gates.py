@@ -286,6 +286,18 @@ def test_a_gate_between_the_extremes_errs_between_them() -> None:
     assert reused[0] == 0 < reused[1] < reused[2]
 
 
+def test_each_step_may_have_a_threshold_of_its_own() -> None:
+    pipe = tiny_wan()
+    steps = a_call()["num_inference_steps"]
+    last = [-1.0] * (steps - 1) + [1.0]
+    gate = calibrated(pipe, gamma=last, max_lse_change=1e9).tensors["refresh/transformer"]
+    never = calibrated(pipe, **NEVER).tensors["refresh/transformer"]
+    always = calibrated(pipe, **ALWAYS).tensors["refresh/transformer"]
+    assert torch.equal(gate[:-1], never[:-1]) and torch.equal(gate[-1], always[-1]) and not torch.equal(gate, never)
+    with pytest.raises(ValueError, match=f"one for each of {steps} steps"):
+        calibrated(pipe, gamma=[0.5] * (steps + 1))
+
+
 def test_each_expert_has_a_gate_of_the_steps_at_which_it_runs() -> None:
     pipe = tiny_wan(experts=2)
     pipe.register_to_config(boundary_ratio=0.8)

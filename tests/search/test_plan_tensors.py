@@ -13,8 +13,10 @@ from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import DENSE, AxisOrder, Draft, Kept, Method, Patches, Stored
 from diffusers_accel.plan import Plan, PlanError, Span
 from diffusers_accel.search.recorders.stored_masks import StoredMasks, of_every_part
+from diffusers_accel.search.schedule import Schedule, Settings
 from diffusers_accel.search.stored_masks import (
     QUERY_STEP,
+    MaskSettings,
     best_orders,
     block_shares,
     kept_levels,
@@ -167,6 +169,27 @@ def test_stored_masks_of_one_plan_are_of_one_size():
             match=f"methods.c: expected tensors for {found[0]} .parts, blocks., as those of methods.a are, found {found[1]}",
         ):
             both(masks)
+
+
+def test_the_constants_of_stored_masks_do_what_they_say():
+    torch.manual_seed(0)
+    q = torch.randn(1, LAYOUT.tokens, 1, 16)
+    lse = torch.logsumexp(torch.einsum("bshd,bthd->bhst", q, q) / 4, -1)
+
+    def empty(**constants: float) -> float:
+        return float(order_scores(q, q, lse, LAYOUT, ("fhw",), MaskSettings(**constants))[0].mean())
+
+    assert empty(epsilon=1e-12) == 0 and empty(epsilon=0.999, sigma=0.9) == 1, "which weights are small"
+    assert empty(epsilon=2e-3, sigma=0.01) > empty(epsilon=2e-3, sigma=1.0), "how many make a tile empty"
+    sparse, quant = np.array([[0.1, 0.8]]), np.array([[2.0, 9.0]])
+    assert best_orders(sparse, quant, MaskSettings(alpha=1.0)).tolist() == [1]
+    assert best_orders(sparse, quant, MaskSettings(alpha=0.0)).tolist() == [0]
+    candidates = (DENSE, Method(select=Stored(0.3)))
+    schedule = Schedule.of(Settings(candidates, ((0.0, 1.0),), 2, 1, 0, MaskSettings(parts=5)), 10)
+    assert sorted(schedule.parts.values()) == [0, 1, 2, 3, 4]
+    for wrong in ({"alpha": 1.1}, {"epsilon": 0}, {"sigma": 0}, {"parts": 0}, {"parts": 1.5}):
+        with pytest.raises(ValueError, match="masks: expected"):
+            MaskSettings(**wrong)
 
 
 def test_the_order_of_a_head_is_the_one_that_gathers_its_attention():
