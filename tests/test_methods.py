@@ -312,25 +312,43 @@ GRIDS = [(45, 80), (30, 52), (30, 45), (48, 85), (80, 45), (52, 30), (9, 13), (3
 def test_patches_are_a_permutation_that_leaves_text_alone(grid: tuple[int, int], text: dict[str, Any]) -> None:
     layout = TokenLayout(3, *grid, **text)
     index = Patches(text_last=False).index(layout)
+    moved = Patches().index(layout)
+    assert torch.equal(moved.sort().values, torch.arange(layout.tokens))
     assert torch.equal(index.sort().values, torch.arange(layout.tokens))
     outside = torch.ones(layout.tokens, dtype=torch.bool)
     outside[layout.video_start : layout.video_start + layout.video_tokens] = False
     assert torch.equal(index[outside], torch.arange(layout.tokens)[outside])
-    plain = Patches().index(TokenLayout(3, *grid))
-    assert torch.equal(index[~outside], plain + layout.video_start), (
-        "text moves the video along, and changes nothing in it"
-    )
+    for order, video in ((Patches(text_last=False), index[~outside]), (Patches(), moved[: layout.video_tokens])):
+        plain = order.index(TokenLayout(3, *grid))
+        assert torch.equal(video, plain + layout.video_start), "text moves the video along, and changes nothing in it"
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_on_ragged_grids_the_next_patch_is_a_neighbour(grid: tuple[int, int]) -> None:
+def test_version_1_goes_through_ragged_grids_from_patch_to_patch(grid: tuple[int, int]) -> None:
     height, width = grid
     high, wide = (8, 16) if width >= height else (16, 8)
-    index = Patches().index(TokenLayout(4, height, width))
+    index = Patches(text_last=False).index(TokenLayout(4, height, width))
     cells = torch.stack([index // (height * width), index // width % height // high, index % width // wide], dim=1)
     path = torch.unique_consecutive(cells, dim=0)
     assert len(path) == 4 * -(-height // high) * -(-width // wide), "each patch is visited once, as a whole"
     assert torch.all(path.diff(dim=0).abs().sum(1) == 1), "one patch on, in one direction"
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_on_ragged_grids_a_block_is_some_columns_of_a_band(grid: tuple[int, int]) -> None:
+    height, width = grid
+    index = Patches().index(TokenLayout(4, height, width))
+    frame, across, along = index // (height * width), index // width % height, index % width
+    if height > width:
+        across, along = along, across
+    bands = max(1, round(min(grid) / 8))
+    band = torch.cat([torch.full_like(x, i) for i, x in enumerate(torch.arange(min(grid)).tensor_split(bands))])[across]
+    column = torch.stack([frame, band, along], 1)
+    assert torch.all(column.diff(dim=0).abs().sum(1) <= 1), "always on to the next column, the next band or the next frame"
+    assert len(torch.unique_consecutive(column, dim=0)) == 4 * bands * max(grid), "each column once, as a whole"
+    widest = -(-BLOCK // (min(grid) // bands)) + 1
+    wraps = [block for block in column.split(BLOCK) if len(block[:, :2].unique(dim=0)) > 1]
+    assert all(len(block.unique(dim=0)) <= widest for block in column.split(BLOCK)) and len(wraps) < 4 * bands
 
 
 def test_patches_lie_down_in_portrait() -> None:

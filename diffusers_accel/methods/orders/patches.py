@@ -24,14 +24,16 @@ class Patches(Order):
     of two patches.
 
     Where the grid divides, patches come row by row, as in the paper, and a block of `height * width` tokens is a patch. At a
-    ragged edge patches are smaller (nothing is padded) and blocks reach into the next patch. So there every second row of
-    patches runs backwards, counted through all frames, and every second frame bottom up: the next patch is always a neighbour.
+    ragged edge nothing is padded, so patches could not all be blocks. There each frame is cut into bands of rows as near to
+    `height` as evenly fits, and each band is read column by column: any run of 128 tokens is then about a patch, wherever it
+    begins. Every second band runs backwards, counted through all frames, and every second frame bottom up: the next band
+    always begins beside the end of the last. In portrait frames bands stand upright.
 
     Args:
         height: token rows of a patch in a landscape frame; in a portrait frame height and width change places.
         width: token columns of a patch.
-        text_last: what stands in front of the video, such as text, comes behind it. False leaves it there, as version 1 of
-            plans means it.
+        text_last: what stands in front of the video, such as text, comes behind it. False, as version 1 of plans means it,
+            leaves it there, and goes through a ragged grid patch by patch, smaller ones at the edge, on the same way.
     """
 
     height: int = 8
@@ -56,10 +58,13 @@ class Patches(Order):
 
     def index(self, layout: TokenLayout) -> Tensor:
         """int64 [tokens], see `Order.index`."""
-        high, wide = (self.height, self.width) if layout.width >= layout.height else (self.width, self.height)
+        portrait = layout.width < layout.height
+        high, wide = (self.width, self.height) if portrait else (self.height, self.width)
         even = layout.height % high == 0 and layout.width % wide == 0
 
         def sort(grid: Tensor) -> Tensor:
+            if not even and self.text_last:
+                return _banded(grid.mT if portrait else grid, self.height)
             return torch.cat([_patched(frame, high, wide, None if even else i) for i, frame in enumerate(grid)])
 
         return arranged(layout, sort, video_first=self.text_last)
@@ -73,6 +78,20 @@ class Patches(Order):
 def of_version_1(label: object) -> object:
     """What an order of version 1 of plans is called now: patches stood behind leading text there."""
     return f"{label}{TEXT_FIRST}" if isinstance(label, str) and re.fullmatch(r"[0-9]+x[0-9]+", label) else label
+
+
+def _banded(grid: Tensor, high: int) -> Tensor:
+    """The tokens [frames, height, width] by bands of about `high` rows, each column by column, on one way through all."""
+    count = max(1, round(grid.shape[1] / high))
+    parts = []
+    for number, frame in enumerate(grid):
+        bands = list(frame.tensor_split(count))
+        if number % 2:
+            bands.reverse()
+        for band in bands:
+            columns = band.T.flip(0) if len(parts) % 2 else band.T
+            parts.append(columns.flatten())
+    return torch.cat(parts)
 
 
 def _patched(frame: Tensor, high: int, wide: int, serpentine: int | None) -> Tensor:
