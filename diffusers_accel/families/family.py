@@ -15,6 +15,31 @@ Observation = tuple[int, ...]
 AttentionName = Literal["dispatch_attention_fn", "F.scaled_dot_product_attention"]
 
 
+def attention_of(*lists: str, named: str = "attn1") -> Callable[[nn.Module], list[tuple[str, nn.Module]]]:
+    """The self-attention of transformers whose blocks, in these lists of modules, have it under this name."""
+
+    def found(transformer: nn.Module) -> list[tuple[str, nn.Module]]:
+        return [
+            (f"{blocks}.{index}.{named}", getattr(block, named))
+            for blocks in lists
+            for index, block in enumerate(getattr(transformer, blocks))
+        ]
+
+    return found
+
+
+def shape_of_config(transformer: Any) -> ModelShape:
+    """Of transformers whose configuration says it by the usual names."""
+    config = transformer.config
+    return ModelShape(config.num_layers, config.num_attention_heads, config.attention_head_dim)
+
+
+def to_out_of(transformer: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
+    """The linear map behind attention in diffusers' attention modules: the first of `to_out`."""
+    linear: Callable[[Tensor], Tensor] = transformer.get_submodule(name).to_out[0]
+    return linear
+
+
 @dataclass(frozen=True)
 class Family:
     """How to find the self-attention of a transformer class and how its tokens lie.
@@ -23,14 +48,14 @@ class Family:
         name: as plans spell it, such as "wan".
         transformer: module-qualified name of the transformer class (class names repeat across diffusers' modules).
         attention_call: how the code of the stock processor spells its call of attention.
-        self_attention: transformer -> its self-attention modules with their names, in layer order.
-        shape: transformer -> layers, heads and head dim.
         observe: (args, kwargs) of the transformer's forward -> the sizes that `layout` needs.
         layout: (transformer's config, observation) -> TokenLayout, as if all text existed.
-        output_projection: (transformer, name of a self-attention module) -> the linear map that its output goes through,
-            [rows, heads * head_dim] -> [rows, channels].
         text: (args, kwargs) of the transformer's forward -> the text embeddings, by which passes are told apart where the
             pipeline does not name them: each pass has its own, the same at every step.
+        self_attention: transformer -> its self-attention modules with their names, in layer order.
+        shape: transformer -> layers, heads and head dim.
+        output_projection: (transformer, name of a self-attention module) -> the linear map that its output goes through,
+            [rows, heads * head_dim] -> [rows, channels].
         text_mask: (args, kwargs) of the transformer's forward -> which text tokens exist, [B, text tokens], of 0 and 1 in
             any dtype. The model must let the first `sum` text tokens of a row be keys and no others, and mask its
             self-attention with [B, 1, 1, tokens] accordingly. None for models that do not mask their text.
@@ -42,12 +67,12 @@ class Family:
     name: str
     transformer: str
     attention_call: AttentionName
-    self_attention: Callable[[nn.Module], list[tuple[str, nn.Module]]]
-    shape: Callable[[nn.Module], ModelShape]
     observe: Callable[[tuple[Any, ...], Mapping[str, Any]], Observation]
     layout: Callable[[Any, Observation], TokenLayout]
-    output_projection: Callable[[nn.Module, str], Callable[[Tensor], Tensor]]
     text: Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
+    self_attention: Callable[[nn.Module], list[tuple[str, nn.Module]]] = attention_of("transformer_blocks")
+    shape: Callable[[nn.Module], ModelShape] = shape_of_config
+    output_projection: Callable[[nn.Module, str], Callable[[Tensor], Tensor]] = to_out_of
     text_mask: Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor] | None = None
     latents: str = "hidden_states"
     timestep: str = "timestep"
@@ -59,3 +84,8 @@ def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, positi
     if name not in kwargs and len(args) <= position:
         raise TypeError(f"expected the transformer's forward to be given {name}, as argument {position} or by name")
     return kwargs[name] if name in kwargs else args[position]
+
+
+def text_at(position: int) -> Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]:
+    """The text embeddings of forwards that take `encoder_hidden_states` at this position."""
+    return lambda args, kwargs: argument(args, kwargs, "encoder_hidden_states", position)

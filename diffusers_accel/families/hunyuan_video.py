@@ -10,20 +10,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusers_accel.families.family import Family, Observation, argument
+from diffusers_accel.families.family import Family, Observation, argument, attention_of, text_at
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.shape import ModelShape
 
-
-def _self_attention(transformer: Any) -> list[tuple[str, nn.Module]]:
-    """Dual blocks, then single blocks; not the token refiner, which attends among text tokens only."""
-    return [
-        (f"{blocks}.{index}.attn", block.attn)
-        for blocks in ("transformer_blocks", "single_transformer_blocks")
-        for index, block in enumerate(getattr(transformer, blocks))
-    ]
+# Dual blocks, then single blocks; not the token refiner, which attends among text tokens only.
+_self_attention = attention_of("transformer_blocks", "single_transformer_blocks", named="attn")
+_text = text_at(2)
 
 
 def _shape(transformer: Any) -> ModelShape:
@@ -34,11 +29,6 @@ def _shape(transformer: Any) -> ModelShape:
 def _observe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:
     hidden_states = argument(args, kwargs, "hidden_states", 0)
     return (*hidden_states.shape[2:], _text(args, kwargs).shape[1])
-
-
-def _text(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    text: Tensor = argument(args, kwargs, "encoder_hidden_states", 2)
-    return text
 
 
 def _layout(config: Any, observation: Observation) -> TokenLayout:

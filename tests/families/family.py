@@ -1,0 +1,32 @@
+"""What a test of every family needs to know of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusers_accel.layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """A pipeline of random weights with several layers of self-attention, without text encoders.
+
+    Args:
+        pipe: makes it, with the same weights each time.
+        call: makes arguments for `pipe(**...)`, fresh ones each time, with overrides of some; output_type "np" and guidance.
+        layout: what the tokens of that call are.
+        passes: of each step of that call, in order, as the pipeline names them.
+        bitwise: whether all-dense attention equals the stock code bit for bit, which holds where that masks nothing.
+        alone: overrides under which the call has no guidance.
+        size: overrides of another size.
+    """
+
+    pipe: Callable[[], Any]
+    call: Callable[..., dict[str, Any]]
+    layout: TokenLayout
+    passes: tuple[str, ...]
+    bitwise: bool = True
+    alone: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
+    size: dict[str, Any] = field(default_factory=lambda: {"width": 96})

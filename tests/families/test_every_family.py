@@ -1,0 +1,141 @@
+"""What must hold of every family, on a tiny real pipeline of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from diffusers_accel import patch, unpatch
+from diffusers_accel.api import attach
+from diffusers_accel.call import AttentionCall
+from diffusers_accel.families import FAMILIES, find
+from diffusers_accel.forwards.named import NAMED_FORWARDS, schedule
+from diffusers_accel.methods import NAMED
+from tests.families import TINY, TinyFamily
+
+every_family = pytest.mark.parametrize("tiny", TINY.values(), ids=TINY)
+# Nothing stays dense, and nothing that is read is left out.
+WHOLE = {"density": 1.0, "dense_steps": 0.0, "dense_layers": 0}
+SPARSE = {**WHOLE, "density": 0.4}
+
+
+def latents(pipe: Any, call: dict[str, Any]) -> np.ndarray:
+    return np.asarray(pipe(**{**call, "output_type": "latent"}).frames)
+
+
+def layers_of(pipe: Any) -> int:
+    (module, family) = find(pipe)["transformer"]
+    return len(family.self_attention(module))
+
+
+class Watch:
+    """Attends densely and keeps the calls."""
+
+    def __init__(self, seen: list[AttentionCall]) -> None:
+        self.seen = seen
+
+    def attend(self, call: AttentionCall, q: Any, k: Any, v: Any) -> torch.Tensor:
+        assert call.dense is not None
+        self.seen.append(call)
+        return call.dense(q, k, v)
+
+
+def test_every_family_is_here() -> None:
+    assert set(TINY) == {family.name for family in FAMILIES.values()}
+
+
+@every_family
+def test_each_layer_knows_step_pass_and_tokens(tiny: TinyFamily) -> None:
+    pipe, seen = tiny.pipe(), []
+    module, _ = find(pipe)["transformer"]
+    self_attention = {name for name, one in module.named_modules() if hasattr(one, "set_processor")}
+    with attach(pipe, lambda site: Watch(seen)) as attachment:
+        latents(pipe, tiny.call(num_inference_steps=3))
+        assert {site.name for site in attachment.sites} <= self_attention
+    layers = range(layers_of(pipe))
+    expected = [((step, 3), name, layer) for step in range(3) for name in tiny.passes for layer in layers]
+    assert [(call.now, call.branch, call.layer) for call in seen] == expected
+    assert {call.layout for call in seen if call.branch == tiny.passes[0]} == {tiny.layout}
+
+
+@every_family
+def test_dense_gives_the_frames_of_the_stock_pipeline_and_unpatch_restores_it(tiny: TinyFamily) -> None:
+    pipe = tiny.pipe()
+    stock = pipe(**tiny.call()).frames
+    processors = {name: id(one) for name, one in find(pipe)["transformer"][0].attn_processors.items()}
+    with patch(pipe, "dense") as done:
+        dense = pipe(**tiny.call()).frames
+        assert all(row["calls"] == 5 * len(tiny.passes) for row in done.report().rows)
+    assert np.array_equal(dense, stock) if tiny.bitwise else np.allclose(dense, stock, atol=1e-4)
+    assert {name: id(one) for name, one in find(pipe)["transformer"][0].attn_processors.items()} == processors
+    assert np.array_equal(pipe(**tiny.call()).frames, stock) and stock.std() > 0.01
+
+
+@every_family
+@pytest.mark.parametrize("name", sorted(set(NAMED) - {"dense"}))
+def test_each_method_is_dense_at_density_1_and_another_below(tiny: TinyFamily, name: str) -> None:
+    """Exact only if the layout says where each token lies."""
+    pipe = tiny.pipe()
+    stock = latents(pipe, tiny.call())
+    with patch(pipe, name, **WHOLE):
+        assert np.abs(latents(pipe, tiny.call()) - stock).max() <= 1e-4 * np.abs(stock).max()
+    with patch(pipe, name, **SPARSE) as done:
+        sparse = latents(pipe, tiny.call())
+        assert np.isfinite(sparse).all() and np.abs(sparse - stock).max() > 1e-4 * np.abs(stock).max()
+        assert done.report().density < 1
+
+
+@every_family
+@pytest.mark.parametrize("name", sorted(NAMED_FORWARDS))
+def test_each_step_cache_skips_forwards(tiny: TinyFamily, name: str) -> None:
+    pipe = tiny.pipe()
+    stock = latents(pipe, tiny.call())
+    options = {"schedule": {"steps": (0, 1, 4)}, "easycache": {"threshold": 10.0, "warm_up": 1}}[name]
+    with patch(pipe, name, **options) as done:
+        out = latents(pipe, tiny.call())
+        assert np.isfinite(out).all() and not np.array_equal(out, stock)
+        assert done.report().forwards.predicted >= len(tiny.passes)
+
+
+@every_family
+def test_a_schedule_of_all_steps_is_the_stock_pipeline_bit_for_bit(tiny: TinyFamily) -> None:
+    pipe = tiny.pipe()
+    stock = latents(pipe, tiny.call())
+    with patch(pipe, schedule(steps=range(5))):
+        assert np.array_equal(latents(pipe, tiny.call()), stock)
+
+
+@every_family
+def test_calls_of_other_kinds_follow_each_other(tiny: TinyFamily) -> None:
+    pipe = tiny.pipe()
+    calls = [{}, {"num_inference_steps": 3}, tiny.size, tiny.alone, {"num_videos_per_prompt": 2}, {}]
+    stock = [latents(pipe, tiny.call(**overrides)) for overrides in calls]
+    with patch(pipe, "cached", **WHOLE):
+        for overrides, expected in zip(calls, stock, strict=True):
+            assert np.abs(latents(pipe, tiny.call(**overrides)) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@every_family
+@pytest.mark.parametrize("whole", [True, False], ids=["fullgraph", "repeated blocks"])
+def test_compiling_keeps_the_graphs_of_the_stock_model(tiny: TinyFamily, whole: bool) -> None:
+    graphs, stock = [], latents(tiny.pipe(), tiny.call())
+    for patched in (False, True):
+        torch._dynamo.reset()
+        pipe, counter = tiny.pipe(), CompileCounter()
+        if not whole and not pipe.transformer._repeated_blocks:
+            pytest.skip(f"diffusers names no repeated blocks of {type(pipe.transformer).__name__}")
+        if patched:
+            patch(pipe, "draft", **WHOLE)
+        if whole:
+            pipe.transformer.compile(backend=counter, fullgraph=True)
+        else:
+            pipe.transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
+        assert np.abs(latents(pipe, tiny.call()) - stock).max() <= 1e-3 * np.abs(stock).max()
+        graphs.append(counter.frame_count)
+    torch._dynamo.reset()
+    assert graphs[0] == graphs[1]
+    unpatch(pipe)
