@@ -344,7 +344,9 @@ def test_on_ragged_grids_a_block_is_some_columns_of_a_band(grid: tuple[int, int]
     bands = max(1, round(min(grid) / 8))
     band = torch.cat([torch.full_like(x, i) for i, x in enumerate(torch.arange(min(grid)).tensor_split(bands))])[across]
     column = torch.stack([frame, band, along], 1)
-    assert torch.all(column.diff(dim=0).abs().sum(1) <= 1), "always on to the next column, the next band or the next frame"
+    assert torch.all(column.diff(dim=0).abs().sum(1) <= 1), (
+        "always on to the next column, the next band or the next frame"
+    )
     assert len(torch.unique_consecutive(column, dim=0)) == 4 * bands * max(grid), "each column once, as a whole"
     widest = -(-BLOCK // (min(grid) // bands)) + 1
     wraps = [block for block in column.split(BLOCK) if len(block[:, :2].unique(dim=0)) > 1]

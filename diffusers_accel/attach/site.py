@@ -96,6 +96,8 @@ class Model:
         counts = self._forward.text
         if counts is None:
             return [Rows(0, batch, self._layout(None))]
+        if len(counts) == 1:  # of one prompt, of which several videos are made
+            counts *= batch
         if len(counts) != batch:
             raise RuntimeError(
                 f"{self.name}: expected a text mask of {batch} rows, as q has, found one of {len(counts)}"
