@@ -10,10 +10,11 @@ from torch import nn
 from diffusers_accel.families.cogvideox import COGVIDEOX
 from diffusers_accel.families.family import Family
 from diffusers_accel.families.hunyuan_video import HUNYUAN_VIDEO
+from diffusers_accel.families.ltx import LTX
 from diffusers_accel.families.wan import WAN
 from diffusers_accel.files import quoted
 
-FAMILIES: dict[str, Family] = {family.transformer: family for family in (WAN, HUNYUAN_VIDEO, COGVIDEOX)}
+FAMILIES: dict[str, Family] = {family.transformer: family for family in (WAN, HUNYUAN_VIDEO, COGVIDEOX, LTX)}
 
 COMPONENTS = ("transformer", "transformer_2")
 

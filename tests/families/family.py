@@ -21,6 +21,7 @@ class TinyFamily:
         bitwise: whether all-dense attention equals the stock code bit for bit, which holds where that masks nothing.
         alone: overrides under which the call has no guidance.
         size: overrides of another size.
+        several: overrides by which two videos are made.
     """
 
     pipe: Callable[[], Any]
@@ -30,3 +31,4 @@ class TinyFamily:
     bitwise: bool = True
     alone: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
     size: dict[str, Any] = field(default_factory=lambda: {"width": 96})
+    several: dict[str, Any] = field(default_factory=lambda: {"num_videos_per_prompt": 2})

@@ -112,7 +112,7 @@ def test_a_schedule_of_all_steps_is_the_stock_pipeline_bit_for_bit(tiny: TinyFam
 @every_family
 def test_calls_of_other_kinds_follow_each_other(tiny: TinyFamily) -> None:
     pipe = tiny.pipe()
-    calls = [{}, {"num_inference_steps": 3}, tiny.size, tiny.alone, {"num_videos_per_prompt": 2}, {}]
+    calls = [{}, {"num_inference_steps": 3}, tiny.size, tiny.alone, tiny.several, {}]
     stock = [latents(pipe, tiny.call(**overrides)) for overrides in calls]
     with patch(pipe, "cached", **WHOLE):
         for overrides, expected in zip(calls, stock, strict=True):
