@@ -25,7 +25,6 @@ from diffusers_accel.forwards.scope import Scope
 from diffusers_accel.kernels.kept import forget_kept
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import AUTO, NAMED, Method, Recipe
-from diffusers_accel.methods.former import warn_former
 from diffusers_accel.plan import Plan
 from diffusers_accel.plan.size import check_size, planned_size
 from diffusers_accel.report import PatchReport, strangers
@@ -35,6 +34,7 @@ from diffusers_accel.run.partition import Partitions
 from diffusers_accel.run.remarks import Remarks
 from diffusers_accel.shape import ModelShape
 from diffusers_accel.subject import Patchable, split
+from diffusers_accel.support.former import warn_former
 from diffusers_accel.support.log import LOG
 
 PRESET = "pattern"

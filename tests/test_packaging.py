@@ -23,7 +23,7 @@ HOMES = {
     "search": "diffusers_accel.search",
     "evals": "diffusers_accel.evals",
 }
-WEIGHTS = "diffusers_accel/evals/shapes/weights/"
+WEIGHTS = "diffusers_accel/evals/toy/weights/"
 
 
 def tree() -> set[str]:
@@ -76,7 +76,7 @@ def test_the_wheel_holds_the_tree_without_the_small_models_weights(wheel: Path) 
 def test_an_installed_wheel_says_where_the_weights_are(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = """
-from diffusers_accel.evals.shapes import verify_weights
+from diffusers_accel.evals.toy import verify_weights
 try:
     verify_weights()
 except FileNotFoundError as error:

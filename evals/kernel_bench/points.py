@@ -10,12 +10,13 @@ from typing import Any, TypeAlias
 
 import torch
 
-from diffusers_accel.evals.kernel_bench.inputs import BLOCK, INPUTS, PATTERNS, SHAPES
+from diffusers_accel.evals.kernel_bench.inputs import BLOCK, FORMER_SHAPES, INPUTS, PATTERNS, SHAPES
 from diffusers_accel.evals.kernel_bench.peers import PEERS
 from diffusers_accel.files import quoted
 from diffusers_accel.kernels import dense
 from diffusers_accel.kernels.attention import IMPLEMENTATIONS, PRECISIONS
 from diffusers_accel.support.device import parse_device
+from diffusers_accel.support.former import warn_former
 from diffusers_accel.support.suggest import did_you_mean
 
 Row: TypeAlias = dict[str, Any]
@@ -47,7 +48,7 @@ class Settings:
 
     device: str = _option("cuda, cuda:1 or cpu; a GPU if there is one")
     shapes: tuple[str, ...] = _option(
-        "self-attention of models", ("W13", "C2", "HY", "W14", "C15"), ("shapes", "S8"), SHAPES, many=True
+        "self-attention of models", ("W13", "C2", "HY", "W14", "C15"), ("toy", "S8"), SHAPES, many=True
     )  # both head dims first
     densities: tuple[float, ...] = _option(
         "shares of block pairs, 0..1", (0.1, 0.3, 1.0, 0.2, 0.5, 0.05), (0.1, 0.25, 1.0), kind=float, many=True
@@ -139,6 +140,8 @@ def settings(device: torch.device | str, **asked: Any) -> Settings:
             value = option[kind]
         if option["many"] and value is not None:
             value = tuple(option["kind"](x) for x in value)
+        if entry.name == "shapes":
+            value = tuple(_present_shape(x) for x in value)
         given: Sequence[Any] = value if isinstance(value, tuple) else [value]
         if value is not None and option["names"] and (unknown := [x for x in given if x not in option["names"]]):
             words = f"found {quoted(unknown[0])}{did_you_mean(unknown[0], option['names'])}"
@@ -153,6 +156,14 @@ def settings(device: torch.device | str, **asked: Any) -> Settings:
     if found["threads"] is not None and not 1 <= found["threads"] <= MOST_THREADS:
         raise ValueError(f"threads must be 1 to {MOST_THREADS:,}, found {quoted(found['threads'])}")
     return Settings(**found)
+
+
+def _present_shape(name: str) -> str:
+    """The name that a shape has now."""
+    if (present := FORMER_SHAPES.get(name)) is None:
+        return name
+    warn_former(name, present, "shapes")
+    return present
 
 
 def plan(asked: Settings) -> list[Point]:
