@@ -86,6 +86,16 @@ def test_rooms_import_from_lower_ones_only() -> None:
     assert not upward, "\n".join(upward)
 
 
+def test_what_the_wheel_leaves_out_is_asked_for_by_nothing_in_it() -> None:
+    left_out = "diffusers_accel.evals.toy.training"
+    wrong = {
+        name: sorted(other for other in others if other.startswith(left_out))
+        for name, others in imports().items()
+        if not name.startswith(left_out)
+    }
+    assert not {name: others for name, others in wrong.items() if others}
+
+
 def test_no_module_is_in_a_cycle() -> None:
     graph, done, path = imports(), set(), []
 

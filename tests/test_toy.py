@@ -19,8 +19,9 @@ import pytest
 import torch
 
 from diffusers_accel.evals import toy
-from diffusers_accel.evals.toy import autoencoder, latents, nested, render, run_state
-from diffusers_accel.evals.toy.denoiser import (
+from diffusers_accel.evals.toy import render
+from diffusers_accel.evals.toy.training import autoencoder, latents, nested, run_state
+from diffusers_accel.evals.toy.training.denoiser import (
     CAPTION_CLASSES,
     OBJECT_FEATURES,
     SHORT_TEXT_ROWS,
@@ -30,12 +31,12 @@ from diffusers_accel.evals.toy.denoiser import (
     rotate,
     set_inputs,
 )
-from diffusers_accel.evals.toy.models import TEXT_DIM, TEXT_ROWS, build_autoencoder, build_transformer
-from diffusers_accel.evals.toy.pixels import compare, find, judge
-from diffusers_accel.evals.toy.run_state import Average, RunState, load_run, read_log
-from diffusers_accel.evals.toy.start import start_training
-from diffusers_accel.evals.toy.text import train_text
-from diffusers_accel.evals.toy.transformer import (
+from diffusers_accel.evals.toy.training.models import TEXT_DIM, TEXT_ROWS, build_autoencoder, build_transformer
+from diffusers_accel.evals.toy.training.pixels import compare, find, judge
+from diffusers_accel.evals.toy.training.run_state import Average, RunState, load_run, read_log
+from diffusers_accel.evals.toy.training.start import start_training
+from diffusers_accel.evals.toy.training.text import train_text
+from diffusers_accel.evals.toy.training.transformer import (
     NOISIEST,
     Denoiser,
     Places,
@@ -395,7 +396,7 @@ def test_latents_of_other_scenes_are_refused(tiny_folder: Path) -> None:
 
 def test_training_resumes_after_a_kill(tiny_folder: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from diffusers_accel.evals.toy import run_state, transformer\n"
+        "import sys; from pathlib import Path; from diffusers_accel.evals.toy.training import run_state, transformer\n"
         "run_state.SAVE_EVERY_S = 0.0\n"
         f"transformer.train_transformer(Path(sys.argv[1]), 10, 0, stages=((1.01, ((1, 1, 2),)),), compile=False, **{TINY})"
     )

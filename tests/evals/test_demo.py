@@ -69,7 +69,7 @@ def test_a_clip_costs_its_steps_and_what_is_outside_of_them(monkeypatch: pytest.
 def random_pipeline() -> Any:
     from diffusers import WanPipeline
 
-    from diffusers_accel.evals.toy import models
+    from diffusers_accel.evals.toy.training import models
 
     torch.manual_seed(0)
     tokenizer = models.build_tokenizer()

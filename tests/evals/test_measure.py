@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from diffusers_accel.evals.toy import measure
+from diffusers_accel.evals.toy.training import measure
 from diffusers_accel.files import FileError, write_json
 
 WHAT: dict[str, Any] = {"weights": "abc", "prompts": 4, "seed": 0, "part": "0/1", "call": {"height": 128}}

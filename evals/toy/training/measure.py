@@ -1,4 +1,4 @@
-"""Measure the toy model on held-out prompts: `python -m diffusers_accel.evals.toy.measure --prompts 64`.
+"""Measure the toy model on held-out prompts: `python -m diffusers_accel.evals.toy.training.measure --prompts 64`.
 
 Rendered clips and their reconstructions by the autoencoder go through the same judge as the generated clips, so that a
 failure of the judge or of the autoencoder is not taken for one of the denoiser.
@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from diffusers_accel.evals.toy import CALL, held_out_prompts, load_pipeline
-from diffusers_accel.evals.toy.autoencoder import encode_mean, to_video
-from diffusers_accel.evals.toy.pixels import judge
 from diffusers_accel.evals.toy.render import held_out_scene, render
+from diffusers_accel.evals.toy.training.autoencoder import encode_mean, to_video
+from diffusers_accel.evals.toy.training.pixels import judge
 from diffusers_accel.evals.toy.weights_folder import WEIGHTS, verify_weights, weights_digest
 from diffusers_accel.files import FileError, prepare_file, printable, quoted, read_json, write_json
 

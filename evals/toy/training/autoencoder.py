@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from diffusers_accel.evals.toy.models import LATENT_CHANNELS, build_autoencoder
 from diffusers_accel.evals.toy.render import Scene, held_out_scene, render, training_scene
-from diffusers_accel.evals.toy.run_state import Average, RunState, scheduled_lr
+from diffusers_accel.evals.toy.training.models import LATENT_CHANNELS, build_autoencoder
+from diffusers_accel.evals.toy.training.run_state import Average, RunState, scheduled_lr
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan

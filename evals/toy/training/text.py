@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from diffusers_accel.evals.toy.denoiser import Probe
-from diffusers_accel.evals.toy.models import aim_text_heads
 from diffusers_accel.evals.toy.render import training_scene
-from diffusers_accel.evals.toy.run_state import Average, RunState, scheduled_lr
-from diffusers_accel.evals.toy.transformer import Denoiser, describe_caption, load_probe
+from diffusers_accel.evals.toy.training.denoiser import Probe
+from diffusers_accel.evals.toy.training.models import aim_text_heads
+from diffusers_accel.evals.toy.training.run_state import Average, RunState, scheduled_lr
+from diffusers_accel.evals.toy.training.transformer import Denoiser, describe_caption, load_probe
 
 if TYPE_CHECKING:
     from diffusers_accel.evals.toy.render import Scene

@@ -1,4 +1,4 @@
-"""Train the toy model from nothing: `python -m diffusers_accel.evals.toy.train --help`.
+"""Train the toy model from nothing: `python -m diffusers_accel.evals.toy.training.train --help`.
 
 Meant to run in the background (`nice -n 10 ...`); each command resumes where it was killed.
 """
@@ -33,7 +33,7 @@ def start(
     out: Out = Path("toy-training"),
 ) -> None:
     """Begin with exported weights: go on with `latents`, `text`, then `transformer`."""
-    from diffusers_accel.evals.toy.start import start_training
+    from diffusers_accel.evals.toy.training.start import start_training
 
     print(start_training(out, weights, seed))
 
@@ -41,7 +41,7 @@ def start(
 @app.command()
 def autoencoder(minutes: Minutes = 25, threads: Threads = 1, seed: Seed = 0, out: Out = Path("toy-training")) -> None:
     """Train the autoencoder on rendered clips."""
-    from diffusers_accel.evals.toy.autoencoder import train_autoencoder
+    from diffusers_accel.evals.toy.training.autoencoder import train_autoencoder
 
     torch.set_num_threads(threads)
     print(train_autoencoder(out, minutes, seed))
@@ -55,7 +55,7 @@ def latents(
     out: Out = Path("toy-training"),
 ) -> None:
     """Encode training clips ahead (may still run while the transformer trains)."""
-    from diffusers_accel.evals.toy.latents import encode_latents
+    from diffusers_accel.evals.toy.training.latents import encode_latents
 
     torch.set_num_threads(threads)
     print(encode_latents(out, clips, seed))
@@ -70,7 +70,7 @@ def transformer(
     out: Out = Path("toy-training"),
 ) -> None:
     """Train the transformer and the text encoder on the encoded clips."""
-    from diffusers_accel.evals.toy.transformer import train_transformer
+    from diffusers_accel.evals.toy.training.transformer import train_transformer
 
     torch.set_num_threads(threads)
     print(train_transformer(out, minutes, seed, device))
@@ -84,7 +84,7 @@ def text(
     out: Out = Path("toy-training"),
 ) -> None:
     """Train the text encoder alone to tell two objects apart, where the transformer's training has not taught it that."""
-    from diffusers_accel.evals.toy.text import train_text
+    from diffusers_accel.evals.toy.training.text import train_text
 
     torch.set_num_threads(threads)
     print(train_text(out, steps, seed))
@@ -97,7 +97,7 @@ def export(
     measured: Annotated[Path | None, typer.Option(help="Result of the measure command, put into the record.")] = None,
 ) -> None:
     """Write the averaged weights in the host's format, with their training record."""
-    from diffusers_accel.evals.toy.export import export_weights
+    from diffusers_accel.evals.toy.training.export import export_weights
 
     print(export_weights(out, weights, measured))
 
