@@ -42,13 +42,13 @@ def test_histogram(arch: int, level: int, forced: bool) -> None:
 
 @every_arch
 @pytest.mark.parametrize("key_blocks", [50, 930, select.LARGEST_ROW])
-@pytest.mark.parametrize("rule", ["quantile", "row", "mass"])
+@pytest.mark.parametrize("rule", ["head", "row", "top_p"])
 def test_lists(arch: int, key_blocks: int, rule: str) -> None:
     padded = 1 << (key_blocks - 1).bit_length()
     constants: dict[str, Any] = {"RULE": rule, "LEVELS": 4, "PADDED": padded}
-    if rule != "quantile":
+    if rule != "head":
         constants["histograms_ptr"] = None
-    types = LISTS | ({"amount": "fp32"} if rule == "mass" else {})
+    types = LISTS | ({"amount": "fp32"} if rule == "top_p" else {})
     compiled(select.lists_kernel, arch, types, constants, num_warps=select.row_warps(padded))
 
 
