@@ -46,7 +46,7 @@ from diffusers_accel.search.plan_making import make_plan
 from diffusers_accel.search.predicted import span_errors
 from diffusers_accel.search.probe import PassProbe, measuring_bytes
 from diffusers_accel.search.running import Prompt, now, prompt_label, run_pipeline
-from diffusers_accel.search.schedule import Schedule, Settings, open_share
+from diffusers_accel.search.schedule import ProbeSchedule, ProbeSettings, open_share
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.search.screen import Screen, clock
 from diffusers_accel.search.sensitivity import Dense, LastLatents, impact, plan_engine, span_choice
@@ -125,7 +125,7 @@ def search_plan(
     if not isinstance(masks, MaskSettings):
         raise TypeError(f"masks: expected a MaskSettings, found {quoted(masks)}")
     chosen = check_candidates(candidates_for(pipe) if candidates is None else candidates)
-    settings = Settings(
+    settings = ProbeSettings(
         chosen,
         edges,
         whole_number("rows", rows, 2),
@@ -178,7 +178,7 @@ class _Search:
         found: Found,
         prompts: tuple[Prompt, ...],
         call: dict[str, Any],
-        settings: Settings,
+        settings: ProbeSettings,
         ask: Ask,
         screen: Screen,
         measures_spans: bool,
@@ -326,7 +326,7 @@ class _Search:
 
     def _empty(self, layout: TokenLayout, steps: int) -> Scores:
         methods, spans = self.settings.candidates, self.settings.spans
-        parts = len(Schedule.of(self.settings, steps).parts)
+        parts = len(ProbeSchedule.of(self.settings, steps).parts)
         return Scores(
             family=self.family,
             models=self.models,
@@ -341,7 +341,7 @@ class _Search:
         )
 
     def _estimate(self, trial: Trial, done: int) -> None:
-        schedule = Schedule.of(self.settings, trial.steps)
+        schedule = ProbeSchedule.of(self.settings, trial.steps)
         layers = max(model.layers for model in self.models.values())
         passes = len(self.prompts) - done
         generation = trial.steps * trial.step_seconds

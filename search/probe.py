@@ -28,7 +28,7 @@ from diffusers_accel.search.measure import SampledHeads, head_grams, layer_energ
 from diffusers_accel.search.recorders import recorders
 from diffusers_accel.search.row import Chunk, RowProbe, grouped, keep
 from diffusers_accel.search.running import SiteEngine, now
-from diffusers_accel.search.schedule import Schedule, Settings, kept_age, span_index
+from diffusers_accel.search.schedule import ProbeSchedule, ProbeSettings, kept_age, span_index
 from diffusers_accel.search.scores import Array, CalibrationRun, Scores
 from diffusers_accel.search.selections import KeptRows, RowReader, Selections
 from diffusers_accel.shape import ModelShape
@@ -46,7 +46,7 @@ def head_bytes(tokens: int, head_dim: int, rows: int, candidates: int) -> int:
     return one + 4 * candidates * rows * (3 * blocks + 3 * head_dim)
 
 
-def measuring_bytes(tokens: int, model: ModelShape, settings: Settings) -> int:
+def measuring_bytes(tokens: int, model: ModelShape, settings: ProbeSettings) -> int:
     """Bytes that measuring one call takes beside the pipeline's own memory, at most."""
     one = head_bytes(tokens, model.head_dim, settings.rows, len(settings.candidates))
     projections = 4 * (model.heads * model.head_dim) ** 2
@@ -58,7 +58,7 @@ class PassProbe:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: ProbeSettings,
         models: dict[str, ModelShape],
         layout: TokenLayout,
         steps: int,
@@ -70,7 +70,7 @@ class PassProbe:
         self.settings = settings
         self.models = models
         self.layout = layout
-        self.schedule = Schedule.of(settings, steps)
+        self.schedule = ProbeSchedule.of(settings, steps)
         parts = len(self.schedule.parts)
         self.sums = Scores.zeros(models, len(settings.spans), settings.candidates, layout, parts)
         self.calls = {name: np.zeros(len(settings.spans), "i8") for name in models}

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.methods import Method, Order
-from diffusers_accel.methods.rest import Decision, Read
+from diffusers_accel.methods.rest import Read, RefreshDecision
 from diffusers_accel.methods.steps import decide, read_blocks
 from diffusers_accel.search.measure import SampledHeads, deviations
 from diffusers_accel.search.scores import DENSE, Array
@@ -105,7 +105,7 @@ class RowProbe:
         found = {index: self._selections.owned(self._candidates[index], call).numpy() for index in ready}
         return {index: own for index, own in found.items() if own.any()}
 
-    def _read(self, index: int, chunk: Chunk) -> tuple[Decision, BlockPattern, Tensor]:
+    def _read(self, index: int, chunk: Chunk) -> tuple[RefreshDecision, BlockPattern, Tensor]:
         """What a candidate does at this step, the blocks that its rows read, and its density, fp64 [heads]."""
         method, call = self._candidates[index], chunk.call
         assert call.now is not None

@@ -13,7 +13,7 @@ from diffusers_accel.search.stored_masks import USUAL_MASKS, MaskSettings
 
 
 @dataclass(frozen=True)
-class Settings:
+class ProbeSettings:
     """What a pass measures.
 
     Args:
@@ -50,7 +50,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class ProbeSchedule:
     """The observed steps of a generation of `steps` steps.
 
     Args:
@@ -65,7 +65,7 @@ class Schedule:
     parts: dict[int, int]
 
     @classmethod
-    def of(cls, settings: Settings, steps: int) -> Schedule:
+    def of(cls, settings: ProbeSettings, steps: int) -> ProbeSchedule:
         measured = chosen_steps(settings.spans, steps, settings.probe_steps)
         kept: dict[int, tuple[tuple[int, int], ...]] = {}
         for step in sorted(measured):

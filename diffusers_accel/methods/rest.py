@@ -52,7 +52,7 @@ class CacheEntry:
     lse: Tensor | None = None
 
 
-class Decision(NamedTuple):
+class RefreshDecision(NamedTuple):
     """A group at one step: what it has held since an earlier one, and which of its heads make what is held anew (empty where
     nothing is kept)."""
 
@@ -159,5 +159,5 @@ class Rest(ABC):
         return []
 
     @abstractmethod
-    def complete(self, read: Read, decision: Decision, reader: Reader) -> tuple[Part, CacheEntry]:
+    def complete(self, read: Read, decision: RefreshDecision, reader: Reader) -> tuple[Part, CacheEntry]:
         """The output of the group's heads, and what they remember."""

@@ -18,7 +18,7 @@ from diffusers_accel.kernels.pooled import pooled
 from diffusers_accel.kernels.prep import Prepared, prep
 from diffusers_accel.kernels.quantize import Quantized
 from diffusers_accel.methods import BLOCK, Method
-from diffusers_accel.methods.rest import Decision, Part, Read
+from diffusers_accel.methods.rest import Part, Read, RefreshDecision
 from diffusers_accel.methods.select import Inputs
 from diffusers_accel.methods.steps import decide, read_blocks, selects
 from diffusers_accel.methods.uses import Tensors
@@ -183,7 +183,7 @@ def _prepare(launch: Launch, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | Non
 
 
 def _pattern(
-    group: Group, decision: Decision, tensors: Tensors, call: AttentionCall, prepared: Prepared
+    group: Group, decision: RefreshDecision, tensors: Tensors, call: AttentionCall, prepared: Prepared
 ) -> BlockPattern:
     """What a group reads at this step."""
 

@@ -12,7 +12,7 @@ import torch
 
 from diffusers_accel import Plan
 from diffusers_accel.evals import demo, toy
-from diffusers_accel.evals.generate import Run
+from diffusers_accel.evals.generate import PipelineRun
 from diffusers_accel.evals.measurement import read_rows
 from diffusers_accel.files import WriteError
 from diffusers_accel.methods import NAMED
@@ -56,10 +56,10 @@ def test_every_named_method_is_shown_unless_time_is_short() -> None:
 def test_a_clip_costs_its_steps_and_what_is_outside_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([10.0, 12.0])  # ends of the two steps
 
-    def generate(pipe: Any, prompt: str, noise: Any, call: dict[str, Any], on_step: Any) -> Run:
+    def generate(pipe: Any, prompt: str, noise: Any, call: dict[str, Any], on_step: Any) -> PipelineRun:
         for _ in range(call["num_inference_steps"]):
             on_step()
-        return Run(np.zeros((1, 1, 1, 3), np.float32), 5000.0, 0)
+        return PipelineRun(np.zeros((1, 1, 1, 3), np.float32), 5000.0, 0)
 
     monkeypatch.setattr(demo, "generate", generate)
     monkeypatch.setattr(demo, "time", SimpleNamespace(perf_counter=lambda: next(now)))

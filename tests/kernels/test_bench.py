@@ -32,16 +32,16 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench.worker.DRIFT, "cpu", float("inf"))  # a test machine is never idle
 
 
-def settings(**asked: Any) -> bench.points.Settings:
+def settings(**asked: Any) -> bench.points.BenchSettings:
     usual = {"shapes": ["tiny"], "dtype": "fp32", "patterns": ["window"], "operators": ["attention"], "rep_ms": 0}
     return bench.points.settings("cpu", **{**usual, **asked})
 
 
-def made(asked: bench.points.Settings, **known: Any) -> Bench:
+def made(asked: bench.points.BenchSettings, **known: Any) -> Bench:
     return Bench(asked, lambda row: None, {"gemm_tflops": 1.0, "copy_tbps": 0.01}, **known)
 
 
-def rows_of(asked: bench.points.Settings, **known: Any) -> list[Row]:
+def rows_of(asked: bench.points.BenchSettings, **known: Any) -> list[Row]:
     """Everything that is asked for, measured in this process."""
     return list(made(asked, **known).rows())
 

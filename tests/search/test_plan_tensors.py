@@ -13,7 +13,7 @@ from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import DENSE, AxisOrder, Draft, Kept, Method, Patches, Stored
 from diffusers_accel.plan import Plan, PlanError, Span
 from diffusers_accel.search.recorders.stored_masks import StoredMasks, of_every_part
-from diffusers_accel.search.schedule import Schedule, Settings
+from diffusers_accel.search.schedule import ProbeSchedule, ProbeSettings
 from diffusers_accel.search.stored_masks import (
     QUERY_STEP,
     MaskSettings,
@@ -185,7 +185,7 @@ def test_the_constants_of_stored_masks_do_what_they_say():
     assert best_orders(sparse, quant, MaskSettings(alpha=1.0)).tolist() == [1]
     assert best_orders(sparse, quant, MaskSettings(alpha=0.0)).tolist() == [0]
     candidates = (DENSE, Method(select=Stored(0.3)))
-    schedule = Schedule.of(Settings(candidates, ((0.0, 1.0),), 2, 1, 0, MaskSettings(parts=5)), 10)
+    schedule = ProbeSchedule.of(ProbeSettings(candidates, ((0.0, 1.0),), 2, 1, 0, MaskSettings(parts=5)), 10)
     assert sorted(schedule.parts.values()) == [0, 1, 2, 3, 4]
     for wrong in ({"alpha": 1.1}, {"epsilon": 0}, {"sigma": 0}, {"parts": 0}, {"parts": 1.5}):
         with pytest.raises(ValueError, match="masks: expected"):

@@ -21,7 +21,7 @@ from diffusers_accel.files import FileError
 from diffusers_accel.kernels.merge import merge
 from diffusers_accel.kernels.pattern import BlockPattern, head_index
 from diffusers_accel.methods.blocks import FOREVER, part_of
-from diffusers_accel.methods.rest import CacheEntry, Decision, Part, Read, Reader, Rest
+from diffusers_accel.methods.rest import CacheEntry, Part, Read, Reader, RefreshDecision, Rest
 from diffusers_accel.methods.select import Select
 from diffusers_accel.methods.uses import Tensors, Uses, planned
 
@@ -119,7 +119,7 @@ class Kept(Rest):
             return [bool(each) for each in gate[_begun(now, len(gate), before)].any(0)]
         return [now[0] - last >= self.refresh_every for last in held.refreshed]
 
-    def complete(self, read: Read, decision: Decision, reader: Reader) -> tuple[Part, CacheEntry]:
+    def complete(self, read: Read, decision: RefreshDecision, reader: Reader) -> tuple[Part, CacheEntry]:
         held = _renewed(read, decision, reader)
         assert held.out is not None and held.lse is not None
         return merge([read.part, (held.out, held.lse)]), held
@@ -138,7 +138,7 @@ def _begun(now: tuple[int, int], parts: int, before: int | None = None) -> slice
     return slice(before + 1, part_of(now, parts) + 1)
 
 
-def _renewed(read: Read, decision: Decision, reader: Reader) -> CacheEntry:
+def _renewed(read: Read, decision: RefreshDecision, reader: Reader) -> CacheEntry:
     """What is held after this step: where heads refresh, their unread blocks are computed."""
     held, step = decision.held, decision.step
     heads = [head for head, now in enumerate(decision.refresh) if now]
