@@ -244,7 +244,7 @@ class _Search:
             scores = self._empty(trial.layout, trial.steps)
         check_layout(scores, trial.layout, str(keeper.path))
         self._estimate(trial, done)
-        if self.settings.in_parts and len(self.prompts) == 1:
+        if self.settings.in_segments and len(self.prompts) == 1:
             self.screen.say(
                 "stored masks cannot be chosen: the first prompt makes them, it takes a second one to judge them"
             )
@@ -326,18 +326,18 @@ class _Search:
 
     def _empty(self, layout: TokenLayout, steps: int) -> Scores:
         methods, spans = self.settings.candidates, self.settings.spans
-        parts = len(ProbeSchedule.of(self.settings, steps).parts)
+        segments = len(ProbeSchedule.of(self.settings, steps).segments)
         return Scores(
             family=self.family,
             models=self.models,
             layout=layout,
             candidates=methods,
             spans=spans,
-            parts=parts,
+            segments=segments,
             config=self.config,
             provenance=versions(self.pipe, layout),
             passes=(),
-            sums=Scores.zeros(self.models, len(spans), methods, layout, parts),
+            sums=Scores.zeros(self.models, len(spans), methods, layout, segments),
         )
 
     def _estimate(self, trial: Trial, done: int) -> None:
@@ -347,7 +347,7 @@ class _Search:
         generation = trial.steps * trial.step_seconds
         per_pass = generation + schedule.observed * trial.calls * layers * trial.measure_seconds
         # At most: the orders, which the trial has chosen too, are chosen only once.
-        masks = len(schedule.parts) * layers * trial.calibrate_seconds if done == 0 else 0.0
+        masks = len(schedule.segments) * layers * trial.calibrate_seconds if done == 0 else 0.0
         spans = len(self.settings.spans) * generation if self.measures_spans else 0.0
         model = next(iter(self.models.values()))
         memory = measuring_bytes(trial.layout.tokens, model, self.settings)

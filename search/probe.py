@@ -71,8 +71,8 @@ class PassProbe:
         self.models = models
         self.layout = layout
         self.schedule = ProbeSchedule.of(settings, steps)
-        parts = len(self.schedule.parts)
-        self.sums = Scores.zeros(models, len(settings.spans), settings.candidates, layout, parts)
+        segments = len(self.schedule.segments)
+        self.sums = Scores.zeros(models, len(settings.spans), settings.candidates, layout, segments)
         self.calls = {name: np.zeros(len(settings.spans), "i8") for name in models}
         self.dense_timer = Timer()
         self.measuring_seconds = 0.0
@@ -110,8 +110,8 @@ class PassProbe:
             self.measure(site, call, span, q, k, v)
         if step in self.schedule.kept:
             self.keep(call, q, k, v)
-        if self._number == 0 and step in self.schedule.parts:
-            self.calibrate(call, self.schedule.parts[step], q, k, v)
+        if self._number == 0 and step in self.schedule.segments:
+            self.calibrate(call, self.schedule.segments[step], q, k, v)
         return out
 
     def measure(self, site: Site, call: AttentionCall, span: int, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -134,11 +134,11 @@ class PassProbe:
                     found = self._keep_row(call, later, members, q[row], k[row], v[row])
                     self._kept[self._key(call, later, row)] |= found
 
-    def calibrate(self, call: AttentionCall, part: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Shows a whole call of one part of the schedule to the recorders."""
+    def calibrate(self, call: AttentionCall, segment: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Shows a whole call of one segment of the schedule to the recorders."""
         with self._measuring(call, q.device), torch.autocast(q.device.type, enabled=False):
             for recorder in self._recorders:
-                recorder.add_call(call, part, q, k, v, self._chunks(call.layout.tokens, *q.shape[2:]))
+                recorder.add_call(call, segment, q, k, v, self._chunks(call.layout.tokens, *q.shape[2:]))
 
     def finished(self, prompt: str, seconds: float) -> CalibrationRun:
         """The record of this pass, which took `seconds` of wall time, measuring included."""

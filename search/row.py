@@ -16,7 +16,7 @@ from diffusers_accel.methods.rest import Read, RefreshDecision
 from diffusers_accel.methods.steps import decide, read_blocks
 from diffusers_accel.search.measure import SampledHeads, deviations
 from diffusers_accel.search.scores import DENSE, Array
-from diffusers_accel.search.selections import KeptRows, RowBlocks, RowReader, Selections, as_part
+from diffusers_accel.search.selections import KeptRows, RowBlocks, RowReader, Selections, as_partial
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ class RowProbe:
         chunk = chunk.take(where)
         reader = RowReader(chunk.sampled, order, precision)
         found = [self._read(index, chunk) for index in owners]
-        out, lse = reader.parts.merge(torch.stack([pattern.mask()[0] for _, pattern, _ in found]))
+        out, lse = reader.partials.merge(torch.stack([pattern.mask()[0] for _, pattern, _ in found]))
         for place, (index, (decision, pattern, _)) in enumerate(zip(owners, found, strict=True)):
             if index == DENSE:
                 chunk.dense.copy_(out[:, place])
-            read = Read(as_part(out[:, place], lse[:, place]), pattern, shared=False)
-            part, _ = self._candidates[index].rest.complete(read, decision, reader)
-            if part is not read.part:
-                out[:, place] = part[0][0].transpose(0, 1)
+            read = Read(as_partial(out[:, place], lse[:, place]), pattern, shared=False)
+            partial, _ = self._candidates[index].rest.complete(read, decision, reader)
+            if partial is not read.partial:
+                out[:, place] = partial[0][0].transpose(0, 1)
         off = deviations(out, chunk.dense, chunk.grams)
         for place, (index, own) in enumerate(owners.items()):
             here = own[where]

@@ -69,7 +69,7 @@ def test_block_stats(arch: int, blocks: tuple[int, int], dim: int, dtype: torch.
     tensor = "*" + NAMES[dtype]
     types = {"q_ptr": tensor, "k_ptr": tensor, "lse_ptr": "*fp32", "total_ptr": "*fp32", "largest_ptr": "*fp32"}
     types |= {"small_ptr": "*i32", "qk_scale": "fp32", "epsilon": "fp32"}
-    constants = {"DIM": dim, "BLOCK_D": block_stats.part_of_dim(dim, dtype), "BLOCK_Q": blocks[0], "BLOCK_K": blocks[1]}
+    constants = {"DIM": dim, "BLOCK_D": block_stats.tile_of_dim(dim, dtype), "BLOCK_Q": blocks[0], "BLOCK_K": blocks[1]}
     constants["HEAD_GROUP"] = group
     warps = block_stats.warps(*blocks, dtype)
     code = compiled(block_stats.block_stats_kernel, arch, types, constants, num_warps=warps, num_stages=2)

@@ -283,9 +283,9 @@ def test_what_is_observed_when():
     schedule = ProbeSchedule.of(settings, 10)
     assert sorted(schedule.measured) == [0, 2, 4, 8]
     assert schedule.kept == {1: ((2, 1),), 3: ((4, 1),), 7: ((8, 1),)}  # step 0 is its span's only one: it refreshes
-    assert schedule.parts == {2: 0, 5: 1, 8: 2}
+    assert schedule.segments == {2: 0, 5: 1, 8: 2}
     assert schedule.observed == 7
-    assert ProbeSchedule.of(ProbeSettings((DENSE, cached), spans, 2, 1, 0), 10).parts == {}
+    assert ProbeSchedule.of(ProbeSettings((DENSE, cached), spans, 2, 1, 0), 10).segments == {}
     assert mask_steps(2, 3) == {0: 0, 1: 1}
     assert [kept_age(spans, step, 50, 6) for step in (5, 6, 7, 8, 9)] == [0, 1, 2, 3, 3]
 
