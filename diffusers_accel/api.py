@@ -17,7 +17,7 @@ from diffusers_accel.arguments import checked_parameters, wrong_plan
 from diffusers_accel.attach.clock import Clock, tells_steps
 from diffusers_accel.attach.host_caches import caches_on
 from diffusers_accel.attach.processor import attend_densely, redirect, restore, site_of
-from diffusers_accel.attach.site import Engine, Model, Site, Timer
+from diffusers_accel.attach.site import AttachedModel, Engine, Site, Timer
 from diffusers_accel.families import find
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.forwards.report import ForwardsReport
@@ -25,7 +25,6 @@ from diffusers_accel.forwards.scope import Scope
 from diffusers_accel.kernels.kept import forget_kept
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import AUTO, NAMED, Method, Recipe
-from diffusers_accel.methods.former import warn_former
 from diffusers_accel.plan import Plan
 from diffusers_accel.plan.size import check_size, planned_size
 from diffusers_accel.report import PatchReport, strangers
@@ -35,6 +34,7 @@ from diffusers_accel.run.partition import Partitions
 from diffusers_accel.run.remarks import Remarks
 from diffusers_accel.shape import ModelShape
 from diffusers_accel.subject import Patchable, split
+from diffusers_accel.support.former import warn_former
 from diffusers_accel.support.log import LOG
 
 PRESET = "pattern"
@@ -44,7 +44,7 @@ FEW_TOKENS = 4096  # 32 blocks: below that a method has too few blocks to leave 
 class Attachment:
     """Sites attached to the transformers of a pipeline; a context manager that detaches them at the end."""
 
-    def __init__(self, models: list[Model], sites: list[Site], clock: Clock) -> None:
+    def __init__(self, models: list[AttachedModel], sites: list[Site], clock: Clock) -> None:
         self.sites = sites
         self._models = models
         self._clock = clock
@@ -152,7 +152,7 @@ class Patch(Attachment):
         forwards = f"; forwards: {self.forwards.label}" if self.forwards else ""
         return f"<Patch {self.plan.family}{state}: {layers}; heads over the schedule: {mix}{made_for}{forwards}>"
 
-    def _count(self, model: Model) -> str:
+    def _count(self, model: AttachedModel) -> str:
         return f"{sum(site.model is model for site in self.sites)}/{model.shape.layers}"
 
 
@@ -252,7 +252,7 @@ def attach(pipe: Any, make_engine: Callable[[Site], Engine] | None) -> Attachmen
     attachment._undo.insert(0, _at_work(attachment))
     try:
         for name, (module, family) in found.items():
-            model = Model(name, module, family, clock)
+            model = AttachedModel(name, module, family, clock)
             attachment._models.append(model)
             if make_engine is not None:
                 for layer, (path, attention) in enumerate(family.self_attention(module)):
@@ -314,7 +314,7 @@ def _off_work(ticket: int) -> None:
 class _Observer:
     """The forward pre-hook, by which a patch is found; in a copy or pickle of the model it does nothing."""
 
-    def __init__(self, model: Model | None = None, attachment: Attachment | None = None) -> None:
+    def __init__(self, model: AttachedModel | None = None, attachment: Attachment | None = None) -> None:
         self.model = model
         self.attachment = attachment
 
@@ -329,7 +329,12 @@ class _Observer:
 
 
 def _attach_site(
-    model: Model, layer: int, path: str, attention: Any, make_engine: Callable[[Site], Engine], attachment: Attachment
+    model: AttachedModel,
+    layer: int,
+    path: str,
+    attention: Any,
+    make_engine: Callable[[Site], Engine],
+    attachment: Attachment,
 ) -> None:
     stock = attention.processor
 

@@ -19,8 +19,8 @@ from diffusers_accel.api import Patch, patch
 from diffusers_accel.evals import arguments
 from diffusers_accel.evals.clip_record import ClipNumbers, ClipRecord, LayerSeen, Seen
 from diffusers_accel.evals.generate import (
+    PipelineRun,
     Prompt,
-    Run,
     SharedNoise,
     attribute,
     device_of,
@@ -28,7 +28,7 @@ from diffusers_accel.evals.generate import (
     memory_kind,
     prompt_text,
 )
-from diffusers_accel.evals.kept import Kept, identify
+from diffusers_accel.evals.kept import KeptClips, identify
 from diffusers_accel.evals.machine import git_sha, machine, versions
 from diffusers_accel.evals.metrics import METRICS, Metric, MetricUnavailable, Score, score_clip
 from diffusers_accel.evals.report import Clip, Report, Subject
@@ -110,7 +110,7 @@ def compare(
     if keep is not None:
         settings: dict[str, Any] = {"rounds": rounds, "metrics": list(metrics), "show": show, "fps": fps}
         identity = identify(pipe, plans, options, call=call, prompts=prompts, seeds=seeds, **settings)
-        kept = Kept(Path(keep), identity)
+        kept = KeptClips(Path(keep), identity)
     clips = [(prompt, seed, text) for prompt, text in zip(prompts, texts, strict=True) for seed in seeds]
     with kept.opened() if kept else nullcontext():
         done = _finished(kept, clips) if kept else {}
@@ -217,7 +217,7 @@ class _Session:
         )
         return ClipRecord(numbers, films, differences)
 
-    def _dense_attention(self, prompt: Prompt, noise: SharedNoise, text: str, seen: Seen) -> Run:
+    def _dense_attention(self, prompt: Prompt, noise: SharedNoise, text: str, seen: Seen) -> PipelineRun:
         """Attention's share of a dense run, seen through an all-dense patch."""
         self.bar(f"dense under a patch · {text}")
         with patch(self.pipe, "dense") as patched, patched.timed() as timer:
@@ -232,7 +232,7 @@ class _Session:
         apart: Patchable = [replace(plan, forwards=None), plan.forwards] if plan.forwards else plan
         return patch(self.pipe, apart, **self.options[name])
 
-    def _run(self, name: str, prompt: Prompt, noise: SharedNoise, text: str, seen: Mapping[str, Seen]) -> Run:
+    def _run(self, name: str, prompt: Prompt, noise: SharedNoise, text: str, seen: Mapping[str, Seen]) -> PipelineRun:
         self.bar(f"{name} · {text}")
         into = seen[name]
         if name == BASELINE:
@@ -253,7 +253,7 @@ class _Session:
         return run
 
     def report(
-        self, records: Sequence[ClipRecord], prompts: list[str], seeds: list[int], rounds: int, kept: Kept | None
+        self, records: Sequence[ClipRecord], prompts: list[str], seeds: list[int], rounds: int, kept: KeptClips | None
     ) -> Report:
         numbers = [record.numbers for record in records]
         clips = tuple(Clip(record.numbers.prompt, record.numbers.seed, record.media) for record in records)
@@ -312,13 +312,13 @@ def largest_difference(a: np.ndarray, b: np.ndarray) -> float:
     return difference if np.isfinite(difference) else 1.0
 
 
-def _finished(kept: Kept, clips: Sequence[tuple[Prompt, int, str]]) -> dict[int, ClipRecord]:
+def _finished(kept: KeptClips, clips: Sequence[tuple[Prompt, int, str]]) -> dict[int, ClipRecord]:
     """The clips that an earlier start of this comparison has finished, by their numbers."""
     found = {number: kept.load(number, text, seed) for number, (_, seed, text) in enumerate(clips)}
     return {number: record for number, record in found.items() if record is not None}
 
 
-def _left(done: int, clips: int, kept: Kept | None) -> str:
+def _left(done: int, clips: int, kept: KeptClips | None) -> str:
     """What a user who stopped a comparison has of it."""
     if kept is None:
         return "nothing is kept of this comparison: give it a folder to keep its clips in (keep=...)"

@@ -1,4 +1,4 @@
-"""The demonstration: search a plan for the shapes model on this machine, compare it and every named method with dense.
+"""The demonstration: search a plan for the toy model on this machine, compare it and every named method with dense.
 
 python -m diffusers_accel.evals.demo --out demo
 """
@@ -15,12 +15,12 @@ from typing import Any
 from rich.console import Console
 
 from diffusers_accel import __version__
-from diffusers_accel.evals import shapes
+from diffusers_accel.evals import toy
 from diffusers_accel.evals.compare import PlanLike, compare
 from diffusers_accel.evals.generate import SharedNoise, attribute, generate
 from diffusers_accel.evals.report import Report, check_report_folder
-from diffusers_accel.evals.shapes.weights_folder import weights_digest
 from diffusers_accel.evals.tally import WARM_UP_STEPS
+from diffusers_accel.evals.toy.weights_folder import weights_digest
 from diffusers_accel.files import prepare_folder, printable
 from diffusers_accel.plan import Plan
 from diffusers_accel.search.budget import Budget
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"This machine is not idle (load average {busy:.1f}): it will take longer, and times will be less exact.",
             soft_wrap=True,
         )
-    pipe = shapes.load_pipeline()
+    pipe = toy.load_pipeline()
     plan = find_plan(pipe, options.out, console)
     left = options.minutes * 60 - (time.monotonic() - start) - RESERVE_S
     report = measure(pipe, plan, left, console)
@@ -78,12 +78,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def find_plan(pipe: Any, out: Path, console: Console) -> Plan:
     """Searches a plan and saves it as `out`/plan.json; what an interrupted search measured is used again."""
-    digest = weights_digest(shapes.verify_weights())
+    digest = weights_digest(toy.verify_weights())
     scores = out / f"search-{__version__}-{digest[:12]}.safetensors"
-    prompts = shapes.held_out_prompts(8, seed=0)[:SEARCH_PROMPTS]
+    prompts = toy.held_out_prompts(8, seed=0)[:SEARCH_PROMPTS]
 
     def search(budget: Budget) -> Plan:
-        return search_plan(pipe, prompts, call=shapes.CALL, budget=budget, scores_path=scores)
+        return search_plan(pipe, prompts, call=toy.CALL, budget=budget, scores_path=scores)
 
     try:
         plan = search(Budget.speedup(SPEEDUP))
@@ -101,7 +101,7 @@ def measure(pipe: Any, plan: Plan, seconds: float, console: Console) -> Report:
 
     The search has seen none of these prompts.
     """
-    held_out = shapes.held_out_prompts(8, seed=0)[4:]
+    held_out = toy.held_out_prompts(8, seed=0)[4:]
     clip = clip_seconds(pipe, held_out[0])
     prompts, names = fit(seconds, clip)
     subjects: dict[str, PlanLike] = {"searched plan": plan, **{name: name for name in NAMES[:names]}}
@@ -113,7 +113,7 @@ def measure(pipe: Any, plan: Plan, seconds: float, console: Console) -> Report:
         console.print(
             f"No time left for {', '.join(left_out)}: run it again, what the search measured is kept.", soft_wrap=True
         )
-    return compare(pipe, subjects, held_out[:prompts], call=shapes.CALL)
+    return compare(pipe, subjects, held_out[:prompts], call=toy.CALL)
 
 
 def clip_seconds(pipe: Any, prompt: str) -> float:
@@ -124,11 +124,11 @@ def clip_seconds(pipe: Any, prompt: str) -> float:
             pipe,
             prompt,
             SharedNoise(0),
-            {**shapes.CALL, "num_inference_steps": TRIAL_STEPS},
+            {**toy.CALL, "num_inference_steps": TRIAL_STEPS},
             lambda: ends.append(time.perf_counter()),
         )
     step = (ends[-1] - ends[0]) / (TRIAL_STEPS - 1)
-    return trial.milliseconds / 1e3 + step * (shapes.CALL["num_inference_steps"] - TRIAL_STEPS)
+    return trial.milliseconds / 1e3 + step * (toy.CALL["num_inference_steps"] - TRIAL_STEPS)
 
 
 def fit(seconds: float, clip: float) -> tuple[int, int]:
@@ -139,7 +139,7 @@ def fit(seconds: float, clip: float) -> tuple[int, int]:
 def cost(prompts: int, names: int) -> float:
     """What a comparison takes, in dense clips: warm-up, dense-patched-dense for each prompt, a dense run under a patch."""
     subjects = 1 + names
-    warm_up = WARM_UP_STEPS / shapes.CALL["num_inference_steps"] * (1 + subjects)
+    warm_up = WARM_UP_STEPS / toy.CALL["num_inference_steps"] * (1 + subjects)
     return warm_up + prompts * (2 + PATCHED * subjects) + 1
 
 

@@ -30,7 +30,7 @@ Prompt = str | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Run:
+class PipelineRun:
     """One call of the pipeline.
 
     frames: [F, H, W, 3] float32 in 0..1, before any video encoder. milliseconds: of the whole call, text encoder and
@@ -97,7 +97,7 @@ def attribute(thing: Any, name: str, value: Any) -> Iterator[None]:
 
 def generate(
     pipe: Any, prompt: Prompt, noise: SharedNoise, call: Mapping[str, Any], on_step: Callable[[], None] | None = None
-) -> Run:
+) -> PipelineRun:
     """Run the pipeline once, as it is."""
     arguments = {**call, **({"prompt": prompt} if isinstance(prompt, str) else prompt), "output_type": "np"}
     if on_step and "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
@@ -110,7 +110,7 @@ def generate(
     frames = np.asarray(frames)
     if frames.ndim != 5 or frames.shape[0] != 1 or frames.shape[-1] != 3:
         raise TypeError(f"expected frames [1, F, H, W, 3] of {type(pipe).__name__}, found {list(frames.shape)}")
-    return Run(np.ascontiguousarray(frames[0], dtype=np.float32), milliseconds, memory.peak)
+    return PipelineRun(np.ascontiguousarray(frames[0], dtype=np.float32), milliseconds, memory.peak)
 
 
 def device_of(pipe: Any) -> torch.device:
@@ -119,7 +119,7 @@ def device_of(pipe: Any) -> torch.device:
 
 
 def memory_kind(pipe: Any) -> str:
-    """What `Run.peak_bytes` counts."""
+    """What `PipelineRun.peak_bytes` counts."""
     return "CUDA allocator" if device_of(pipe).type == "cuda" else "resident set of the process, sampled"
 
 

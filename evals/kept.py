@@ -92,7 +92,7 @@ def identify(
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptClips:
     """The clips of one comparison in a folder."""
 
     folder: Path

@@ -2,7 +2,7 @@
 
 python -m diffusers_accel.evals.mixed --speedup 1.4 --prompts 4 --out mixed
 
-One search of the shapes model measures all candidates. From its scores a plan is made of each method alone and one of all,
+One search of the toy model measures all candidates. From its scores a plan is made of each method alone and one of all,
 at the same speed-up. What each plan really reaches is tried on the search's prompts, a prompt a round, and its budget
 corrected by that. All plans are then compared on prompts that the search has not seen.
 """
@@ -19,10 +19,10 @@ from typing import Any
 from rich.console import Console
 
 from diffusers_accel import __version__
-from diffusers_accel.evals import shapes
+from diffusers_accel.evals import toy
 from diffusers_accel.evals.compare import compare
 from diffusers_accel.evals.report import Report, check_report_folder
-from diffusers_accel.evals.shapes.weights_folder import weights_digest
+from diffusers_accel.evals.toy.weights_folder import weights_digest
 from diffusers_accel.files import prepare_folder, write_whole
 from diffusers_accel.plan import Plan
 from diffusers_accel.search.assign import assign
@@ -59,8 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
     prepare_folder(options.out)
     check_report_folder(options.out / REPORT)
-    pipe = shapes.load_pipeline()
-    prompts = shapes.held_out_prompts(options.search_prompts + options.prompts, seed=0)
+    pipe = toy.load_pipeline()
+    prompts = toy.held_out_prompts(options.search_prompts + options.prompts, seed=0)
     known, held_out = prompts[: options.search_prompts], prompts[options.search_prompts :]
     console = Console(highlight=False, soft_wrap=True, markup=False)
     scores, cost = measured(pipe, known, options.out, options.speedup)
@@ -69,11 +69,11 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(missing[MIXED])
     for prompt in known[:ROUNDS]:
         console.print("A clip with each plan, to correct their budgets by what they reach.")
-        tried = compare(pipe, plans, [prompt], call=shapes.CALL, metrics=("psnr",))
+        tried = compare(pipe, plans, [prompt], call=toy.CALL, metrics=("psnr",))
         plans = corrected(scores, cost, plans, tried, options.speedup)
     for name, plan in plans.items():
         plan.save(options.out / f"{name}.json")
-    report = compare(pipe, plans, held_out, call=shapes.CALL)
+    report = compare(pipe, plans, held_out, call=toy.CALL)
     report.save(options.out / REPORT)
     text = summary(report, plans, missing, options.speedup)
     write_whole(options.out / "mixed.md", text.encode())
@@ -82,9 +82,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measured(pipe: Any, prompts: list[str], out: Path, speedup: float) -> tuple[Scores, Cost]:
     """What one search measures; an interrupted one goes on. A speed-up that not even the mixed plan reaches is refused."""
-    digest = weights_digest(shapes.verify_weights())
+    digest = weights_digest(toy.verify_weights())
     path = out / f"search-{__version__}-{digest[:12]}.safetensors"
-    search_plan(pipe, prompts, call=shapes.CALL, budget=Budget.speedup(speedup), scores_path=path)
+    search_plan(pipe, prompts, call=toy.CALL, budget=Budget.speedup(speedup), scores_path=path)
     return Scores.load(path), Cost.load(path.with_suffix(".cost.json"))
 
 
@@ -125,7 +125,7 @@ def summary(report: Report, plans: Mapping[str, Plan], missing: Mapping[str, str
     lines = [
         "# Mixed against single methods",
         "",
-        f"Plans of the shapes model for {speedup:g}x, on {len(report.clips)} clip{'s' * (len(report.clips) > 1)}.",
+        f"Plans of the toy model for {speedup:g}x, on {len(report.clips)} clip{'s' * (len(report.clips) > 1)}.",
         "",
     ]
     lines += [f"| {' | '.join(HEADINGS)} |", f"|{' --- |' * len(HEADINGS)}"]

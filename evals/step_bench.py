@@ -37,7 +37,7 @@ Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Model:
+class BenchModel:
     """A transformer of real shape.
 
     Args:
@@ -139,12 +139,12 @@ def _cogvideox_inputs(size: Size, device: torch.device, dtype: torch.dtype) -> d
 
 
 MODELS = {
-    "wan2.1-1.3b 480p": Model(partial(_wan, 12, 8960), _wan_inputs, {"blocks": 30}, (21, 60, 104), 2),
-    "wan2.1-14b 720p": Model(partial(_wan, 40, 13824), _wan_inputs, {"blocks": 40}, (21, 90, 160), 2),
-    "hunyuanvideo 720p": Model(
+    "wan2.1-1.3b 480p": BenchModel(partial(_wan, 12, 8960), _wan_inputs, {"blocks": 30}, (21, 60, 104), 2),
+    "wan2.1-14b 720p": BenchModel(partial(_wan, 40, 13824), _wan_inputs, {"blocks": 40}, (21, 90, 160), 2),
+    "hunyuanvideo 720p": BenchModel(
         _hunyuan, _hunyuan_inputs, {"transformer_blocks": 20, "single_transformer_blocks": 40}, (33, 90, 160), 1
     ),
-    "cogvideox1.5-5b 768p": Model(
+    "cogvideox1.5-5b 768p": BenchModel(
         _cogvideox, _cogvideox_inputs, {"transformer_blocks": 42}, (22, 96, 170), 1, (2, 2, 2)
     ),
 }
@@ -193,7 +193,7 @@ class Marks:
 
 def measure(
     name: str,
-    model: Model,
+    model: BenchModel,
     device: torch.device,
     dtype: torch.dtype,
     *,
@@ -241,7 +241,7 @@ def measure(
     return rows
 
 
-def _compared(model: Model, method: str, times: Row, before: Row, after: Row, done: PatchReport) -> Row:
+def _compared(model: BenchModel, method: str, times: Row, before: Row, after: Row, done: PatchReport) -> Row:
     """The whole model under a method, beside the stock runs before and after it."""
     kept, total = NAMED[method]().dense_layers, sum(model.stacks.values())
     stock = {key: (before[key] + after[key]) / 2 for key in before}
@@ -258,7 +258,7 @@ def _compared(model: Model, method: str, times: Row, before: Row, after: Row, do
 
 
 @torch.no_grad()
-def _built(model: Model, layers: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _built(model: BenchModel, layers: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The transformer in `dtype`, but for what diffusers keeps in fp32 when it loads a checkpoint."""
     with torch.device(device):
         transformer = model.build(layers).eval()
@@ -269,7 +269,7 @@ def _built(model: Model, layers: int, device: torch.device, dtype: torch.dtype) 
     return transformer
 
 
-def _whole(model: Model, times: Row, stock: Row, kept: int) -> Row:
+def _whole(model: BenchModel, times: Row, stock: Row, kept: int) -> Row:
     """What a pass and a step of the whole model take, its first `kept` layers as in stock."""
     ms_pass = times["around"]
     for name, number in model.stacks.items():
@@ -284,7 +284,7 @@ def _whole(model: Model, times: Row, stock: Row, kept: int) -> Row:
 def _schedule(
     transformer: nn.Module,
     inputs: dict[str, Any],
-    model: Model,
+    model: BenchModel,
     device: torch.device,
     steps: int,
     patched: Patch | None,

@@ -1,11 +1,11 @@
-"""Gates for the heads of a plan that reuse: when each of them has to refresh the part of attention that it keeps.
+"""Gates for the heads of a plan that reuse: when each of them has to refresh what it keeps.
 
 FlashBlock (arXiv 2602.05305) calibrates a gate per layer, head and step. As there, a dense run is watched: what is measured
 of a head then depends on no error of another, nor on the intervals or the gate that the plan had. At each step the part that a
 head leaves unread (attention over the complement of what it selected when it refreshed last) is compared with what that head
 would have kept. A head that drifted too far refreshes there and then, its selection too, as it does when the plan is at work.
 
-What is ours: the kept part is the complement of a selection and not a history, and a sample of the queries is watched. So
+What is ours: what is kept is of the complement of a selection and not a history, and a sample of the queries is watched. So
 a calibration needs a little memory where the cache of a plan at work takes gigabytes.
 """
 
@@ -75,7 +75,7 @@ def calibrate_gates(
         call: all further arguments of `pipe(...)`: size, frames, steps, guidance; None: the pipeline's own. The gate gets a part
             for each step of it, and a call of another number of steps refreshes at the same shares of the schedule.
         seed: of the noise of prompt i (seed + i).
-        gamma: smallest mean cosine between a part and what is kept of it at which a head reuses, in -1..1, or one for
+        gamma: smallest mean cosine, between what is kept and what it stands for, at which a head reuses, in -1..1, or one for
             each step of the call. The paper's 0.85.
         max_lse_change: largest mean change of its log-sum-exp at which a head reuses, 0 or more. The paper's 0.05.
         progress: show progress on stderr.
@@ -168,7 +168,7 @@ class Members:
 
 
 class Watch:
-    """What generations show of the parts that heads leave unread. `attend` is the engine of all their sites.
+    """What generations show of what heads leave unread. `attend` is the engine of all their sites.
 
     Args:
         plan: fits the pipeline that runs.
@@ -232,17 +232,17 @@ class Watch:
 
     def _watch(self, members: Members, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> None:
         step, _ = now(call)
-        part = _Unread(members.method, call.of(members.heads), self.plan.tensors, q, k, v)
+        watched = _Unread(members.method, call.of(members.heads), self.plan.tensors, q, k, v)
         branch = f"{call.branch} {call.rows}"
         if members not in self._calibrations:
             self._calibrations[members] = Calibration(self.steps, 1, len(members.heads), **self._thresholds)
         calibration, held = self._calibrations[members], self._unread.get((members, branch))
-        unread = part.select() if held is None else held
-        failed = calibration.observe(0, step, *part.attend(unread), branch=branch)
-        if held is not None and failed.any() and part.changes:
-            fresh = part.select()
+        unread = watched.select() if held is None else held
+        failed = calibration.observe(0, step, *watched.attend(unread), branch=branch)
+        if held is not None and failed.any() and watched.changes:
+            fresh = watched.select()
             heads = failed.nonzero()[:, 0].tolist()
-            calibration.renew(0, heads, *part.attend(fresh, heads), branch=branch)
+            calibration.renew(0, heads, *watched.attend(fresh, heads), branch=branch)
             unread = mixed(fresh, held, failed.tolist())
         self._unread[members, branch] = unread
 

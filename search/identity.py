@@ -16,14 +16,14 @@ from diffusers_accel.files import quoted
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.plan.uses import GRID
 from diffusers_accel.search.cost import describe_device
-from diffusers_accel.search.schedule import Settings
+from diffusers_accel.search.schedule import ProbeSettings
 from diffusers_accel.search.scores import Scores
-from diffusers_accel.search.stored_masks import USUAL_MASKS
+from diffusers_accel.search.stored_masks import USUAL_MASKS, MaskSettings
 from diffusers_accel.shape import ModelShape
 from diffusers_accel.support.identity import Found, components, fingerprint, model_name, plain
 
 
-def configuration(pipe: Any, found: Found, call: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+def configuration(pipe: Any, found: Found, call: Mapping[str, Any], settings: ProbeSettings) -> dict[str, Any]:
     """JSON data that is equal exactly where two searches measure the same; what tells most of a difference stands first."""
     return {
         "pipeline": type(pipe).__name__,
@@ -35,8 +35,13 @@ def configuration(pipe: Any, found: Found, call: Mapping[str, Any], settings: Se
         "seed": settings.seed,
         "rows": settings.rows,
         "probe_steps": settings.probe_steps,
-        **({"masks": asdict(settings.masks)} if settings.masks != USUAL_MASKS else {}),
+        **({"masks": _masks(settings.masks)} if settings.masks != USUAL_MASKS else {}),
     }
+
+
+def _masks(masks: MaskSettings) -> dict[str, Any]:
+    """As files of scores have it, where the segments are still called parts."""
+    return {"parts" if name == "segments" else name: value for name, value in asdict(masks).items()}
 
 
 def check_same_search(
@@ -44,7 +49,7 @@ def check_same_search(
     where: str,
     config: Mapping[str, Any],
     models: Mapping[str, ModelShape],
-    settings: Settings,
+    settings: ProbeSettings,
     prompts: Sequence[str],
 ) -> None:
     """Refuses scores that another search measured, naming what differs; more prompts at the end are fine."""

@@ -79,7 +79,7 @@ def column_mass(logits: Tensor, layout: TokenLayout) -> Tensor:
     return mass.unflatten(1, (layout.frames, layout.height, layout.width)).mean(-1)
 
 
-class BlockParts:
+class BlockPartials:
     """Attention of sampled rows over each key block alone, in one token order.
 
     Args:
@@ -105,9 +105,9 @@ class BlockParts:
             weights = (weights / unit).to(torch.float8_e4m3fn).float() * unit
         self.out = (weights.transpose(1, 2) @ v).transpose(1, 2)  # [heads, rows, blocks, D]
 
-    def take(self, heads: Sequence[int]) -> BlockParts:
+    def take(self, heads: Sequence[int]) -> BlockPartials:
         """Of some of the heads."""
-        some = object.__new__(BlockParts)
+        some = object.__new__(BlockPartials)
         some.query_block, some.lse, some.out = self.query_block, self.lse[list(heads)], self.out[list(heads)]
         return some
 
@@ -180,19 +180,19 @@ class SampledHeads:
         """int64 [rows]: the block in which each row lies in an order."""
         return self._place(order)[2][self.rows] // BLOCK
 
-    def parts(self, order: Order, precision: str) -> BlockParts:
+    def partials(self, order: Order, precision: str) -> BlockPartials:
         """The rows' attention over each block, in an order and a precision."""
         keys = self._place(order)[0]
         if precision == "input":
             logits, values = self.logits, self.values
             if order.moves(self.layout):
                 logits, values = logits[..., keys], values[:, keys]
-            return BlockParts(logits, values, self.query_block(order))
+            return BlockPartials(logits, values, self.query_block(order))
         x = quantize(self.q[self.rows][None], self.k[keys][None], self.v[keys][None], precision)
         q, k, v = (y[0].transpose(0, 1) for y in x.dequantize())
-        # With the offset, so that the LSE is that of the true keys and parts of several steps can be merged.
+        # With the offset, so that the LSE is that of the true keys and partials of several steps can be merged.
         logits = (q @ k.transpose(1, 2) + x.offset[0][..., None]) * q.shape[2] ** -0.5
-        return BlockParts(logits, v, self.query_block(order), fp8=precision == "int8_fp8")
+        return BlockPartials(logits, v, self.query_block(order), fp8=precision == "int8_fp8")
 
     def _place(self, order: Order) -> tuple[Tensor, Tensor, Tensor]:
         """Which key [keys] and which query stands at each place of an order, and at which place each query: int64 [queries]."""

@@ -46,7 +46,7 @@ from diffusers_accel.search.plan_making import make_plan
 from diffusers_accel.search.predicted import span_errors
 from diffusers_accel.search.probe import PassProbe, measuring_bytes
 from diffusers_accel.search.running import Prompt, now, prompt_label, run_pipeline
-from diffusers_accel.search.schedule import Schedule, Settings, open_share
+from diffusers_accel.search.schedule import ProbeSchedule, ProbeSettings, open_share
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.search.screen import Screen, clock
 from diffusers_accel.search.sensitivity import Dense, LastLatents, impact, plan_engine, span_choice
@@ -125,7 +125,7 @@ def search_plan(
     if not isinstance(masks, MaskSettings):
         raise TypeError(f"masks: expected a MaskSettings, found {quoted(masks)}")
     chosen = check_candidates(candidates_for(pipe) if candidates is None else candidates)
-    settings = Settings(
+    settings = ProbeSettings(
         chosen,
         edges,
         whole_number("rows", rows, 2),
@@ -178,7 +178,7 @@ class _Search:
         found: Found,
         prompts: tuple[Prompt, ...],
         call: dict[str, Any],
-        settings: Settings,
+        settings: ProbeSettings,
         ask: Ask,
         screen: Screen,
         measures_spans: bool,
@@ -244,7 +244,7 @@ class _Search:
             scores = self._empty(trial.layout, trial.steps)
         check_layout(scores, trial.layout, str(keeper.path))
         self._estimate(trial, done)
-        if self.settings.in_parts and len(self.prompts) == 1:
+        if self.settings.in_segments and len(self.prompts) == 1:
             self.screen.say(
                 "stored masks cannot be chosen: the first prompt makes them, it takes a second one to judge them"
             )
@@ -326,28 +326,28 @@ class _Search:
 
     def _empty(self, layout: TokenLayout, steps: int) -> Scores:
         methods, spans = self.settings.candidates, self.settings.spans
-        parts = len(Schedule.of(self.settings, steps).parts)
+        segments = len(ProbeSchedule.of(self.settings, steps).segments)
         return Scores(
             family=self.family,
             models=self.models,
             layout=layout,
             candidates=methods,
             spans=spans,
-            parts=parts,
+            segments=segments,
             config=self.config,
             provenance=versions(self.pipe, layout),
             passes=(),
-            sums=Scores.zeros(self.models, len(spans), methods, layout, parts),
+            sums=Scores.zeros(self.models, len(spans), methods, layout, segments),
         )
 
     def _estimate(self, trial: Trial, done: int) -> None:
-        schedule = Schedule.of(self.settings, trial.steps)
+        schedule = ProbeSchedule.of(self.settings, trial.steps)
         layers = max(model.layers for model in self.models.values())
         passes = len(self.prompts) - done
         generation = trial.steps * trial.step_seconds
         per_pass = generation + schedule.observed * trial.calls * layers * trial.measure_seconds
         # At most: the orders, which the trial has chosen too, are chosen only once.
-        masks = len(schedule.parts) * layers * trial.calibrate_seconds if done == 0 else 0.0
+        masks = len(schedule.segments) * layers * trial.calibrate_seconds if done == 0 else 0.0
         spans = len(self.settings.spans) * generation if self.measures_spans else 0.0
         model = next(iter(self.models.values()))
         memory = measuring_bytes(trial.layout.tokens, model, self.settings)

@@ -28,7 +28,7 @@ from diffusers_accel.search.measure import SampledHeads, head_grams, layer_energ
 from diffusers_accel.search.recorders import recorders
 from diffusers_accel.search.row import Chunk, RowProbe, grouped, keep
 from diffusers_accel.search.running import SiteEngine, now
-from diffusers_accel.search.schedule import Schedule, Settings, kept_age, span_index
+from diffusers_accel.search.schedule import ProbeSchedule, ProbeSettings, kept_age, span_index
 from diffusers_accel.search.scores import Array, CalibrationRun, Scores
 from diffusers_accel.search.selections import KeptRows, RowReader, Selections
 from diffusers_accel.shape import ModelShape
@@ -46,7 +46,7 @@ def head_bytes(tokens: int, head_dim: int, rows: int, candidates: int) -> int:
     return one + 4 * candidates * rows * (3 * blocks + 3 * head_dim)
 
 
-def measuring_bytes(tokens: int, model: ModelShape, settings: Settings) -> int:
+def measuring_bytes(tokens: int, model: ModelShape, settings: ProbeSettings) -> int:
     """Bytes that measuring one call takes beside the pipeline's own memory, at most."""
     one = head_bytes(tokens, model.head_dim, settings.rows, len(settings.candidates))
     projections = 4 * (model.heads * model.head_dim) ** 2
@@ -58,7 +58,7 @@ class PassProbe:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: ProbeSettings,
         models: dict[str, ModelShape],
         layout: TokenLayout,
         steps: int,
@@ -70,9 +70,9 @@ class PassProbe:
         self.settings = settings
         self.models = models
         self.layout = layout
-        self.schedule = Schedule.of(settings, steps)
-        parts = len(self.schedule.parts)
-        self.sums = Scores.zeros(models, len(settings.spans), settings.candidates, layout, parts)
+        self.schedule = ProbeSchedule.of(settings, steps)
+        segments = len(self.schedule.segments)
+        self.sums = Scores.zeros(models, len(settings.spans), settings.candidates, layout, segments)
         self.calls = {name: np.zeros(len(settings.spans), "i8") for name in models}
         self.dense_timer = Timer()
         self.measuring_seconds = 0.0
@@ -110,8 +110,8 @@ class PassProbe:
             self.measure(site, call, span, q, k, v)
         if step in self.schedule.kept:
             self.keep(call, q, k, v)
-        if self._number == 0 and step in self.schedule.parts:
-            self.calibrate(call, self.schedule.parts[step], q, k, v)
+        if self._number == 0 and step in self.schedule.segments:
+            self.calibrate(call, self.schedule.segments[step], q, k, v)
         return out
 
     def measure(self, site: Site, call: AttentionCall, span: int, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -134,11 +134,11 @@ class PassProbe:
                     found = self._keep_row(call, later, members, q[row], k[row], v[row])
                     self._kept[self._key(call, later, row)] |= found
 
-    def calibrate(self, call: AttentionCall, part: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Shows a whole call of one part of the schedule to the recorders."""
+    def calibrate(self, call: AttentionCall, segment: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Shows a whole call of one segment of the schedule to the recorders."""
         with self._measuring(call, q.device), torch.autocast(q.device.type, enabled=False):
             for recorder in self._recorders:
-                recorder.add_call(call, part, q, k, v, self._chunks(call.layout.tokens, *q.shape[2:]))
+                recorder.add_call(call, segment, q, k, v, self._chunks(call.layout.tokens, *q.shape[2:]))
 
     def finished(self, prompt: str, seconds: float) -> CalibrationRun:
         """The record of this pass, which took `seconds` of wall time, measuring included."""

@@ -12,11 +12,11 @@ from torch import Tensor
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.methods import Method, Order
-from diffusers_accel.methods.rest import Decision, Read
+from diffusers_accel.methods.rest import Read, RefreshDecision
 from diffusers_accel.methods.steps import decide, read_blocks
 from diffusers_accel.search.measure import SampledHeads, deviations
 from diffusers_accel.search.scores import DENSE, Array
-from diffusers_accel.search.selections import KeptRows, RowBlocks, RowReader, Selections, as_part
+from diffusers_accel.search.selections import KeptRows, RowBlocks, RowReader, Selections, as_partial
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ class RowProbe:
         chunk = chunk.take(where)
         reader = RowReader(chunk.sampled, order, precision)
         found = [self._read(index, chunk) for index in owners]
-        out, lse = reader.parts.merge(torch.stack([pattern.mask()[0] for _, pattern, _ in found]))
+        out, lse = reader.partials.merge(torch.stack([pattern.mask()[0] for _, pattern, _ in found]))
         for place, (index, (decision, pattern, _)) in enumerate(zip(owners, found, strict=True)):
             if index == DENSE:
                 chunk.dense.copy_(out[:, place])
-            read = Read(as_part(out[:, place], lse[:, place]), pattern, shared=False)
-            part, _ = self._candidates[index].rest.complete(read, decision, reader)
-            if part is not read.part:
-                out[:, place] = part[0][0].transpose(0, 1)
+            read = Read(as_partial(out[:, place], lse[:, place]), pattern, shared=False)
+            partial, _ = self._candidates[index].rest.complete(read, decision, reader)
+            if partial is not read.partial:
+                out[:, place] = partial[0][0].transpose(0, 1)
         off = deviations(out, chunk.dense, chunk.grams)
         for place, (index, own) in enumerate(owners.items()):
             here = own[where]
@@ -105,7 +105,7 @@ class RowProbe:
         found = {index: self._selections.owned(self._candidates[index], call).numpy() for index in ready}
         return {index: own for index, own in found.items() if own.any()}
 
-    def _read(self, index: int, chunk: Chunk) -> tuple[Decision, BlockPattern, Tensor]:
+    def _read(self, index: int, chunk: Chunk) -> tuple[RefreshDecision, BlockPattern, Tensor]:
         """What a candidate does at this step, the blocks that its rows read, and its density, fp64 [heads]."""
         method, call = self._candidates[index], chunk.call
         assert call.now is not None

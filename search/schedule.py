@@ -1,4 +1,4 @@
-"""What is observed when: which steps of a generation measure errors, which keep a part for a later one, which choose masks."""
+"""What is observed when: which steps of a generation measure errors, which keep an output for a later one, which choose masks."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffusers_accel.methods import Method
-from diffusers_accel.methods.blocks import part_of
+from diffusers_accel.methods.blocks import segment_of
 from diffusers_accel.search.recorders import recorders
 from diffusers_accel.search.stored_masks import USUAL_MASKS, MaskSettings
 
 
 @dataclass(frozen=True)
-class Settings:
+class ProbeSettings:
     """What a pass measures.
 
     Args:
@@ -44,28 +44,28 @@ class Settings:
         return any(each.splits_rows for each in recorders(self.candidates))
 
     @property
-    def in_parts(self) -> bool:
-        """Whether the first pass chooses something for each part of the schedule."""
-        return any(each.in_parts for each in recorders(self.candidates))
+    def in_segments(self) -> bool:
+        """Whether the first pass chooses something for each segment of the schedule."""
+        return any(each.in_segments for each in recorders(self.candidates))
 
 
 @dataclass(frozen=True)
-class Schedule:
+class ProbeSchedule:
     """The observed steps of a generation of `steps` steps.
 
     Args:
         measured: at these, errors are measured.
         kept: step -> (measured step, candidate) pairs: which candidates that keep something do so there, and for when.
-        parts: step -> part of the schedule whose masks are chosen there.
+        segments: step -> segment of the schedule whose masks are chosen there.
     """
 
     steps: int
     measured: frozenset[int]
     kept: dict[int, tuple[tuple[int, int], ...]]
-    parts: dict[int, int]
+    segments: dict[int, int]
 
     @classmethod
-    def of(cls, settings: Settings, steps: int) -> Schedule:
+    def of(cls, settings: ProbeSettings, steps: int) -> ProbeSchedule:
         measured = chosen_steps(settings.spans, steps, settings.probe_steps)
         kept: dict[int, tuple[tuple[int, int], ...]] = {}
         for step in sorted(measured):
@@ -73,8 +73,8 @@ class Schedule:
                 period = method.period
                 if period and (age := kept_age(settings.spans, step, steps, period)):
                     kept[step - age] = (*kept.get(step - age, ()), (step, index))
-        parts = mask_steps(steps, settings.masks.parts) if settings.in_parts else {}
-        return cls(steps, measured, kept, parts)
+        segments = mask_steps(steps, settings.masks.segments) if settings.in_segments else {}
+        return cls(steps, measured, kept, segments)
 
     @property
     def observed(self) -> int:
@@ -114,7 +114,7 @@ def chosen_steps(spans: Sequence[tuple[float, float]], steps: int, per_span: int
 
 
 def kept_age(spans: Sequence[tuple[float, float]], step: int, steps: int, every: int) -> int:
-    """How many steps before `step` its kept part is taken: half a cycle, less where the span is younger than that.
+    """How many steps before `step` is taken what is kept for it: half a cycle, less where the span is younger than that.
 
     0 at a span's first step, which refreshes: where another span begins, other heads share a method, and what was kept of
     those is of no use.
@@ -125,7 +125,7 @@ def kept_age(spans: Sequence[tuple[float, float]], step: int, steps: int, every:
 
 
 def mean_age(steps: int, every: int) -> float:
-    """Mean age of the kept part over a span of `steps` steps that begins with a refresh, 0 at each refresh."""
+    """Mean age of what is kept over a span of `steps` steps that begins with a refresh, 0 at each refresh."""
     return sum(step % every for step in range(steps)) / steps if steps else 0.0
 
 
@@ -134,8 +134,10 @@ def refresh_share(steps: int, every: int) -> float:
     return -(-steps // every) / steps if steps else 0.0
 
 
-def mask_steps(steps: int, parts: int) -> dict[int, int]:
-    """Of each of `parts` equal parts of the schedule the middle step; there are no more parts than steps."""
-    parts = min(parts, steps)
-    inside = {part: [step for step in range(steps) if part_of((step, steps), parts) == part] for part in range(parts)}
-    return {each[len(each) // 2]: part for part, each in inside.items()}
+def mask_steps(steps: int, segments: int) -> dict[int, int]:
+    """Of each of `segments` equal segments of the schedule the middle step; there are no more segments than steps."""
+    segments = min(segments, steps)
+    inside: dict[int, list[int]] = {}
+    for step in range(steps):
+        inside.setdefault(segment_of((step, steps), segments), []).append(step)
+    return {each[len(each) // 2]: segment for segment, each in inside.items()}

@@ -41,7 +41,7 @@ class Scores(ScoresData):
         layout: how the tokens lie at the calibration size, whole text.
         candidates: the methods; the first is dense.
         spans: (start, stop) fractions of the schedule, ascending, covering [0, 1].
-        parts: equal parts of the schedule that have stored masks of their own; 0 without such candidates.
+        segments: equal segments of the schedule that have stored masks of their own; 0 without such candidates.
         config: what a resumed search must agree with (model, call, seed, rows ...).
         provenance: what is worth knowing but may change between passes (versions, device).
         passes: the finished generations.
@@ -49,7 +49,7 @@ class Scores(ScoresData):
             `samples/t` (int64), `error/t`, `error_square/t`, `mse/t`, `density/t` [S, L, H, C]; `energy/t` [S, L, H];
             `mass/t` [L, H, frames, rows]; `mass_samples/t` (int64) [L]. With stored candidates of O orders also the
             calibration of the first pass: `order_sparse/t`, `order_quant/t` [L, H, O] and `levels/t` (uint8)
-            [parts, L, H, blocks, blocks], see `search.stored_masks`.
+            [segments, L, H, blocks, blocks], see `search.stored_masks`.
         impacts: per span, as far as measured, the relative squared error of the final latents per unit of summed error
             (`search.sensitivity`); 1 for a span without a call.
 
@@ -59,14 +59,14 @@ class Scores(ScoresData):
 
     def __post_init__(self) -> None:
         check_size(self)
-        check_scores(self, _arrays(self.models, len(self.spans), self.candidates, self.layout, self.parts))
+        check_scores(self, _arrays(self.models, len(self.spans), self.candidates, self.layout, self.segments))
 
     @staticmethod
     def zeros(
-        models: Mapping[str, ModelShape], spans: int, candidates: tuple[Method, ...], layout: TokenLayout, parts: int
+        models: Mapping[str, ModelShape], spans: int, candidates: tuple[Method, ...], layout: TokenLayout, segments: int
     ) -> dict[str, Array]:
         """`sums` of no sample at all."""
-        arrays = _arrays(models, spans, candidates, layout, parts)
+        arrays = _arrays(models, spans, candidates, layout, segments)
         return {name: np.zeros(shape, kind) for name, (shape, kind) in arrays.items()}
 
     def plus(self, done: CalibrationRun, sums: Mapping[str, Array]) -> Scores:
@@ -168,9 +168,9 @@ class Scores(ScoresData):
             FileError: the file is not scores, of another version, or damaged; the message says which and what to do.
         """
         path = Path(path)
-        parts = read(path)
+        found = read(path)
         try:
-            return cls(**parts)
+            return cls(**found)
         except ValueError as error:
             raise refused(path, error) from error
 
@@ -180,7 +180,7 @@ class Scores(ScoresData):
 
 
 def _arrays(
-    models: Mapping[str, ModelShape], spans: int, candidates: tuple[Method, ...], layout: TokenLayout, parts: int
+    models: Mapping[str, ModelShape], spans: int, candidates: tuple[Method, ...], layout: TokenLayout, segments: int
 ) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of every array of `sums`."""
     arrays: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -191,6 +191,6 @@ def _arrays(
         arrays |= {f"{kind}/{name}": (full, "f8") for kind in ("error", "error_square", "mse", "density")}
         arrays[f"energy/{name}"] = full[:3], "f8"
         for recorder in RECORDERS.values():
-            kinds = recorder.arrays(candidates, model, layout, parts)
+            kinds = recorder.arrays(candidates, model, layout, segments)
             arrays |= {f"{kind}/{name}": array for kind, array in kinds.items()}
     return arrays

@@ -48,8 +48,8 @@ def check_size(scores: ScoresData) -> None:
     layout = scores.layout
     if layout.tokens > MOST_TOKENS:
         raise FileError(f"layout: expected at most {MOST_TOKENS:,} tokens, found {layout.tokens:,}")
-    if not isinstance(scores.parts, int) or not 0 <= scores.parts <= MOST_STEPS:
-        raise FileError(f"parts: expected 0 to {MOST_STEPS:,}, found {quoted(scores.parts)}")
+    if not isinstance(scores.segments, int) or not 0 <= scores.segments <= MOST_STEPS:
+        raise FileError(f"parts: expected 0 to {MOST_STEPS:,}, found {quoted(scores.segments)}")
 
 
 def _check_shapes(scores: ScoresData) -> None:

@@ -20,7 +20,7 @@ class ScoresData:
     layout: TokenLayout
     candidates: tuple[Method, ...]
     spans: tuple[tuple[float, float], ...]
-    parts: int
+    segments: int
     config: dict[str, Any]
     provenance: dict[str, Any]
     passes: tuple[CalibrationRun, ...]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -96,26 +97,26 @@ class Header(Schema, frozen=True):
     layout: _Layout
     candidates: tuple[dict[str, Any], ...]
     spans: tuple[tuple[float, float], ...]
-    parts: int
+    segments: int = msgspec.field(name="parts")
     config: dict[str, Any]
     provenance: dict[str, Any]
     passes: tuple[CalibrationRun, ...]
     impacts: tuple[float, ...]
 
 
-def write(path: Path, parts: dict[str, Any]) -> None:
+def write(path: Path, fields: dict[str, Any]) -> None:
     """Writes the fields of scores, whole or not at all; makes the folder."""
     header = Header(
         **{
-            **{name: parts[name] for name in ("family", "parts", "config", "provenance", "passes")},
-            "models": {name: _Shape(**vars(shape)) for name, shape in parts["models"].items()},
-            "layout": _Layout.told(parts["layout"]),
-            "candidates": tuple(method.to_json() for method in parts["candidates"]),
-            "spans": tuple((float(start), float(stop)) for start, stop in parts["spans"]),
-            "impacts": tuple(float(each) for each in parts["impacts"]),
+            **{name: fields[name] for name in ("family", "segments", "config", "provenance", "passes")},
+            "models": {name: _Shape(**vars(shape)) for name, shape in fields["models"].items()},
+            "layout": _Layout.told(fields["layout"]),
+            "candidates": tuple(method.to_json() for method in fields["candidates"]),
+            "spans": tuple((float(start), float(stop)) for start, stop in fields["spans"]),
+            "impacts": tuple(float(each) for each in fields["impacts"]),
         }
     )
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in parts["sums"].items()}
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in fields["sums"].items()}
     prepare_file(path)
     save_tensor_document(path, KIND, header, tensors)
 

@@ -14,9 +14,9 @@ from diffusers_accel.kernels.pool import pool
 from diffusers_accel.kernels.pooled import pooled
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, Method, Order, Select
-from diffusers_accel.methods.rest import CacheEntry, Part
+from diffusers_accel.methods.rest import CacheEntry, Partial
 from diffusers_accel.methods.select import Inputs
-from diffusers_accel.search.measure import BlockParts, SampledHeads
+from diffusers_accel.search.measure import BlockPartials, SampledHeads
 
 
 @dataclass(frozen=True)
@@ -93,23 +93,23 @@ class RowReader:
     """What attends for the sampled rows of some heads, in an order and a precision."""
 
     def __init__(self, sampled: SampledHeads, order: Order, precision: str) -> None:
-        self.parts: BlockParts = sampled.parts(order, precision)
+        self.partials: BlockPartials = sampled.partials(order, precision)
         self._sampled = sampled
         self._order = order
 
-    def attend(self, pattern: BlockPattern, heads: Sequence[int] | None = None) -> Part:
-        parts = self.parts if heads is None else self.parts.take(heads)
-        out, lse = parts.merge(pattern.mask()[0][None])
-        return as_part(out[:, 0], lse[:, 0])
+    def attend(self, pattern: BlockPattern, heads: Sequence[int] | None = None) -> Partial:
+        partials = self.partials if heads is None else self.partials.take(heads)
+        out, lse = partials.merge(pattern.mask()[0][None])
+        return as_partial(out[:, 0], lse[:, 0])
 
-    def pooled(self, pattern: BlockPattern) -> Part:
+    def pooled(self, pattern: BlockPattern) -> Partial:
         _, k = self._sampled.sorted(self._order)
         q, v = self._sampled.q[self._sampled.rows][None], self._sampled.sorted_values(self._order)
         out, lse = pooled(q.float(), pool(k, BLOCK), pool(v, BLOCK), pattern)
         return out, lse
 
 
-def as_part(out: Tensor, lse: Tensor) -> Part:
+def as_partial(out: Tensor, lse: Tensor) -> Partial:
     """Out [heads, rows, D] and LSE [heads, rows] as the stages have them."""
     return out.transpose(0, 1)[None], lse[None]
 

@@ -78,7 +78,7 @@ class Stopwatch:
                 probe = self._make_probe(layout, steps)
                 probe.measure(site, replace(call, now=(0, steps)), 0, q, k, v)
             measure = probe.measuring_seconds
-            if probe.settings.in_parts:
+            if probe.settings.in_segments:
                 probe.calibrate(call, 0, q, k, v)
             self._trial = Trial(layout, steps, measure, probe.measuring_seconds - measure)
             self._start(step)

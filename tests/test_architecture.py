@@ -37,6 +37,10 @@ ROOMS = (
 )
 RANK = {name: rank for rank, room in enumerate(ROOMS) for name in room}
 FRAMES = 6
+# Names that several public classes may have, and why.
+SHARED_NAMES = {
+    "Config": "how one Triton kernel is launched, as Triton itself calls it; each is only used in the file of its kernel",
+}
 
 
 def modules() -> dict[str, Path]:
@@ -86,6 +90,16 @@ def test_rooms_import_from_lower_ones_only() -> None:
     assert not upward, "\n".join(upward)
 
 
+def test_what_the_wheel_leaves_out_is_asked_for_by_nothing_in_it() -> None:
+    left_out = "diffusers_accel.evals.toy.training"
+    wrong = {
+        name: sorted(other for other in others if other.startswith(left_out))
+        for name, others in imports().items()
+        if not name.startswith(left_out)
+    }
+    assert not {name: others for name, others in wrong.items() if others}
+
+
 def test_no_module_is_in_a_cycle() -> None:
     graph, done, path = imports(), set(), []
 
@@ -101,6 +115,16 @@ def test_no_module_is_in_a_cycle() -> None:
 
     for name in sorted(graph):
         visit(name)
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    found = defaultdict(list)
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found[node.name].append(name)
+    shared = {name: where for name, where in found.items() if len(where) > 1}
+    assert shared.keys() == SHARED_NAMES.keys(), shared
 
 
 def test_there_are_few_frames_from_the_op_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

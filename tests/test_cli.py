@@ -16,7 +16,7 @@ from diffusers_accel.cli.arguments import find_prompts
 from diffusers_accel.cli.options import Setup
 from diffusers_accel.cli.search import find_budget
 from diffusers_accel.evals import kernel_bench
-from diffusers_accel.evals.shapes import CALL
+from diffusers_accel.evals.toy import CALL
 from diffusers_accel.methods import NAMED
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.budget import Budget
@@ -67,7 +67,7 @@ print("imported:", sorted({"torch", "diffusers", "numpy", "transformers"} & set(
 
 
 # Files of cli/ that are no command.
-SHARED = {"__init__", "__main__", "arguments", "invoke", "loading", "options", "output"}
+SHARED = {"__init__", "__main__", "arguments", "invoke", "loading", "options", "output", "toy"}
 
 
 def commands(group: Any, *names: str) -> dict[str, Any]:
@@ -119,8 +119,8 @@ def test_budgets() -> None:
 def test_calls_hold_what_was_given() -> None:
     loaded = (None, None, "none")
     assert Setup("some/pipeline", *loaded, None, None, None, None, None).call() == {}
-    assert Setup("shapes", *loaded, None, None, None, None, None).call() == CALL
-    assert Setup("shapes", *loaded, 64, None, 9, 4, 0.0).call() == {
+    assert Setup("toy", *loaded, None, None, None, None, None).call() == CALL
+    assert Setup("toy", *loaded, 64, None, 9, 4, 0.0).call() == {
         **CALL,
         "height": 64,
         "num_frames": 9,
@@ -130,15 +130,15 @@ def test_calls_hold_what_was_given() -> None:
 
 
 def test_prompts_of_search_and_report_differ(tmp_path: Path) -> None:
-    for pipe in ("shapes", "some/pipeline"):
+    for pipe in ("toy", "some/pipeline"):
         search, report = (find_prompts(pipe, None, None, for_search=which) for which in (True, False))
         assert len({*search, *report}) == 8
     (tmp_path / "prompts.txt").write_text("a red circle\n\n  a blue square \n")
-    assert find_prompts("shapes", None, tmp_path / "prompts.txt", for_search=True) == ["a red circle", "a blue square"]
-    assert find_prompts("shapes", ["one"], None, for_search=False) == ["one"]
+    assert find_prompts("toy", None, tmp_path / "prompts.txt", for_search=True) == ["a red circle", "a blue square"]
+    assert find_prompts("toy", ["one"], None, for_search=False) == ["one"]
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"empty\.txt: expected a prompt on each line, found none"):
-        find_prompts("shapes", None, tmp_path / "empty.txt", for_search=True)
+        find_prompts("toy", None, tmp_path / "empty.txt", for_search=True)
 
 
 def test_bench_hands_its_options_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,13 +58,13 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SEARCH, REPORT, CALIBRATE = "search shapes --out p.json", "report shapes --plan draft", "calibrate shapes --out p.json"
+SEARCH, REPORT, CALIBRATE = "search toy --out p.json", "report toy --plan draft", "calibrate toy --out p.json"
 WRONG = [
     # names of commands, options and values
-    ("serach shapes", "search"),
+    ("serach toy", "search"),
     ("plan sho", "show"),
     ("plan", "Missing command"),
-    ("search shapes", "--out"),
+    ("search toy", "--out"),
     ("search --out p.json", "pipe"),
     (f"{SEARCH} more", "more"),
     (f"{SEARCH} --offlaod model", 'there is no option --offlaod; did you mean "--offload"?'),
@@ -79,7 +79,7 @@ WRONG = [
     (f"{SEARCH} --methods ''", "methods: expected some of"),
     (f"{REPORT} --metric pnsr", "found 'pnsr'; did you mean \"psnr\"?"),
     (f"{REPORT} --metric psnr --metric psnr", "metrics: expected each once"),
-    (f"report shapes --plan {'d' * 5000}", "and 4,800 characters more"),
+    (f"report toy --plan {'d' * 5000}", "and 4,800 characters more"),
     (f"{SEARCH} --steps {'9' * 4000}", "--steps: expected a whole number from 1 to 65,536"),
     # numbers
     (f"{SEARCH} --steps 0", "--steps: expected a whole number from 1 to 65,536, found 0"),
@@ -122,35 +122,35 @@ WRONG = [
     (f"{SEARCH} --prompts large.txt", "large.txt: expected at most 1,048,576 bytes, found 1,300,000"),
     pytest.param(f"{SEARCH} --prompts fifo", "found a device, pipe or socket", marks=posix),
     # plans
-    ("report shapes --plan drat", "found 'drat'; did you mean \"draft\"?"),
-    ("report shapes --plan serched.json", 'did you mean "searched.json"?'),
-    ("report shapes --plan half.json", "half.json: expected JSON"),
-    ("report shapes --plan folder.json", "folder.json: expected a JSON file, found a folder"),
-    ("report shapes --plan draft --plan draft.json", "two plans are called 'draft'"),
-    ("report shapes --plan dense", "'dense' is the baseline's name"),
-    ("report shapes --plan =draft", "expected names with letters in them"),
+    ("report toy --plan drat", "found 'drat'; did you mean \"draft\"?"),
+    ("report toy --plan serched.json", 'did you mean "searched.json"?'),
+    ("report toy --plan half.json", "half.json: expected JSON"),
+    ("report toy --plan folder.json", "folder.json: expected a JSON file, found a folder"),
+    ("report toy --plan draft --plan draft.json", "two plans are called 'draft'"),
+    ("report toy --plan dense", "'dense' is the baseline's name"),
+    ("report toy --plan =draft", "expected names with letters in them"),
     (f"{CALIBRATE} --plan serched.json", 'did you mean "searched.json"?'),
     (f"{CALIBRATE} --plan draft.json", "a gate is for heads that reuse"),
     ("plan show serched.json", 'did you mean "searched.json"?'),
     ("plan show my-wan", "found a folder"),
     # places to write
-    ("search shapes --out plan.txt", '--out: expected a file name that ends in ".json"'),
-    ("search shapes --out folder.json", "folder.json: cannot be written: it is a folder"),
-    ("search shapes --out file/p.json", "file/p.json: cannot be written"),
-    (f"search shapes --out {'p' * 300}.json", "cannot be written: File name too long"),
+    ("search toy --out plan.txt", '--out: expected a file name that ends in ".json"'),
+    ("search toy --out folder.json", "folder.json: cannot be written: it is a folder"),
+    ("search toy --out file/p.json", "file/p.json: cannot be written"),
+    (f"search toy --out {'p' * 300}.json", "cannot be written: File name too long"),
     (f"{SEARCH} --scores folder.safetensors", "folder.safetensors: cannot be written: it is a folder"),
     (f"{SEARCH} --scores p.json", "the scores and the plan would be one file"),
     (f"{SEARCH} --scores ./my-wan/../p.json", "the scores and the plan would be one file"),
-    ("search shapes --out searched.json --scores link.safetensors", "the scores and the plan would be one file"),
-    ("search shapes --out a.cost.json --scores a.safetensors", "the kernel times beside the scores and the plan"),
+    ("search toy --out searched.json --scores link.safetensors", "the scores and the plan would be one file"),
+    ("search toy --out a.cost.json --scores a.safetensors", "the kernel times beside the scores and the plan"),
     (f"{SEARCH} --scores a.json", '--scores: expected a file name that ends in ".safetensors"'),
     (f"{SEARCH} --scores other.safetensors", "other.safetensors"),
     (f"{SEARCH} --scores file/a.safetensors", "file/a.safetensors: cannot be written"),
-    ("calibrate shapes --plan searched.json --out folder.json", "cannot be written: it is a folder"),
+    ("calibrate toy --plan searched.json --out folder.json", "cannot be written: it is a folder"),
     (f"{REPORT} --out file", "file: cannot be written: there is a file of that name"),
     (f"{REPORT} --out file/below", "cannot be written"),
     # pipelines
-    ("search shpes --out p.json", 'did you mean "shapes"?'),
+    ("search tooy --out p.json", 'did you mean "toy"?'),
     ("search my-wn --out p.json", 'did you mean "my-wan"?'),
     ("search ./my-wn --out p.json", "./my-wn: expected the folder of a diffusers pipeline, found nothing there"),
     ("search my-wan/transfomer --out p.json", 'did you mean "my-wan/transformer"?'),
@@ -168,7 +168,7 @@ WRONG = [
     ("search 'not a name' --out p.json", "found none of them"),
     ("search '' --out p.json", "found none of them"),
     # the benchmark
-    ("bench --shapes shape", "found 'shape'; did you mean \"shapes\"?"),
+    ("bench --shapes tooy", "found 'tooy'; did you mean \"toy\"?"),
     ("bench --operators attentoin", 'did you mean "attention"?'),
     ("bench --impls portabl", 'did you mean "portable"?'),
     ("bench --patterns widow", 'did you mean "window"?'),
@@ -219,7 +219,7 @@ def test_a_folder_that_is_read_only(
 ) -> None:
     monkeypatch.setattr(Setup, "load", lambda *_: pytest.fail("loaded a pipeline"))
     tmp_path.chmod(0o500)
-    for line in (f"search shapes --out {tmp_path}/p.json", f"report shapes --plan draft --out {tmp_path}/pages"):
+    for line in (f"search toy --out {tmp_path}/p.json", f"report toy --plan draft --out {tmp_path}/pages"):
         code, text = stopped(capsys, shlex.split(line))
         assert code == 2 and "cannot be written: Permission denied" in text
 
@@ -232,7 +232,19 @@ def test_debug_anywhere_keeps_the_traceback() -> None:
 
 def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red circle\r\nein gr\xc3\xbcner\r\n")
-    assert find_prompts("shapes", None, tmp_path / "prompts.txt", for_search=True) == ["a red circle", "ein grüner"]
+    assert find_prompts("toy", None, tmp_path / "prompts.txt", for_search=True) == ["a red circle", "ein grüner"]
+
+
+@pytest.mark.parametrize("line", ["doctor shapes", "search shapes --out p.json", "report shapes --plan draft"])
+def test_the_small_models_former_name_is_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(setup: Setup) -> Setup:
+        raise ValueError(f"asked for {setup.pipe}")
+
+    monkeypatch.setattr(Setup, "check", check)
+    former = pytest.warns(FutureWarning, match="PIPE: 'shapes' is now called 'toy'")
+    with former as said, pytest.raises(ValueError, match="asked for toy"):
+        cli.main([*shlex.split(line), "--debug"])
+    assert [each.filename for each in said] == [__file__], "at the line that called"
 
 
 GIVEN = "--dtype bfloat16 --device cpu --height 128 --width 96 --frames 5 --steps 4 --guidance 2.5"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_accel.attach import processor
-from diffusers_accel.attach.site import Model, Rows, Site
+from diffusers_accel.attach.site import AttachedModel, Rows, Site
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.kernels.pool import pool
 from diffusers_accel.layout import Segment, TokenLayout
@@ -45,7 +45,7 @@ from diffusers_accel.search.measure import SampledHeads, deviations, head_grams,
 from diffusers_accel.search.probe import PassProbe
 from diffusers_accel.search.row import Chunk, RowProbe
 from diffusers_accel.search.running import SiteEngine
-from diffusers_accel.search.schedule import Settings
+from diffusers_accel.search.schedule import ProbeSettings
 from diffusers_accel.search.selections import Selections
 from diffusers_accel.shape import ModelShape
 
@@ -314,7 +314,7 @@ class SyntheticModel:
 
 
 def site_of(layout: TokenLayout) -> Site:
-    return Site(cast(Model, SyntheticModel(layout)), 0, "attn1", nn.Identity(), sdpa)
+    return Site(cast(AttachedModel, SyntheticModel(layout)), 0, "attn1", nn.Identity(), sdpa)
 
 
 def whole(layout: TokenLayout, key_heads: int = HEADS) -> tuple[Tensor, Tensor, Tensor]:
@@ -360,7 +360,7 @@ class StockProcessor:
 def redirected(layout: TokenLayout) -> tuple[Site, Any]:
     model = SyntheticModel(layout)
     model.family = SimpleNamespace(attention_call="F.scaled_dot_product_attention", text_mask=None)
-    site = Site(cast(Model, model), 0, "attn1", nn.Identity(), sdpa)
+    site = Site(cast(AttachedModel, model), 0, "attn1", nn.Identity(), sdpa)
     return site, processor.redirect(site, StockProcessor())
 
 
@@ -419,7 +419,7 @@ def test_a_probe_measures_grouped_queries_as_if_repeated(layout: TokenLayout) ->
         replace(METHODS["band"], rest=Kept(2)),
         replace(METHODS["band"], precision="int8"),
     )
-    settings = Settings(candidates, ((0.0, 1.0),), rows=32, probe_steps=1, seed=0)
+    settings = ProbeSettings(candidates, ((0.0, 1.0),), rows=32, probe_steps=1, seed=0)
     models = {"transformer": ModelShape(1, HEADS, HEAD_DIM)}
 
     def measured(key_heads: int, repeat: bool) -> dict[str, Any]:

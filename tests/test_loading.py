@@ -119,4 +119,4 @@ def test_what_a_hub_says(cause: Exception | None, says: str, tmp_path: Path, mon
 def test_what_is_checked_is_what_is_loaded(folder: Path) -> None:
     source = loading.check_source(str(folder), dtype="float16", device="cpu")
     assert source == loading.Source(str(folder), torch.float16, torch.device("cpu"), "none")
-    assert loading.check_source("shapes", device="cpu").dtype == torch.float32
+    assert loading.check_source("toy", device="cpu").dtype == torch.float32

@@ -36,7 +36,7 @@ from diffusers_accel.methods import (
     Stored,
     Stripe,
 )
-from diffusers_accel.methods.blocks import part_of
+from diffusers_accel.methods.blocks import segment_of
 from diffusers_accel.methods.orders import parse_order
 from diffusers_accel.methods.rest import CacheEntry
 from diffusers_accel.methods.select import StaticSelect
@@ -650,7 +650,7 @@ def test_a_gate_is_read_by_the_part_of_the_schedule() -> None:
 
 @given(st.integers(1, 60), st.integers(1, 60))
 def test_parts_of_a_schedule_are_in_order_and_equal_up_to_a_step(steps: int, parts: int) -> None:
-    of = [part_of((step, steps), parts) for step in range(steps)]
+    of = [segment_of((step, steps), parts) for step in range(steps)]
     assert of == sorted(of) and of[0] == 0 and of[-1] <= parts - 1
     if steps >= parts:
         sizes = [of.count(part) for part in range(parts)]
@@ -661,7 +661,7 @@ def test_parts_of_a_schedule_are_in_order_and_equal_up_to_a_step(steps: int, par
 def test_every_part_begins_once_and_not_before_its_time(steps: int, parts: int) -> None:
     gate = torch.eye(parts, dtype=torch.bool)  # head i refreshes when part i begins
     of = [[part for part, begins in enumerate(due(gate, (step, steps))) if begins] for step in range(steps)]
-    assert [part for each in of for part in each] == list(range(part_of((steps - 1, steps), parts) + 1))
+    assert [part for each in of for part in each] == list(range(segment_of((steps - 1, steps), parts) + 1))
     assert all(step / steps >= part / parts for step in range(steps) for part in of[step])
     assert all((step - 1) / steps < part / parts for step in range(1, steps) for part in of[step])
 

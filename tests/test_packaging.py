@@ -23,7 +23,8 @@ HOMES = {
     "search": "diffusers_accel.search",
     "evals": "diffusers_accel.evals",
 }
-WEIGHTS = "diffusers_accel/evals/shapes/weights/"
+# Parts of the checkout that are not installed.
+WEIGHTS, TRAINING = "diffusers_accel/evals/toy/weights/", "diffusers_accel/evals/toy/training/"
 
 
 def tree() -> set[str]:
@@ -48,7 +49,7 @@ def python(code: str, *, cwd: Path = ROOT, **env: str) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from a copy of the sources, so that no earlier build/ of the checkout can leak into it."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for folder in HOMES:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -66,9 +67,9 @@ def test_every_folder_with_code_is_a_listed_package() -> None:
     assert set(listed) == found
 
 
-def test_the_wheel_holds_the_tree_without_the_small_models_weights(wheel: Path) -> None:
+def test_the_wheel_holds_the_tree_without_the_small_models_weights_and_training(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == {name for name in tree() if not name.startswith(WEIGHTS)}
+    assert names == {name for name in tree() if not name.startswith((WEIGHTS, TRAINING))}
     assert "diffusers_accel/py.typed" in names
     assert wheel.stat().st_size < 2**20, "users install code, not the small model of the tests"
 
@@ -76,7 +77,7 @@ def test_the_wheel_holds_the_tree_without_the_small_models_weights(wheel: Path) 
 def test_an_installed_wheel_says_where_the_weights_are(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = """
-from diffusers_accel.evals.shapes import verify_weights
+from diffusers_accel.evals.toy import verify_weights
 try:
     verify_weights()
 except FileNotFoundError as error:
@@ -88,7 +89,9 @@ except FileNotFoundError as error:
 
 def test_every_module_of_the_wheel_imports_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    files = sorted(name for name in tree() if name.endswith(".py") and "__main__" not in name)
+    files = sorted(
+        name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py") and "__main__" not in name
+    )
     modules = [name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in files]
     code = f"""
 import importlib, sys

@@ -478,9 +478,9 @@ def test_a_composition_is_checked_before_a_model_is_loaded(
         "schedule": "steps",
     }
     for plan, message in wrong.items():
-        assert message in refused(capsys, "report", "shapes", "--plan", plan), plan
+        assert message in refused(capsys, "report", "toy", "--plan", plan), plan
     assert "two plans are called 'easycache+draft'" in refused(
-        capsys, "report", "shapes", "--plan", "easycache+draft", "--plan", "easycache+draft"
+        capsys, "report", "toy", "--plan", "easycache+draft", "--plan", "easycache+draft"
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusers_accel import patch
 from diffusers_accel.call import AttentionCall
-from diffusers_accel.evals import shapes
+from diffusers_accel.evals import toy
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, DENSE, AxisOrder, Band, Draft, Drop, Method, Patches, Pooled, Skip, Stripe
 from diffusers_accel.methods.rest import Read
@@ -248,10 +248,10 @@ class Compare:
 
 def test_pooling_errs_less_than_dropping_on_the_trained_model() -> None:
     """Draft blocks at a density of 0.2, six layers at two steps."""
-    pipe, errors = shapes.load_pipeline(), {}
+    pipe, errors = toy.load_pipeline(), {}
     pipe.set_progress_bar_config(disable=True)
-    call = {**shapes.CALL, "guidance_scale": 1.0}  # one pass
-    run_pipeline(pipe, lambda site: Compare(errors), shapes.held_out_prompts(1)[0], call, 0)
+    call = {**toy.CALL, "guidance_scale": 1.0}  # one pass
+    run_pipeline(pipe, lambda site: Compare(errors), toy.held_out_prompts(1)[0], call, 0)
     assert len(errors) == len(pipe.transformer.blocks) * len(STEPS)
     ratios = {place: pooled / dropped for place, (pooled, dropped) in errors.items()}
     shown = ", ".join(f"layer {layer} step {step}: {ratio:.2f}" for (layer, step), ratio in sorted(ratios.items()))

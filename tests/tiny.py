@@ -73,7 +73,7 @@ def tiny_wan(experts: int = 1, seed: int = 0) -> WanPipeline:
 
 def save_small_wan(path: Path) -> Path:
     """A pipeline of 2 layers x 2 heads in diffusers' own format, with text encoder and random weights; returns the folder."""
-    from diffusers_accel.evals.shapes import models
+    from diffusers_accel.evals.toy.training import models
 
     torch.manual_seed(0)
     tokenizer = models.build_tokenizer()

@@ -51,7 +51,7 @@ class _Forward(threading.local):
     text: tuple[int, ...] | None = None
 
 
-class Model:
+class AttachedModel:
     """A transformer of a pipeline, as its sites see it; told by a forward pre-hook how the tokens of each call lie."""
 
     def __init__(self, name: str, module: nn.Module, family: Family, clock: Clock) -> None:
@@ -175,7 +175,7 @@ class Timer:
 class Site:
     """One self-attention module: what attends there (`engine`) and what a search may want to know about it."""
 
-    def __init__(self, model: Model, layer: int, name: str, module: nn.Module, dense: DenseAttention) -> None:
+    def __init__(self, model: AttachedModel, layer: int, name: str, module: nn.Module, dense: DenseAttention) -> None:
         self.model = model
         self.layer = layer
         self.name = name

@@ -46,7 +46,7 @@ class Counts:
 
 
 @dataclass
-class _Part:
+class _CachedPartial:
     """What is kept of one layer and branch.
 
     fits: block, version, and shape, dtype and device of q, of which none may change.
@@ -89,48 +89,48 @@ class ExternalCache:
     def clear(self) -> None:
         """Drops all that is kept and starts the counts anew."""
         self.counts = Counts()
-        self._parts: dict[tuple[int, str], _Part] = {}
+        self._cached: dict[tuple[int, str], _CachedPartial] = {}
 
     @property
     def memory(self) -> int:
         """Bytes of what is kept now."""
-        return sum(part.out.nbytes + part.lse.nbytes for part in self._parts.values())
+        return sum(each.out.nbytes + each.lse.nbytes for each in self._cached.values())
 
-    def _find(self, layer: int, branch: str, fits: tuple[object, ...], step: int) -> _Part | None:
+    def _find(self, layer: int, branch: str, fits: tuple[object, ...], step: int) -> _CachedPartial | None:
         """What may be reused; what no longer may is dropped."""
-        part = self._parts.get((layer, branch))
-        if part is None:
+        cached = self._cached.get((layer, branch))
+        if cached is None:
             return None
-        if part.fits != fits or step < part.step:
-            del self._parts[layer, branch]
+        if cached.fits != fits or step < cached.step:
+            del self._cached[layer, branch]
             return None
-        if step == part.step:
+        if step == cached.step:
             raise ValueError(
                 f"layer {layer}, branch {branch!r}, block {fits[0]!r}: expected a step after {step}, found {step} again. Give "
                 "each guidance branch a name and each evaluation of a solver its own step, or clear() the cache between runs"
             )
-        return part
+        return cached
 
-    def _keep(self, layer: int, branch: str, part: _Part) -> None:
-        """Keeps, of a part that every head has just computed, the heads that may reuse theirs."""
-        heads = self._gate.reusable(part.step, layer, len(part.heads))
+    def _keep(self, layer: int, branch: str, partial: _CachedPartial) -> None:
+        """Keeps, of what every head has just computed, the heads that may reuse theirs."""
+        heads = self._gate.reusable(partial.step, layer, len(partial.heads))
         if not heads:
-            self._parts.pop((layer, branch), None)
+            self._cached.pop((layer, branch), None)
             return
-        out, lse = part.out, part.lse
-        if heads != part.heads:
+        out, lse = partial.out, partial.lse
+        if heads != partial.heads:
             index = head_index(heads, out.device)
             out, lse = out.index_select(2, index), lse.index_select(1, index)
-        self._parts[layer, branch] = replace(part, heads=heads, out=out.to(self._dtype or out.dtype), lse=lse)
+        self._cached[layer, branch] = replace(partial, heads=heads, out=out.to(self._dtype or out.dtype), lse=lse)
 
     def _renew(
-        self, part: _Part, step: int, stale: tuple[int, ...], q: Tensor, history: History | None
+        self, partial: _CachedPartial, step: int, stale: tuple[int, ...], q: Tensor, history: History | None
     ) -> tuple[Tensor, Tensor]:
         """The part over the history, (out, lse) of every head, of which the `stale` ones are computed and refreshed."""
-        part.step = step
-        out, lse = part.out, part.lse
-        kept = head_index(part.heads, q.device)
-        whole = len(part.heads) == q.shape[2] and out.dtype == q.dtype
+        partial.step = step
+        out, lse = partial.out, partial.lse
+        kept = head_index(partial.heads, q.device)
+        whole = len(partial.heads) == q.shape[2] and out.dtype == q.dtype
         if not whole:
             out = q.new_empty(q.shape).index_copy_(2, kept, out.to(q.dtype))
             lse = lse.new_empty(q.shape[0], q.shape[2], q.shape[1]).index_copy_(1, kept, lse)
@@ -141,8 +141,8 @@ class ExternalCache:
             out.index_copy_(2, index, fresh)
             lse.index_copy_(1, index, fresh_lse)
             if not whole:
-                part.out.copy_(out.index_select(2, kept))
-                part.lse.copy_(lse.index_select(1, kept))
+                partial.out.copy_(out.index_select(2, kept))
+                partial.lse.copy_(lse.index_select(1, kept))
         return out, lse
 
     def _count(self, computed: int, heads: int) -> None:
@@ -202,30 +202,30 @@ def attend(
     own = dense(q, k, v)
     heads = tuple(range(q.shape[2]))
     fits = (block, version, q.shape, q.dtype, q.device)
-    part = cache._find(layer, branch, fits, step)
+    cached = cache._find(layer, branch, fits, step)
     stale = cache._gate.recomputes(step, layer, len(heads))
-    if part is None:
+    if cached is None:
         stale = heads
     history = external() if callable(external) and stale else external
     if callable(history):
         history = None  # nobody reads it
     else:
         tokens = _tokens(k, v, history)
-        if part is not None and tokens != part.tokens:
+        if cached is not None and tokens != cached.tokens:
             raise ValueError(
-                f"layer {layer}, block {block!r}, version {version!r}: expected a history of {part.tokens} tokens as at an "
+                f"layer {layer}, block {block!r}, version {version!r}: expected a history of {cached.tokens} tokens as at an "
                 f"earlier step, found {tokens}; a history that changes needs another version"
             )
         if tokens == 0:
             cache.counts.full += 1
             return own[0]
     cache._count(len(stale), len(heads))
-    if part is not None and stale != heads:
-        whole = cache._renew(part, step, stale, q, history)
+    if cached is not None and stale != heads:
+        whole = cache._renew(cached, step, stale, q, history)
     else:
         assert history is not None
         whole = dense(q, *history)
-        cache._keep(layer, branch, _Part(fits, step, history[0].shape[1], heads, *whole))
+        cache._keep(layer, branch, _CachedPartial(fits, step, history[0].shape[1], heads, *whole))
     return merge([own, whole])[0]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers_accel.arguments import NAMES
+from diffusers_accel.cli.toy import TOY
 from diffusers_accel.files import FileError, printable, quoted, read_bytes
 from diffusers_accel.plan import Plan
 from diffusers_accel.search.keeping import check_places
@@ -73,8 +74,8 @@ def find_prompts(pipe: str, prompt: list[str] | None, file: Path | None, *, for_
     if given := read_prompts(file) if file else prompt:
         check_prompts(given)
         return given
-    if pipe == "shapes":
-        from diffusers_accel.evals.shapes import held_out_prompts
+    if pipe == TOY:
+        from diffusers_accel.evals.toy import held_out_prompts
 
         return held_out_prompts(8, seed=0)[:4] if for_search else held_out_prompts(8, seed=0)[4:]
     return list(SEARCH if for_search else REPORT)

@@ -18,10 +18,14 @@ from diffusers_accel.cli.options import (
     Width,
 )
 from diffusers_accel.cli.output import show
+from diffusers_accel.cli.toy import by_present_name
 
 
 def doctor(
-    pipe: Annotated[str | None, typer.Argument(help="As for search; without it only the machine is looked at.")] = None,
+    pipe: Annotated[
+        str | None,
+        typer.Argument(help="As for search; without it only the machine is looked at.", callback=by_present_name),
+    ] = None,
     density: Annotated[
         list[float] | None, typer.Option("--density", help="To work out. May be given several times.")
     ] = None,

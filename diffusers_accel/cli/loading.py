@@ -1,4 +1,4 @@
-"""A pipeline by name, as the commands take it: "shapes", a local folder or a hub id, on a device, offloaded or not."""
+"""A pipeline by name, as the commands take it: "toy", a local folder or a hub id, on a device, offloaded or not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from diffusers_accel.evals import shapes
+from diffusers_accel.cli.toy import TOY
+from diffusers_accel.evals import toy
 from diffusers_accel.families import COMPONENTS, family_of, supported
 from diffusers_accel.files import FileError, printable, quoted, read_json
 from diffusers_accel.support.device import find_device
@@ -26,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 OFFLOADS = ("none", "model", "group")
 INDEX = "model_index.json"  # what makes a folder that of a pipeline
 ANEW = "save the pipeline anew with save_pretrained"
-_FORMS = "expected shapes, the folder of a diffusers pipeline, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+_FORMS = f"expected {TOY}, the folder of a diffusers pipeline, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 _LIKE_A_PATH = re.compile(r"[.~/]|[A-Za-z]:[/\\]|[^/]*/[^/]*/|[^\\]*\\")
 
 
@@ -44,7 +45,7 @@ def load_pipeline(name: str, *, dtype: str | None = None, device: str | None = N
     """Loads a diffusers pipeline in the host's own way.
 
     Args:
-        name: "shapes" for the small model of this package, else what `DiffusionPipeline.from_pretrained` takes. What is
+        name: "toy" for the small model of this package, else what `DiffusionPipeline.from_pretrained` takes. What is
             written as a path, or lies in a folder that exists, is one: no hub is asked for it.
         dtype: a name of `DTYPES`; None means bfloat16, on a CPU float32.
         device: as torch names it; None means CUDA (or ROCm) where there is one, else the CPU.
@@ -56,7 +57,7 @@ def load_pipeline(name: str, *, dtype: str | None = None, device: str | None = N
         OSError: there is no such pipeline, or it cannot be read.
     """
     source = check_source(name, dtype=dtype, device=device, offload=offload)
-    pipe = shapes.load_pipeline(source.dtype) if name == "shapes" else _from_pretrained(source)
+    pipe = toy.load_pipeline(source.dtype) if name == TOY else _from_pretrained(source)
     if offload == "none":
         return pipe.to(source.device)
     if offload == "model":
@@ -84,7 +85,7 @@ def _check_word(what: str, word: str | None, known: Collection[str]) -> None:
 
 def _check_name(name: str) -> str:
     """The name as `from_pretrained` takes it: the folder's path, or the hub id."""
-    if name == "shapes":
+    if name == TOY:
         return name
     if re.match(r"\w+://", name):
         raise ValueError(
@@ -98,7 +99,7 @@ def _check_name(name: str) -> str:
         validate_repo_id(name)
     except HFValidationError:
         raise ValueError(f"{quoted(name)}: {_FORMS}, found none of them") from None
-    if "/" not in name and (meant := did_you_mean(name, ["shapes", *_pipelines_here()])):
+    if "/" not in name and (meant := did_you_mean(name, [TOY, *_pipelines_here()])):
         raise ValueError(f"{quoted(name)}: {_FORMS}, found none of them{meant}")
     return name
 

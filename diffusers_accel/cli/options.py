@@ -8,8 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
+from diffusers_accel.cli.toy import TOY, by_present_name
+
 Pipe = Annotated[
-    str, typer.Argument(help="'shapes' (the small model of this package), a pipeline's folder, or a hub id.")
+    str,
+    typer.Argument(
+        help="'toy' (the small model of this package), a pipeline's folder, or a hub id.", callback=by_present_name
+    ),
 ]
 DtypeFlag = Annotated[
     str | None,
@@ -66,7 +71,7 @@ class Setup:
         return self
 
     def call(self) -> dict[str, Any]:
-        """The arguments of the pipeline's call that were given, on top of those that the shapes model was trained for."""
+        """The arguments of the pipeline's call that were given, on top of those that the toy model was trained for."""
         given = {
             "height": self.height,
             "width": self.width,
@@ -75,8 +80,8 @@ class Setup:
             "guidance_scale": self.guidance,
         }
         base: dict[str, Any] = {}
-        if self.pipe == "shapes":
-            from diffusers_accel.evals.shapes import CALL
+        if self.pipe == TOY:
+            from diffusers_accel.evals.toy import CALL
 
             base = CALL
         return {**base, **{name: value for name, value in given.items() if value is not None}}

@@ -27,7 +27,7 @@ class Given:
     return_dict: bool
 
 
-class Reader:
+class ForwardReader:
     """Reads the calls of one transformer, by the names of its family.
 
     Raises:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from diffusers_accel.attach.clock import Clock
-from diffusers_accel.attach.site import Model
-from diffusers_accel.forwards.calls import Given, Reader, as_output, sample_of
+from diffusers_accel.attach.site import AttachedModel
+from diffusers_accel.forwards.calls import ForwardReader, Given, as_output, sample_of
 from diffusers_accel.forwards.forwards import Forwards
 from diffusers_accel.forwards.rule import Computed, Now
 from diffusers_accel.forwards.state import Branch, ForwardsTally, Generation
@@ -40,9 +40,9 @@ class Scope:
         self._generation: Generation | None = None
         self.tallies: dict[str, ForwardsTally] = {}
 
-    def attach(self, models: Sequence[Model]) -> Callable[[], None]:
+    def attach(self, models: Sequence[AttachedModel]) -> Callable[[], None]:
         """Wraps their forwards; returns the function that takes everything off. Each model must be told of its forwards
-        (`Model.observe`) before they run."""
+        (`AttachedModel.observe`) before they run."""
         undo: list[Callable[[], None]] = [self.forget]
         try:
             for model in models:
@@ -61,7 +61,7 @@ class Scope:
         """Drops what is kept for later steps: the next forward begins anew."""
         self._generation = None
 
-    def begin(self, model: Model, now: tuple[int, int]) -> Generation:
+    def begin(self, model: AttachedModel, now: tuple[int, int]) -> Generation:
         """The generation that a forward of `model` belongs to, which begins."""
         branch, timesteps = model.branch, self._clock.timesteps
         generation = self._generation
@@ -106,10 +106,10 @@ class _Call:
 class _Interceptor:
     """Stands around the forward of one transformer."""
 
-    def __init__(self, scope: Scope, model: Model) -> None:
+    def __init__(self, scope: Scope, model: AttachedModel) -> None:
         self._scope = scope
         self._model = model
-        self._reader = Reader(model.module, model.family)
+        self._reader = ForwardReader(model.module, model.family)
 
     @torch.compiler.disable(reason="decides whether the model runs")
     @torch.no_grad()

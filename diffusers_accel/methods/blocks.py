@@ -1,4 +1,4 @@
-"""Blocks: how large they are, which share of them is read, and into which part of the schedule a step falls."""
+"""Blocks: how large they are, which share of them is read, and into which segment of the schedule a step falls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_density(density: float) -> None:
         )
 
 
-def part_of(now: tuple[int, int], parts: int) -> int:
-    """Which of `parts` equal parts of the schedule the step belongs to."""
+def segment_of(now: tuple[int, int], segments: int) -> int:
+    """Which of `segments` equal segments of the schedule the step belongs to."""
     step, steps = now
-    return min(step * parts // steps, parts - 1)
+    return min(step * segments // steps, segments - 1)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from diffusers_accel.files import FileError
 from diffusers_accel.methods.rests import RESTS
 from diffusers_accel.methods.selects import SELECTS
+from diffusers_accel.support.former import warn_former
 
 _NAMES = {
     "mass": "top_p",
@@ -20,15 +19,6 @@ _NAMES = {
     "every": "refresh_every",
 }
 _STAGES: dict[str, Mapping[str, type]] = {"select": SELECTS, "rest": RESTS}
-
-
-def warn_former(former: str, name: str, where: str) -> None:
-    """Says that `former` is called `name` now."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("diffusers_accel."):
-        level, frame = level + 1, frame.f_back  # up to the line of the user
-    message = f"{where}: {former!r} is now called {name!r}; write that instead"
-    warnings.warn(message, FutureWarning, stacklevel=level)
 
 
 def by_present_names(given: Mapping[str, Any], known: Collection[str], where: str, warn: bool = True) -> dict[str, Any]:

@@ -18,17 +18,17 @@ from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.methods.select import Select
 from diffusers_accel.methods.uses import Tensors, Uses
 
-Part = tuple[Tensor, Tensor]  # attention over some of the keys: out [B, queries, H, D], lse fp32 [B, H, queries]
+Partial = tuple[Tensor, Tensor]  # attention over some of the keys: out [B, queries, H, D], lse fp32 [B, H, queries]
 
 
 class Reader(Protocol):
     """What attends for the heads of a group: kernels, or a search that looks at some of the queries only."""
 
-    def attend(self, pattern: BlockPattern, heads: Sequence[int] | None = None) -> Part:
+    def attend(self, pattern: BlockPattern, heads: Sequence[int] | None = None) -> Partial:
         """Attention over the blocks of a pattern, which is one of these heads (places in the group; None: all)."""
         ...
 
-    def pooled(self, pattern: BlockPattern) -> Part:
+    def pooled(self, pattern: BlockPattern) -> Partial:
         """Attention over the means of the key blocks that a pattern leaves out, each with the weight of its tokens."""
         ...
 
@@ -40,7 +40,7 @@ class CacheEntry:
     Args:
         pattern: the blocks that they read.
         selected: step at which these were selected.
-        refreshed: per head, the step at which its kept part was computed; empty where nothing is kept.
+        refreshed: per head, the step at which what is kept was computed; empty where nothing is kept.
         out: [B, S, heads, D], attention over the blocks that are not read; None where nothing is kept.
         lse: fp32 [B, heads, S], of the same.
     """
@@ -52,7 +52,7 @@ class CacheEntry:
     lse: Tensor | None = None
 
 
-class Decision(NamedTuple):
+class RefreshDecision(NamedTuple):
     """A group at one step: what it has held since an earlier one, and which of its heads make what is held anew (empty where
     nothing is kept)."""
 
@@ -65,11 +65,11 @@ class Read(NamedTuple):
     """What a group has read at a step.
 
     Args:
-        part: attention over the pattern's blocks.
+        partial: attention over the pattern's blocks.
         shared: whether the pattern stays with the layer, so that what is derived of it is worth keeping.
     """
 
-    part: Part
+    partial: Partial
     pattern: BlockPattern
     shared: bool
 
@@ -136,7 +136,7 @@ class Rest(ABC):
         return None
 
     def gate(self, place: tuple[str, int], heads: Sequence[int], tensors: Tensors) -> Tensor | None:
-        """bool [parts, heads] on the CPU: at which equal parts of the schedule heads refresh, where a plan says it.
+        """bool [segments, heads] on the CPU: at which equal segments of the schedule heads refresh, where a plan says it.
 
         Args:
             place: transformer and layer.
@@ -145,7 +145,7 @@ class Rest(ABC):
         return None
 
     def refresh_share(self, gate: Tensor | None) -> float:
-        """At what share of the steps a head refreshes whose gate, bool [parts], is this."""
+        """At what share of the steps a head refreshes whose gate, bool [segments], is this."""
         return 0.0
 
     def due(self, held: CacheEntry, now: tuple[int, int], gate: Tensor | None, before: int | None) -> list[bool]:
@@ -159,5 +159,5 @@ class Rest(ABC):
         return []
 
     @abstractmethod
-    def complete(self, read: Read, decision: Decision, reader: Reader) -> tuple[Part, CacheEntry]:
+    def complete(self, read: Read, decision: RefreshDecision, reader: Reader) -> tuple[Partial, CacheEntry]:
         """The output of the group's heads, and what they remember."""

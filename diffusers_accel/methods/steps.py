@@ -10,12 +10,12 @@ from torch import Tensor
 
 from diffusers_accel.kernels.pattern import BlockPattern, head_flags
 from diffusers_accel.methods.method import Method
-from diffusers_accel.methods.rest import CacheEntry, Decision
+from diffusers_accel.methods.rest import CacheEntry, RefreshDecision
 
 
 def decide(
     method: Method, heads: int, held: CacheEntry | None, now: tuple[int, int], gate: Tensor | None, before: int | None
-) -> Decision:
+) -> RefreshDecision:
     """What a group does at a step.
 
     Args:
@@ -26,11 +26,11 @@ def decide(
         before: the step at which the layer attended last; None: the one before this.
     """
     if held is None:
-        return Decision(now[0], None, [True] * heads if method.rest.remembers else [])
-    return Decision(now[0], held, method.rest.due(held, now, gate, before))
+        return RefreshDecision(now[0], None, [True] * heads if method.rest.remembers else [])
+    return RefreshDecision(now[0], held, method.rest.due(held, now, gate, before))
 
 
-def selects(method: Method, decision: Decision) -> bool:
+def selects(method: Method, decision: RefreshDecision) -> bool:
     """Whether blocks are selected anew at this step."""
     if decision.held is None:
         return True
@@ -39,7 +39,7 @@ def selects(method: Method, decision: Decision) -> bool:
     return decision.step - decision.held.selected >= method.select.reselect_every
 
 
-def read_blocks(method: Method, decision: Decision, select: Callable[[], BlockPattern]) -> BlockPattern:
+def read_blocks(method: Method, decision: RefreshDecision, select: Callable[[], BlockPattern]) -> BlockPattern:
     """What a group reads at this step: what `select` gives, what it has held, or per head the one or the other."""
     held = decision.held
     if held is None:

@@ -155,7 +155,7 @@ def _check_tensors(plan: PlanData) -> None:
             size = method.select.made_for(method.order, name, plan.tensors)
             if size and first and size != first[1]:
                 raise FileError(
-                    f"heads.methods.{each.symbol}: expected tensors for {first[1]} (parts, blocks), as those of "
+                    f"heads.methods.{each.symbol}: expected tensors for {first[1]} (segments, blocks), as those of "
                     f"methods.{first[0]} are, found {size}; search the plan again"
                 )
             first = first or ((each.symbol, size) if size else None)

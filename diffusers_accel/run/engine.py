@@ -37,7 +37,7 @@ class SiteTally:
     heads: Counter[str] = field(default_factory=Counter)  # label -> heads x calls
     kernels: Counter[str] = field(default_factory=Counter)  # kernel -> calls
     notes: Counter[str] = field(default_factory=Counter)  # reason -> calls
-    reused: int = 0  # heads x calls that merged a kept part
+    reused: int = 0  # heads x calls that merged what they keep
     cache_bytes: int = 0  # most that was kept at once
     reads: dict[Method, ReadTotal] = field(default_factory=dict)
     layout: TokenLayout | None = None  # of the last call
@@ -145,8 +145,8 @@ class PlanEngine:
         """At what share of a span's steps a head refreshes what it keeps; which steps a window of sigma holds, only a call tells,
         so that all of its gate counts for each of them."""
         gate = method.rest.gate(self._layer, (head,), self.plan.tensors)
-        if gate is not None and self.plan.by == "share":  # a short span may hold no part: nothing is due in it
-            gate = gate[[part for part in range(len(gate)) if self.plan.span_at(part, len(gate)) == span]]
+        if gate is not None and self.plan.by == "share":  # a short span may hold no segment: nothing is due in it
+            gate = gate[[each for each in range(len(gate)) if self.plan.span_at(each, len(gate)) == span]]
         gate = None if gate is None else gate[:, 0]
         return method.rest.refresh_share(gate)
 
@@ -166,7 +166,7 @@ class PlanEngine:
             self._partitions.leave(self._layer)
         mix = self._mixes[span]
         if call.now is None and mix.timed:
-            raise _no_clock("a selection or a part of an earlier step is reused")
+            raise _no_clock("a selection or an output of an earlier step is reused")
         return mix
 
     def _uncached(self, mix: Mix, call: AttentionCall, q: Tensor) -> Mix:

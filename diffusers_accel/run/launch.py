@@ -18,7 +18,7 @@ from diffusers_accel.kernels.pooled import pooled
 from diffusers_accel.kernels.prep import Prepared, prep
 from diffusers_accel.kernels.quantize import Quantized
 from diffusers_accel.methods import BLOCK, Method
-from diffusers_accel.methods.rest import Decision, Part, Read
+from diffusers_accel.methods.rest import Partial, Read, RefreshDecision
 from diffusers_accel.methods.select import Inputs
 from diffusers_accel.methods.steps import decide, read_blocks, selects
 from diffusers_accel.methods.uses import Tensors
@@ -46,7 +46,7 @@ class Output(NamedTuple):
     Args:
         out: [B, queries, H, D].
         density: the share of block pairs that was computed; a 0-d tensor where only the device knows it.
-        reused: how many heads reused a kept part.
+        reused: how many heads reused what they keep.
         kernels: names of what ran, such as "portable int8".
         read: of the groups that computed just what their method selects.
     """
@@ -136,9 +136,9 @@ def _attend(
         mine = Read((out[:, :, place], lse[:, place]), pattern, pattern is group.pattern)
         k_means = prepared.means[1][:, :, place] if prepared.means else None
         reader = _Kernels(prepared.operands, place, launch.precision, kernel, k_means)
-        part, held = group.method.rest.complete(mine, decision, reader)
-        if part is not mine.part:
-            out[:, :, place] = part[0]
+        partial, held = group.method.rest.complete(mine, decision, reader)
+        if partial is not mine.partial:
+            out[:, :, place] = partial[0]
         if group.method.timed:
             cache.held[group.key] = held
         reused += len(decision.refresh) - sum(decision.refresh)
@@ -155,14 +155,14 @@ class _Kernels:
     kernel: str
     k_means: Tensor | None  # where they were needed to select
 
-    def attend(self, pattern: BlockPattern, heads: Sequence[int] | None = None) -> Part:
+    def attend(self, pattern: BlockPattern, heads: Sequence[int] | None = None) -> Partial:
         q, k, v = self._own()
         if heads is not None:
             k, v = (of_heads(x, heads, q.shape[2]) for x in (k, v))
             q = q.index_select(2, head_index(tuple(heads), q.device))
         return attention(q, k, v, pattern, precision=self.precision, impl=self.kernel)
 
-    def pooled(self, pattern: BlockPattern) -> Part:
+    def pooled(self, pattern: BlockPattern) -> Partial:
         q, k, v = self._own()
         k_means = pool(k, BLOCK) if self.k_means is None else self.k_means
         return pooled(q, k_means, pool(v, BLOCK), pattern)
@@ -183,7 +183,7 @@ def _prepare(launch: Launch, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | Non
 
 
 def _pattern(
-    group: Group, decision: Decision, tensors: Tensors, call: AttentionCall, prepared: Prepared
+    group: Group, decision: RefreshDecision, tensors: Tensors, call: AttentionCall, prepared: Prepared
 ) -> BlockPattern:
     """What a group reads at this step."""
 

@@ -95,7 +95,7 @@ class CacheBudget:
         self._left = None
 
     def admits(self, layer: Layer, stream: Stream, q: Tensor) -> bool:
-        """Whether a layer may keep its parts on this stream, for calls of the size of q [B, S, H, D]: decided for all layers
+        """Whether a layer may keep its outputs on this stream, for calls of the size of q [B, S, H, D]: decided for all layers
         of its transformer when the stream is first seen, and not changed before `restart`."""
         like = (q.shape, q.dtype, q.device)
         if self._left is None:

@@ -29,7 +29,7 @@ class Group:
         heads: their numbers in the model.
         start: place of the first one in the launch.
         pattern: what they read; None where that is selected at run time.
-        gate: bool [parts, heads] on the CPU, when they refresh; None without a gate.
+        gate: bool [segments, heads] on the CPU, when they refresh; None without a gate.
     """
 
     method: Method
@@ -164,7 +164,7 @@ Key = tuple[Mix, TokenLayout, torch.device, Needs]
 class Partitions:
     """How the layers under one patch are partitioned: layers with equal heads share their block lists.
 
-    Block lists of more than `MAX_LAYOUTS` layouts, and those of one layer that are not of the running transformer and part of
+    Block lists of more than `MAX_LAYOUTS` layouts, and those of one layer that are not of the running transformer and segment of
     the schedule, are dropped and built again: a large model's are gigabytes.
 
     Args:

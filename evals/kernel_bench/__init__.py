@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 
 from diffusers_accel.evals.kernel_bench import report, rows
-from diffusers_accel.evals.kernel_bench.points import Row, Settings, settings
+from diffusers_accel.evals.kernel_bench.points import BenchSettings, Row, settings
 from diffusers_accel.evals.kernel_bench.watch import watched
 from diffusers_accel.files import WriteError, prepare_file, prepare_folder, printable
 from diffusers_accel.support.device import not_there
@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Lists are separated by commas. Without a GPU the defaults are small enough for a laptop. The most telling "
         "rows come first; run again with the same --out to go on.",
     )
-    for entry in fields(Settings):
+    for entry in fields(BenchSettings):
         option = entry.metadata
         flag, text = f"--{entry.name.replace('_', '-')}", option["text"]
         if option["kind"] is bool:

@@ -34,11 +34,13 @@ SHAPES = {
     "HY": Shape((33, 45, 80), 4, 128, text=256),  # HunyuanVideo, 720p, 129 frames; 4 of 24 heads
     "C2": Shape((13, 30, 45), 30, 64, text=226),  # CogVideoX-2B, 480p, 49 frames
     "C15": Shape((11, 48, 85), 8, 64, text=226),  # CogVideoX1.5-5B, 768p, 81 frames; 8 of 48 heads
-    "shapes": Shape((17, 16, 16), 4, 64),  # the small model of this project
+    "toy": Shape((17, 16, 16), 4, 64),  # the small model of this project
     "S8": Shape((8, 32, 32), 4, 64),  # 8,192 tokens, for a CPU
     "S1": Shape((3, 16, 20), 2, 64, text=40),  # 1,000 tokens, to see that everything runs
     "S4": Shape((16, 16, 16), 12, 128),  # 4,096 tokens with the heads of Wan 2.1 1.3B, for a CPU
 }
+# Present names of shapes by their former ones, which rows of earlier runs hold.
+FORMER_SHAPES = {"shapes": "toy"}
 PATTERNS = ("random", "unequal", "window", "diagonals", "tiles", "text")
 INPUTS = ("gaussian", "video")
 # Channels that rotate with (frame, row, column), as the models split them.

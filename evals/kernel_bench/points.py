@@ -10,12 +10,13 @@ from typing import Any, TypeAlias
 
 import torch
 
-from diffusers_accel.evals.kernel_bench.inputs import BLOCK, INPUTS, PATTERNS, SHAPES
+from diffusers_accel.evals.kernel_bench.inputs import BLOCK, FORMER_SHAPES, INPUTS, PATTERNS, SHAPES
 from diffusers_accel.evals.kernel_bench.peers import PEERS
 from diffusers_accel.files import quoted
 from diffusers_accel.kernels import dense
 from diffusers_accel.kernels.attention import IMPLEMENTATIONS, PRECISIONS
 from diffusers_accel.support.device import parse_device
+from diffusers_accel.support.former import warn_former
 from diffusers_accel.support.suggest import did_you_mean
 
 Row: TypeAlias = dict[str, Any]
@@ -34,12 +35,12 @@ KEY = ("operator", "impl", "precision", "dtype", "shape", "input_kind", "seed", 
 def _option(
     text: str, cuda: Any = None, cpu: Any = None, names: Collection[str] = (), kind: Any = str, many: bool = False
 ) -> Any:
-    """A field of `Settings`: its help, what it is by device when not given, its allowed names, its type, one or a list."""
+    """A field of `BenchSettings`: its help, what it is by device when not given, its allowed names, its type, one or a list."""
     return field(metadata={"text": text, "cuda": cuda, "cpu": cpu, "names": names, "kind": kind, "many": many})
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """What was asked for; `settings` makes one. Every combination of the lists that means something is measured.
 
     Only plain values, so that another process can be told. The command line has an option for each field.
@@ -47,7 +48,7 @@ class Settings:
 
     device: str = _option("cuda, cuda:1 or cpu; a GPU if there is one")
     shapes: tuple[str, ...] = _option(
-        "self-attention of models", ("W13", "C2", "HY", "W14", "C15"), ("shapes", "S8"), SHAPES, many=True
+        "self-attention of models", ("W13", "C2", "HY", "W14", "C15"), ("toy", "S8"), SHAPES, many=True
     )  # both head dims first
     densities: tuple[float, ...] = _option(
         "shares of block pairs, 0..1", (0.1, 0.3, 1.0, 0.2, 0.5, 0.05), (0.1, 0.25, 1.0), kind=float, many=True
@@ -119,7 +120,7 @@ def given_up(row: Row) -> str | None:
     return family(row, within) if within else None
 
 
-def settings(device: torch.device | str, **asked: Any) -> Settings:
+def settings(device: torch.device | str, **asked: Any) -> BenchSettings:
     """The settings asked for, with the device's defaults for all that is not given or None.
 
     Raises:
@@ -132,13 +133,15 @@ def settings(device: torch.device | str, **asked: Any) -> Settings:
     if asked.get("every") is None:
         asked["every"] = any(asked.get(name) for name in ("densities", "patterns", "inputs"))
     found = {"device": str(device)} | asked
-    for entry in fields(Settings):
+    for entry in fields(BenchSettings):
         option = entry.metadata
         value = found.get(entry.name)
         if value is None:
             value = option[kind]
         if option["many"] and value is not None:
             value = tuple(option["kind"](x) for x in value)
+        if entry.name == "shapes":
+            value = tuple(_present_shape(x) for x in value)
         given: Sequence[Any] = value if isinstance(value, tuple) else [value]
         if value is not None and option["names"] and (unknown := [x for x in given if x not in option["names"]]):
             words = f"found {quoted(unknown[0])}{did_you_mean(unknown[0], option['names'])}"
@@ -152,17 +155,25 @@ def settings(device: torch.device | str, **asked: Any) -> Settings:
         raise ValueError(f"seed must be 0 or more and below 2^63, found {quoted(found['seed'])}")
     if found["threads"] is not None and not 1 <= found["threads"] <= MOST_THREADS:
         raise ValueError(f"threads must be 1 to {MOST_THREADS:,}, found {quoted(found['threads'])}")
-    return Settings(**found)
+    return BenchSettings(**found)
 
 
-def plan(asked: Settings) -> list[Point]:
+def _present_shape(name: str) -> str:
+    """The name that a shape has now."""
+    if (present := FORMER_SHAPES.get(name)) is None:
+        return name
+    warn_former(name, present, "shapes")
+    return present
+
+
+def plan(asked: BenchSettings) -> list[Point]:
     """Every point, the most telling first. It follows from the settings alone, so that a second run can go on with it."""
     points = [point for shape, kind in product(asked.shapes, asked.inputs) for point in _points(asked, shape, kind)]
     tier = partial(_tier, asked)
     return sorted((x for x in points if asked.every or tier(x) < REST), key=tier)  # stable: shape by shape in a tier
 
 
-def _points(asked: Settings, shape: str, kind: str) -> Iterator[Point]:
+def _points(asked: BenchSettings, shape: str, kind: str) -> Iterator[Point]:
     """The points of one shape with one kind of inputs, dense attention first."""
     at = partial(Point, shape=shape, inputs=kind, dtype=asked.dtype, seed=asked.seed)
     skipped = ("reference",) if torch.device(asked.device).type == "cpu" else ("reference", "cpu")
@@ -186,7 +197,7 @@ def _points(asked: Settings, shape: str, kind: str) -> Iterator[Point]:
         yield from _beside(asked, at, "reference" if "cpu" not in skipped else "portable")
 
 
-def _beside(asked: Settings, at: partial[Point], usual: str) -> Iterator[Point]:
+def _beside(asked: BenchSettings, at: partial[Point], usual: str) -> Iterator[Point]:
     """The operators beside attention. None has a fast implementation for a CPU, where the reference is what runs."""
     names = [usual] if asked.impls is None else [name for name in ("portable", "reference") if name in asked.impls]
     for operator, name in product(OPERATORS[3:], names):
@@ -199,7 +210,7 @@ def _beside(asked: Settings, at: partial[Point], usual: str) -> Iterator[Point]:
             yield at(operator, name, density=min(asked.densities) if operator == "select" else None)
 
 
-def _tier(asked: Settings, point: Point) -> int:
+def _tier(asked: BenchSettings, point: Point) -> int:
     """0 is what a reader asks first: the dense kernels, and ours at three densities; the higher, the sooner left out."""
     headline = [x for x in HEADLINE if x in asked.densities] or list(asked.densities)
     usual = point.pattern in (None, asked.patterns[0])

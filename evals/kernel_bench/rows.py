@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from diffusers_accel.evals.kernel_bench.inputs import FORMER_SHAPES
 from diffusers_accel.evals.kernel_bench.points import Row, key
 from diffusers_accel.files import (
     FileError,
@@ -76,7 +77,8 @@ class _Required(msgspec.Struct):
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file; none where there is no file. A last line that was cut off does not count.
+    """The rows of a file; none where there is no file. A last line that was cut off does not count. Shapes have the names
+    that they have now.
 
     Raises:
         FileError: the file holds something else, or a row was changed after it was written.
@@ -88,6 +90,7 @@ def read(path: Path) -> list[Row]:
             convert(row, _Required)
         except FileError as error:
             raise FileError(f"{printable(path)}, line {number}: expected {kind}: {error}; {REMEDY}") from error
+        row["shape"] = FORMER_SHAPES.get(row["shape"], row["shape"])
     return rows
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_accel.evals.kernel_bench.peers import PEERS
-from diffusers_accel.evals.kernel_bench.points import Row, Settings, family, given_up, key, status_word
+from diffusers_accel.evals.kernel_bench.points import BenchSettings, Row, family, given_up, key, status_word
 from diffusers_accel.evals.kernel_bench.rows import latest
 
 COMMAND = (sys.executable, "-m", "diffusers_accel.evals.kernel_bench.worker")
@@ -93,7 +93,7 @@ class Worker:
 
 
 def watched(
-    settings: Settings, rows: Sequence[Row], end: float, timeout: float, on_hello: Callable[[Row], None]
+    settings: BenchSettings, rows: Sequence[Row], end: float, timeout: float, on_hello: Callable[[Row], None]
 ) -> Iterator[Row]:
     """Every row that is not there yet, as it is measured, until all are there or the time is over.
 
@@ -157,7 +157,7 @@ def watched(
             return
 
 
-def _job(settings: Settings, rows: Sequence[Row], avoid: set[str | None]) -> Row:
+def _job(settings: BenchSettings, rows: Sequence[Row], avoid: set[str | None]) -> Row:
     """What a worker has to know: what is asked for, what is there, and the times of dense attention among that."""
     last = latest(rows)
     dense: list[tuple[Any, ...]] = [

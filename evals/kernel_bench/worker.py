@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from diffusers_accel.evals.kernel_bench.peers import PEERS, Missing
-from diffusers_accel.evals.kernel_bench.points import DTYPES, Point, Row, Settings, family, given_up, key, plan
+from diffusers_accel.evals.kernel_bench.points import DTYPES, BenchSettings, Point, Row, family, given_up, key, plan
 from diffusers_accel.evals.kernel_bench.points import settings as make_settings
 from diffusers_accel.evals.kernel_bench.timing import ceilings, graphed, poisoned, timed
 from diffusers_accel.evals.kernel_bench.works import Case, Work, work
@@ -37,7 +37,7 @@ COMPARED = ("attention", "selected")
 MEASURES = ("inputs", "peers", "timing", "worker", "works")
 
 
-def environment(asked: Settings) -> Row:
+def environment(asked: BenchSettings) -> Row:
     """What times depend on besides the point; `rows.SAME` says what of it rows must agree in to compare."""
     device = torch.device(asked.device)
     others = {"xformers"} | {peer.distribution for peers in PEERS.values() for peer in peers.values()}
@@ -65,7 +65,7 @@ class Bench:
 
     def __init__(
         self,
-        asked: Settings,
+        asked: BenchSettings,
         on_begin: Callable[[Row], None],
         rates: dict[str, float],
         dense: Iterable[tuple[str, str, str, float]] = (),

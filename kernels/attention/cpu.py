@@ -92,7 +92,7 @@ class Gather:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class CallSchedule:
     """The calls that compute a pattern: sweeps as (batch row, first head, heads, sweep), and gathers."""
 
     sweeps: list[tuple[int, int, int, Sweep]]
@@ -100,7 +100,7 @@ class Schedule:
     covered: bool  # every query row reads something
 
 
-def schedule(pattern: BlockPattern) -> Schedule:
+def schedule(pattern: BlockPattern) -> CallSchedule:
     """Sorts the query rows of a pattern into calls. It walks the lists in Python, so it is kept with the pattern."""
     blocks, counts, lengths = pattern.blocks.tolist(), pattern.counts.tolist(), pattern.key_lengths().tolist()
     sweeps: dict[tuple[int, Sweep], list[int]] = defaultdict(list)
@@ -127,7 +127,7 @@ def schedule(pattern: BlockPattern) -> Schedule:
             sweeps[b, last].append(h)
     calls = [(b, first, count, sweep) for (b, sweep), heads in sweeps.items() for first, count in runs(heads)]
     existing = torch.tensor(lengths)
-    return Schedule(calls, [gather(pattern.block_k, existing, *item) for item in gathers.items()], covered)
+    return CallSchedule(calls, [gather(pattern.block_k, existing, *item) for item in gathers.items()], covered)
 
 
 def merged_rows(lists: list[list[int]]) -> Iterator[tuple[int, int, list[int]]]:
@@ -178,7 +178,7 @@ def attend_pattern(
     k, v = (each_query_head(x, heads) for x in (k, v))
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     if pattern is None:
-        plan, period = Schedule([(0, 0, heads, Sweep(0, queries, 0, k.shape[1]))], [], covered=True), 1
+        plan, period = CallSchedule([(0, 0, heads, Sweep(0, queries, 0, k.shape[1]))], [], covered=True), 1
     else:
         plan, period = pattern.derived(schedule), pattern.blocks.shape[0]
     out = q.new_empty(batch, queries, heads, dim)

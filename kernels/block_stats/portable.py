@@ -35,14 +35,14 @@ def block_stats(
     with hardware.on(q.device):
         block_stats_kernel[(rows * heads * batch,)](
             q, k, lse, total, largest, small, *q.stride()[:3], *k.stride()[:3], heads, queries, keys,
-            scale * LOG2_E, epsilon, DIM=dim, BLOCK_D=part_of_dim(dim, q.dtype), BLOCK_Q=block_q, BLOCK_K=block_k,
+            scale * LOG2_E, epsilon, DIM=dim, BLOCK_D=tile_of_dim(dim, q.dtype), BLOCK_Q=block_q, BLOCK_K=block_k,
             HEAD_GROUP=heads // k.shape[2],
             num_warps=warps(block_q, block_k, q.dtype), num_stages=2,
         )  # fmt: skip
     return total, largest, small
 
 
-def part_of_dim(dim: int, dtype: torch.dtype) -> int:
+def tile_of_dim(dim: int, dtype: torch.dtype) -> int:
     """How much of the head dim is multiplied at once: fp32 operands wait in registers, others in shared memory."""
     if dtype == torch.float32:
         return 16

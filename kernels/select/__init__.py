@@ -1,8 +1,8 @@
 """The block pairs worth computing, by the softmax of pooled scores, or of any others: a map and three rules to cut it.
 
 DraftAttention (Shen et al. 2025, arXiv 2505.14708) keeps the largest entries of the whole map of a head, so that rows may
-end up empty; `rule="quantile", floor=0` does exactly that. Ours are the floor, the forced pairs, the two rules by row,
-and any range of competing blocks.
+end up empty; `per="head", min_blocks=0` does exactly that. Ours are the blocks that every row keeps, the forced pairs, the
+two rules by row, and any range of competing blocks.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from diffusers_accel.kernels.choice import Operator
 from diffusers_accel.kernels.grouped import check_key_heads
 from diffusers_accel.kernels.pattern import BlockPattern
 
-__all__ = ["RULES", "select", "select_by_scores"]
+__all__ = ["PER", "select", "select_by_scores"]
 
-RULES = ("quantile", "row")
+PER = ("head", "row")
 
 Weigh = Callable[[ModuleType, slice, slice], Tensor]  # of the module that runs, the weights of some rows and columns
 
@@ -35,12 +35,12 @@ def select(
     queries: int,
     keys: int,
     density: float | None = None,
-    mass: float | None = None,
-    rule: str = "quantile",
+    top_p: float | None = None,
+    per: str = "head",
     always: Tensor | None = None,
     competing: tuple[int, int] | None = None,
     competing_queries: tuple[int, int] | None = None,
-    floor: int = 1,
+    min_blocks: int = 1,
     block_q: int = 128,
     block_k: int = 128,
     scale: float | None = None,
@@ -48,15 +48,15 @@ def select(
 ) -> BlockPattern:
     """The pattern of the block pairs with the largest weights: the row softmax, in fp32, of scale * q_means . k_means.
 
-    Every batch row and head selects for itself, by one of three rules, given by one of `density` and `mass`:
+    Every batch row and head selects for itself, by one of three rules, given by one of `density` and `top_p`:
 
-    * `density`, rule "quantile": of the n weights of a head, all that reach the kappa-th smallest, kappa = (1 - density)
+    * `density`, per "head": of the n weights of a head, all that reach the kappa-th smallest, kappa = (1 - density)
       n rounded down; ties at that value are kept too. A row may get many blocks or none.
-    * `density`, rule "row": in each row the round(density * columns), at least 1, largest weights.
-    * `mass`: in each row as few of the largest weights as sum up to `mass`.
+    * `density`, per "row": in each row the round(density * columns), at least 1, largest weights.
+    * `top_p`: in each row as few of the largest weights as sum up to `top_p`.
 
     In a row, equal weights rank by ascending block id. Nothing is read from the device, so that nothing waits for it: the
-    lists have room for every block (rule "row" without forced pairs and whole rows: for those that it keeps).
+    lists have room for every block (per "row" without forced pairs and whole rows: for those that it keeps).
 
     Args:
         q_means: fp32 `[B, Q, H, D]`, one mean per query block, as `pool` returns them.
@@ -65,14 +65,14 @@ def select(
         queries: tokens in the query sequence, of which Q blocks of `block_q`.
         keys: tokens in the key sequence, of which K blocks of `block_k`.
         density: share of the competing pairs that is kept, in (0, 1]; 1 keeps all.
-        mass: share of each row's weight that is kept, in (0, 1]; 1 keeps all.
-        rule: "quantile" or "row", how `density` is meant. With `mass` it stays at its default.
+        top_p: share of each row's weight that is kept, in (0, 1]; 1 keeps all.
+        per: "head" or "row", of which `density` is the share. With `top_p` it stays at its default.
         always: bool `[Q, K]` or `[H, Q, K]`, pairs that are kept whatever they weigh. Among the competing they rank
-            first, and so count towards density, mass and floor.
+            first, and so count towards density, top_p and min_blocks.
         competing: (first, stop), the range of blocks, of queries and of keys alike, that compete (the video). Rows and
             columns outside it (the text) are read whole. None means all blocks.
         competing_queries: the range of the query blocks, where it is another than that of the key blocks.
-        floor: how many competing blocks each row keeps at least, the largest ones, 0..columns; 0 allows empty rows.
+        min_blocks: how many competing blocks each row keeps at least, the largest ones, 0..columns; 0 allows empty rows.
         block_q: tokens per query block.
         block_k: tokens per key block.
         scale: positive factor of the scores; None means 1 / sqrt(D).
@@ -98,12 +98,12 @@ def select(
         (rows, k_means.shape[1]),
         q_means.device,
         density,
-        mass,
-        rule,
+        top_p,
+        per,
         always,
         competing,
         competing_queries,
-        floor,
+        min_blocks,
         impl,
     )
     return BlockPattern(blocks, counts, queries, keys, block_q, block_k)
@@ -115,12 +115,12 @@ def select_by_scores(
     queries: int,
     keys: int,
     density: float | None = None,
-    mass: float | None = None,
-    rule: str = "quantile",
+    top_p: float | None = None,
+    per: str = "head",
     always: Tensor | None = None,
     competing: tuple[int, int] | None = None,
     competing_queries: tuple[int, int] | None = None,
-    floor: int = 1,
+    min_blocks: int = 1,
     block_q: int = 128,
     block_k: int = 128,
     impl: str = "auto",
@@ -134,7 +134,7 @@ def select_by_scores(
     heads, rows, columns = scores.shape[1:]
     blocks, counts = _cut(
         lambda module, rows, columns: scores[..., rows, columns].softmax(-1),
-        heads, (rows, columns), scores.device, density, mass, rule, always, competing, competing_queries, floor, impl,
+        heads, (rows, columns), scores.device, density, top_p, per, always, competing, competing_queries, min_blocks, impl,
     )  # fmt: skip
     return BlockPattern(blocks, counts, queries, keys, block_q, block_k)
 
@@ -145,12 +145,12 @@ def _cut(
     blocks: tuple[int, int],
     device: torch.device,
     density: float | None,
-    mass: float | None,
-    rule: str,
+    top_p: float | None,
+    per: str,
     always: Tensor | None,
     competing: tuple[int, int] | None,
     competing_queries: tuple[int, int] | None,
-    floor: int,
+    min_blocks: int,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Lists and counts of the pairs that are kept, for so many query and key blocks."""
@@ -158,12 +158,12 @@ def _cut(
     _check_always(always, heads, rows, columns, device)
     row_range, column_range = _competing(competing, competing_queries, rows, columns)
     height, width = len(row_range), len(column_range)
-    if not isinstance(floor, int) or not 0 <= floor <= width:
-        raise ValueError(f"floor must be an int in 0..{width}, the competing key blocks, found {floor!r}")
-    rule, amount = _budget(density, mass, rule, height, width)
+    if not isinstance(min_blocks, int) or not 0 <= min_blocks <= width:
+        raise ValueError(f"min_blocks must be an int in 0..{width}, the competing key blocks, found {min_blocks!r}")
+    rule, amount = _budget(density, top_p, per, height, width)
     capacity = columns
     if rule == "row":
-        amount = max(amount, floor)
+        amount = max(amount, min_blocks)
         if always is None and height == rows:
             capacity = columns - width + int(amount)
     module = _operator.choose(impl, device, columns)
@@ -171,7 +171,7 @@ def _cut(
         square = slice(row_range.start, row_range.stop), slice(column_range.start, column_range.stop)
         weights = weigh(module, *square)
         lists: tuple[Tensor, Tensor] = module.cut(
-            weights, always, row_range, column_range, blocks, rule, amount, floor, capacity
+            weights, always, row_range, column_range, blocks, rule, amount, min_blocks, capacity
         )
     return lists
 
@@ -248,23 +248,23 @@ def _check_range(name: str, found: tuple[int, int], blocks: int, which: str) -> 
         raise ValueError(f"{name} must be (first, stop) with 0 <= first < stop <= {blocks}, {which}, found {found}")
 
 
-def _budget(density: float | None, mass: float | None, rule: str, height: int, width: int) -> tuple[str, float]:
-    """The rule that runs and its number: "quantile" and kappa, "row" and blocks a row, or "mass" and the mass."""
-    if (density is None) == (mass is None):
-        raise ValueError(f"give either density or mass, found density {density} and mass {mass}")
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, found {rule!r}")
-    if mass is not None and rule != RULES[0]:
-        raise ValueError(f"rule says how density is meant: leave it at its default with mass, found {rule!r}")
-    for name, share in (("density", density), ("mass", mass)):
+def _budget(density: float | None, top_p: float | None, per: str, height: int, width: int) -> tuple[str, float]:
+    """The rule that runs and its number: "head" and kappa, "row" and blocks a row, or "top_p" and the share."""
+    if (density is None) == (top_p is None):
+        raise ValueError(f"give either density or top_p, found density {density} and top_p {top_p}")
+    if per not in PER:
+        raise ValueError(f"per must be one of {', '.join(PER)}, found {per!r}")
+    if top_p is not None and per != PER[0]:
+        raise ValueError(f"per says of what density is the share: leave it at its default with top_p, found {per!r}")
+    for name, share in (("density", density), ("top_p", top_p)):
         if share is not None and not 0 < share <= 1:
             raise ValueError(f"{name} must lie in (0, 1], found {share}")
-    if mass is not None:
-        # Weights that round to 0 have no mass but are asked for: all is not a matter of sums.
-        return ("row", width) if mass == 1 else ("mass", float(mass))
+    if top_p is not None:
+        # Weights that round to 0 add nothing to a sum but are asked for: all is not a matter of sums.
+        return ("row", width) if top_p == 1 else ("top_p", float(top_p))
     assert density is not None
-    if rule == "row":
+    if per == "row":
         return "row", max(1, round(density * width))
     # Of the density as it is written: 1 - 0.9 is less than 0.1 in binary, and a pair too many would be kept.
     kappa = int((1 - Fraction(str(density))) * height * width)
-    return ("row", width) if kappa == 0 else ("quantile", kappa)
+    return ("row", width) if kappa == 0 else ("head", kappa)

@@ -1,4 +1,4 @@
-"""Selection in a few Triton launches that never wait for the device: the map, four histograms for "quantile", the lists.
+"""Selection in a few Triton launches that never wait for the device: the map, four histograms for the share of a head, the lists.
 
 A weight lies in 0..1, and the bits of a float from 0 on, read as an int, order as the floats do. So the kappa-th smallest
 of a head is found by its bits, eight at a time: a histogram of the leading eight over the whole map says in which bucket
@@ -39,7 +39,7 @@ def cut(
     blocks: tuple[int, int],
     rule: str,
     amount: float,
-    floor: int,
+    min_blocks: int,
     capacity: int,
 ) -> tuple[Tensor, Tensor]:
     """The lists and counts of a pattern; the arguments have been checked by the caller."""
@@ -57,7 +57,7 @@ def cut(
     padded = triton.next_power_of_2(key_blocks)
     with hardware.on(device):
         histograms = None
-        if rule == "quantile":
+        if rule == "head":
             histograms = torch.zeros(batch * heads, LEVELS, BUCKETS.value, dtype=torch.int32, device=device)
             for level in range(LEVELS):
                 histogram_kernel[(triton.cdiv(height * width, 4096) * heads * batch,)](
@@ -66,7 +66,7 @@ def cut(
                 )  # fmt: skip
         lists_kernel[(query_blocks * heads * batch,)](
             weights, forced, histograms, ids, counts, forced_stride, heads, query_blocks, key_blocks,
-            rows.start, columns.start, height, width, amount, floor, capacity,
+            rows.start, columns.start, height, width, amount, min_blocks, capacity,
             RULE=rule, LEVELS=LEVELS, PADDED=padded, num_warps=row_warps(padded),
         )  # fmt: skip
     return ids, counts
@@ -185,27 +185,27 @@ def best(rank, count):
 
 
 @triton.jit
-def heaviest(rank, weight, mass):
-    """The forced ones of a row, and as few of the largest as it takes for all of them to weigh `mass`."""
+def heaviest(rank, weight, top_p):
+    """The forced ones of a row, and as few of the largest as it takes for all of them to weigh `top_p`."""
     forced = rank == INFINITY
-    forced_mass = tl.sum(tl.where(forced, weight, 0.0), 0)
+    forced_weight = tl.sum(tl.where(forced, weight, 0.0), 0)
     weight = tl.where(forced, 0.0, weight)
-    # The least rank above which there is less than `mass`.
+    # The least rank above which there is less than `top_p`.
     least = 0x7FFFFFFF
     for step in range(31):
         lower = least ^ (1 << (30 - step))
-        above = forced_mass + tl.sum(tl.where(rank > lower, weight, 0.0), 0)
-        least = tl.where(above < mass, lower, least)
-    above = forced_mass + tl.sum(tl.where(rank > least, weight, 0.0), 0)
+        above = forced_weight + tl.sum(tl.where(rank > lower, weight, 0.0), 0)
+        least = tl.where(above < top_p, lower, least)
+    above = forced_weight + tl.sum(tl.where(rank > least, weight, 0.0), 0)
     equal = rank == least
     equal_before = tl.cumsum(equal.to(tl.int32), 0) - 1
-    return forced | (rank > least) | (equal & (above + equal_before * weight < mass))
+    return forced | (rank > least) | (equal & (above + equal_before * weight < top_p))
 
 
 @triton.jit
 def lists_kernel(
     map_ptr, forced_ptr, histograms_ptr, blocks_ptr, counts_ptr, forced_stride_h, heads, query_blocks, key_blocks,
-    first_row, first_column, height, width, amount, floor, capacity,
+    first_row, first_column, height, width, amount, min_blocks, capacity,
     RULE: tl.constexpr, LEVELS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """The list of one row. Rows and columns outside the competing `height` x `width` are read whole."""
@@ -219,15 +219,15 @@ def lists_kernel(
     if forced_ptr is not None:
         forced_ptr += line % heads * forced_stride_h
     rank = load_ranks(map_ptr, forced_ptr, entry, competes)
-    if RULE == "row":  # which includes the floor
+    if RULE == "row":  # which includes min_blocks
         kept = best(rank, amount) | (rank == INFINITY)
     else:
-        if RULE == "quantile":
+        if RULE == "head":
             kept = rank >= narrowed(histograms_ptr + line * LEVELS * BUCKETS, amount, LEVELS)
         else:
             kept = heaviest(rank, tl.load(map_ptr + entry, mask=competes, other=0.0), amount)
-        if tl.sum((kept & competes).to(tl.int32), 0) < floor:
-            kept = kept | best(rank, floor)
+        if tl.sum((kept & competes).to(tl.int32), 0) < min_blocks:
+            kept = kept | best(rank, min_blocks)
     exists = block < key_blocks
     kept = tl.where(competes, kept, exists)
     upto = tl.cumsum(kept.to(tl.int32), 0)

@@ -27,7 +27,7 @@ def cut(
     blocks: tuple[int, int],
     rule: str,
     amount: float,
-    floor: int,
+    min_blocks: int,
     capacity: int,
 ) -> tuple[Tensor, Tensor]:
     """The lists and counts of a pattern of `blocks` query and key blocks: `weights` are of the `rows` and `columns` that
@@ -35,23 +35,23 @@ def cut(
     square = slice(rows.start, rows.stop), slice(columns.start, columns.stop)
     ranks = weights if always is None else weights.masked_fill(always[..., *square], torch.inf)
     mask = torch.ones(*weights.shape[:2], *blocks, dtype=torch.bool, device=weights.device)
-    mask[..., *square] = kept(weights, ranks, rule, amount, floor)
+    mask[..., *square] = kept(weights, ranks, rule, amount, min_blocks)
     return lists(mask, capacity)
 
 
-def kept(weights: Tensor, ranks: Tensor, rule: str, amount: float, floor: int) -> Tensor:
+def kept(weights: Tensor, ranks: Tensor, rule: str, amount: float, min_blocks: int) -> Tensor:
     """The competing pairs that are kept, bool `[B, H, rows, columns]`; the rank of a forced pair is infinite."""
     ranked, order = ranks.sort(dim=-1, descending=True, stable=True)
     place = torch.arange(ranks.shape[-1], device=ranks.device)
-    if rule == "quantile":
+    if rule == "head":
         threshold = ranks.flatten(2).kthvalue(int(amount), -1).values
         first = ranked >= threshold[..., None, None]
     elif rule == "row":
         first = (place < amount).expand(order.shape)
     else:
-        mass_before = torch.nn.functional.pad(weights.gather(-1, order).cumsum(-1)[..., :-1], (1, 0))
-        first = mass_before < amount
-    first = first | (place < floor) | (ranked == torch.inf)
+        weight_before = torch.nn.functional.pad(weights.gather(-1, order).cumsum(-1)[..., :-1], (1, 0))
+        first = weight_before < amount
+    first = first | (place < min_blocks) | (ranked == torch.inf)
     return torch.zeros_like(first).scatter_(-1, order, first)
 
 

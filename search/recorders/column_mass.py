@@ -31,7 +31,7 @@ class ColumnMass(Recorder):
         }
 
     @classmethod
-    def arrays(cls, candidates: Sequence[Method], shape: ModelShape, layout: TokenLayout, parts: int) -> Kinds:
+    def arrays(cls, candidates: Sequence[Method], shape: ModelShape, layout: TokenLayout, segments: int) -> Kinds:
         return {
             "mass": ((shape.layers, shape.heads, layout.frames, layout.height), "f8"),
             "mass_samples": ((shape.layers,), "i8"),

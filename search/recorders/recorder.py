@@ -31,11 +31,11 @@ class Recorder(ABC):
 
     Class attributes:
         splits_rows: it looks at half of the sampled rows, at which no errors are measured.
-        in_parts: it looks at whole calls of the first pass, in each part of the schedule.
+        in_segments: it looks at whole calls of the first pass, in each segment of the schedule.
     """
 
     splits_rows: ClassVar[bool] = False
-    in_parts: ClassVar[bool] = False
+    in_segments: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -53,8 +53,8 @@ class Recorder(ABC):
 
     @classmethod
     @abstractmethod
-    def arrays(cls, candidates: Sequence[Method], shape: ModelShape, layout: TokenLayout, parts: int) -> Kinds:
-        """Its arrays for one transformer. `parts`: of the schedule that are told apart."""
+    def arrays(cls, candidates: Sequence[Method], shape: ModelShape, layout: TokenLayout, segments: int) -> Kinds:
+        """Its arrays for one transformer. `segments`: of the schedule that are told apart."""
 
     @classmethod
     @abstractmethod
@@ -79,9 +79,9 @@ class Recorder(ABC):
         return None
 
     def add_call(
-        self, call: AttentionCall, part: int, q: Tensor, k: Tensor, v: Tensor, chunks: Iterator[slice]
+        self, call: AttentionCall, segment: int, q: Tensor, k: Tensor, v: Tensor, chunks: Iterator[slice]
     ) -> None:
-        """Looks at a whole call of a part of the schedule.
+        """Looks at a whole call of a segment of the schedule.
 
         Args:
             q: [B, queries, H, D]; k, v: [B, keys, H_k, D].

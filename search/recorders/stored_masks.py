@@ -33,20 +33,20 @@ class StoredMasks(Recorder):
     one batch that is the prompt's own row, and where it comes in two passes the prompt's pass is the first. Both share the masks,
     as in the paper's code."""
 
-    in_parts: ClassVar[bool] = True
+    in_segments: ClassVar[bool] = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._orders, self._densities = stored_orders(self.candidates), stored_densities(self.candidates)
-        self._done: set[tuple[str, int, int]] = set()  # (transformer, layer, part)
+        self._done: set[tuple[str, int, int]] = set()  # (transformer, layer, segment)
 
     @classmethod
-    def arrays(cls, candidates: Sequence[Method], shape: ModelShape, layout: TokenLayout, parts: int) -> Kinds:
+    def arrays(cls, candidates: Sequence[Method], shape: ModelShape, layout: TokenLayout, segments: int) -> Kinds:
         orders, blocks = len(stored_orders(candidates)), layout.blocks(BLOCK)
         if not orders:
             return {}
         scores = (shape.layers, shape.heads, orders), "f8"
-        levels = (parts, shape.layers, shape.heads, blocks, blocks), "u1"
+        levels = (segments, shape.layers, shape.heads, blocks, blocks), "u1"
         return {"order_sparse": scores, "order_quant": scores, "levels": levels}
 
     @classmethod
@@ -58,7 +58,7 @@ class StoredMasks(Recorder):
         levels = sums[f"levels/{transformer}"]
         index = np.full(heads.shape, -1, "i4")
         index[heads] = np.arange(heads.sum())
-        found = [of_every_part(levels[:, layer])[:, head] for layer, head in np.argwhere(heads)]
+        found = [of_every_segment(levels[:, layer])[:, head] for layer, head in np.argwhere(heads)]
         chosen = np.stack(found) if found else np.zeros((0, len(levels), *levels.shape[3:]), "u1")
         bits = packed(torch.from_numpy(chosen >= len(densities) - densities.index(select.density)))
         names = select.names(method.order, transformer)
@@ -85,15 +85,15 @@ class StoredMasks(Recorder):
         return tensors
 
     def add_call(
-        self, call: AttentionCall, part: int, q: Tensor, k: Tensor, v: Tensor, chunks: Iterator[slice]
+        self, call: AttentionCall, segment: int, q: Tensor, k: Tensor, v: Tensor, chunks: Iterator[slice]
     ) -> None:
-        """Chooses the orders of a layer's heads, at its first call, and the blocks of one part of the schedule."""
+        """Chooses the orders of a layer's heads, at its first call, and the blocks of one segment of the schedule."""
         (name, layer), layout = call.place, call.layout
         if reason := refuses_layout(layout):
             raise RuntimeError(f"{reason}: search without the method set of stored masks")
-        if (name, layer, part) in self._done:
+        if (name, layer, segment) in self._done:
             return
-        self._done.add((name, layer, part))
+        self._done.add((name, layer, segment))
         sparse, quant, levels = (self.sums[f"{kind}/{name}"] for kind in ("order_sparse", "order_quant", "levels"))
         decided = quant[layer].any()
         for some in chunks:
@@ -112,7 +112,7 @@ class StoredMasks(Recorder):
                 queries = q_some[:, sequence[::QUERY_STEP]][:, :, own]
                 lse = attend_densely(queries, keys, keys)[1]  # which does not depend on the values
                 chosen = kept_levels(block_shares(queries, keys, lse), layout, self._densities)
-                levels[part, layer, some.start + own.cpu().numpy()] = chosen.cpu().numpy()
+                levels[segment, layer, some.start + own.cpu().numpy()] = chosen.cpu().numpy()
 
 
 def stored_orders(candidates: Iterable[Method]) -> tuple[str, ...]:
@@ -125,12 +125,12 @@ def stored_densities(candidates: Iterable[Method]) -> tuple[float, ...]:
     return tuple(sorted({cast(Stored, method.select).density for method in _stored(candidates)}))
 
 
-def of_every_part(levels: Array) -> Array:
-    """Levels [parts, ...] in which a part without any (the model did not run at its step) has those of the nearest."""
-    found = [part for part in range(len(levels)) if levels[part].any()]
+def of_every_segment(levels: Array) -> Array:
+    """Levels [segments, ...] in which a segment without any (the model did not run at its step) has those of the nearest."""
+    found = [segment for segment in range(len(levels)) if levels[segment].any()]
     if len(found) in (0, len(levels)):
         return levels
-    return levels[[min(found, key=lambda other: abs(other - part)) for part in range(len(levels))]]
+    return levels[[min(found, key=lambda other: abs(other - segment)) for segment in range(len(levels))]]
 
 
 def _stored(candidates: Iterable[Method]) -> list[Method]:

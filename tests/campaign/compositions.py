@@ -29,7 +29,7 @@ from diffusers_accel.methods import (
     Stored,
     Stripe,
 )
-from diffusers_accel.methods.blocks import part_of
+from diffusers_accel.methods.blocks import segment_of
 from diffusers_accel.methods.select import Inputs
 from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.plan import Plan, Span
@@ -236,7 +236,7 @@ class Oracle:
         gate = rest.gate(call.place, call.heads, self.plan.tensors)
         if gate is None:
             return step - refreshed >= rest.refresh_every
-        begun = range(part_of((step - 1, steps), len(gate)) + 1, part_of(call.now, len(gate)) + 1)
+        begun = range(segment_of((step - 1, steps), len(gate)) + 1, segment_of(call.now, len(gate)) + 1)
         return bool(gate[list(begun)].any())
 
     def _token_mask(self, method: Method, call: AttentionCall, q: Tensor, k: Tensor) -> Tensor:

@@ -118,8 +118,8 @@ def test_arguments(folder: Path, campaign: Campaign) -> None:
         for arguments in (
             ("plan", "show", text),
             ("search", text, "--out", f"{text}.json"),
-            ("report", "shapes", "--plan", text),
-            ("search", "shapes", "--out", "plan.json", "--prompts", text),
+            ("report", "toy", "--plan", text),
+            ("search", "toy", "--out", "plan.json", "--prompts", text),
         ):
             code, shown, said = command(*arguments)
             assert code, arguments

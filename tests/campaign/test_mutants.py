@@ -31,8 +31,8 @@ from diffusers_accel.evals.kept import RUN, Identity
 from diffusers_accel.evals.measurement import read_rows, write_rows
 from diffusers_accel.evals.metrics import lpips_weights
 from diffusers_accel.evals.report.render import html, markdown
-from diffusers_accel.evals.shapes.nested import flatten
-from diffusers_accel.evals.shapes.run_state import RunState
+from diffusers_accel.evals.toy.training.nested import flatten
+from diffusers_accel.evals.toy.training.run_state import RunState
 from diffusers_accel.files import encode_tensors, load_document, side_file
 from diffusers_accel.forwards import PREDICTORS, RULES, Forwards, schedule
 from diffusers_accel.forwards.magcache import MagCache

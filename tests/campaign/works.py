@@ -17,8 +17,8 @@ import torch
 from diffusers_accel.evals import kernel_bench as bench
 from diffusers_accel.evals.clip_record import ClipRecord
 from diffusers_accel.evals.compare import compare
-from diffusers_accel.evals.kept import Kept as KeptClips
-from diffusers_accel.evals.shapes.run_state import RunState
+from diffusers_accel.evals.kept import KeptClips
+from diffusers_accel.evals.toy.training.run_state import RunState
 from diffusers_accel.methods import AxisOrder, Draft, Kept, Method, Patches
 from diffusers_accel.plan import Plan
 from diffusers_accel.search import plan_search

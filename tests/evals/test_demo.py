@@ -1,4 +1,4 @@
-"""The demo from end to end on a pipeline of the shapes model's own parts with random weights; and how it spends its time."""
+"""The demo from end to end on a pipeline of the toy model's own parts with random weights; and how it spends its time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from diffusers_accel import Plan
-from diffusers_accel.evals import demo, shapes
-from diffusers_accel.evals.generate import Run
+from diffusers_accel.evals import demo, toy
+from diffusers_accel.evals.generate import PipelineRun
 from diffusers_accel.evals.measurement import read_rows
 from diffusers_accel.files import WriteError
 from diffusers_accel.methods import NAMED
@@ -56,10 +56,10 @@ def test_every_named_method_is_shown_unless_time_is_short() -> None:
 def test_a_clip_costs_its_steps_and_what_is_outside_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([10.0, 12.0])  # ends of the two steps
 
-    def generate(pipe: Any, prompt: str, noise: Any, call: dict[str, Any], on_step: Any) -> Run:
+    def generate(pipe: Any, prompt: str, noise: Any, call: dict[str, Any], on_step: Any) -> PipelineRun:
         for _ in range(call["num_inference_steps"]):
             on_step()
-        return Run(np.zeros((1, 1, 1, 3), np.float32), 5000.0, 0)
+        return PipelineRun(np.zeros((1, 1, 1, 3), np.float32), 5000.0, 0)
 
     monkeypatch.setattr(demo, "generate", generate)
     monkeypatch.setattr(demo, "time", SimpleNamespace(perf_counter=lambda: next(now)))
@@ -69,7 +69,7 @@ def test_a_clip_costs_its_steps_and_what_is_outside_of_them(monkeypatch: pytest.
 def random_pipeline() -> Any:
     from diffusers import WanPipeline
 
-    from diffusers_accel.evals.shapes import models
+    from diffusers_accel.evals.toy.training import models
 
     torch.manual_seed(0)
     tokenizer = models.build_tokenizer()
@@ -87,9 +87,9 @@ def random_pipeline() -> Any:
 def test_demo_from_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shapes, "load_pipeline", random_pipeline)
-    monkeypatch.setattr(shapes, "verify_weights", lambda: {"files": {}})
-    monkeypatch.setattr(shapes, "CALL", SMALL)
+    monkeypatch.setattr(toy, "load_pipeline", random_pipeline)
+    monkeypatch.setattr(toy, "verify_weights", lambda: {"files": {}})
+    monkeypatch.setattr(toy, "CALL", SMALL)
     monkeypatch.setattr(plan_search, "COST_SECONDS", 0.5)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("DIFFUSERS_ACCEL_OFFLINE", "1")
@@ -105,7 +105,7 @@ def test_demo_from_end_to_end(
     assert f"{speedup.value:.2f}x" in said and "0.1 minutes" in said
     assert "No time left for pattern, draft, cached, reordered: run it again" in said
     assert {row.subject for row in rows} == {"dense", "searched plan"}
-    searched = shapes.held_out_prompts(8, seed=0)[: demo.SEARCH_PROMPTS]
+    searched = toy.held_out_prompts(8, seed=0)[: demo.SEARCH_PROMPTS]
     seen = {row.clip["prompt"] for row in rows if row.clip}
     assert seen and not seen & set(searched)
 
@@ -126,7 +126,7 @@ def test_demo_from_end_to_end(
 def test_a_folder_that_cannot_be_written_is_refused_before_the_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shapes, "load_pipeline", None)
+    monkeypatch.setattr(toy, "load_pipeline", None)
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match="file: .*there is a file of that name"):
         demo.main(["--out", str(tmp_path / "file")])

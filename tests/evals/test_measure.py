@@ -1,4 +1,4 @@
-"""The measurement of the shapes model: it goes on with its own file and replaces nobody else's."""
+"""The measurement of the toy model: it goes on with its own file and replaces nobody else's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from diffusers_accel.evals.shapes import measure
+from diffusers_accel.evals.toy.training import measure
 from diffusers_accel.files import FileError, write_json
 
 WHAT: dict[str, Any] = {"weights": "abc", "prompts": 4, "seed": 0, "part": "0/1", "call": {"height": 128}}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from diffusers_accel import Plan
-from diffusers_accel.evals import mixed, shapes
+from diffusers_accel.evals import mixed, toy
 from diffusers_accel.evals.measurement import read_rows
 from diffusers_accel.files import WriteError
 from diffusers_accel.methods import DENSE
@@ -81,9 +81,9 @@ def test_the_verdict_says_win_or_lose() -> None:
 
 
 def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(shapes, "load_pipeline", random_pipeline)
-    monkeypatch.setattr(shapes, "verify_weights", lambda: {"files": {}})
-    monkeypatch.setattr(shapes, "CALL", SMALL)
+    monkeypatch.setattr(toy, "load_pipeline", random_pipeline)
+    monkeypatch.setattr(toy, "verify_weights", lambda: {"files": {}})
+    monkeypatch.setattr(toy, "CALL", SMALL)
     monkeypatch.setattr(plan_search, "COST_SECONDS", 0.1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("DIFFUSERS_ACCEL_OFFLINE", "1")
@@ -103,7 +103,7 @@ def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 def test_a_folder_that_cannot_be_written_is_refused_before_the_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shapes, "load_pipeline", None)
+    monkeypatch.setattr(toy, "load_pipeline", None)
     (tmp_path / "report").touch()
     with pytest.raises(WriteError, match="report: .*there is a file of that name"):
         mixed.main(["--out", str(tmp_path)])

@@ -11,7 +11,7 @@ import torch
 import typer
 
 from diffusers_accel.evals import step_bench
-from diffusers_accel.evals.step_bench import MODELS, Model, _built, _whole, measure
+from diffusers_accel.evals.step_bench import MODELS, BenchModel, _built, _whole, measure
 from diffusers_accel.files import WriteError, read_lines
 from tests.tiny import POOLED_DIM, TEXT_DIM, TEXT_TOKENS, tiny_hunyuan_transformer, tiny_wan_transformer
 
@@ -29,7 +29,7 @@ def tiny_inputs(size: tuple[int, int, int], device: torch.device, dtype: torch.d
     }
 
 
-TINY = Model(
+TINY = BenchModel(
     lambda layers: tiny_hunyuan_transformer(),
     tiny_inputs,
     {"transformer_blocks": 20, "single_transformer_blocks": 40},

@@ -32,16 +32,16 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench.worker.DRIFT, "cpu", float("inf"))  # a test machine is never idle
 
 
-def settings(**asked: Any) -> bench.points.Settings:
+def settings(**asked: Any) -> bench.points.BenchSettings:
     usual = {"shapes": ["tiny"], "dtype": "fp32", "patterns": ["window"], "operators": ["attention"], "rep_ms": 0}
     return bench.points.settings("cpu", **{**usual, **asked})
 
 
-def made(asked: bench.points.Settings, **known: Any) -> Bench:
+def made(asked: bench.points.BenchSettings, **known: Any) -> Bench:
     return Bench(asked, lambda row: None, {"gemm_tflops": 1.0, "copy_tbps": 0.01}, **known)
 
 
-def rows_of(asked: bench.points.Settings, **known: Any) -> list[Row]:
+def rows_of(asked: bench.points.BenchSettings, **known: Any) -> list[Row]:
     """Everything that is asked for, measured in this process."""
     return list(made(asked, **known).rows())
 
@@ -314,6 +314,19 @@ def test_the_most_telling_points_come_first() -> None:
         bench.points.settings("cuda", densities=[0.1, 0.2], impls=["flex"], operators=["attention"])
     )
     assert {p.density for p in named if p.impl == "flex" and p.pattern == "text"} == {0.1, 0.2}
+
+
+def test_the_small_models_former_name_is_understood() -> None:
+    with pytest.warns(FutureWarning, match="shapes: 'shapes' is now called 'toy'"):
+        asked = bench.points.settings("cpu", shapes=["S8", "shapes"])
+    assert asked.shapes == ("S8", "toy")
+
+
+def test_a_run_goes_on_with_rows_that_have_the_small_models_former_name(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    present = row(**bench.points.Point("attention", "cpu", "toy", "gaussian", "fp32", 0, "input", "random", 0.1).row)
+    out.write_bytes(encode_line(present | {"shape": "shapes"}))
+    assert bench.rows.read(out) == [present]
 
 
 def test_settings_survive_json() -> None:
@@ -732,7 +745,7 @@ def test_what_was_measured_is_shown_also_where_it_cannot_be_kept(
 def test_the_shapes_are_those_of_the_models() -> None:
     assert {name: (s.tokens, s.dim) for name, s in SHAPES.items() if name != "tiny"} == {
         "W13": (32_760, 128), "W14": (75_600, 128), "HY": (119_056, 128), "C2": (17_776, 64), "C15": (45_106, 64),
-        "shapes": (4_352, 64), "S8": (8_192, 64), "S4": (4_096, 128), "S1": (1_000, 64),
+        "toy": (4_352, 64), "S8": (8_192, 64), "S4": (4_096, 128), "S1": (1_000, 64),
     }  # fmt: skip
 
 

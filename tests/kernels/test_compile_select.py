@@ -42,13 +42,13 @@ def test_histogram(arch: int, level: int, forced: bool) -> None:
 
 @every_arch
 @pytest.mark.parametrize("key_blocks", [50, 930, select.LARGEST_ROW])
-@pytest.mark.parametrize("rule", ["quantile", "row", "mass"])
+@pytest.mark.parametrize("rule", ["head", "row", "top_p"])
 def test_lists(arch: int, key_blocks: int, rule: str) -> None:
     padded = 1 << (key_blocks - 1).bit_length()
     constants: dict[str, Any] = {"RULE": rule, "LEVELS": 4, "PADDED": padded}
-    if rule != "quantile":
+    if rule != "head":
         constants["histograms_ptr"] = None
-    types = LISTS | ({"amount": "fp32"} if rule == "mass" else {})
+    types = LISTS | ({"amount": "fp32"} if rule == "top_p" else {})
     compiled(select.lists_kernel, arch, types, constants, num_warps=select.row_warps(padded))
 
 
@@ -69,7 +69,7 @@ def test_block_stats(arch: int, blocks: tuple[int, int], dim: int, dtype: torch.
     tensor = "*" + NAMES[dtype]
     types = {"q_ptr": tensor, "k_ptr": tensor, "lse_ptr": "*fp32", "total_ptr": "*fp32", "largest_ptr": "*fp32"}
     types |= {"small_ptr": "*i32", "qk_scale": "fp32", "epsilon": "fp32"}
-    constants = {"DIM": dim, "BLOCK_D": block_stats.part_of_dim(dim, dtype), "BLOCK_Q": blocks[0], "BLOCK_K": blocks[1]}
+    constants = {"DIM": dim, "BLOCK_D": block_stats.tile_of_dim(dim, dtype), "BLOCK_Q": blocks[0], "BLOCK_K": blocks[1]}
     constants["HEAD_GROUP"] = group
     warps = block_stats.warps(*blocks, dtype)
     code = compiled(block_stats.block_stats_kernel, arch, types, constants, num_warps=warps, num_stages=2)

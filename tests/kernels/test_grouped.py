@@ -137,7 +137,7 @@ def test_block_stats(impl: str, device: str, key_heads: int) -> None:
 
 @everywhere
 @grouped
-@pytest.mark.parametrize("rule", [{"density": 0.4}, {"density": 0.4, "rule": "row"}, {"mass": 0.7}], ids=str)
+@pytest.mark.parametrize("rule", [{"density": 0.4}, {"density": 0.4, "per": "row"}, {"top_p": 0.7}], ids=str)
 def test_select(impl: str, device: str, key_heads: int, rule: dict[str, Any]) -> None:
     q, k, v, *repeated = inputs(device, key_heads, 300, 500)
     sizes = {"queries": 300, "keys": 500, "block_q": 32, "block_k": 32, "competing": (1, 9)}

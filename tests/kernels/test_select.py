@@ -17,10 +17,10 @@ from tests.kernels.oracle import SIMPLE
 everywhere = pytest.mark.parametrize(("impl", "device"), SIMPLE)
 BUDGETS: list[dict[str, Any]] = [
     {"density": 0.3},
-    {"density": 0.3, "rule": "row"},
-    {"mass": 0.62},
+    {"density": 0.3, "per": "row"},
+    {"top_p": 0.62},
 ]
-budgets = pytest.mark.parametrize("budget", BUDGETS, ids=["quantile", "row", "mass"])
+budgets = pytest.mark.parametrize("budget", BUDGETS, ids=["head", "row", "top_p"])
 
 
 @pytest.fixture(autouse=True)
@@ -54,12 +54,12 @@ def oracle(
     q: Tensor,
     k: Tensor,
     density: float | None = None,
-    mass: float | None = None,
-    rule: str = "quantile",
+    top_p: float | None = None,
+    per: str = "head",
     always: Tensor | None = None,
     competing: tuple[int, int] | None = None,
     competing_queries: tuple[int, int] | None = None,
-    floor: int = 1,
+    min_blocks: int = 1,
     scale: float | None = None,
 ) -> Tensor:
     """The mask that the rules describe, on the CPU, pair by pair; q and k lie on the CPU."""
@@ -84,13 +84,13 @@ def oracle(
             order = sorted(column_range, key=lambda j: (-ranks[i, j], j))
             heavier = 0.0
             for place, j in enumerate(order):
-                if mass is not None:
-                    keep = heavier < mass or mass == 1
-                elif rule == "row":
+                if top_p is not None:
+                    keep = heavier < top_p or top_p == 1
+                elif per == "row":
                     keep = place < max(1, round((density or 1) * len(order)))
                 else:
                     keep = ranks[i, j] >= threshold
-                mask[b, h, i, j] = keep or place < floor or ranks[i, j] == math.inf
+                mask[b, h, i, j] = keep or place < min_blocks or ranks[i, j] == math.inf
                 heavier += weights[i - row_range.start][j - column_range.start]
     return mask
 
@@ -101,11 +101,11 @@ def diagonal(rows: int, columns: int) -> Tensor:
 
 @everywhere
 @budgets
-@pytest.mark.parametrize("floor", [0, 1, 3])
-def test_a_loop_chooses_the_same(impl: str, device: str, budget: dict[str, Any], floor: int) -> None:
-    q, k = means(2, 5, 9, 2, "cpu", seed=floor)
-    pattern = chosen(q.to(device), k.to(device), floor=floor, impl=impl, **budget)
-    assert torch.equal(pattern.mask().cpu(), oracle(q, k, floor=floor, **budget))
+@pytest.mark.parametrize("min_blocks", [0, 1, 3])
+def test_a_loop_chooses_the_same(impl: str, device: str, budget: dict[str, Any], min_blocks: int) -> None:
+    q, k = means(2, 5, 9, 2, "cpu", seed=min_blocks)
+    pattern = chosen(q.to(device), k.to(device), min_blocks=min_blocks, impl=impl, **budget)
+    assert torch.equal(pattern.mask().cpu(), oracle(q, k, min_blocks=min_blocks, **budget))
 
 
 @everywhere
@@ -148,7 +148,7 @@ def test_any_range_floor_and_forced_pairs(seed: int, budget: dict[str, Any]) -> 
     stop = int(torch.randint(1, min(rows, columns) + 1, ()))
     first = int(torch.randint(stop, ()))
     options: dict[str, Any] = {"competing": (first, stop) if seed % 3 else None, "scale": (None, 0.2, 3.0)[seed % 3]}
-    options["floor"] = int(torch.randint((stop - first if seed % 3 else columns) + 1, ()))
+    options["min_blocks"] = int(torch.randint((stop - first if seed % 3 else columns) + 1, ()))
     options["always"] = (None, torch.rand(rows, columns) < 0.1, torch.rand(3, rows, columns) < 0.3)[seed % 3]
     q, k = means(2, rows, columns, 3, "cpu", seed=seed)
     assert torch.equal(chosen(q, k, **options, **budget).mask(), oracle(q, k, **options, **budget))
@@ -160,8 +160,8 @@ def test_any_range_floor_and_forced_pairs(seed: int, budget: dict[str, Any]) -> 
 )
 def test_the_paper_s_counts(blocks: int, dropped: float, kept: int) -> None:
     q, k = means(1, blocks, blocks, 1, "cpu")
-    pattern = chosen(q, k, density=1 - dropped, floor=0)
-    assert chosen(q, k, density=round(1 - dropped, 2), floor=0).computed_blocks == pattern.computed_blocks
+    pattern = chosen(q, k, density=1 - dropped, min_blocks=0)
+    assert chosen(q, k, density=round(1 - dropped, 2), min_blocks=0).computed_blocks == pattern.computed_blocks
     weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) / 4).softmax(-1).flatten()
     threshold = weights.sort().values[-kept]
     ties = int((weights == threshold).sum()) - 1  # of about a million numbers, two may be the same float
@@ -172,12 +172,12 @@ def test_the_paper_s_counts(blocks: int, dropped: float, kept: int) -> None:
 def test_equal_weights_rank_by_block_id(impl: str, device: str) -> None:
     q = torch.ones(1, 2, 1, 1, device=device)
     k = torch.tensor([0.0, 2.0, 1.0, 2.0, -1.0, 2.0, 1.0, 2.0], device=device)[None, :, None, None]
-    rows = chosen(q, k, density=0.25, rule="row", impl=impl).mask()[0, 0]
+    rows = chosen(q, k, density=0.25, per="row", impl=impl).mask()[0, 0]
     assert rows.nonzero()[:, 1].tolist() == [1, 3, 1, 3]
-    three = chosen(q, k, density=0.1, rule="row", floor=3, impl=impl).mask()[0, 0, 0]
+    three = chosen(q, k, density=0.1, per="row", min_blocks=3, impl=impl).mask()[0, 0, 0]
     assert three.nonzero()[:, 0].tolist() == [1, 3, 5]
     # Each of the four largest holds 0.204: two reach 0.4.
-    heavy = chosen(q, k, mass=0.4, impl=impl).mask()[0, 0]
+    heavy = chosen(q, k, top_p=0.4, impl=impl).mask()[0, 0]
     assert heavy.nonzero()[:, 1].tolist() == [1, 3, 1, 3]
     # kappa = 12 of 16: the threshold is one of eight equal weights, and all of them stay.
     ties = chosen(q, k, density=0.25, impl=impl).mask()[0, 0]
@@ -189,21 +189,21 @@ def test_rows_starve_without_a_floor_only(impl: str, device: str) -> None:
     q, k = means(1, 6, 8, 2, "cpu", dim=16, seed=1)
     q[:, 2] = 0  # reads all alike, and so nothing as much as the peaks of other rows
     q, k = (4 * q).to(device), k.to(device)
-    bare = chosen(q, k, density=0.125, floor=0, impl=impl)
+    bare = chosen(q, k, density=0.125, min_blocks=0, impl=impl)
     assert (bare.counts[:, :, 2] == 0).all()
-    for floor in (1, 3):
-        filled = chosen(q, k, density=0.125, floor=floor, impl=impl)
-        assert (filled.counts >= floor).all()
+    for min_blocks in (1, 3):
+        filled = chosen(q, k, density=0.125, min_blocks=min_blocks, impl=impl)
+        assert (filled.counts >= min_blocks).all()
         assert filled.mask()[bare.mask()].all()
-        assert torch.equal(filled.counts, bare.counts.clamp(min=floor))
-        assert filled.mask()[0, 0, 2].nonzero()[:, 0].tolist() == list(range(floor))
+        assert torch.equal(filled.counts, bare.counts.clamp(min=min_blocks))
+        assert filled.mask()[0, 0, 2].nonzero()[:, 0].tolist() == list(range(min_blocks))
 
 
 @everywhere
-@pytest.mark.parametrize("budget", [{"density": 1}, {"density": 1.0, "rule": "row"}, {"mass": 1.0}], ids=str)
+@pytest.mark.parametrize("budget", [{"density": 1}, {"density": 1.0, "per": "row"}, {"top_p": 1.0}], ids=str)
 def test_all_is_all(impl: str, device: str, budget: dict[str, Any]) -> None:
     q, k = means(1, 4, 5, 2, device)
-    pattern = chosen(200 * q, k, floor=0, impl=impl, **budget)  # most weights are 0 in fp32
+    pattern = chosen(200 * q, k, min_blocks=0, impl=impl, **budget)  # most weights are 0 in fp32
     assert pattern.density == 1.0
 
 
@@ -211,13 +211,13 @@ def test_all_is_all(impl: str, device: str, budget: dict[str, Any]) -> None:
 def test_forced_pairs_count_towards_the_budget(impl: str, device: str) -> None:
     q, k = means(1, 8, 8, 1, device, seed=5)
     always = diagonal(8, 8).to(device)
-    assert chosen(q, k, density=0.25, floor=0, impl=impl).computed_blocks == 17  # 64 - 48 + 1
-    assert chosen(q, k, density=0.25, always=always, floor=0, impl=impl).computed_blocks == 17
-    assert chosen(q, k, density=0.25, rule="row", always=always, impl=impl).counts.unique().tolist() == [2]
+    assert chosen(q, k, density=0.25, min_blocks=0, impl=impl).computed_blocks == 17  # 64 - 48 + 1
+    assert chosen(q, k, density=0.25, always=always, min_blocks=0, impl=impl).computed_blocks == 17
+    assert chosen(q, k, density=0.25, per="row", always=always, impl=impl).counts.unique().tolist() == [2]
     # More forced pairs than the budget has: they are all kept, and nothing else.
     wide = torch.zeros(8, 8, dtype=torch.bool, device=device)
     wide[:, 3:6] = True
-    for budget in ({"density": 0.125}, {"density": 0.125, "rule": "row"}, {"mass": 1e-6}):
+    for budget in ({"density": 0.125}, {"density": 0.125, "per": "row"}, {"top_p": 1e-6}):
         assert torch.equal(chosen(q, k, always=wide, impl=impl, **budget).mask()[0, 0], wide)
 
 
@@ -242,8 +242,8 @@ def test_means_may_be_views(impl: str, device: str) -> None:
 @everywhere
 def test_a_map_of_many_tiles(impl: str, device: str) -> None:
     q, k = means(1, 70, 67, 1, "cpu", seed=7)
-    pattern = chosen(q.to(device), k.to(device), density=0.1, floor=0, impl=impl)
-    assert torch.equal(pattern.mask().cpu(), oracle(q, k, density=0.1, floor=0))
+    pattern = chosen(q.to(device), k.to(device), density=0.1, min_blocks=0, impl=impl)
+    assert torch.equal(pattern.mask().cpu(), oracle(q, k, density=0.1, min_blocks=0))
 
 
 @everywhere
@@ -258,9 +258,9 @@ def test_nan_makes_no_list_that_a_kernel_may_not_be_given(impl: str, device: str
 def test_lists_have_room_for_what_may_come() -> None:
     q, k = means(1, 8, 8, 2, "cpu")
     always = diagonal(8, 8)
-    assert chosen(q, k, density=0.25, rule="row").blocks.shape == (1, 2, 8, 2)
-    assert chosen(q, k, density=0.25, rule="row", floor=3).blocks.shape == (1, 2, 8, 3)
-    for options in ({"rule": "row", "always": always}, {"rule": "row", "competing": (0, 7)}, {"floor": 0}):
+    assert chosen(q, k, density=0.25, per="row").blocks.shape == (1, 2, 8, 2)
+    assert chosen(q, k, density=0.25, per="row", min_blocks=3).blocks.shape == (1, 2, 8, 3)
+    for options in ({"per": "row", "always": always}, {"per": "row", "competing": (0, 7)}, {"min_blocks": 0}):
         assert chosen(q, k, density=0.25, **options).blocks.shape == (1, 2, 8, 8)
 
 
@@ -319,16 +319,16 @@ def record_launches(patch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"density": None}, "either density or mass, found density None and mass None"),
-        ({"mass": 0.5}, "either density or mass, found density 0.5 and mass 0.5"),
+        ({"density": None}, "either density or top_p, found density None and top_p None"),
+        ({"top_p": 0.5}, "either density or top_p, found density 0.5 and top_p 0.5"),
         ({"density": 0.0}, r"density must lie in \(0, 1\], found 0.0"),
         ({"density": math.nan}, r"density must lie in \(0, 1\], found nan"),
-        ({"density": None, "mass": 1.5}, r"mass must lie in \(0, 1\], found 1.5"),
-        ({"density": None, "mass": 0.5, "rule": "row"}, "leave it at its default with mass, found 'row'"),
-        ({"rule": "top"}, "rule must be one of quantile, row, found 'top'"),
-        ({"floor": 5}, r"floor must be an int in 0\.\.4, the competing key blocks, found 5"),
-        ({"floor": 3, "competing": (1, 3)}, r"floor must be an int in 0\.\.2"),
-        ({"floor": 1.0}, r"floor must be an int in 0\.\.4.*found 1.0"),
+        ({"density": None, "top_p": 1.5}, r"top_p must lie in \(0, 1\], found 1.5"),
+        ({"density": None, "top_p": 0.5, "per": "row"}, "leave it at its default with top_p, found 'row'"),
+        ({"per": "top"}, "per must be one of head, row, found 'top'"),
+        ({"min_blocks": 5}, r"min_blocks must be an int in 0\.\.4, the competing key blocks, found 5"),
+        ({"min_blocks": 3, "competing": (1, 3)}, r"min_blocks must be an int in 0\.\.2"),
+        ({"min_blocks": 1.0}, r"min_blocks must be an int in 0\.\.4.*found 1.0"),
         ({"competing": (2, 2)}, r"0 <= first < stop <= 3.*found \(2, 2\)"),
         ({"competing": (0, 4)}, r"0 <= first < stop <= 3, the blocks that queries and keys both have"),
         ({"competing_queries": (0, 4)}, r"competing_queries must be .* 0 <= first < stop <= 3, the query blocks"),

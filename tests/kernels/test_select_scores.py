@@ -12,7 +12,7 @@ from diffusers_accel.kernels.select import select, select_by_scores
 from tests.kernels.oracle import SIMPLE
 
 everywhere = pytest.mark.parametrize(("impl", "device"), SIMPLE)
-BUDGETS: list[dict[str, Any]] = [{"density": 0.3}, {"density": 0.3, "rule": "row"}, {"mass": 0.62}]
+BUDGETS: list[dict[str, Any]] = [{"density": 0.3}, {"density": 0.3, "per": "row"}, {"top_p": 0.62}]
 
 
 def inputs(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,8 +27,8 @@ def inputs(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_scores_of_means_choose_as_the_means(impl: str, device: str, budget: dict[str, Any]) -> None:
     q, k, scores = inputs(7, 9)
     sizes: dict[str, Any] = {"queries": 7, "keys": 9, "block_q": 1, "block_k": 1, **budget}
-    for floor, always, competing in ((0, None, None), (2, torch.eye(7, 9, dtype=torch.bool), (1, 6))):
-        sizes |= {"floor": floor, "competing": competing}
+    for min_blocks, always, competing in ((0, None, None), (2, torch.eye(7, 9, dtype=torch.bool), (1, 6))):
+        sizes |= {"min_blocks": min_blocks, "competing": competing}
         by_means = select(q, k, always=always, impl="reference", **sizes)
         there = None if always is None else always.to(device)
         by_scores = select_by_scores(scores.to(device), always=there, impl=impl, **sizes)
@@ -42,7 +42,7 @@ def test_what_counts_are_the_scores_of_a_row(impl: str, device: str) -> None:
     """Not of means: scores that no two vectors of a few channels could have. A constant beside them changes nothing."""
     scores = torch.eye(40).roll(7, 1)[None, None].to(device) * 5 + torch.arange(40.0, device=device)[:, None]
     sizes: dict[str, Any] = {"queries": 40, "keys": 40, "block_q": 1, "block_k": 1, "impl": impl}
-    for budget in ({"density": 1 / 40, "rule": "row"}, {"density": 39 / 1600}, {"mass": 0.5}):
+    for budget in ({"density": 1 / 40, "per": "row"}, {"density": 39 / 1600}, {"top_p": 0.5}):
         mask = select_by_scores(scores, **sizes, **budget).mask()[0, 0].cpu()
         assert torch.equal(mask, torch.eye(40, dtype=torch.bool).roll(7, 1))
 
@@ -62,8 +62,8 @@ def test_views_may_be_given() -> None:
         ({"scores": torch.ones(1, 0, 2, 3)}, r"found \[1, 0, 2, 3\]"),
         ({"scores": torch.ones(1, 1, 2, 3).half()}, "scores must be torch.float32, found torch.float16"),
         ({"block_k": 0}, "must be positive, found 200 in blocks of 128 and 300 in blocks of 0"),
-        ({"density": None}, "either density or mass"),
-        ({"floor": 9}, r"floor must be an int in 0\.\.3"),
+        ({"density": None}, "either density or top_p"),
+        ({"min_blocks": 9}, r"min_blocks must be an int in 0\.\.3"),
         ({"competing": (0, 3)}, "0 <= first < stop <= 2"),
         ({"always": torch.ones(3, 3, dtype=torch.bool)}, r"always must be bool \[2, 3\]"),
     ],

@@ -12,8 +12,9 @@ import torch
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import DENSE, AxisOrder, Draft, Kept, Method, Patches, Stored
 from diffusers_accel.plan import Plan, PlanError, Span
-from diffusers_accel.search.recorders.stored_masks import StoredMasks, of_every_part
-from diffusers_accel.search.schedule import Schedule, Settings
+from diffusers_accel.search import identity, scores_file
+from diffusers_accel.search.recorders.stored_masks import StoredMasks, of_every_segment
+from diffusers_accel.search.schedule import ProbeSchedule, ProbeSettings
 from diffusers_accel.search.stored_masks import (
     QUERY_STEP,
     MaskSettings,
@@ -48,14 +49,29 @@ def plan(provenance: dict[str, Any] | None = None, **tensors: torch.Tensor | Non
     )
 
 
-def bits(*rows: int, masks: int = 1, parts: int = 2) -> torch.Tensor:
+def bits(*rows: int, masks: int = 1, segments: int = 2) -> torch.Tensor:
     """Stored masks of one byte a row, all alike."""
-    return torch.tensor(rows, dtype=torch.uint8).view(1, 1, -1, 1).repeat(masks, parts, 1, 1)
+    return torch.tensor(rows, dtype=torch.uint8).view(1, 1, -1, 1).repeat(masks, segments, 1, 1)
 
 
 def layout(frames: int, height: int, width: int, text_tokens: int = 0) -> dict[str, Any]:
     names = ("frames", "height", "width", "text_tokens")
     return {"layout": dict(zip(names, (frames, height, width, text_tokens), strict=True))}
+
+
+def test_the_former_name_of_the_segments_is_understood() -> None:
+    with pytest.warns(FutureWarning, match="masks: 'parts' is now called 'segments'") as said:
+        found = MaskSettings(parts=5)
+    assert found == MaskSettings(segments=5) and said[0].filename == __file__
+    with pytest.raises(ValueError, match="'parts' is the former name of 'segments', found both"):
+        MaskSettings(segments=4, parts=5)
+
+
+def test_files_of_scores_still_call_the_segments_parts() -> None:
+    """So that a search goes on with a file of an earlier version."""
+    found = identity._masks(MaskSettings(segments=5))
+    assert found["parts"] == 5 and "segments" not in found
+    assert "parts" in scores_file.Header.__struct_encode_fields__
 
 
 def test_what_fits_is_taken(tmp_path):
@@ -114,11 +130,11 @@ def without(row: int, part: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("masks", "provenance", "message"),
     [
-        (bits(*[0] * 6), {}, "found nothing in row 0 of part 0 of mask 0, which head 1 of layer 0 takes"),
-        (without(3, 1), {}, "found nothing in row 3 of part 1 of mask 0"),
-        (without(0, 1), {}, "found nothing in row 0 of part 1"),
-        (without(0, 1), layout(6, 8, 16), "found nothing in row 0 of part 1"),
-        (bits(0, *[3] * 5), layout(6, 8, 16), "found nothing in row 0 of part 0"),
+        (bits(*[0] * 6), {}, "found nothing in row 0 of segment 0 of mask 0, which head 1 of layer 0 takes"),
+        (without(3, 1), {}, "found nothing in row 3 of segment 1 of mask 0"),
+        (without(0, 1), {}, "found nothing in row 0 of segment 1"),
+        (without(0, 1), layout(6, 8, 16), "found nothing in row 0 of segment 1"),
+        (bits(0, *[3] * 5), layout(6, 8, 16), "found nothing in row 0 of segment 0"),
         (bits(*[3] * 4, 0, 0), layout(5, 8, 16, 30), "found nothing in row 4"),
         (bits(3, 3, 3, 3, 3, 0b1000011), {}, "expected no bit beyond the last of 6 blocks"),
         (bits(*[3] * 5), layout(6, 8, 16), r"masks of 6 blocks, for the 768 tokens of provenance.layout, found 5"),
@@ -162,11 +178,11 @@ def test_stored_masks_of_one_plan_are_of_one_size():
     assert both(bits(*[3] * 6))
     for masks, found in (
         (bits(*[3] * 5), (r"\(2, 6\)", r"\(2, 5\)")),
-        (bits(*[3] * 6, parts=3), (r"\(2, 6\)", r"\(3, 6\)")),
+        (bits(*[3] * 6, segments=3), (r"\(2, 6\)", r"\(3, 6\)")),
     ):
         with pytest.raises(
             PlanError,
-            match=f"methods.c: expected tensors for {found[0]} .parts, blocks., as those of methods.a are, found {found[1]}",
+            match=f"methods.c: expected tensors for {found[0]} .segments, blocks., as those of methods.a are, found {found[1]}",
         ):
             both(masks)
 
@@ -185,9 +201,9 @@ def test_the_constants_of_stored_masks_do_what_they_say():
     assert best_orders(sparse, quant, MaskSettings(alpha=1.0)).tolist() == [1]
     assert best_orders(sparse, quant, MaskSettings(alpha=0.0)).tolist() == [0]
     candidates = (DENSE, Method(select=Stored(0.3)))
-    schedule = Schedule.of(Settings(candidates, ((0.0, 1.0),), 2, 1, 0, MaskSettings(parts=5)), 10)
-    assert sorted(schedule.parts.values()) == [0, 1, 2, 3, 4]
-    for wrong in ({"alpha": 1.1}, {"epsilon": 0}, {"sigma": 0}, {"parts": 0}, {"parts": 1.5}):
+    schedule = ProbeSchedule.of(ProbeSettings(candidates, ((0.0, 1.0),), 2, 1, 0, MaskSettings(segments=5)), 10)
+    assert sorted(schedule.segments.values()) == [0, 1, 2, 3, 4]
+    for wrong in ({"alpha": 1.1}, {"epsilon": 0}, {"sigma": 0}, {"segments": 0}, {"segments": 1.5}):
         with pytest.raises(ValueError, match="masks: expected"):
             MaskSettings(**wrong)
 
@@ -245,7 +261,7 @@ def test_masks_keep_the_blocks_with_most_attention(layout):
 
 
 def recorded(levels, method, methods, heads):
-    """What a plan's `heads`, bool [layers, heads], read of the levels [parts, layers, heads, blocks, blocks] of a search."""
+    """What a plan's `heads`, bool [layers, heads], read of the levels [segments, layers, heads, blocks, blocks] of a search."""
     return StoredMasks.tensors(methods, {"levels/transformer": levels}, "transformer", method, heads)
 
 
@@ -260,8 +276,8 @@ def test_stored_tensors_are_what_the_method_reads():
     )
     assert tensors[HEADS].tolist() == [[-1, 0, 1], [2, -1, -1]]
     for layer, head, part in ((0, 1, 0), (0, 2, 1), (1, 0, 0), (1, 0, 1)):
-        kept_by = torch.from_numpy(of_every_part(levels[:, layer])[part, head])
+        kept_by = torch.from_numpy(of_every_segment(levels[:, layer])[part, head])
         for method, found, least in ((STORED, tensors, 2), (wide, others, 1)):
             (mask,) = mask_of(method, LAYOUT, found, (head,), layer=layer, now=(part, 2))
             assert torch.equal(mask, kept_by >= least)
-    assert np.array_equal(of_every_part(levels[:, 1])[1], levels[0, 1])
+    assert np.array_equal(of_every_segment(levels[:, 1])[1], levels[0, 1])

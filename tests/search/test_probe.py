@@ -28,8 +28,8 @@ from diffusers_accel.search.plan_search import search_plan
 from diffusers_accel.search.recorders.stored_masks import StoredMasks, stored_densities
 from diffusers_accel.search.running import run_pipeline
 from diffusers_accel.search.schedule import (
-    Schedule,
-    Settings,
+    ProbeSchedule,
+    ProbeSettings,
     kept_age,
     mask_steps,
     mean_age,
@@ -93,7 +93,7 @@ class Shadow:
         out = call.dense(q, k, v)
         linear = site.model.family.output_projection(site.model.module, site.name)
         weight = projection(linear, q.shape[2] * q.shape[3], q)
-        settings = Settings(scores.candidates, scores.spans, ROWS, 1, 0)
+        settings = ProbeSettings(scores.candidates, scores.spans, ROWS, 1, 0)
         for index, method in enumerate(scores.candidates):
             heads = [method] * HEADS
             own = method.select.owners(call, method.order, self.stored)
@@ -101,7 +101,7 @@ class Shadow:
                 heads = [method if mine else DENSE for mine in own]
             memory = self.memories.setdefault((index, span, call.branch), LayerCache())
             ran = run(partition(tuple(heads), call, self.tensors, q.device), call, q, k, v, memory)
-            if now[0] in Schedule.of(settings, now[1]).measured:
+            if now[0] in ProbeSchedule.of(settings, now[1]).measured:
                 keys = call.layout.keys
                 whole = (out[0, :keys].flatten(1) @ weight).double().square().sum()
                 change = (ran.out - out)[0, :keys]  # [keys, H, D]
@@ -207,7 +207,7 @@ def test_errors_and_densities_are_those_of_the_engine(searched):
 
 def _measured_step(scores: Scores, span: int) -> tuple[int, int]:
     steps = 5
-    inside = Schedule.of(Settings(METHODS, scores.spans, 2, 1, 0), steps).measured
+    inside = ProbeSchedule.of(ProbeSettings(METHODS, scores.spans, 2, 1, 0), steps).measured
     return next(step for step in inside if span_index(scores.spans, step, steps) == span), steps
 
 
@@ -279,13 +279,13 @@ def test_a_killed_search_of_all_kinds_goes_on_with_an_equal_plan(tmp_path, monke
 def test_what_is_observed_when():
     spans = ((0.0, 0.1), (0.1, 0.3), (0.3, 0.6), (0.6, 1.0))
     cached = Method(Patches(), Draft(0.3), rest=Kept(3))
-    settings = Settings((DENSE, cached, Method(AxisOrder("hwf"), Stored(0.3))), spans, 2, 1, 0)
-    schedule = Schedule.of(settings, 10)
+    settings = ProbeSettings((DENSE, cached, Method(AxisOrder("hwf"), Stored(0.3))), spans, 2, 1, 0)
+    schedule = ProbeSchedule.of(settings, 10)
     assert sorted(schedule.measured) == [0, 2, 4, 8]
     assert schedule.kept == {1: ((2, 1),), 3: ((4, 1),), 7: ((8, 1),)}  # step 0 is its span's only one: it refreshes
-    assert schedule.parts == {2: 0, 5: 1, 8: 2}
+    assert schedule.segments == {2: 0, 5: 1, 8: 2}
     assert schedule.observed == 7
-    assert Schedule.of(Settings((DENSE, cached), spans, 2, 1, 0), 10).parts == {}
+    assert ProbeSchedule.of(ProbeSettings((DENSE, cached), spans, 2, 1, 0), 10).segments == {}
     assert mask_steps(2, 3) == {0: 0, 1: 1}
     assert [kept_age(spans, step, 50, 6) for step in (5, 6, 7, 8, 9)] == [0, 1, 2, 3, 3]
 

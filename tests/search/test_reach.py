@@ -61,7 +61,7 @@ def test_a_slow_first_step_is_not_trusted(reach: bool, steps: int, monkeypatch: 
 
     class Probe:
         measuring_seconds = 0.0
-        settings = type("settings", (), {"in_parts": False})
+        settings = type("settings", (), {"in_segments": False})
 
         def measure(self, *_: Any) -> None: ...
 

@@ -20,7 +20,7 @@ from diffusers_accel.search.plan_making import make_plan
 from diffusers_accel.search.plan_search import search_plan
 from diffusers_accel.search.probe import PassProbe
 from diffusers_accel.search.recorders import ColumnMass
-from diffusers_accel.search.schedule import Settings, chosen_steps
+from diffusers_accel.search.schedule import ProbeSettings, chosen_steps
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.shape import ModelShape
 from tests.tiny import HEADS, LAYERS, TEXT_DIM, tiny_wan, tiny_wan_call, tiny_wan_transformer, tiny_wan_vae
@@ -280,7 +280,7 @@ def test_memory_is_bounded_and_chunks_do_not_change_the_scores(tmp_path, monkeyp
         assert one.sums[name] == pytest.approx(array, rel=1e-3, abs=1e-9), name
     # Wan 14B at 720p: one head of 40 at a time.
     assert probe.head_bytes(75600, 128, 256, len(candidates())) < 0.72 * 2**30
-    settings = Settings(candidates(), ((0.0, 1.0),), 256, 1, 0)
+    settings = ProbeSettings(candidates(), ((0.0, 1.0),), 256, 1, 0)
     assert probe.measuring_bytes(75600, ModelShape(40, 40, 128), settings) < 1.4 * 2**30
 
 

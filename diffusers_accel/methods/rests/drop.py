@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffusers_accel.methods.rest import CacheEntry, Decision, Part, Read, Reader, Rest
+from diffusers_accel.methods.rest import CacheEntry, Partial, Read, Reader, RefreshDecision, Rest
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Drop(Rest):
     kind: ClassVar[str] = "drop"
     changes_nothing: ClassVar[bool] = True
 
-    def complete(self, read: Read, decision: Decision, reader: Reader) -> tuple[Part, CacheEntry]:
+    def complete(self, read: Read, decision: RefreshDecision, reader: Reader) -> tuple[Partial, CacheEntry]:
         same = decision.held is not None and read.pattern is decision.held.pattern
         selected = decision.held.selected if decision.held is not None and same else decision.step
-        return read.part, CacheEntry(read.pattern, selected, [])
+        return read.partial, CacheEntry(read.pattern, selected, [])

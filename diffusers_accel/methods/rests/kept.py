@@ -1,10 +1,11 @@
 """What unread keys gave at an earlier step is kept and merged in: FlashBlock's residual reuse.
 
-FlashBlock (arXiv 2602.05305) denoises a block of tokens against a long history: attention over the history (the external
-part) hardly changes from step to step, so its output and log-sum-exp are kept and merged with the block's own, fresh part.
-A bidirectional model has no history. There the external part is what a sparse selection leaves out, which the paper shows
-as residual reuse: a refresh step computes both parts and is exactly dense, the steps after it compute the selected blocks
-and merge the kept rest. The selection is frozen in between, so that the parts always make up the whole.
+FlashBlock (arXiv 2602.05305) denoises a block of tokens against a long history: attention over the history (external, as it
+says) hardly changes from step to step, so its output and log-sum-exp are kept and merged with the block's own attention,
+which is fresh. A bidirectional model has no history. There external is what a sparse selection leaves out, which the paper
+shows as residual reuse: a refresh step computes what is selected and what is not, and is exactly dense; the steps after it
+compute the selected blocks and merge what is kept of the others. The selection is frozen in between, so that both always make
+up all keys.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from diffusers_accel.call import AttentionCall
 from diffusers_accel.files import FileError
 from diffusers_accel.kernels.merge import merge
 from diffusers_accel.kernels.pattern import BlockPattern, head_index
-from diffusers_accel.methods.blocks import FOREVER, part_of
-from diffusers_accel.methods.rest import CacheEntry, Decision, Part, Read, Reader, Rest
+from diffusers_accel.methods.blocks import FOREVER, segment_of
+from diffusers_accel.methods.rest import CacheEntry, Partial, Read, Reader, RefreshDecision, Rest
 from diffusers_accel.methods.select import Select
 from diffusers_accel.methods.uses import Tensors, Uses, planned
 
@@ -34,9 +35,9 @@ class Kept(Rest):
 
     Args:
         refresh_every: refresh at every n-th step, counted from the last refresh; 1 would never reuse.
-        gated: refresh a head where the plan's tensor "refresh/<transformer>" says so (uint8 [parts, layers, heads], 1 =
-            refresh at the beginning of that part, for equal parts of the schedule): what `search.gates.calibrate_gates` found
-            from how fast each head's part drifts. `refresh_every` is then not used and stays at its default.
+        gated: refresh a head where the plan's tensor "refresh/<transformer>" says so (uint8 [segments, layers, heads], 1 =
+            refresh at the beginning of that segment, of equal segments of the schedule): what `search.gates.calibrate_gates`
+            found from how fast what a head keeps drifts. `refresh_every` is then not used and stays at its default.
     """
 
     refresh_every: int = USUAL
@@ -93,7 +94,7 @@ class Kept(Rest):
             return
         name = gate_name(uses.transformer)
         gate = uses.tensor(tensors, name)
-        uses.check_size(name, gate, torch.uint8, "parts, layers, heads", place=1)
+        uses.check_size(name, gate, torch.uint8, "segments, layers, heads", place=1)
         if int(gate.max()) > 1:
             raise FileError(
                 f"tensors.{name}: expected 1 where a head refreshes and 0 elsewhere, found {int(gate.max())}"
@@ -119,10 +120,10 @@ class Kept(Rest):
             return [bool(each) for each in gate[_begun(now, len(gate), before)].any(0)]
         return [now[0] - last >= self.refresh_every for last in held.refreshed]
 
-    def complete(self, read: Read, decision: Decision, reader: Reader) -> tuple[Part, CacheEntry]:
+    def complete(self, read: Read, decision: RefreshDecision, reader: Reader) -> tuple[Partial, CacheEntry]:
         held = _renewed(read, decision, reader)
         assert held.out is not None and held.lse is not None
-        return merge([read.part, (held.out, held.lse)]), held
+        return merge([read.partial, (held.out, held.lse)]), held
 
 
 def gate_name(transformer: str) -> str:
@@ -130,15 +131,16 @@ def gate_name(transformer: str) -> str:
     return f"refresh/{transformer}"
 
 
-def _begun(now: tuple[int, int], parts: int, before: int | None = None) -> slice:
-    """Which of `parts` equal parts of the schedule have begun since the step `before` (None: the one before this): none if this
-    step goes on with that one's part, several where a call has fewer steps than there are parts, or steps were predicted."""
+def _begun(now: tuple[int, int], segments: int, before: int | None = None) -> slice:
+    """Which of `segments` equal segments of the schedule have begun since the step `before` (None: the one before this): none
+    if this step goes on with that one's segment, several where a call has fewer steps than segments, or steps were predicted.
+    """
     step, steps = now
-    before = part_of((step - 1 if before is None else before, steps), parts) if step else -1
-    return slice(before + 1, part_of(now, parts) + 1)
+    before = segment_of((step - 1 if before is None else before, steps), segments) if step else -1
+    return slice(before + 1, segment_of(now, segments) + 1)
 
 
-def _renewed(read: Read, decision: Decision, reader: Reader) -> CacheEntry:
+def _renewed(read: Read, decision: RefreshDecision, reader: Reader) -> CacheEntry:
     """What is held after this step: where heads refresh, their unread blocks are computed."""
     held, step = decision.held, decision.step
     heads = [head for head, now in enumerate(decision.refresh) if now]

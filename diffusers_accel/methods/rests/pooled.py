@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from diffusers_accel.kernels.merge import merge
-from diffusers_accel.methods.rest import CacheEntry, Decision, Part, Read, Reader
+from diffusers_accel.methods.rest import CacheEntry, Partial, Read, Reader, RefreshDecision
 from diffusers_accel.methods.rests.drop import Drop
 from diffusers_accel.methods.select import Select
 
@@ -31,6 +31,6 @@ class Pooled(Drop):
             return f'"{select.kind}" leaves no blocks beside others that are read: leave the rest out'
         return None
 
-    def complete(self, read: Read, decision: Decision, reader: Reader) -> tuple[Part, CacheEntry]:
+    def complete(self, read: Read, decision: RefreshDecision, reader: Reader) -> tuple[Partial, CacheEntry]:
         _, held = super().complete(read, decision, reader)
-        return merge([read.part, reader.pooled(read.pattern)]), held
+        return merge([read.partial, reader.pooled(read.pattern)]), held

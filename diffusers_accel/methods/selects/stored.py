@@ -1,4 +1,4 @@
-"""PAROAttention's selection (arXiv 2506.16054): block masks found offline, per head and part of the schedule."""
+"""PAROAttention's selection (arXiv 2506.16054): block masks found offline, per head and segment of the schedule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods.arrangement import arrangement
-from diffusers_accel.methods.blocks import BLOCK, check_density, part_of
+from diffusers_accel.methods.blocks import BLOCK, check_density, segment_of
 from diffusers_accel.methods.order import Order
 from diffusers_accel.methods.select import StaticSelect
 from diffusers_accel.methods.selects.stored_check import check_call, check_masks, refuses_layout
@@ -29,8 +29,8 @@ class Stored(StaticSelect):
 
     Args:
         density: share of the block pairs that the search kept, in (0, 1]. With the order it names the plan's tensors
-            "stored_bits/<order>/<density>/<transformer>", uint8 [masks, parts, query blocks, ceil(key blocks / 8)] (bits in
-            numpy's little order, parts: equal parts of the schedule), and "stored_heads/...", int32 [layers, heads]: which
+            "stored_bits/<order>/<density>/<transformer>", uint8 [masks, segments, query blocks, ceil(key blocks / 8)] (bits in
+            numpy's little order, segments: equal segments of the schedule), and "stored_heads/...", int32 [layers, heads]: which
             mask a head takes, -1 for none.
     """
 
@@ -61,19 +61,19 @@ class Stored(StaticSelect):
         return None if order.storable else f"masks are stored for the six axis orders, found the order {order.label}"
 
     def depends(self, call: AttentionCall, order: Order, tensors: Tensors) -> Hashable:
-        """The layer, and which part's masks hold at the running step."""
-        parts = self._parts(order, call.transformer, tensors)
-        if parts == 1:
+        """The layer, and which segment's masks hold at the running step."""
+        segments = self._segments(order, call.transformer, tensors)
+        if segments == 1:
             return call.place, 0
         if call.now is None:
             raise RuntimeError(
                 "stored masks change along the schedule, but neither the pipeline nor the model says which step runs: "
                 "call Patch.step(i, steps) before each step of your own loop, or patch the pipeline"
             )
-        return call.place, part_of(call.now, parts)
+        return call.place, segment_of(call.now, segments)
 
     def changes(self, order: Order, transformer: str, tensors: Tensors) -> bool:
-        return self._parts(order, transformer, tensors) > 1
+        return self._segments(order, transformer, tensors) > 1
 
     def owners(self, call: AttentionCall, order: Order, tensors: Tensors) -> Tensor:
         heads = planned(tensors, self.names(order, call.transformer)[1], "a stored mask")
@@ -84,7 +84,7 @@ class Stored(StaticSelect):
         check_masks(order, uses, bits, heads)
 
     def made_for(self, order: Order, transformer: str, tensors: Tensors) -> tuple[int, ...]:
-        """Parts of the schedule and blocks."""
+        """Segments of the schedule and blocks."""
         bits = tensors[self.names(order, transformer)[0]]
         return bits.shape[1], bits.shape[2]
 
@@ -107,15 +107,15 @@ class Stored(StaticSelect):
                 f"the plan's stored masks are for {bits.shape[2]} blocks of {BLOCK} tokens, this call has {blocks}: stored "
                 "masks hold for the size that was searched; search a plan for this one"
             )
-        part = 0 if bits.shape[1] == 1 or call.now is None else part_of(call.now, bits.shape[1])
-        chosen = bits[index.long(), part].numpy()
+        segment = 0 if bits.shape[1] == 1 or call.now is None else segment_of(call.now, bits.shape[1])
+        chosen = bits[index.long(), segment].numpy()
         mask = torch.from_numpy(np.unpackbits(chosen, axis=-1, count=blocks, bitorder="little").astype(bool))
         exact = arrangement(order, call.layout).exact_keys
         mask[:, exact] = True
         mask[:, :, exact] = True
         return mask
 
-    def _parts(self, order: Order, transformer: str, tensors: Tensors) -> int:
+    def _segments(self, order: Order, transformer: str, tensors: Tensors) -> int:
         return planned(tensors, self.names(order, transformer)[0], "a stored mask").shape[1]
 
 

@@ -67,7 +67,7 @@ def check_call(order: Order, uses: Uses, bits: Tensor, heads: Tensor, layout: To
 def _check_bits(name: str, bits: Tensor) -> None:
     if bits.dtype != torch.uint8 or bits.dim() != 4 or 0 in bits.shape or bits.shape[3] != -(-bits.shape[2] // 8):
         raise FileError(
-            f"tensors.{name}: expected uint8 [masks, parts, blocks, blocks / 8, rounded up], "
+            f"tensors.{name}: expected uint8 [masks, segments, blocks, blocks / 8, rounded up], "
             f"found {bits.dtype} {list(bits.shape)}"
         )
     blocks = bits.shape[2]
@@ -111,16 +111,16 @@ def _check_size(uses: Uses, name: str, bits: Tensor) -> None:
 def _check_rows(order: Order, uses: Uses, used: dict[int, tuple[int, int]], name: str, bits: Tensor) -> None:
     """In every mask that a head takes, every row of video reads a block. Rows of text need none: they read everything."""
     numbers = sorted(used)
-    empty = bits[numbers].amax(3) == 0  # [masks, parts, blocks]
+    empty = bits[numbers].amax(3) == 0  # [masks, segments, blocks]
     if not bool(empty.any()):
         return
     if any(not bool(empty[..., slice(*video)].any()) for video in _videos(order, uses, empty)):
         return
-    mask, part, row = (int(each) for each in empty.nonzero()[0])
+    mask, segment, row = (int(each) for each in empty.nonzero()[0])
     layer, head = used[numbers[mask]]
     raise FileError(
-        f"tensors.{name}: expected every row of video blocks to read at least one block, found nothing in row {row} of part "
-        f"{part} of mask {numbers[mask]}, which head {head} of layer {layer} takes: it would attend to nothing; "
+        f"tensors.{name}: expected every row of video blocks to read at least one block, found nothing in row {row} of "
+        f"segment {segment} of mask {numbers[mask]}, which head {head} of layer {layer} takes: it would attend to nothing; "
         f"search the plan again"
     )
 

@@ -1,4 +1,4 @@
-"""The world that the shapes model is trained on: coloured shapes that move over slowly drifting backgrounds.
+"""The world that the toy model is trained on: coloured shapes that move over slowly drifting backgrounds.
 
 A `Scene` holds every number that a clip needs, so rendering is a pure function of it; its caption names colour, shape,
 motion and background and parses back into them. All lengths are shares of the frame's side, so that one scene (and its

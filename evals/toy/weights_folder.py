@@ -49,9 +49,9 @@ def verify_weights(folder: Path = WEIGHTS) -> dict:
     path = folder / RECORD
     if not path.is_file():
         raise FileNotFoundError(
-            f"expected the shapes model's record {path}, found none: its weights come with a checkout of the project, not with "
-            "the installed package. Clone it and install from there, or train the model: python -m "
-            "diffusers_accel.evals.shapes.train --help"
+            f"expected the toy model's record {path}, found none: its weights come with a checkout of the project, not with "
+            "the installed package. Clone it and install from there with pip install -e, where the model can also be trained: "
+            "python -m diffusers_accel.evals.toy.training.train --help"
         )
     record = read_json(path)
     try:

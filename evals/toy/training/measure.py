@@ -1,4 +1,4 @@
-"""Measure the shapes model on held-out prompts: `python -m diffusers_accel.evals.shapes.measure --prompts 64`.
+"""Measure the toy model on held-out prompts: `python -m diffusers_accel.evals.toy.training.measure --prompts 64`.
 
 Rendered clips and their reconstructions by the autoencoder go through the same judge as the generated clips, so that a
 failure of the judge or of the autoencoder is not taken for one of the denoiser.
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from diffusers_accel.evals.shapes import CALL, held_out_prompts, load_pipeline
-from diffusers_accel.evals.shapes.autoencoder import encode_mean, to_video
-from diffusers_accel.evals.shapes.pixels import judge
-from diffusers_accel.evals.shapes.render import held_out_scene, render
-from diffusers_accel.evals.shapes.weights_folder import WEIGHTS, verify_weights, weights_digest
+from diffusers_accel.evals.toy import CALL, held_out_prompts, load_pipeline
+from diffusers_accel.evals.toy.render import held_out_scene, render
+from diffusers_accel.evals.toy.training.autoencoder import encode_mean, to_video
+from diffusers_accel.evals.toy.training.pixels import judge
+from diffusers_accel.evals.toy.weights_folder import WEIGHTS, verify_weights, weights_digest
 from diffusers_accel.files import FileError, prepare_file, printable, quoted, read_json, write_json
 
 ATTRIBUTES = ("background", "color", "motion", "shape")
@@ -110,7 +110,7 @@ def main(
     part: Annotated[str, typer.Option(help="i/n: only every n-th prompt from the i-th, to share the work.")] = "0/1",
     weights: Annotated[Path, typer.Option(help="Folder of weights.")] = WEIGHTS,
     out: Annotated[Path, typer.Option(help="Result file; an unfinished one of the same weights is continued.")] = Path(
-        "shapes-measured.json"
+        "toy-measured.json"
     ),
 ) -> None:
     """Generate held-out prompts and print how often the pixels show what was asked for."""

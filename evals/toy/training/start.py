@@ -8,9 +8,9 @@ from pathlib import Path
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import UMT5EncoderModel
 
-from diffusers_accel.evals.shapes.run_state import Average, RunState
-from diffusers_accel.evals.shapes.transformer import Denoiser
-from diffusers_accel.evals.shapes.weights_folder import verify_weights, weights_digest
+from diffusers_accel.evals.toy.training.run_state import Average, RunState
+from diffusers_accel.evals.toy.training.transformer import Denoiser
+from diffusers_accel.evals.toy.weights_folder import verify_weights, weights_digest
 from diffusers_accel.files import encode_line, write_whole
 
 

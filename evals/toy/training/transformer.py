@@ -1,4 +1,4 @@
-"""Training of the shapes denoiser and its text encoder by flow matching on encoded clips."""
+"""Training of the toy denoiser and its text encoder by flow matching on encoded clips."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffusers_accel.evals.shapes.denoiser import (
+from diffusers_accel.evals.toy.render import BACKGROUNDS, COLORS, MOTIONS, SHAPES, Scene, training_scene
+from diffusers_accel.evals.toy.training.denoiser import (
     OBJECT_FEATURES,
     SHORT_TEXT_ROWS,
     Probe,
     prepare_for_training,
     set_inputs,
 )
-from diffusers_accel.evals.shapes.latents import check_latents, clip_scene, open_latents
-from diffusers_accel.evals.shapes.models import build_text_encoder, build_tokenizer, build_transformer
-from diffusers_accel.evals.shapes.render import BACKGROUNDS, COLORS, MOTIONS, SHAPES, Scene, training_scene
-from diffusers_accel.evals.shapes.run_state import Average, RunState, scheduled_lr
+from diffusers_accel.evals.toy.training.latents import check_latents, clip_scene, open_latents
+from diffusers_accel.evals.toy.training.models import build_text_encoder, build_tokenizer, build_transformer
+from diffusers_accel.evals.toy.training.run_state import Average, RunState, scheduled_lr
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 import transformers
 
-from diffusers_accel.evals.shapes.latents import RECORD_BYTES, trained_autoencoder
-from diffusers_accel.evals.shapes.models import build_scheduler
-from diffusers_accel.evals.shapes.run_state import load_run, read_log
-from diffusers_accel.evals.shapes.transformer import Denoiser
-from diffusers_accel.evals.shapes.weights_folder import RECORD, folder_hashes, weights_digest
+from diffusers_accel.evals.toy.training.latents import RECORD_BYTES, trained_autoencoder
+from diffusers_accel.evals.toy.training.models import build_scheduler
+from diffusers_accel.evals.toy.training.run_state import load_run, read_log
+from diffusers_accel.evals.toy.training.transformer import Denoiser
+from diffusers_accel.evals.toy.weights_folder import RECORD, folder_hashes, weights_digest
 from diffusers_accel.files import read_json
 
 MAX_BYTES = 16_000_000
-_MODULE = "python -m diffusers_accel.evals.shapes"
+_MODULE = "python -m diffusers_accel.evals.toy.training"
 
 
 def build_pipeline(folder: Path) -> diffusers.WanPipeline:

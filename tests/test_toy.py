@@ -1,4 +1,4 @@
-"""The shapes world, its judge, its training and its shipped weights."""
+"""The toy world, its judge, its training and its shipped weights."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_accel.evals import shapes
-from diffusers_accel.evals.shapes import autoencoder, latents, nested, render, run_state
-from diffusers_accel.evals.shapes.denoiser import (
+from diffusers_accel.evals import toy
+from diffusers_accel.evals.toy import render
+from diffusers_accel.evals.toy.training import autoencoder, latents, nested, run_state
+from diffusers_accel.evals.toy.training.denoiser import (
     CAPTION_CLASSES,
     OBJECT_FEATURES,
     SHORT_TEXT_ROWS,
@@ -30,12 +31,12 @@ from diffusers_accel.evals.shapes.denoiser import (
     rotate,
     set_inputs,
 )
-from diffusers_accel.evals.shapes.models import TEXT_DIM, TEXT_ROWS, build_autoencoder, build_transformer
-from diffusers_accel.evals.shapes.pixels import compare, find, judge
-from diffusers_accel.evals.shapes.run_state import Average, RunState, load_run, read_log
-from diffusers_accel.evals.shapes.start import start_training
-from diffusers_accel.evals.shapes.text import train_text
-from diffusers_accel.evals.shapes.transformer import (
+from diffusers_accel.evals.toy.training.models import TEXT_DIM, TEXT_ROWS, build_autoencoder, build_transformer
+from diffusers_accel.evals.toy.training.pixels import compare, find, judge
+from diffusers_accel.evals.toy.training.run_state import Average, RunState, load_run, read_log
+from diffusers_accel.evals.toy.training.start import start_training
+from diffusers_accel.evals.toy.training.text import train_text
+from diffusers_accel.evals.toy.training.transformer import (
     NOISIEST,
     Denoiser,
     Places,
@@ -48,7 +49,7 @@ from diffusers_accel.evals.shapes.transformer import (
     take,
     train_transformer,
 )
-from diffusers_accel.evals.shapes.weights_folder import RECORD, WEIGHTS, verify_weights, weights_digest
+from diffusers_accel.evals.toy.weights_folder import RECORD, WEIGHTS, verify_weights, weights_digest
 from diffusers_accel.files import FileError, save_tensor_document, write_json
 
 
@@ -86,9 +87,9 @@ def test_a_foreign_caption_is_refused(text: str) -> None:
 
 
 def test_held_out_captions_are_never_trained_on() -> None:
-    prompts = shapes.held_out_prompts(64, seed=0)
-    assert len(set(prompts)) == 64 and prompts == shapes.held_out_prompts(64, seed=0)
-    assert prompts != shapes.held_out_prompts(64, seed=1)
+    prompts = toy.held_out_prompts(64, seed=0)
+    assert len(set(prompts)) == 64 and prompts == toy.held_out_prompts(64, seed=0)
+    assert prompts != toy.held_out_prompts(64, seed=1)
     assert all(render.is_held_out(p) for p in prompts)
     trained = {latents.clip_scene(seed=0, index=i).caption for i in range(500)}
     assert not any(render.is_held_out(c) for c in trained) and not trained & set(prompts)
@@ -395,7 +396,7 @@ def test_latents_of_other_scenes_are_refused(tiny_folder: Path) -> None:
 
 def test_training_resumes_after_a_kill(tiny_folder: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from diffusers_accel.evals.shapes import run_state, transformer\n"
+        "import sys; from pathlib import Path; from diffusers_accel.evals.toy.training import run_state, transformer\n"
         "run_state.SAVE_EVERY_S = 0.0\n"
         f"transformer.train_transformer(Path(sys.argv[1]), 10, 0, stages=((1.01, ((1, 1, 2),)),), compile=False, **{TINY})"
     )
@@ -591,35 +592,35 @@ def test_interrupted_latents_are_cut_to_whole_clips_and_continued(tiny_folder: P
 
 @pytest.fixture(scope="module")
 def pipe():
-    loaded = shapes.load_pipeline()
+    loaded = toy.load_pipeline()
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
 
 def test_shipped_weights_are_the_recorded_ones_and_small() -> None:
-    record = shapes.verify_weights()
-    present = {p.relative_to(shapes.WEIGHTS).as_posix() for p in shapes.WEIGHTS.rglob("*") if p.is_file()}
+    record = toy.verify_weights()
+    present = {p.relative_to(toy.WEIGHTS).as_posix() for p in toy.WEIGHTS.rglob("*") if p.is_file()}
     assert present == {RECORD, *record["files"]}
-    assert sum((shapes.WEIGHTS / p).stat().st_size for p in present) <= 16_000_000
+    assert sum((toy.WEIGHTS / p).stat().st_size for p in present) <= 16_000_000
     assert {p for p in present if not p.endswith(".json")} == {p for p in present if p.endswith(".safetensors")}
 
 
 def test_changed_or_missing_weights_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "weights"
-    shutil.copytree(shapes.WEIGHTS, folder)
+    shutil.copytree(toy.WEIGHTS, folder)
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     with pytest.raises(ValueError, match="vae.*sha256"):
-        shapes.load_pipeline(folder=folder)
+        toy.load_pipeline(folder=folder)
     os.unlink(file)
     with pytest.raises(FileNotFoundError, match="vae"):
-        shapes.load_pipeline(folder=folder)
+        toy.load_pipeline(folder=folder)
     for record, message in (([], "expected object, found array"), ({"files": {"a": 1}}, "expected str, found int")):
         write_json(folder / RECORD, record)
         with pytest.raises(ValueError, match=f"{RECORD}: .*{message}"):
-            shapes.load_pipeline(folder=folder)
+            toy.load_pipeline(folder=folder)
 
 
 def test_the_pipeline_is_the_stock_one(pipe) -> None:
@@ -634,14 +635,14 @@ def test_the_pipeline_is_the_stock_one(pipe) -> None:
 
 
 def test_shipped_weights_show_the_background_colour_and_motion_asked_for(pipe) -> None:
-    """Of one object and of two; how many of 64 do is for the measure command: docs/shapes.md."""
+    """Of one object and of two; how many of 64 do is for the measure command: docs/toy.md."""
     tokens = []
     handle = pipe.transformer.blocks[0].attn1.register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
     try:
-        prompts = shapes.held_out_prompts(57, seed=0)
+        prompts = toy.held_out_prompts(57, seed=0)
         for seed in (0, 56):
             prompt = prompts[seed]
-            frames = pipe(prompt, **shapes.CALL, generator=torch.Generator().manual_seed(seed)).frames[0]
+            frames = pipe(prompt, **toy.CALL, generator=torch.Generator().manual_seed(seed)).frames[0]
             assert frames.shape == (33, 128, 128, 3)
             verdict = judge(frames, prompt)
             assert verdict.passed, f"{prompt}: {verdict}"

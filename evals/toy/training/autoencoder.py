@@ -1,4 +1,4 @@
-"""Training of the shapes autoencoder on rendered clips: crops of short clips, of whole clips, then whole frames."""
+"""Training of the toy autoencoder on rendered clips: crops of short clips, of whole clips, then whole frames."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from diffusers_accel.evals.shapes.models import LATENT_CHANNELS, build_autoencoder
-from diffusers_accel.evals.shapes.render import Scene, held_out_scene, render, training_scene
-from diffusers_accel.evals.shapes.run_state import Average, RunState, scheduled_lr
+from diffusers_accel.evals.toy.render import Scene, held_out_scene, render, training_scene
+from diffusers_accel.evals.toy.training.models import LATENT_CHANNELS, build_autoencoder
+from diffusers_accel.evals.toy.training.run_state import Average, RunState, scheduled_lr
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan

@@ -1,4 +1,4 @@
-"""shapes: a small text-to-video model that a checkout of the project holds, and the only input of its tests and examples.
+"""toy: a small text-to-video model that a checkout of the project holds, and the only input of its tests and examples.
 
     pipe = load_pipeline()
     video = pipe("a red circle moves left on a navy background", **CALL).frames[0]
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers_accel.evals.shapes.render import held_out_prompts
-from diffusers_accel.evals.shapes.weights_folder import WEIGHTS, load_pipeline, verify_weights
+from diffusers_accel.evals.toy.render import held_out_prompts
+from diffusers_accel.evals.toy.weights_folder import WEIGHTS, load_pipeline, verify_weights
 
 # The call that the model was trained for: 17 x 16 x 16 = 4,352 video tokens.
 CALL: dict[str, Any] = {

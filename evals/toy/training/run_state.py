@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 from msgspec import Meta
 
-from diffusers_accel.evals.shapes.nested import flatten, unflatten
+from diffusers_accel.evals.toy.training.nested import flatten, unflatten
 from diffusers_accel.files import (
     FileError,
     Kind,

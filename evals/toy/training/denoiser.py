@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from diffusers_accel.evals.shapes.models import TEXT_DIM, TEXT_ROWS
-from diffusers_accel.evals.shapes.render import BACKGROUNDS, COLORS, MOTIONS, SHAPES
+from diffusers_accel.evals.toy.render import BACKGROUNDS, COLORS, MOTIONS, SHAPES
+from diffusers_accel.evals.toy.training.models import TEXT_DIM, TEXT_ROWS
 from diffusers_accel.kernels.cpu_workers import run_all
 
 SHORT_TEXT_ROWS = 20

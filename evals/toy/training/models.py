@@ -1,4 +1,4 @@
-"""The parts of the shapes pipeline, built from the host's own classes with a configuration of a few million parameters."""
+"""The parts of the toy pipeline, built from the host's own classes with a configuration of a few million parameters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from diffusers_accel.evals.shapes.render import BACKGROUNDS, COLORS, MOTIONS, SHAPES
+from diffusers_accel.evals.toy.render import BACKGROUNDS, COLORS, MOTIONS, SHAPES
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from diffusers_accel.evals.shapes.autoencoder import encode_mean, to_video
-from diffusers_accel.evals.shapes.models import LATENT_CHANNELS, build_autoencoder
-from diffusers_accel.evals.shapes.render import Scene, render, training_scene
-from diffusers_accel.evals.shapes.run_state import load_run
+from diffusers_accel.evals.toy.render import Scene, render, training_scene
+from diffusers_accel.evals.toy.training.autoencoder import encode_mean, to_video
+from diffusers_accel.evals.toy.training.models import LATENT_CHANNELS, build_autoencoder
+from diffusers_accel.evals.toy.training.run_state import load_run
 from diffusers_accel.files import read_json, write_json
 
 if TYPE_CHECKING:

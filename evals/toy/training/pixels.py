@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from diffusers_accel.evals.shapes.render import BACKGROUNDS, COLORS, TEXTURE, parse_caption
+from diffusers_accel.evals.toy.render import BACKGROUNDS, COLORS, TEXTURE, parse_caption
 
 # RGB distances (0..1 per channel): object pixel to background, object pixel to palette colour, background to palette.
 _FOREGROUND, _NEAR_COLOR, _NEAR_BACKGROUND = 0.30, 0.33, 0.20

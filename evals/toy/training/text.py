@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from diffusers_accel.evals.shapes.denoiser import Probe
-from diffusers_accel.evals.shapes.models import aim_text_heads
-from diffusers_accel.evals.shapes.render import training_scene
-from diffusers_accel.evals.shapes.run_state import Average, RunState, scheduled_lr
-from diffusers_accel.evals.shapes.transformer import Denoiser, describe_caption, load_probe
+from diffusers_accel.evals.toy.render import training_scene
+from diffusers_accel.evals.toy.training.denoiser import Probe
+from diffusers_accel.evals.toy.training.models import aim_text_heads
+from diffusers_accel.evals.toy.training.run_state import Average, RunState, scheduled_lr
+from diffusers_accel.evals.toy.training.transformer import Denoiser, describe_caption, load_probe
 
 if TYPE_CHECKING:
-    from diffusers_accel.evals.shapes.render import Scene
+    from diffusers_accel.evals.toy.render import Scene
 
 CAPTIONS = 24  # of each of the two kinds, with one object and with two, in a step
 LR = 1e-3
