@@ -18,7 +18,7 @@ AttentionName = Literal["dispatch_attention_fn", "F.scaled_dot_product_attention
 def attention_of(*lists: str, named: str = "attn1") -> Callable[[nn.Module], list[tuple[str, nn.Module]]]:
     """The self-attention of transformers whose blocks, in these lists of modules, have it under this name."""
 
-    def found(transformer: nn.Module) -> list[tuple[str, nn.Module]]:
+    def found(transformer: Any) -> list[tuple[str, nn.Module]]:
         return [
             (f"{blocks}.{index}.{named}", getattr(block, named))
             for blocks in lists
@@ -34,7 +34,7 @@ def shape_of_config(transformer: Any) -> ModelShape:
     return ModelShape(config.num_layers, config.num_attention_heads, config.attention_head_dim)
 
 
-def to_out_of(transformer: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
+def to_out_of(transformer: Any, name: str) -> Callable[[Tensor], Tensor]:
     """The linear map behind attention in diffusers' attention modules: the first of `to_out`."""
     linear: Callable[[Tensor], Tensor] = transformer.get_submodule(name).to_out[0]
     return linear

@@ -1,4 +1,4 @@
-"""LTX-Video: packed latents whose sizes are arguments of the forward, text by cross-attention, CFG as one pass over both branches."""
+"""LTX-Video: packed latents whose sizes are arguments of the forward, text by cross-attention, guidance as one pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 from diffusers_accel.families.family import Family, Observation, argument, text_at
 from diffusers_accel.layout import TokenLayout
-
 
 SIZES = ("num_frames", "height", "width")  # arguments of the forward, from the fifth on
 

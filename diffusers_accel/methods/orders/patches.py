@@ -83,7 +83,7 @@ def of_version_1(label: object) -> object:
 def _banded(grid: Tensor, high: int) -> Tensor:
     """The tokens [frames, height, width] by bands of about `high` rows, each column by column, on one way through all."""
     count = max(1, round(grid.shape[1] / high))
-    parts = []
+    parts: list[Tensor] = []
     for number, frame in enumerate(grid):
         bands = list(frame.tensor_split(count))
         if number % 2:
