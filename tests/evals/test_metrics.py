@@ -16,7 +16,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from diffusers_accel.evals.metrics import METRICS, MetricUnavailable, lpips, lpips_weights, score_clip
+from diffusers_accel.evals.metrics import METRICS, MetricUnavailable, lpips, lpips_weights
 from diffusers_accel.files import encode_tensors
 
 CHANNELS = (3, 5, 7, 6, 4, 8)
@@ -51,18 +51,18 @@ def test_psnr_and_ssim_equal_scikit_image_frame_by_frame() -> None:
 def test_clip_score_is_the_mean_over_frames() -> None:
     a, b = clip(0), clip(1)
     score = METRICS["psnr"].load()
-    assert score_clip(METRICS["psnr"], score, a, b) == (score(a, b).mean(), None)
+    assert METRICS["psnr"].of_clip(score, b, dense=a) == (score(a, b).mean(), None)
 
 
 def test_identical_frames_have_no_psnr_and_are_counted() -> None:
     a, b = clip(0), clip(1)
     metric, score = METRICS["psnr"], METRICS["psnr"].load()
-    assert score_clip(metric, score, a, a) == (None, "identical")
+    assert metric.of_clip(score, a, dense=a) == (None, "identical")
     b[1] = a[1]
-    value, note = score_clip(metric, score, a, b)
+    value, note = metric.of_clip(score, b, dense=a)
     assert value == np.mean([peak_signal_noise_ratio(a[i], b[i], data_range=1) for i in (0, 2)])
     assert note == "1 of 3 frames identical, left out"
-    assert score_clip(METRICS["ssim"], METRICS["ssim"].load(), a, a) == (1.0, None)
+    assert METRICS["ssim"].of_clip(METRICS["ssim"].load(), a, dense=a) == (1.0, None)
 
 
 def test_what_cannot_be_scored_says_why() -> None:
@@ -71,14 +71,15 @@ def test_what_cannot_be_scored_says_why() -> None:
     b[0, 0, 0, 0] = np.nan
     for reference, frames, why in (
         (a, b, "NaN"),
+        (b, a, "NaN"),
         (a, a[:2], r"\[2, 40, 40, 3\]"),
         (a[:, :6], a[:, :6], "at least 7 x 7 pixels, found 6 x 40"),
     ):
-        value, note = score_clip(metric, score, reference, frames)
+        value, note = metric.of_clip(score, frames, dense=reference)
         assert value is None and note and note.startswith("not measured")
         with pytest.raises(AssertionError, match=why):
             raise AssertionError(note)
-    assert score_clip(metric, "no weights", a, a) == (None, "not measured: no weights")
+    assert metric.of_clip("no weights", a, dense=a) == (None, "not measured: no weights")
 
 
 def naive_lpips(a: Tensor, b: Tensor, tree: dict[str, Any]) -> float:
