@@ -5,6 +5,7 @@ A new one is one file here that makes a `FrameMetric`, `ClipMetric` or `SetMetri
 
 from diffusers_accel.evals.metrics.clip_metric import ClipMetric, ClipScore
 from diffusers_accel.evals.metrics.clip_set import ClipSet, SetClip
+from diffusers_accel.evals.metrics.flickering import FLICKERING
 from diffusers_accel.evals.metrics.frame_metric import FrameMetric, FrameScore
 from diffusers_accel.evals.metrics.lpips import LPIPS
 from diffusers_accel.evals.metrics.metric import AnyMetric, MetricUnavailable, Scored
@@ -18,6 +19,7 @@ METRICS: dict[str, AnyMetric] = {
         PSNR,
         SSIM,
         LPIPS,
+        FLICKERING,
     )
 }
 DEFAULT = (PSNR.name, SSIM.name, LPIPS.name)  # what the field reports; others are measured where they are asked for

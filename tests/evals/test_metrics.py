@@ -279,3 +279,23 @@ def test_failed_download_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_wrong_hash_is_refused() -> None:
     with pytest.raises(MetricUnavailable, match="nothing of it was used"):
         lpips_weights._check(b"other bytes", lpips_weights.ARCHIVE_SHA256, "archive")
+
+
+def test_flickering_is_vbenchs_formula() -> None:
+    """(255 - MAE) / 255 over neighbouring frames of 8 bits, worked out pixel by pixel."""
+    metric = METRICS["temporal_flickering"]
+    score = metric.loaded()
+    levels = np.array([0, 255, 255, 51])  # differences 255, 0 and 204: their mean is 153
+    steps = (levels[:, None, None, None] * np.ones((4, 8, 8, 3)) / 255).astype(np.float32)
+    value, note = metric.of_clip(score, steps, dense=None) or (None, None)
+    assert value == pytest.approx((255 - 153) / 255) and note is None
+    bits = np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3))
+    pairs = [np.mean([abs(int(a) - int(b)) for a, b in zip(x.flat, y.flat)]) for x, y in zip(bits[:-1], bits[1:])]
+    value, _ = metric.of_clip(score, (bits / 255).astype(np.float32), dense=None) or (None, None)
+    assert value == pytest.approx((255 - np.mean(pairs)) / 255, abs=1e-6)
+    still = clip(0, frames=1).repeat(3, axis=0)
+    assert metric.of_clip(score, still, dense=clip(1)) == (1.0, None)
+    assert metric.of_clip(score, still[:1], dense=None) == (
+        None,
+        "not measured: Temporal flickering needs at least 2 frames, found 1",
+    )
