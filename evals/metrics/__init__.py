@@ -9,6 +9,7 @@ from diffusers_accel.evals.metrics.flickering import FLICKERING
 from diffusers_accel.evals.metrics.frame_metric import FrameMetric, FrameScore
 from diffusers_accel.evals.metrics.lpips import LPIPS
 from diffusers_accel.evals.metrics.metric import AnyMetric, MetricUnavailable, Scored
+from diffusers_accel.evals.metrics.ms_ssim import MS_SSIM
 from diffusers_accel.evals.metrics.psnr import PSNR
 from diffusers_accel.evals.metrics.set_metric import SetMetric, SetScore
 from diffusers_accel.evals.metrics.ssim import SSIM
@@ -20,6 +21,7 @@ METRICS: dict[str, AnyMetric] = {
         SSIM,
         LPIPS,
         FLICKERING,
+        MS_SSIM,
     )
 }
 DEFAULT = (PSNR.name, SSIM.name, LPIPS.name)  # what the field reports; others are measured where they are asked for
