@@ -13,6 +13,7 @@ from diffusers_accel.evals.metrics.ms_ssim import MS_SSIM
 from diffusers_accel.evals.metrics.psnr import PSNR
 from diffusers_accel.evals.metrics.set_metric import SetMetric, SetScore
 from diffusers_accel.evals.metrics.ssim import SSIM
+from diffusers_accel.evals.metrics.vmaf import VMAF
 
 METRICS: dict[str, AnyMetric] = {
     each.name: each
@@ -22,6 +23,7 @@ METRICS: dict[str, AnyMetric] = {
         LPIPS,
         FLICKERING,
         MS_SSIM,
+        VMAF,
     )
 }
 DEFAULT = (PSNR.name, SSIM.name, LPIPS.name)  # what the field reports; others are measured where they are asked for
