@@ -51,7 +51,7 @@ from diffusers_accel.plan.size import check_size
 from diffusers_accel.subject import Patchable
 from diffusers_accel.support.interrupted import Interrupted
 
-DISTRIBUTIONS = ("torch", "triton", "diffusers", "diffusers-accel", "numpy", "scikit-image", "lpips")
+DISTRIBUTIONS = ("torch", "triton", "diffusers", "diffusers-accel", "numpy")  # beside those of the metrics
 # What a subject may be; a pair gives the parameters of `patch`: of a named method, and cache_memory_fraction.
 PlanLike = Patchable | tuple[Patchable, Mapping[str, Any]]
 
@@ -326,9 +326,10 @@ class _Session:
             kind = {"class": type(model).__name__, "dtype": str(model.dtype).removeprefix("torch.")}
             transformers[name] = {**kind, **asdict(shape)}
         frames, height, width = clips[0].shape
+        packages = dict.fromkeys((*DISTRIBUTIONS, *(each for name in self.scores for each in METRICS[name].packages)))
         return {
             "machine": machine(),
-            "versions": {**versions(DISTRIBUTIONS), **({"revision": sha} if (sha := git_sha()) else {})},
+            "versions": {**versions(tuple(packages)), **({"revision": sha} if (sha := git_sha()) else {})},
             "pipeline": {
                 "class": type(self.pipe).__name__,
                 "device": str(device_of(self.pipe)),

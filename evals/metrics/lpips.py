@@ -87,5 +87,6 @@ LPIPS = FrameMetric(
     protocol="AlexNet, version 0.1 (Zhang et al. 2018), per frame, at the clip's own size; 0 is identical.",
     smallest=32,
     load=_load,
+    packages=("lpips",),
     needs="weights, fetched once (64 MB), or the extra `lpips`",
 )

@@ -34,6 +34,7 @@ class Metric(ABC, Generic[S]):
         protocol: one sentence on how it is computed, its source, and which value means what.
         load: gives the score function; raises MetricUnavailable. Called once per report, before any clip is made.
         needs: what it needs beside the extra `eval`; "" for nothing.
+        packages: that compute it; a report says their versions.
         digits: shown after the decimal point.
     """
 
@@ -50,6 +51,7 @@ class Metric(ABC, Generic[S]):
     protocol: str
     load: Callable[[], S]
     needs: str = ""
+    packages: tuple[str, ...] = ()
     digits: int = 4
 
     @property

@@ -43,4 +43,5 @@ MS_SSIM = FrameMetric(
     "padding, mean over the colour channels, data range 1; 1 is identical.",
     smallest=161,
     load=_load,
+    packages=("pytorch-msssim",),
 )

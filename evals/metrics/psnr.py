@@ -29,5 +29,6 @@ PSNR = FrameMetric(
     protocol="scikit-image, per frame, data range 1; identical frames, which have no finite PSNR, are left out of the mean "
     "and counted.",
     load=_load,
+    packages=("scikit-image",),
     digits=2,
 )

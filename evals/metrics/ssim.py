@@ -28,4 +28,5 @@ SSIM = FrameMetric(
     "is identical.",
     smallest=WINDOW,
     load=_load,
+    packages=("scikit-image",),
 )

@@ -88,6 +88,7 @@ VMAF = FrameMetric(
     "luma of 10 bits at the clip's own size; a still clip beside itself gets 97.4.",
     smallest=64,
     load=_load,
+    packages=("imageio-ffmpeg",),
     needs="an ffmpeg with libvmaf, such as that of imageio-ffmpeg",
     digits=2,
 )

@@ -165,6 +165,7 @@ def test_provenance_is_whole(found: dict[str, Any]) -> None:
     assert provenance["tokens"] == {"frames": 3, "height": 16, "width": 16, "text": 0}
     assert provenance["seeds"] == [0, 1, 2] and provenance["prompts"] == ["embedded prompt 1"]
     assert provenance["pipeline"]["transformers"]["transformer"]["heads"] == HEADS
+    assert provenance["versions"]["scikit-image"] and "pytorch-msssim" not in provenance["versions"]
     assert any("PSNR" in line for line in provenance["protocol"])
 
 
