@@ -38,7 +38,7 @@ def check_asked(
         check_whole(name, value, least)
     for number, text in enumerate(texts):
         _check_text(text, f"prompts[{number}]")
-    check_clips(texts, seeds, len(subjects), len(metrics))
+    check_clips(texts, seeds, len(subjects), metrics)
     return metrics, seeds
 
 
@@ -171,7 +171,7 @@ def check_keep(keep: Any) -> None:
         raise TypeError(f'keep: expected the path of a folder, such as "report.partial", or None, found {quoted(keep)}')
 
 
-def check_clips(texts: Sequence[str], seeds: Sequence[int], subjects: int, metrics: int) -> None:
+def check_clips(texts: Sequence[str], seeds: Sequence[int], subjects: int, metrics: Sequence[str]) -> None:
     """Refuses prompts that a table could not tell apart, and more clips than one report can hold."""
     twice = next((text for text in texts if texts.count(text) > 1), None)
     if twice is not None:
@@ -186,11 +186,13 @@ def check_clips(texts: Sequence[str], seeds: Sequence[int], subjects: int, metri
             f"prompts: expected at most {MOST_TOLD:,} bytes of text with all seeds, found {told:,}: compare fewer clips at once"
         )
     clips = len(texts) * len(seeds)
-    rows = clips * subjects * (2 + metrics)
+    of_clips = [METRICS[name] for name in metrics if METRICS[name].scores_clips]
+    of_dense = sum(metric.scores_dense for metric in of_clips)
+    rows = clips * (subjects * (2 + len(of_clips)) + of_dense)
     if rows > MOST_ROWS:
         raise ValueError(
             f"expected at most {MOST_ROWS:,} numbers in one report, found {rows:,} ({clips:,} clips x {subjects} subjects x "
-            f"{2 + metrics}): compare fewer clips at once"
+            f"{2 + len(of_clips)}{f', and {clips:,} x {of_dense} of dense' if of_dense else ''}): compare fewer clips at once"
         )
 
 

@@ -57,12 +57,13 @@ class Seen(Schema, frozen=True):
     notes: list[str] = []
 
 
-class ClipNumbers(Schema, frozen=True):
+class ClipNumbers(Schema, frozen=True, omit_defaults=True):
     """Everything of a clip that is a number or a text.
 
     shape: frames, height and width in pixels. tokens: of the video per axis, and of the text. seen: by subject, "dense"
     included. repeat: largest difference of each later dense run from the first. patch_difference: the same of a dense run
-    under an all-dense patch, of the first clip only. comparison: in a file, the checksum of what it belongs to.
+    under an all-dense patch, of the first clip only. films: of the lossless films for metrics of sets, sha256 by subject.
+    comparison: in a file, the checksum of what it belongs to.
     """
 
     prompt: str
@@ -73,6 +74,7 @@ class ClipNumbers(Schema, frozen=True):
     repeat: Annotated[list[float], msgspec.Meta(min_length=1)]
     patch_difference: float | None
     fps: int
+    films: dict[str, str] = {}
     comparison: str = ""
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,10 @@ from diffusers_accel.evals.generate import (
 )
 from diffusers_accel.evals.kept import KeptClips, identify
 from diffusers_accel.evals.machine import git_sha, machine, versions
-from diffusers_accel.evals.metrics import METRICS, Metric, MetricUnavailable, Score, score_clip
+from diffusers_accel.evals.metrics import DEFAULT, METRICS, Scored
 from diffusers_accel.evals.report import Clip, Report, Subject
 from diffusers_accel.evals.report.video import encode, encode_difference
+from diffusers_accel.evals.set_films import SetFilms
 from diffusers_accel.evals.tally import (
     BASELINE,
     WARM_UP_STEPS,
@@ -49,8 +51,7 @@ from diffusers_accel.plan.size import check_size
 from diffusers_accel.subject import Patchable
 from diffusers_accel.support.interrupted import Interrupted
 
-DISTRIBUTIONS = ("torch", "triton", "diffusers", "diffusers-accel", "numpy", "scikit-image", "lpips")
-LONGEST_REASON = 300  # characters of why a metric is missing, which each of its rows repeats
+DISTRIBUTIONS = ("torch", "triton", "diffusers", "diffusers-accel", "numpy")  # beside those of the metrics
 # What a subject may be; a pair gives the parameters of `patch`: of a named method, and cache_memory_fraction.
 PlanLike = Patchable | tuple[Patchable, Mapping[str, Any]]
 
@@ -62,7 +63,7 @@ def compare(
     *,
     call: Mapping[str, Any],
     seeds: Sequence[int] = (0,),
-    metrics: Sequence[str] = tuple(METRICS),
+    metrics: Sequence[str] = DEFAULT,
     rounds: int = 1,
     show: int = 4,
     fps: int = 16,
@@ -83,7 +84,7 @@ def compare(
         prompts: texts; or mappings of pipeline arguments, such as prompt_embeds, for a pipeline without a text encoder.
         call: what else the pipeline is called with, such as height, width, num_frames, num_inference_steps, guidance_scale.
         seeds: of the CPU generator that makes the initial noise.
-        metrics: names out of `METRICS`. One that cannot be computed here gives rows without value that say why.
+        metrics: names out of `METRICS`, of any kind. One that cannot be computed here gives rows without value that say why.
         rounds: how many patched runs of each clip are timed, each between two dense ones.
         show: at most so many clips are kept as video for the report's page.
         fps: of those videos.
@@ -112,20 +113,26 @@ def compare(
         identity = identify(pipe, plans, options, call=call, prompts=prompts, seeds=seeds, **settings)
         kept = KeptClips(Path(keep), identity)
     clips = [(prompt, seed, text) for prompt, text in zip(prompts, texts, strict=True) for seed in seeds]
-    with kept.opened() if kept else nullcontext():
+    with ExitStack() as opened:
+        if kept:
+            opened.enter_context(kept.opened())
         done = _finished(kept, clips) if kept else {}
-        scores = {name: _load(METRICS[name]) for name in metrics}
-        session = _Session(pipe, plans, options, dict(call), scores, fps)
+        scores = {name: METRICS[name].loaded() for name in metrics}
+        films = None
+        if not all(METRICS[name].scores_clips for name in metrics):
+            films = kept.films if kept else SetFilms(Path(opened.enter_context(TemporaryDirectory())), fps)
+        session = _Session(pipe, plans, options, dict(call), scores, fps, films)
         try:
             with closing(session.clips(clips, rounds, show, progress, done)) as finished:
                 for number, record in finished:
                     if kept:
                         kept.save(number, record)
                     done[number] = record
+            records = [done[number] for number in range(len(clips))]
+            sets = session.set_scores(records)
         except KeyboardInterrupt as stop:
             raise Interrupted(_left(len(done), len(clips), kept)) from stop
-    records = [done[number] for number in range(len(clips))]
-    return session.report(records, texts, seeds, rounds, kept)
+    return session.report(records, sets, texts, seeds, rounds, kept)
 
 
 class _Session:
@@ -137,11 +144,13 @@ class _Session:
         plans: dict[str, Plan],
         options: dict[str, dict[str, Any]],
         call: dict[str, Any],
-        scores: dict[str, Score | str],
+        scores: dict[str, Any],
         fps: int,
+        films: SetFilms | None,
     ) -> None:
+        """`scores`: by metric, its score function or why there is none. `films`: for metrics of sets, where there are any."""
         self.pipe, self.plans, self.options = pipe, plans, options
-        self.call, self.scores, self.fps = call, scores, fps
+        self.call, self.scores, self.fps, self.films = call, scores, fps, films
         self.bar: Callable[[str | None], None]
         stock = inspect.signature(type(pipe).__call__).parameters
         self.steps = int(call.get("num_inference_steps", stock["num_inference_steps"].default))
@@ -164,7 +173,7 @@ class _Session:
         with attribute(self.pipe, "_progress_bar_config", quiet), _bar(progress, steps) as self.bar:
             self.warm_up(*clips[left[0]][:2])
             for number in left:
-                yield number, self.clip(*clips[number], rounds, media=number < show, first=number == 0)
+                yield number, self.clip(number, *clips[number], rounds, media=number < show)
 
     def warm_up(self, prompt: Prompt, seed: int) -> None:
         """A few steps of everything, so that compilation and first allocations fall outside the timed runs, and what cannot
@@ -185,11 +194,13 @@ class _Session:
         video = {"frames": layout.frames, "height": layout.height, "width": layout.width}
         self.tokens = {**video, "text": layout.text_tokens}
 
-    def clip(self, prompt: Prompt, seed: int, text: str, rounds: int, media: bool, first: bool) -> ClipRecord:
-        """A dense run, then rounds of a run with each subject and a dense one; after the `first` clip dense under a patch."""
+    def clip(self, index: int, prompt: Prompt, seed: int, text: str, rounds: int, media: bool) -> ClipRecord:
+        """A dense run, then rounds of a run with each subject and a dense one; after the first clip dense under a patch."""
         noise = SharedNoise(seed)
         seen = {name: Seen() for name in (BASELINE, *self.plans)}
         dense = self._run(BASELINE, prompt, noise, text, seen)
+        self._score(seen[BASELINE], dense.frames, None)
+        lossless = self._keep_for_sets(BASELINE, index, dense.frames)
         films = {BASELINE: encode(dense.frames, self.fps)} if media else {}
         differences: dict[str, bytes] = {}
         repeat: list[float] = []
@@ -197,14 +208,14 @@ class _Session:
             for name in self.plans:
                 run = self._run(name, prompt, noise, text, seen)
                 if number == 0:
-                    for metric, score in self.scores.items():
-                        seen[name].scores[metric] = score_clip(METRICS[metric], score, dense.frames, run.frames)
+                    self._score(seen[name], run.frames, dense.frames)
+                    lossless |= self._keep_for_sets(name, index, run.frames)
                     if media:
                         films[name] = encode(run.frames, self.fps)
                         differences[name] = encode_difference(dense.frames, run.frames, self.fps)
             again = self._run(BASELINE, prompt, noise, text, seen)
             repeat.append(largest_difference(dense.frames, again.frames))
-        patched = self._dense_attention(prompt, noise, text, seen[BASELINE]) if first else None
+        patched = self._dense_attention(prompt, noise, text, seen[BASELINE]) if index == 0 else None
         numbers = ClipNumbers(
             prompt=text,
             seed=seed,
@@ -214,8 +225,31 @@ class _Session:
             repeat=repeat,
             patch_difference=None if patched is None else largest_difference(dense.frames, patched.frames),
             fps=self.fps,
+            films=lossless,
         )
         return ClipRecord(numbers, films, differences)
+
+    def _score(self, into: Seen, frames: np.ndarray, dense: np.ndarray | None) -> None:
+        """By each metric that has a value for these frames, which are dense themselves where `dense` is None."""
+        for name, score in self.scores.items():
+            if (found := METRICS[name].of_clip(score, frames, dense)) is not None:
+                into.scores[name] = found
+
+    def _keep_for_sets(self, name: str, index: int, frames: np.ndarray) -> dict[str, str]:
+        """The sha256 of its lossless film by subject, where metrics of sets need films and the frames are finite."""
+        sha256 = self.films.save(name, index, frames) if self.films else None
+        return {name: sha256} if sha256 else {}
+
+    def set_scores(self, records: Sequence[ClipRecord]) -> dict[str, dict[str, Scored]]:
+        """By subject, dense included, and metric: the values of all clips together."""
+        if self.films is None:
+            return {}
+        clips, found = [record.numbers for record in records], {}
+        for subject in (BASELINE, *self.plans):
+            films = self.films.of(subject, clips)
+            scored = {name: METRICS[name].of_set(score, films) for name, score in self.scores.items()}
+            found[subject] = {name: value for name, value in scored.items() if value is not None}
+        return found
 
     def _dense_attention(self, prompt: Prompt, noise: SharedNoise, text: str, seen: Seen) -> PipelineRun:
         """Attention's share of a dense run, seen through an all-dense patch."""
@@ -253,11 +287,17 @@ class _Session:
         return run
 
     def report(
-        self, records: Sequence[ClipRecord], prompts: list[str], seeds: list[int], rounds: int, kept: KeptClips | None
+        self,
+        records: Sequence[ClipRecord],
+        sets: Mapping[str, Mapping[str, Scored]],
+        prompts: list[str],
+        seeds: list[int],
+        rounds: int,
+        kept: KeptClips | None,
     ) -> Report:
         numbers = [record.numbers for record in records]
         clips = tuple(Clip(record.numbers.prompt, record.numbers.seed, record.media) for record in records)
-        tallies = {name: SubjectTally.of(name, numbers) for name in (BASELINE, *self.plans)}
+        tallies = {name: SubjectTally.of(name, numbers, sets.get(name, {})) for name in (BASELINE, *self.plans)}
         provenance = self._provenance(numbers, prompts, seeds, rounds)
         dense, memory = tallies[BASELINE], memory_kind(self.pipe)
         repeat = [value for clip in numbers for value in clip.repeat]
@@ -266,10 +306,11 @@ class _Session:
             raise RuntimeError("expected the first clip to hold a dense run under a patch, found none")
         rows = [*cost_rows(BASELINE, dense, None, provenance, memory)]
         rows += noise_rows(dense, repeat, patch_difference, provenance)
+        rows += quality_rows(BASELINE, dense, None, clips, provenance)
         for name in self.plans:
             rows += cost_rows(name, tallies[name], BASELINE, provenance, memory)
             rows += speed_rows(name, tallies[name], dense, clips, provenance)
-            rows += quality_rows(name, tallies[name], clips, provenance)
+            rows += quality_rows(name, tallies[name], dense, clips, provenance)
         subjects = tuple(Subject(name, plan, tallies[name].layers) for name, plan in self.plans.items())
         return Report(tuple(rows), clips, subjects, provenance, kept)
 
@@ -285,9 +326,10 @@ class _Session:
             kind = {"class": type(model).__name__, "dtype": str(model.dtype).removeprefix("torch.")}
             transformers[name] = {**kind, **asdict(shape)}
         frames, height, width = clips[0].shape
+        packages = dict.fromkeys((*DISTRIBUTIONS, *(each for name in self.scores for each in METRICS[name].packages)))
         return {
             "machine": machine(),
-            "versions": {**versions(DISTRIBUTIONS), **({"revision": sha} if (sha := git_sha()) else {})},
+            "versions": {**versions(tuple(packages)), **({"revision": sha} if (sha := git_sha()) else {})},
             "pipeline": {
                 "class": type(self.pipe).__name__,
                 "device": str(device_of(self.pipe)),
@@ -336,14 +378,6 @@ def _options(subject: PlanLike) -> dict[str, Any]:
     """What is not in the plan itself, and so is said again at each patch."""
     parameters = subject[1] if isinstance(subject, tuple) else {}
     return {name: value for name, value in parameters.items() if name in ("cache_memory_fraction", "max_cache")}
-
-
-def _load(metric: Metric) -> Score | str:
-    """The score function, or why there is none."""
-    try:
-        return metric.load()
-    except MetricUnavailable as reason:
-        return printable(reason)[:LONGEST_REASON]
 
 
 def _plain(value: Any) -> Any:

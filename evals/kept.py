@@ -18,6 +18,8 @@ from torch import Tensor
 from diffusers_accel.evals.clip_record import KIND as CLIP
 from diffusers_accel.evals.clip_record import ClipRecord
 from diffusers_accel.evals.machine import git_sha, machine, versions
+from diffusers_accel.evals.metrics import METRICS
+from diffusers_accel.evals.set_films import SetFilms
 from diffusers_accel.evals.tally import BASELINE
 from diffusers_accel.families import find
 from diffusers_accel.files import (
@@ -38,7 +40,7 @@ from diffusers_accel.plan import file as plan_file
 from diffusers_accel.support.identity import components, fingerprint, model_name, plain
 
 KIND = Kind("diffusers_accel.comparison", version=1, remedy="delete its folder to measure again, or name another")
-RUN, LOCK = "comparison.json", ".comparison.json.lock"
+RUN, LOCK, FILMS = "comparison.json", ".comparison.json.lock", "films"
 CLIPS = "clip-*.safetensors"
 WHICH = ("torch", "triton", "diffusers", "diffusers-accel")
 
@@ -132,14 +134,22 @@ class KeptClips:
                 f"{printable(path)}: expected the clip of {quoted(prompt)[:100]} with seed {seed}, found that of "
                 f"{quoted(numbers.prompt)[:100]} with seed {numbers.seed}; was it renamed? {CLIP.remedy.capitalize()}"
             )
-        expected = {BASELINE: set(), **{name: set(self.identity.metrics) for name in self.identity.subjects}}
+        per_clip = {name for name in self.identity.metrics if METRICS[name].scores_clips}
+        of_dense = {name for name in per_clip if METRICS[name].scores_dense}
+        expected = {BASELINE: of_dense, **dict.fromkeys(self.identity.subjects, per_clip)}
         found = {name: set(seen.scores) for name, seen in numbers.seen.items()}
         if found != expected or any(bool(seen.layers) == (name == BASELINE) for name, seen in numbers.seen.items()):
             raise FileError(
                 f"{printable(path)}: expected what was seen of {quoted(list(expected))} by {quoted(self.identity.metrics)}, "
                 f"found other subjects or metrics; {CLIP.remedy}"
             )
+        self.films.check(number, numbers.films, CLIP.remedy)
         return record
+
+    @property
+    def films(self) -> SetFilms:
+        """The films for metrics of sets, whose sha256 the clips hold."""
+        return SetFilms(self.folder / FILMS, self.identity.fps)
 
     def save(self, number: int, record: ClipRecord) -> None:
         """Writes a finished clip; raises WriteError where it cannot, and the clips before are kept."""
@@ -152,6 +162,7 @@ class KeptClips:
             with only_writer(self.folder / RUN, "another comparison writes into this folder"):
                 for path in (*self.folder.glob(CLIPS), *self.folder.glob(".*.tmp"), self.folder / RUN):
                     path.unlink(missing_ok=True)
+                self.films.remove()
             (self.folder / LOCK).unlink(missing_ok=True)
             self.folder.rmdir()
 

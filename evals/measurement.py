@@ -15,6 +15,7 @@ import numpy as np
 from diffusers_accel.files import FileError, Kind, Schema, load_document, printable, save_document
 
 KIND = Kind("diffusers_accel.report", version=2, remedy="make the report again")
+Better = Literal["higher", "lower", "closer", "neither"]  # closer: to the value of dense; a change to 0
 Index = Annotated[int, msgspec.Meta(ge=0)]  # of a list in the same file
 CONFIDENCE = 0.95
 MIN_FOR_INTERVAL = 3  # a bootstrap of two values only ever draws those two
@@ -46,7 +47,7 @@ class Measurement:
     metric: str
     value: float | None
     unit: str
-    better: Literal["higher", "lower", "neither"]
+    better: Better
     subject: str
     baseline: str | None
     provenance: Mapping[str, Any] = field(repr=False)
@@ -131,7 +132,7 @@ class _Row(Schema, frozen=True, omit_defaults=True):
     metric: str
     value: float | None
     unit: str
-    better: Literal["higher", "lower", "neither"]
+    better: Better
     subject: str
     provenance: Index
     baseline: str | None = None

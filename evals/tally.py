@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from diffusers_accel.evals.clip_record import ClipNumbers
 from diffusers_accel.evals.measurement import Measurement, Spread, summarise
-from diffusers_accel.evals.metrics import METRICS, Score
+from diffusers_accel.evals.metrics import METRICS, AnyMetric, Scored
 from diffusers_accel.evals.report import Clip
 
 BASELINE = "dense"
@@ -28,14 +28,15 @@ class SubjectTally:
     shares: list[float] = field(default_factory=list)  # of attention in the time of that very run
     peaks: list[int] = field(default_factory=list)
     densities: list[float] = field(default_factory=list)
-    scores: dict[str, list[tuple[float | None, str | None]]] = field(default_factory=dict)  # metric -> per clip
+    scores: dict[str, list[Scored]] = field(default_factory=dict)  # metric -> per clip
+    sets: Mapping[str, Scored] = field(default_factory=dict)  # metric -> of all clips together
     layers: list[dict[str, Any]] = field(default_factory=list)  # rows of `Patch.report()`, of the last run
     remarks: list[str] = field(default_factory=list)  # its notes on the patch as a whole, of all clips
 
     @staticmethod
-    def of(name: str, clips: Sequence[ClipNumbers]) -> SubjectTally:
+    def of(name: str, clips: Sequence[ClipNumbers], sets: Mapping[str, Scored]) -> SubjectTally:
         """Of all clips of one subject."""
-        tally = SubjectTally()
+        tally = SubjectTally(sets=sets)
         for seen in (clip.seen[name] for clip in clips):
             tally.times.append(seen.times)
             tally.attention += seen.attention
@@ -57,7 +58,7 @@ class SubjectTally:
         return "; ".join([*layers, *self.remarks]) or None
 
 
-def _over_clips(found: Sequence[tuple[float | None, str | None]]) -> tuple[float | None, Spread | None, str | None]:
+def _over_clips(found: Sequence[Scored]) -> tuple[float | None, Spread | None, str | None]:
     """Mean and spread over the clips that have a value, and a note about the others."""
     values = [value for value, _ in found if value is not None]
     notes = list(dict.fromkeys(note for value, note in found if value is None and note))
@@ -69,17 +70,48 @@ def _over_clips(found: Sequence[tuple[float | None, str | None]]) -> tuple[float
 
 
 def quality_rows(
-    name: str, tally: SubjectTally, clips: Sequence[Clip], provenance: dict[str, Any]
+    name: str, tally: SubjectTally, dense: SubjectTally | None, clips: Sequence[Clip], provenance: dict[str, Any]
 ) -> Iterator[Measurement]:
-    """Each metric over all clips, then per clip."""
+    """Each metric over all clips and its change from `dense`, then per clip; of dense itself where `dense` is None."""
     for metric_name, found in tally.scores.items():
-        metric = METRICS[metric_name]
-        mean, spread, note = _over_clips(found)
-        yield Measurement(metric_name, mean, metric.unit, metric.better, name, BASELINE, provenance, spread, note=note)
-        for clip, (value, why) in zip(clips, found, strict=True):
-            yield Measurement(
-                metric_name, value, metric.unit, metric.better, name, BASELINE, provenance, clip=clip.key, note=why
-            )
+        beside = dense.scores.get(metric_name) if dense else None
+        yield from _over_all(METRICS[metric_name], name, found, beside, provenance)
+        for clip, scored in zip(clips, found, strict=True):
+            yield _row(METRICS[metric_name], name, scored, provenance, clip.key)
+    for metric_name, scored in tally.sets.items():
+        beside = [dense.sets[metric_name]] if dense else None
+        yield from _over_all(METRICS[metric_name], name, [scored], beside, provenance)
+
+
+def _over_all(
+    metric: AnyMetric, name: str, found: list[Scored], dense: list[Scored] | None, provenance: dict[str, Any]
+) -> Iterator[Measurement]:
+    mean, spread, note = _over_clips(found)
+    yield _row(metric, name, (mean, note), provenance, spread=spread)
+    if dense:
+        mean, spread, note = _over_clips([_change(mine, theirs) for mine, theirs in zip(found, dense, strict=True)])
+        yield _row(metric, name, (mean, note), provenance, spread=spread, label=metric.change)
+
+
+def _row(
+    metric: AnyMetric,
+    name: str,
+    scored: Scored,
+    provenance: dict[str, Any],
+    clip: Mapping[str, Any] | None = None,
+    spread: Spread | None = None,
+    label: str = "",
+) -> Measurement:
+    value, note = scored
+    baseline = None if name == BASELINE else BASELINE
+    label = label or metric.name
+    return Measurement(label, value, metric.unit, metric.better, name, baseline, provenance, spread, clip, note)
+
+
+def _change(mine: Scored, theirs: Scored) -> Scored:
+    if mine[0] is None or theirs[0] is None:
+        return None, mine[1] if mine[0] is None else theirs[1]
+    return mine[0] - theirs[0], None
 
 
 def cost_rows(
@@ -122,7 +154,7 @@ def noise_rows(
         )
 
 
-def protocol(scores: Mapping[str, Score | str], clips: int, rounds: int, memory: str) -> list[str]:
+def protocol(metrics: Iterable[str], clips: int, rounds: int, memory: str) -> list[str]:
     """How the numbers were made, in sentences."""
     return [
         f"{clips} clips (every prompt with every seed). The baseline is the same pipeline, unpatched. For each clip the initial "
@@ -132,12 +164,16 @@ def protocol(scores: Mapping[str, Score | str], clips: int, rounds: int, memory:
         "each patched clip starts from a fresh patch, so that making its block lists is inside its time.",
         "The speed-up of a clip is its median dense time over its median patched time; the speed-up of a subject is the median "
         "over clips.",
-        "Quality is measured on raw float frames against the dense frames of the first run, never on compressed video: per "
-        "frame, averaged over the frames of a clip, then over clips. "
-        + " ".join(f"{METRICS[name].title}: {METRICS[name].protocol}" for name in scores),
+        *_of_metrics([METRICS[name] for name in metrics]),
         "Spread is the sample standard deviation over clips and, from three clips on, the 95 % bootstrap interval (percentile).",
         "Density is the computed share of block pairs over the whole run, dense steps and layers included.",
         "Attention time is the time inside self-attention; that of the baseline comes from one extra run of the first clip "
         "under an all-dense patch.",
         f"Peak memory: {memory}.",
     ]
+
+
+def _of_metrics(metrics: Sequence[AnyMetric]) -> list[str]:
+    """A line for each kind of metric that is measured."""
+    lines = {metric.about: [each for each in metrics if each.about == metric.about] for metric in metrics}
+    return [" ".join([about, *(f"{each.title}: {each.protocol}" for each in some)]) for about, some in lines.items()]

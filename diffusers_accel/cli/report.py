@@ -66,10 +66,10 @@ def report(
     from diffusers_accel.evals.arguments import check_asked
     from diffusers_accel.evals.compare import compare
     from diffusers_accel.evals.kept import check_keep
-    from diffusers_accel.evals.metrics import METRICS
+    from diffusers_accel.evals.metrics import DEFAULT
     from diffusers_accel.evals.report import check_report_folder
 
-    metrics, seeds = metric or tuple(METRICS), seed or [0]
+    metrics, seeds = metric or DEFAULT, seed or [0]
     check_whole("--rounds", rounds)
     for each in seeds:
         check_seed(each)

@@ -1,10 +1,45 @@
-"""Full-reference quality metrics of clips. A new one is one file and one line here."""
+"""Quality metrics of three kinds: of frames beside dense ones, of one clip, of a set of clips.
 
+A new one is one file here that makes a `FrameMetric`, `ClipMetric` or `SetMetric`, and a line in `METRICS` (with its import).
+"""
+
+from diffusers_accel.evals.metrics.clip_metric import ClipMetric, ClipScore
+from diffusers_accel.evals.metrics.clip_set import ClipSet, SetClip
+from diffusers_accel.evals.metrics.flickering import FLICKERING
+from diffusers_accel.evals.metrics.frame_metric import FrameMetric, FrameScore
 from diffusers_accel.evals.metrics.lpips import LPIPS
-from diffusers_accel.evals.metrics.metric import Metric, MetricUnavailable, Score, score_clip
+from diffusers_accel.evals.metrics.metric import AnyMetric, MetricUnavailable, Scored
+from diffusers_accel.evals.metrics.ms_ssim import MS_SSIM
 from diffusers_accel.evals.metrics.psnr import PSNR
+from diffusers_accel.evals.metrics.set_metric import SetMetric, SetScore
 from diffusers_accel.evals.metrics.ssim import SSIM
+from diffusers_accel.evals.metrics.vmaf import VMAF
 
-METRICS: dict[str, Metric] = {metric.name: metric for metric in (PSNR, SSIM, LPIPS)}
+METRICS: dict[str, AnyMetric] = {
+    each.name: each
+    for each in (
+        PSNR,
+        SSIM,
+        LPIPS,
+        FLICKERING,
+        MS_SSIM,
+        VMAF,
+    )
+}
+DEFAULT = (PSNR.name, SSIM.name, LPIPS.name)  # what the field reports; others are measured where they are asked for
 
-__all__ = ["METRICS", "Metric", "MetricUnavailable", "Score", "score_clip"]
+__all__ = [
+    "DEFAULT",
+    "METRICS",
+    "AnyMetric",
+    "ClipMetric",
+    "ClipScore",
+    "ClipSet",
+    "FrameMetric",
+    "FrameScore",
+    "MetricUnavailable",
+    "Scored",
+    "SetClip",
+    "SetMetric",
+    "SetScore",
+]

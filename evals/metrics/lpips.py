@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusers_accel.evals.metrics import lpips_weights
-from diffusers_accel.evals.metrics.metric import Metric, Score
+from diffusers_accel.evals.metrics.frame_metric import FrameMetric, FrameScore
 
 BATCH = 16  # frames at a time
 # AlexNet's convolutions as (stride, padding, whether a 3 x 3 max pool of stride 2 comes first).
@@ -52,7 +52,7 @@ def _unit(x: Tensor) -> Tensor:
     return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
 
-def scorer(pair_distance: Callable[[Tensor, Tensor], Tensor]) -> Score:
+def scorer(pair_distance: Callable[[Tensor, Tensor], Tensor]) -> FrameScore:
     """A score of clips from a distance of `[N, 3, H, W]` pairs in -1..1."""
 
     @torch.no_grad()
@@ -66,7 +66,7 @@ def scorer(pair_distance: Callable[[Tensor, Tensor], Tensor]) -> Score:
     return score
 
 
-def _load() -> Score:
+def _load() -> FrameScore:
     try:
         import lpips as package
 
@@ -78,12 +78,15 @@ def _load() -> Score:
         return scorer(lambda a, b: distance(a, b, weights))
 
 
-LPIPS = Metric(
+LPIPS = FrameMetric(
     name="lpips",
     title="LPIPS",
     unit="",
+    range="0 upwards",
     better="lower",
     protocol="AlexNet, version 0.1 (Zhang et al. 2018), per frame, at the clip's own size; 0 is identical.",
     smallest=32,
     load=_load,
+    packages=("lpips",),
+    needs="weights, fetched once (64 MB), or the extra `lpips`",
 )

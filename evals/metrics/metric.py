@@ -1,75 +1,125 @@
-"""What a quality metric is: a name, a direction, and a score per frame."""
+"""What all quality metrics have in common; the three kinds are in `frame_metric`, `clip_metric` and `set_metric`."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 
-# (reference, frames), both [F, H, W, 3] float32 in 0..1 -> [F] float64
-Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
+from diffusers_accel.evals.metrics.clip_set import ClipSet
+from diffusers_accel.files import printable
+
+S = TypeVar("S")
+Scored = tuple[float | None, str | None]  # a value and, where there is something to say of it, a note; or None and why
+LONGEST_REASON = 300  # characters of why a metric is missing, which each of its rows repeats
 
 
 class MetricUnavailable(RuntimeError):
     """The metric cannot be computed here; the message says why and what to do."""
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A full-reference metric of frames.
+@dataclass(frozen=True, kw_only=True)
+class Metric(ABC, Generic[S]):
+    """A quality metric of any kind.
 
     Attributes:
         name: key in `METRICS` and in reports.
         title: as the field writes it.
         unit: "" for a plain number.
-        better: the direction.
-        protocol: one sentence on how it is computed and on its range.
-        smallest: least height and width in pixels.
+        range: the values that it can take, such as "0 to 1".
+        better: the direction; "closer" where the value of the dense clip is the best there is.
+        protocol: one sentence on how it is computed, its source, and which value means what.
         load: gives the score function; raises MetricUnavailable. Called once per report, before any clip is made.
+        needs: what it needs beside the extra `eval`; "" for nothing.
+        packages: that compute it; a report says their versions.
+        digits: shown after the decimal point.
     """
+
+    kind: ClassVar[str]  # what it looks at, in a word
+    about: ClassVar[str]  # a sentence for the protocol of a report, before the sentences of the metrics of this kind
+    scores_clips: ClassVar[bool] = True  # whether each clip has a value
+    scores_dense: ClassVar[bool] = True  # whether dense has a value too, so that the change from it can be shown
 
     name: str
     title: str
     unit: str
-    better: Literal["higher", "lower"]
+    range: str
+    better: Literal["higher", "lower", "closer"]
     protocol: str
-    smallest: int
-    load: Callable[[], Score]
+    load: Callable[[], S]
+    needs: str = ""
+    packages: tuple[str, ...] = ()
+    digits: int = 4
 
-    def refuses(self, frames: np.ndarray) -> str | None:
-        """Why clips of this shape cannot be scored, or None."""
-        height, width = frames.shape[1:3]
-        if min(height, width) < self.smallest:
-            return f"{self.title} needs frames of at least {self.smallest} x {self.smallest} pixels, found {height} x {width}"
+    @property
+    def change(self) -> str:
+        """The name of the rows that say how far it is from its value for dense."""
+        return f"{self.name}_change"
+
+    def loaded(self) -> S | str:
+        """The score function, or why there is none."""
+        try:
+            return self.load()
+        except MetricUnavailable as reason:
+            return printable(reason)[:LONGEST_REASON]
+
+    def of_clip(self, score: S | str, frames: np.ndarray, dense: np.ndarray | None) -> Scored | None:
+        """The value of one clip; None where this kind has none.
+
+        Args:
+            score: what `loaded` gave.
+            frames: [F, H, W, 3] float32 in 0..1.
+            dense: the same clip of the dense pipeline; None where `frames` are that clip.
+        """
+        return None
+
+    def of_set(self, score: S | str, clips: ClipSet) -> Scored | None:
+        """The value of all clips of one subject; None where this kind has none."""
         return None
 
 
-def per_frame(score: Callable[[np.ndarray, np.ndarray], float]) -> Score:
-    """A score of one frame, applied to every frame of a clip."""
-    return lambda reference, frames: np.array([score(a, b) for a, b in zip(reference, frames, strict=True)], np.float64)
+@dataclass(frozen=True, kw_only=True)
+class PerClipMetric(Metric[S]):
+    """A metric that has a value for each clip as soon as that is made.
+
+    Attributes:
+        smallest: least height and width in pixels.
+        fewest: least number of frames.
+    """
+
+    smallest: int = 1
+    fewest: int = 1
+
+    def of_clip(self, score: S | str, frames: np.ndarray, dense: np.ndarray | None) -> Scored | None:
+        if dense is None and not self.scores_dense:
+            return None
+        if reason := score if isinstance(score, str) else self.refuses(frames, dense):
+            return not_measured(reason)
+        assert not isinstance(score, str)
+        try:
+            return self.measured(score, frames, dense)
+        except MetricUnavailable as failed:
+            return not_measured(printable(failed)[:LONGEST_REASON])
+
+    def refuses(self, frames: np.ndarray, dense: np.ndarray | None) -> str | None:
+        """Why this clip cannot be scored, or None."""
+        count, height, width = frames.shape[:3]
+        if min(height, width) < self.smallest:
+            return f"{self.title} needs frames of at least {self.smallest} x {self.smallest} pixels, found {height} x {width}"
+        if count < self.fewest:
+            return f"{self.title} needs at least {self.fewest} frames, found {count}"
+        return None if np.isfinite(frames).all() else "the frames hold NaN or infinite values"
+
+    @abstractmethod
+    def measured(self, score: S, frames: np.ndarray, dense: np.ndarray | None) -> Scored:
+        """The value of a clip that is not refused."""
 
 
-def score_clip(
-    metric: Metric, score: Score | str, reference: np.ndarray, frames: np.ndarray
-) -> tuple[float | None, str | None]:
-    """Mean over the frames that have a finite score, and a note about the others."""
-    if isinstance(score, str):
-        return None, f"not measured: {score}"
-    if reference.shape != frames.shape:
-        return None, f"not measured: the dense clip is {list(reference.shape)}, the patched one {list(frames.shape)}"
-    if reason := metric.refuses(frames):
-        return None, f"not measured: {reason}"
-    if not np.isfinite(frames).all() or not np.isfinite(reference).all():
-        return None, "not measured: the frames hold NaN or infinite values"
-    values = score(reference, frames)
-    finite = values[np.isfinite(values)]
-    if finite.size == 0:
-        return None, "identical"
-    note = (
-        None
-        if finite.size == values.size
-        else f"{values.size - finite.size} of {values.size} frames identical, left out"
-    )
-    return float(finite.mean()), note
+def not_measured(reason: str) -> Scored:
+    return None, f"not measured: {reason}"
+
+
+AnyMetric = Metric[Any]

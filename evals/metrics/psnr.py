@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from diffusers_accel.evals.metrics.metric import Metric, Score, per_frame
+from diffusers_accel.evals.metrics.frame_metric import FrameMetric, FrameScore, per_frame
 
 
-def _load() -> Score:
+def _load() -> FrameScore:
     from skimage.metrics import peak_signal_noise_ratio
 
     def psnr(reference: np.ndarray, frame: np.ndarray) -> float:
@@ -20,13 +20,15 @@ def _load() -> Score:
     return per_frame(psnr)
 
 
-PSNR = Metric(
+PSNR = FrameMetric(
     name="psnr",
     title="PSNR",
     unit="dB",
+    range="0 upwards",
     better="higher",
     protocol="scikit-image, per frame, data range 1; identical frames, which have no finite PSNR, are left out of the mean "
     "and counted.",
-    smallest=1,
     load=_load,
+    packages=("scikit-image",),
+    digits=2,
 )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffusers_accel.evals.metrics.metric import Metric, Score, per_frame
+from diffusers_accel.evals.metrics.frame_metric import FrameMetric, FrameScore, per_frame
 
 WINDOW = 7
 
 
-def _load() -> Score:
+def _load() -> FrameScore:
     from skimage.metrics import structural_similarity
 
     def ssim(reference: np.ndarray, frame: np.ndarray) -> float:
@@ -18,13 +18,15 @@ def _load() -> Score:
     return per_frame(ssim)
 
 
-SSIM = Metric(
+SSIM = FrameMetric(
     name="ssim",
     title="SSIM",
     unit="",
+    range="-1 to 1",
     better="higher",
     protocol=f"scikit-image, per frame, uniform {WINDOW} x {WINDOW} window, mean over the colour channels, data range 1; 1 "
     "is identical.",
     smallest=WINDOW,
     load=_load,
+    packages=("scikit-image",),
 )

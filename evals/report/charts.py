@@ -10,7 +10,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from diffusers_accel.evals.measurement import Measurement
-from diffusers_accel.evals.metrics import METRICS
+from diffusers_accel.evals.metrics import METRICS, AnyMetric
 from diffusers_accel.evals.report.findings import Findings
 from diffusers_accel.files import printable
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 INK, LINE = "#000001", "#000002"
 SERIES = tuple(f"#00001{i}" for i in range(6))
 SHORT, LONGEST = 14, 28  # characters of a name in a legend of two columns, and in any
+BETTER = {"higher": "↑ better", "lower": "↓ better", "closer": "nearer dense: better"}
+DASHED = (0, (4, 3))
 MARKERS = ("o", "s", "D", "^", "v", "P")
 _VARIABLES = {INK: "var(--ink)", LINE: "var(--line)"} | {c: f"var(--series-{i})" for i, c in enumerate(SERIES)}
 _STYLE: dict[Any, Any] = {
@@ -49,7 +51,7 @@ def quality_speed(report: Findings) -> list[str]:
     for metric in METRICS.values():
         points = [_point(report, metric.name, subject.name) for subject in report.subjects]
         if any(points):
-            charts.append(_quality_chart(metric.name, points))
+            charts.append(_quality_chart(metric, report.row(metric.name, "dense"), points))
     return charts
 
 
@@ -70,11 +72,13 @@ def _point(
     return subject, speed, quality, dots
 
 
-def _quality_chart(name: str, points: Sequence[Any]) -> str:
-    metric = METRICS[name]
+def _quality_chart(metric: AnyMetric, dense: Measurement | None, points: Sequence[Any]) -> str:
+    """With a second dashed line where dense has a value of its own."""
 
     def draw(axes: Axes) -> None:
-        axes.axvline(1.0, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axvline(1.0, color=INK, linewidth=1, linestyle=DASHED)
+        if dense and dense.value is not None:
+            axes.axhline(dense.value, color=INK, linewidth=1, linestyle=DASHED)
         for i, point in enumerate(points):
             if point is None:
                 continue
@@ -92,12 +96,12 @@ def _quality_chart(name: str, points: Sequence[Any]) -> str:
         at: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "va": "top"}
         axes.annotate("dense", (1.0, 1.0), xytext=(4, 0), **at)
         axes.set_xlabel("speed-up, end to end (x)   faster →")
-        better = "↑ better" if metric.better == "higher" else "↓ better"
-        axes.set_ylabel(f"{metric.title}{f' ({metric.unit})' if metric.unit else ''}   {better}")
+        unit = f" ({metric.unit})" if metric.unit else ""
+        axes.set_ylabel(f"{metric.title}{unit}   {BETTER[metric.better]}")
         _legend(axes)
 
-    found = "; ".join(f"{p[0]}: {p[1].value:.2f}x at {p[2].value:.3f}" for p in points if p)
-    return _svg(f"quality-{name}", f"{metric.title} against speed-up. {found}", draw, (4.4, 3.3))
+    found = "; ".join(f"{p[0]}: {p[1].value:.2f}x at {p[2].value:.{metric.digits}f}" for p in points if p)
+    return _svg(f"quality-{metric.name}", f"{metric.title} against speed-up. {found}", draw, (4.4, 3.3))
 
 
 def _density_chart(report: Findings, transformer: str) -> str:

@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from diffusers_accel.evals.measurement import Measurement
-from diffusers_accel.evals.metrics import METRICS
+from diffusers_accel.evals.metrics import METRICS, AnyMetric
 from diffusers_accel.evals.report import charts, words
 from diffusers_accel.evals.report.colours import Colour, method_colours
 from diffusers_accel.evals.report.findings import Clip, Findings, Subject
@@ -75,11 +75,11 @@ def _visible(value: object) -> object:
 
 def _shared(report: Findings) -> dict[str, Any]:
     names = [subject.name for subject in report.subjects]
-    titles = [metric.title for metric in METRICS.values()]
+    titles = [metric.title for metric in _per_clip(report)]
     return {
         "sentences": [words.sentence(report, name) for name in names],
         "verdicts": [words.faster(report, name) for name in names],
-        "headings": words.HEADINGS,
+        "headings": words.headings(report),
         "table": [words.cells(report, name) for name in ("dense", *names)],
         "notes": _notes(report),
         "clip_headings": ("prompt", "seed", "subject", "speed-up", "time", *titles),
@@ -90,8 +90,13 @@ def _shared(report: Findings) -> dict[str, Any]:
 
 
 def _clip_row(report: Findings, clip: Clip, name: str) -> tuple[str, ...]:
-    numbers = (words.number(report.row(metric, name, clip)) for metric in ("speedup", "time", *METRICS))
-    return clip.prompt, str(clip.seed), name, *numbers
+    times = (words.number(report.row(metric, name, clip)) for metric in ("speedup", "time"))
+    qualities = (words.quality(report, metric, name, clip) for metric in _per_clip(report))
+    return clip.prompt, str(clip.seed), name, *times, *qualities
+
+
+def _per_clip(report: Findings) -> list[AnyMetric]:
+    return [metric for metric in words.measured(report) if metric.scores_clips]
 
 
 def _notes(report: Findings) -> list[str]:
@@ -170,9 +175,11 @@ def _clip(report: Findings, clip: Clip) -> dict[str, Any]:
     assert clip.media
     stacks = []
     for name, film in clip.media.videos.items():
-        rows = [(metric.title, report.row(metric.name, name, clip)) for metric in METRICS.values()]
-        scores = ", ".join(f"{title} {words.number(row)}" for title, row in rows if row and row.value is not None)
-        note = scores or ("baseline" if name == "dense" else "")
+        found = [(metric, report.row(metric.name, name, clip)) for metric in _per_clip(report)]
+        scores = [
+            f"{m.title} {words.quality(report, m, name, clip)}" for m, row in found if row and row.value is not None
+        ]
+        note = ", ".join(["baseline", *scores] if name == "dense" else scores)
         stacks.append([{"title": name, "data": _base64(film), "note": note}])
         if name in clip.media.differences:
             gain = clip.media.gain

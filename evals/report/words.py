@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections import Counter
 
 from diffusers_accel.evals.measurement import Measurement
-from diffusers_accel.evals.metrics import METRICS
-from diffusers_accel.evals.report.findings import Findings, Subject
+from diffusers_accel.evals.metrics import METRICS, AnyMetric
+from diffusers_accel.evals.report.findings import Clip, Findings, Subject
 
 UNSTEADY = 0.05  # drift between dense runs above which times are called rough
-HEADINGS = (
-    "",
-    "speed-up",
-    "time a clip",
-    "in attention",
-    "density",
-    *(m.title for m in METRICS.values()),
-    "peak memory",
-)
-DIGITS = {"speedup": 2, "psnr": 2, "ssim": 4, "lpips": 4, "density": 3}
+DIGITS = {"speedup": 2, "density": 3}  # a metric says its own
+
+
+def measured(report: Findings) -> list[AnyMetric]:
+    """The metrics that a report has rows of."""
+    names = {row.metric for row in report.rows}
+    return [metric for metric in METRICS.values() if metric.name in names]
+
+
+def headings(report: Findings) -> tuple[str, ...]:
+    """Of the table."""
+    titles = (metric.title for metric in measured(report))
+    return ("", "speed-up", "time a clip", "in attention", "density", *titles, "peak memory")
 
 
 def seconds(milliseconds: float) -> str:
@@ -35,7 +38,7 @@ def number(row: Measurement | None) -> str:
         return seconds(row.value)
     if row.unit == "bytes":
         return f"{row.value / 2**30:.2f} GiB"
-    digits = DIGITS.get(row.metric, 3)
+    digits = METRICS[row.metric].digits if row.metric in METRICS else DIGITS.get(row.metric, 3)
     std = row.spread.std if row.spread and row.metric != "density" else None
     text = (
         f"{row.value:.{digits}f}"
@@ -45,19 +48,36 @@ def number(row: Measurement | None) -> str:
     return f"{text} {row.unit}" if row.unit not in ("", "x") else text
 
 
+def quality(report: Findings, metric: AnyMetric, subject: str, clip: Clip | None = None) -> str:
+    """A metric of a subject and, where dense has one too, its change from that; "" without a row."""
+    row = report.row(metric.name, subject, clip)
+    change = _change(report, metric, subject, clip)
+    return number(row) + (f" ({change:+.{metric.digits}f} from dense)" if change is not None else "")
+
+
+def _change(report: Findings, metric: AnyMetric, subject: str, clip: Clip | None) -> float | None:
+    if clip is None:
+        row = report.row(metric.change, subject)
+        return row.value if row else None
+    mine, dense = report.row(metric.name, subject, clip), report.row(metric.name, "dense", clip)
+    if subject == "dense" or mine is None or dense is None or mine.value is None or dense.value is None:
+        return None
+    return mine.value - dense.value
+
+
 def cells(report: Findings, subject: str) -> tuple[str, ...]:
-    """One line of the table, in the order of HEADINGS."""
+    """One line of the table, in the order of `headings`."""
     reference = "reference" if subject == "dense" else ""
     attention = number(report.row("attention_time", subject))
     if share := report.row("attention_share", subject):
         attention += f" ({share.value:.0%})"
     costs = (number(report.row("time", subject)), attention, number(report.row("density", subject)))
-    quality = tuple(number(report.row(metric, subject)) or reference for metric in METRICS)
+    qualities = tuple(quality(report, metric, subject) or reference for metric in measured(report))
     return (
         subject,
         number(report.row("speedup", subject)) or "baseline",
         *costs,
-        *quality,
+        *qualities,
         number(report.row("peak_memory", subject)),
     )
 
@@ -125,9 +145,9 @@ def _verdict(report: Findings, speedup: Measurement) -> str:
 
 
 def _quality(report: Findings, subject: str) -> str:
-    rows = [row for metric in METRICS if (row := report.row(metric, subject))]
-    if not rows:
+    metrics = [metric for metric in measured(report) if report.row(metric.name, subject)]
+    if not metrics:
         return "a quality that was not measured"
-    if any(row.note == "identical" for row in rows):
+    if any(row.note == "identical" for metric in metrics if (row := report.row(metric.name, subject))):
         return "frames identical to dense"
-    return ", ".join(f"{METRICS[row.metric].title} {number(row)}" for row in rows)
+    return ", ".join(f"{metric.title} {quality(report, metric, subject)}" for metric in metrics)

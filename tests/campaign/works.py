@@ -18,6 +18,7 @@ from diffusers_accel.evals import kernel_bench as bench
 from diffusers_accel.evals.clip_record import ClipRecord
 from diffusers_accel.evals.compare import compare
 from diffusers_accel.evals.kept import KeptClips
+from diffusers_accel.evals.metrics import METRICS
 from diffusers_accel.evals.toy.training.run_state import RunState
 from diffusers_accel.methods import AxisOrder, Draft, Kept, Method, Patches
 from diffusers_accel.plan import Plan
@@ -79,13 +80,14 @@ def report(folder: Path, note: Note) -> None:
         note(f"kept clips {number + 1}")
 
     KeptClips.save = save  # type: ignore[method-assign]
+    METRICS["films"] = synthetic.FILMS  # so that there are films to lose
     subjects = {"draft": ("draft", {"density": 0.5})}
     found = compare(
         pipeline(),
         subjects,
         PROMPTS,
         call=CALL,
-        metrics=("psnr",),
+        metrics=("psnr", "films"),
         show=1,
         progress=False,
         keep=folder / "report.clips",

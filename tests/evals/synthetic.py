@@ -7,12 +7,23 @@ from typing import Any
 import numpy as np
 
 from diffusers_accel.evals.measurement import Measurement, Spread, summarise
+from diffusers_accel.evals.metrics import SetMetric
 from diffusers_accel.evals.report import Clip, Media, Report, Subject
 from diffusers_accel.evals.report.video import encode, encode_difference
 from diffusers_accel.methods import NAMED, AxisOrder, Band, Method, Recipe, Skip, Stripe
 from diffusers_accel.plan import Plan
 from diffusers_accel.shape import ModelShape
 
+# What the films of a set weigh, so that a test sees whether all of them are there and whole.
+FILMS = SetMetric(
+    name="films",
+    title="Films",
+    unit="",
+    range="0 upwards",
+    better="closer",
+    protocol="Bytes of all films.",
+    load=lambda: lambda clips: float(sum(clip.path.stat().st_size for clip in clips.clips)),
+)
 METHODS = (Method(), Method(select=Skip()), Method(select=Band(0.25)), Method(select=Band(0.5)))
 METHODS += (Method(order=AxisOrder("hwf"), select=Band(0.25)), Method(select=Stripe(0.25)))
 

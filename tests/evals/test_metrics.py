@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from diffusers_accel.evals.metrics import METRICS, MetricUnavailable, lpips, lpips_weights, score_clip
+from diffusers_accel.evals.metrics import METRICS, MetricUnavailable, lpips, lpips_weights
 from diffusers_accel.files import encode_tensors
 
 CHANNELS = (3, 5, 7, 6, 4, 8)
@@ -51,18 +52,18 @@ def test_psnr_and_ssim_equal_scikit_image_frame_by_frame() -> None:
 def test_clip_score_is_the_mean_over_frames() -> None:
     a, b = clip(0), clip(1)
     score = METRICS["psnr"].load()
-    assert score_clip(METRICS["psnr"], score, a, b) == (score(a, b).mean(), None)
+    assert METRICS["psnr"].of_clip(score, b, dense=a) == (score(a, b).mean(), None)
 
 
 def test_identical_frames_have_no_psnr_and_are_counted() -> None:
     a, b = clip(0), clip(1)
     metric, score = METRICS["psnr"], METRICS["psnr"].load()
-    assert score_clip(metric, score, a, a) == (None, "identical")
+    assert metric.of_clip(score, a, dense=a) == (None, "identical")
     b[1] = a[1]
-    value, note = score_clip(metric, score, a, b)
+    value, note = metric.of_clip(score, b, dense=a)
     assert value == np.mean([peak_signal_noise_ratio(a[i], b[i], data_range=1) for i in (0, 2)])
     assert note == "1 of 3 frames identical, left out"
-    assert score_clip(METRICS["ssim"], METRICS["ssim"].load(), a, a) == (1.0, None)
+    assert METRICS["ssim"].of_clip(METRICS["ssim"].load(), a, dense=a) == (1.0, None)
 
 
 def test_what_cannot_be_scored_says_why() -> None:
@@ -71,14 +72,15 @@ def test_what_cannot_be_scored_says_why() -> None:
     b[0, 0, 0, 0] = np.nan
     for reference, frames, why in (
         (a, b, "NaN"),
+        (b, a, "NaN"),
         (a, a[:2], r"\[2, 40, 40, 3\]"),
         (a[:, :6], a[:, :6], "at least 7 x 7 pixels, found 6 x 40"),
     ):
-        value, note = score_clip(metric, score, reference, frames)
+        value, note = metric.of_clip(score, frames, dense=reference)
         assert value is None and note and note.startswith("not measured")
         with pytest.raises(AssertionError, match=why):
             raise AssertionError(note)
-    assert score_clip(metric, "no weights", a, a) == (None, "not measured: no weights")
+    assert metric.of_clip("no weights", a, dense=a) == (None, "not measured: no weights")
 
 
 def naive_lpips(a: Tensor, b: Tensor, tree: dict[str, Any]) -> float:
@@ -278,3 +280,116 @@ def test_failed_download_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_wrong_hash_is_refused() -> None:
     with pytest.raises(MetricUnavailable, match="nothing of it was used"):
         lpips_weights._check(b"other bytes", lpips_weights.ARCHIVE_SHA256, "archive")
+
+
+def test_flickering_is_vbenchs_formula() -> None:
+    """(255 - MAE) / 255 over neighbouring frames of 8 bits, worked out pixel by pixel."""
+    metric = METRICS["temporal_flickering"]
+    score = metric.loaded()
+    levels = np.array([0, 255, 255, 51])  # differences 255, 0 and 204: their mean is 153
+    steps = (levels[:, None, None, None] * np.ones((4, 8, 8, 3)) / 255).astype(np.float32)
+    value, note = metric.of_clip(score, steps, dense=None) or (None, None)
+    assert value == pytest.approx((255 - 153) / 255) and note is None
+    bits = np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3))
+    pairs = [np.mean([abs(int(a) - int(b)) for a, b in zip(x.flat, y.flat)]) for x, y in zip(bits[:-1], bits[1:])]
+    value, _ = metric.of_clip(score, (bits / 255).astype(np.float32), dense=None) or (None, None)
+    assert value == pytest.approx((255 - np.mean(pairs)) / 255, abs=1e-6)
+    still = clip(0, frames=1).repeat(3, axis=0)
+    assert metric.of_clip(score, still, dense=clip(1)) == (1.0, None)
+    assert metric.of_clip(score, still[:1], dense=None) == (
+        None,
+        "not measured: Temporal flickering needs at least 2 frames, found 1",
+    )
+
+
+def test_ms_ssim_is_what_the_paper_says() -> None:
+    """Scale by scale with scipy: Gaussian means, contrast-structure on five scales, luminance on the last."""
+    rng = np.random.default_rng(0)
+    a = ndimage.gaussian_filter(rng.random((2, 170, 196, 3)), (0, 2, 2, 0))
+    a = ((a - a.min()) / (a.max() - a.min())).astype(np.float32)
+    b = (a + rng.normal(0, 0.05, a.shape)).clip(0, 1).astype(np.float32)
+    metric = METRICS["ms_ssim"]
+    score = metric.loaded()
+    assert not isinstance(score, str), score
+    expected = [np.mean([naive_ms_ssim(x[..., c], y[..., c]) for c in range(3)]) for x, y in zip(a, b)]
+    np.testing.assert_allclose(score(a, b), expected, rtol=1e-4)
+    assert 0.3 < expected[0] < 0.99 and score(a, a) == pytest.approx(1.0, abs=1e-6)
+    value, note = metric.of_clip(score, a[:, :160], dense=b[:, :160]) or (0.0, None)
+    assert value is None and note and "at least 161 x 161 pixels, found 160 x 196" in note
+
+
+def naive_ms_ssim(x: np.ndarray, y: np.ndarray) -> float:
+    """Of two channels in 0..1, whose sides halve four times without a rest or with one that is padded by a row of zeros."""
+    weights = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+    window = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+
+    def mean(z: np.ndarray) -> np.ndarray:
+        rows = ndimage.correlate1d(z, window, axis=0)
+        return ndimage.correlate1d(rows, window, axis=1)[5:-5, 5:-5]
+
+    product, (x, y) = 1.0, (x.astype(np.float64), y.astype(np.float64))
+    for scale, weight in enumerate(weights):
+        mx, my = mean(x), mean(y)
+        vx, vy, vxy = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
+        local = (2 * vxy + 0.03**2) / (vx + vy + 0.03**2)
+        if scale == 4:
+            local = local * (2 * mx * my + 0.01**2) / (mx * mx + my * my + 0.01**2)
+        product *= max(local.mean(), 0) ** weight
+        x, y = (halved(z) for z in (x, y))
+    return float(product)
+
+
+def halved(z: np.ndarray) -> np.ndarray:
+    """Means of 2 x 2; where a side is odd, the package pads both of its ends with zeros, one of which is used."""
+    z = np.pad(z, [(side % 2, 0) for side in z.shape])
+    return z.reshape(z.shape[0] // 2, 2, z.shape[1] // 2, 2).mean((1, 3))
+
+
+@pytest.fixture(scope="module")
+def vmaf_score() -> Any:
+    """The score function; skipped where the ffmpeg of this platform has no libvmaf."""
+    score = METRICS["vmaf"].loaded()
+    if isinstance(score, str):
+        pytest.skip(score)
+    return score
+
+
+def smooth(seed: int, frames: int, side: int) -> np.ndarray:
+    noise = ndimage.gaussian_filter(np.random.default_rng(seed).random((1, side, side + 8, 3)), (0, 2, 2, 0))
+    return ((noise - noise.min()) / (noise.max() - noise.min())).astype(np.float32).repeat(frames, axis=0)
+
+
+def test_vmaf_of_a_still_clip_beside_itself_is_what_its_model_gives(vmaf_score: Any) -> None:
+    """Features at their best without motion: 97.43 by libvmaf 3, at any size. (Nor does VMAF promise 100: its FAQ says so.)"""
+    for side in (64, 101):
+        still = smooth(0, 3, side)
+        np.testing.assert_allclose(vmaf_score(still, still), [97.43] * 3, atol=0.01)
+
+
+def test_vmaf_knows_which_clip_is_which_and_which_frame(vmaf_score: Any) -> None:
+    dense, worse = smooth(0, 4, 128), smooth(0, 4, 128)
+    worse[2] = ndimage.gaussian_filter(worse[2], (1, 1, 0))
+    scores = vmaf_score(dense, worse)
+    assert scores.shape == (4,) and scores.argmin() == 2 and scores[2] < 80 and (scores[:2] > 97).all()
+    swapped = vmaf_score(worse, dense)  # sharper than its reference: no loss of detail
+    assert swapped[2] > scores[2] + 5
+    blurred = [vmaf_score(dense, ndimage.gaussian_filter(dense, (0, s, s, 0))).mean() for s in (0.5, 1.0, 2.0)]
+    assert blurred == sorted(blurred, reverse=True)
+
+
+def test_vmaf_without_its_program_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "ffmpeg"
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+    for script, says in (
+        ("echo ' .. ssim VV->V libvmaf is not here'", "expected an ffmpeg with the filter libvmaf, found none in"),
+        ("exit 3", "there is no ffmpeg that runs: .* exit status 3"),
+    ):
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        with pytest.raises(MetricUnavailable, match=says):
+            METRICS["vmaf"].load()
+    program.write_text("#!/bin/sh\necho ' .. libvmaf VV->V'\ncase $* in *-lavfi*) echo 'no room' >&2; exit 4;; esac\n")
+    score, frames = METRICS["vmaf"].load(), smooth(0, 2, 64)
+    said = "not measured: ffmpeg ended with code 4: no room"
+    assert METRICS["vmaf"].of_clip(score, frames, dense=frames) == (None, said)

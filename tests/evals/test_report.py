@@ -293,7 +293,7 @@ def test_what_cannot_be_written_is_refused_before_and_at_saving(report: Any, tmp
 
 def test_terminal_table_has_a_column_per_subject(report: Any) -> None:
     table = report.table()
-    assert (len(table.columns), table.row_count) == (1 + 3, len(words.HEADINGS) - 1)
+    assert (len(table.columns), table.row_count) == (1 + 3, len(words.headings(report)) - 1)
     assert "1.45x ± 0.05" in str(report)
     assert "300 ms (40%)" in str(report)
 
