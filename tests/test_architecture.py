@@ -33,7 +33,7 @@ ROOMS = (
     ("search",),
     ("evals",),
     ("step_timing", "doctor"),
-    ("cli",),
+    ("cli", "__main__"),
 )
 RANK = {name: rank for rank, room in enumerate(ROOMS) for name in room}
 FRAMES = 6
