@@ -115,6 +115,27 @@ def test_help_has_a_short_name_in_every_command(command: str, capsys: pytest.Cap
         assert {"-h", "--help"} <= {word.strip("[],") for word in said.split()}
 
 
+def test_what_a_command_runs_on_is_told_alike_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every field of a Setup is an option of each command that loads a pipeline, and reaches it."""
+    words = ["--dtype", "float32", "--device", "cpu", "--offload", "model", *SMALL]
+    asked = Setup("some/pipeline", "float32", "cpu", "model", 128, 128, 5, 4, 2.0)
+    found: list[Setup] = []
+
+    def stop(setup: Setup) -> Setup:
+        found.append(setup)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(Setup, "check", stop)
+    needed = {"doctor": [], "report": ["--plan", "draft"], "search": ["--out", "p.json"]}
+    needed["calibrate"] = ["--out", "p.json", "--plan", "q.json"]
+    for command, more in needed.items():
+        with pytest.raises(ValueError, match="seen"):
+            cli.main([command, "some/pipeline", *words, *more, "--debug"])
+        with pytest.raises(ValueError, match="seen"):
+            cli.main([command, "some/pipeline", *more, "--debug"])
+    assert found == [asked, Setup("some/pipeline")] * len(needed)
+
+
 def test_plan_show_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = Plan.uniform(NAMED["pattern"](), "wan", {"transformer": ModelShape(2, 4, 64)})
     plan.save(tmp_path / "plan.json")

@@ -6,40 +6,24 @@ from typing import Annotated
 
 import typer
 
-from diffusers_accel.cli.options import (
-    DeviceFlag,
-    DtypeFlag,
-    Frames,
-    Guidance,
-    Height,
-    OffloadFlag,
-    Setup,
-    Steps,
-    Width,
-)
+from diffusers_accel.cli.options import Setup, takes_setup
 from diffusers_accel.cli.output import show
 
 
+@takes_setup
 def doctor(
     pipe: Annotated[str | None, typer.Argument(help="As for search; without it only the machine is looked at.")] = None,
     density: Annotated[
         list[float] | None, typer.Option("--density", help="To work out. May be given several times.")
     ] = None,
-    dtype: DtypeFlag = None,
-    device: DeviceFlag = None,
-    offload: OffloadFlag = "none",
-    height: Height = None,
-    width: Width = None,
-    frames: Frames = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
+    *,
+    setup: Setup,
 ) -> None:
     """Say what can run here and, with PIPE, what a sparse call could win: runs two denoising steps, no video."""
     from diffusers_accel.doctor import DENSITIES, check_densities, diagnose
 
     densities = density or DENSITIES
     check_densities(densities)
-    setup = Setup(pipe or "", dtype, device, offload, height, width, frames, steps, guidance)
     if pipe is None:
         if flags := setup.flags():
             raise ValueError(f"doctor: expected a pipeline beside {flags[0]}, found none; without one leave it out")

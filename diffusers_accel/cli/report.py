@@ -8,22 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from diffusers_accel.cli.options import (
-    DeviceFlag,
-    DtypeFlag,
-    Frames,
-    Guidance,
-    Height,
-    OffloadFlag,
     Pipe,
     PromptFile,
     Prompts,
     Setup,
-    Steps,
-    Width,
+    takes_setup,
 )
 from diffusers_accel.cli.output import show
 
 
+@takes_setup
 def report(
     pipe: Pipe,
     plan: Annotated[
@@ -45,14 +39,8 @@ def report(
         list[int] | None,
         typer.Option("--seed", help="May be given several times. (default: 0)"),
     ] = None,
-    dtype: DtypeFlag = None,
-    device: DeviceFlag = None,
-    offload: OffloadFlag = "none",
-    height: Height = None,
-    width: Width = None,
-    frames: Frames = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
+    *,
+    setup: Setup,
 ) -> None:
     """Compare plans with dense attention, same prompts, seeds and noise: speed, quality, and the clips side by side.
 
@@ -60,7 +48,7 @@ def report(
     """
     from diffusers_accel.cli.arguments import check_seed, check_whole, find_prompts, read_subjects
 
-    setup = Setup(pipe, dtype, device, offload, height, width, frames, steps, guidance).check()
+    setup.check()
     texts = find_prompts(pipe, prompt, prompts, for_search=False)
     # Now: they need the packages of the extra `eval`, without which the above is refused too.
     from diffusers_accel.evals.arguments import check_asked
