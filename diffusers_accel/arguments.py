@@ -13,7 +13,7 @@ import msgspec
 from diffusers_accel.files import quoted
 from diffusers_accel.forwards import NAMED_FORWARDS, PREDICTORS, RULES, Forwards
 from diffusers_accel.methods import NAMED, SELECTS, Recipe
-from diffusers_accel.methods.former import by_present_names
+from diffusers_accel.methods.former import by_present_names, no_parameter
 from diffusers_accel.support.suggest import closest
 
 NAMES: dict[str, Callable[..., Recipe | Forwards]] = {**NAMED, **NAMED_FORWARDS}
@@ -43,9 +43,7 @@ def checked_parameters(name: str, parameters: Mapping[str, Any]) -> dict[str, An
     given = by_present_names(parameters, known, f"{name!r}")
     for parameter, value in given.items():
         if parameter not in known:
-            raise TypeError(
-                f"{name!r} has no parameter {parameter!r}; {meant(parameter, known)}it has {', '.join(known) or 'none'}"
-            )
+            raise no_parameter(repr(name), parameter, known)
         try:
             msgspec.convert(value, types[parameter])
         except msgspec.ValidationError:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import torch
 
 from diffusers_accel import Plan, patch
 from diffusers_accel.families import find
-from diffusers_accel.methods import NAMED, Band, Draft, Method, Recipe
+from diffusers_accel.methods import NAMED, AxisOrder, Band, Draft, Drop, Kept, Method, Pooled, Recipe, SubBlock
 from tests.tiny import LAYERS, tiny_wan
 
 
@@ -66,6 +70,33 @@ def test_wrong_plans_and_parameters(plan: Any, parameters: Any, error: Any, mess
 def test_stages_of_the_wrong_type(build: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    ("stage", "given", "message"),
+    [
+        (Draft, {"mass": 0.9}, "Draft has no parameter 'mass', which is now called 'top_p': write that instead"),
+        (Draft, {"density": 0.3, "floor": 2}, "'floor', which is now called 'min_blocks'"),
+        (Draft, {"hold": 2}, "'hold', which is now called 'reselect_every'"),
+        (Draft, {"rule": "row"}, "'rule', which is now called 'per'"),
+        (SubBlock, {"floor": 2}, "SubBlock has no parameter 'floor', which is now called 'min_blocks'"),
+        (Kept, {"every": 2}, "Kept has no parameter 'every', which is now called 'refresh_every'"),
+        (Draft, {"densty": 0.3}, "no parameter 'densty'; did you mean 'density'? it has density, top_p"),
+        (Band, {"mass": 0.3}, "Band has no parameter 'mass'; it has density, first_frame"),
+        (AxisOrder, {"axis": "hwf"}, "AxisOrder has no parameter 'axis'; did you mean 'axes'? it has axes"),
+        (Pooled, {"every": 2}, "Pooled has no parameter 'every'; it has none"),
+    ],
+)
+def test_parameters_that_a_stage_does_not_have(stage: Any, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        stage(**given)
+
+
+@pytest.mark.parametrize(
+    "stage", [Draft(0.3, min_blocks=2), SubBlock(parts=2), Band(0.4), Kept(refresh_every=2), Drop()]
+)
+def test_stages_are_copied_and_pickled(stage: Any) -> None:
+    assert copy.deepcopy(stage) == pickle.loads(pickle.dumps(stage)) == replace(stage) == stage
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods.blocks import BLOCK
 from diffusers_accel.methods.order import Order
+from diffusers_accel.methods.stage import Stage
 from diffusers_accel.methods.uses import Tensors, Uses
 
 Wants = Literal["", "means", "tokens"]
@@ -41,7 +42,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Select(ABC):
+class Select(Stage, ABC):
     """Members are frozen dataclasses, each in a file of `selects/`; their fields are what a plan file says of them.
 
     Class attributes:
