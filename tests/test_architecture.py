@@ -29,7 +29,7 @@ ROOMS = (
     ("plan",),
     ("run",),
     ("report",),
-    ("arguments", "subject", "api"),
+    ("part_names", "arguments", "subject", "api"),
     ("search",),
     ("evals",),
     ("step_timing", "doctor"),

@@ -123,6 +123,7 @@ WRONG = [
     pytest.param(f"{SEARCH} --prompts fifo", "found a device, pipe or socket", marks=posix),
     # plans
     ("report shapes --plan drat", "found 'drat'; did you mean \"draft\"?"),
+    ("report shapes --plan radial", 'Method(select=Radial())).plan.save("radial.json")'),
     ("report shapes --plan serched.json", 'did you mean "searched.json"?'),
     ("report shapes --plan half.json", "half.json: expected JSON"),
     ("report shapes --plan folder.json", "folder.json: expected a JSON file, found a folder"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from diffusers_accel.arguments import NAMES
 from diffusers_accel.files import FileError, printable, quoted, read_bytes
+from diffusers_accel.part_names import part_named, part_names
 from diffusers_accel.plan import Plan
 from diffusers_accel.search.keeping import check_places
 from diffusers_accel.search.scores import Scores
@@ -139,7 +140,12 @@ def _part(value: str) -> Plan | str:
     path = Path(value)
     if path.suffix == ".json" or (value and os.path.exists(path)):
         return read_plan(path)
-    meant = did_you_mean(value, NAMES) or did_you_mean_file(path)
+    if part := part_named(value):
+        raise ValueError(
+            f"--plan: {quoted(value)} is {part.what}, and no method by itself. In Python, this writes a plan file of it: "
+            f'{part.line}.plan.save("{value.casefold()}.json")'
+        )
+    meant = did_you_mean(value, [*NAMES, *part_names()]) or did_you_mean_file(path)
     raise ValueError(
         f"--plan: expected a method ({', '.join(NAMES)}), a plan file, or a step cache and one of these with + between them, "
         f"found {quoted(value)}{meant}"
