@@ -214,7 +214,7 @@ def patch(
     attachment._undo += [caches.clear, partitions.clear]
     for model in attachment._models:
         model.expects = partial(check_size, resolved, model.name)
-    predicting = _predict(attachment, scopes.forwards, caches) if scopes.forwards else None
+    predicting = _predict(attachment, scopes.forwards, caches, remarks) if scopes.forwards else None
     done = Patch(attachment, resolved, engines, remarks, predicting)
     LOG.info("%r", done)
     return done
@@ -262,9 +262,9 @@ def attach(pipe: Any, make_engine: Callable[[Site], Engine] | None) -> Attachmen
     return attachment
 
 
-def _predict(attachment: Attachment, forwards: Forwards, caches: CacheManager) -> Scope:
+def _predict(attachment: Attachment, forwards: Forwards, caches: CacheManager, remarks: Remarks) -> Scope:
     """Puts a step cache around the forwards of what is attached."""
-    scope = Scope(forwards, attachment._clock, caches.carry)
+    scope = Scope(forwards, attachment._clock, remarks.say, caches.carry)
     try:
         attachment._undo.append(scope.attach(attachment._models))
     except BaseException:

@@ -65,6 +65,23 @@ def test_any_plan_below_its_size_says_so_once(plan: Any, warnings: list[str]) ->
             assert done.report().notes == []
 
 
+def test_a_step_cache_that_never_predicts_says_so_before_the_first_step(warnings: list[str]) -> None:
+    pipe = tiny_wan()
+    ran: list[list[str]] = []
+    pipe.transformer.patch_embedding.register_forward_pre_hook(lambda *_: ran.append(list(warnings)))
+    with patch(pipe, "easycache") as done:
+        run(pipe, num_inference_steps=10)
+        run(pipe, num_inference_steps=10)
+        (note,) = done.report().notes
+        assert note.startswith("easycache 0.025: predicts none of the 10 steps") and f"note: {note}" in str(
+            done.report()
+        )
+        assert ran[0] == warnings == [note], "once, and before anything is computed"
+        done.clear()
+        run(pipe, num_inference_steps=12)
+        assert done.report().notes == []
+
+
 def test_realised_density_is_held_against_what_was_asked_for() -> None:
     pipe = tiny_wan()
     with patch(pipe, "draft", density=0.3, dense_steps=0.0, dense_layers=0) as done:
