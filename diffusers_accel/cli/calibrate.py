@@ -35,7 +35,8 @@ def calibrate(
     setup: Setup,
 ) -> None:
     """Find at which steps each head that reuses has to refresh, from one dense generation per prompt, and write the plan."""
-    from diffusers_accel.cli.arguments import check_out, check_seed, find_prompts, read_plan
+    from diffusers_accel.cli.arguments import check_out, check_seed, find_prompts
+    from diffusers_accel.cli.plans import read_plan
     from diffusers_accel.files import prepare_file
     from diffusers_accel.search.gates import calibrate_gates, check_gated, summary
 

@@ -24,8 +24,8 @@ def report(
         list[str],
         typer.Option(
             "--plan",
-            help="A plan file or a method, such as draft; with a step cache, easycache+draft; or NAME=PLAN. "
-            "May be given several times.",
+            help="A plan file or a method, such as draft; with parameters, draft:density=0.3:per=row, those of a list as in "
+            "schedule:steps=0/4/8; with a step cache, easycache:warm_up=4+draft; or NAME=PLAN. May be given several times.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("report"),
@@ -46,7 +46,8 @@ def report(
 
     Can be stopped and run again: finished clips are kept in OUT.partial until the report is saved.
     """
-    from diffusers_accel.cli.arguments import check_seed, check_whole, find_prompts, read_subjects
+    from diffusers_accel.cli.arguments import check_seed, check_whole, find_prompts
+    from diffusers_accel.cli.plans import check_steps, read_subjects
 
     setup.check()
     texts = find_prompts(pipe, prompt, prompts, for_search=False)
@@ -62,6 +63,7 @@ def report(
     for each in seeds:
         check_seed(each)
     subjects = read_subjects(plan)
+    check_steps(subjects, setup.call())
     check_asked(subjects, texts, metrics=metrics, seeds=seeds, rounds=rounds)
     check_report_folder(out)
     partial = out.absolute().with_name(f"{out.absolute().name}.partial")  # removed when the report is saved
