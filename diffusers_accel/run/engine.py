@@ -75,8 +75,8 @@ class PlanEngine:
         self._caches = caches
         self._remarks = remarks or Remarks()
         self._layer: Layer = (site.transformer, site.layer)
-        heads = range(site.model.shape.heads)
-        spans = [[self._method(span, head) for head in heads] for span in range(len(plan.spans))]
+        self._heads = tuple(range(site.model.shape.heads))
+        spans = [[self._method(span, head) for head in self._heads] for span in range(len(plan.spans))]
         self._mixes = [partitions.mix(methods) for methods in spans]
         savings = [
             [self._saving(method, span, head) for head, method in enumerate(methods) if method.rest.remembers]
@@ -163,6 +163,8 @@ class PlanEngine:
             self._span = span
             self._partitions.leave(self._layer)
         mix = self._mixes[span]
+        if call.heads != self._heads:  # some of the model's
+            mix = self._partitions.mix(mix.methods[head] for head in call.heads)
         if call.now is None and mix.timed:
             raise _no_clock("a selection or a part of an earlier step is reused")
         return mix
