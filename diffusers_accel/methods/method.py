@@ -16,6 +16,7 @@ import torch
 
 from diffusers_accel.files import FileError, Schema, built, quoted, shaped, tagged
 from diffusers_accel.kernels.attention import PRECISIONS, choices
+from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods.former import by_present_names
 from diffusers_accel.methods.order import Order
 from diffusers_accel.methods.orders import AxisOrder, parse_order
@@ -110,10 +111,10 @@ class Method:
         held = self.select.reselect_every
         return self.rest.period or (held if held > 1 else None)
 
-    @property
-    def expected_density(self) -> float | None:
-        """The share of the blocks that it computes, in the mean over the schedule; None where that is not known ahead."""
-        return self.rest.expected_density(self.select.expected_density)
+    def expected_density(self, layout: TokenLayout | None = None) -> float | None:
+        """The share of the blocks that it computes, in the mean over the schedule; None where that is not known ahead, for this
+        layout or, without one, for all."""
+        return self.rest.expected_density(self.select.expected_density(self.order, layout))
 
     def refuses(self, head_dim: int, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this method cannot run there, or None if it can."""

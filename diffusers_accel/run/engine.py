@@ -13,6 +13,7 @@ from diffusers_accel.call import AttentionCall
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, DENSE, Method
 from diffusers_accel.plan import Plan
+from diffusers_accel.plan.uses import made_for
 from diffusers_accel.run.launch import Output, run
 from diffusers_accel.run.memory import CacheManager, Layer
 from diffusers_accel.run.partition import Mix, Partitions
@@ -78,6 +79,7 @@ class PlanEngine:
         self._heads = tuple(range(site.model.shape.heads))
         spans = [[self._method(span, head) for head in self._heads] for span in range(len(plan.spans))]
         self._mixes = [partitions.mix(methods) for methods in spans]
+        self._made_for = made_for(plan.provenance)
         savings = [
             [self._saving(method, span, head) for head, method in enumerate(methods) if method.rest.remembers]
             for span, methods in enumerate(spans)
@@ -150,7 +152,8 @@ class PlanEngine:
 
     def _saving(self, method: Method, span: int, head: int) -> float:
         """What share of a head's dense attention is saved in a span by what it keeps."""
-        density = method.select.expected_density or 0.5  # where it is not known ahead
+        known = method.select.expected_density(method.order, self._made_for)
+        density = known or 0.5  # where it is not known ahead
         return (1 - density) * (1 - self._refreshed(method, span, head))
 
     def _mix(self, q: Tensor, call: AttentionCall) -> Mix:

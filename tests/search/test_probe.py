@@ -310,7 +310,7 @@ def test_ages_and_refreshes_of_a_cycle_are_those_that_a_method_runs_through(kept
         assert refresh_share(every) == 1 / every
         if kept:
             assert method.rest.refresh_share(None) == refresh_share(every)
-            assert method.expected_density == pytest.approx(0.3 + 0.7 * refresh_share(every))
+            assert method.expected_density() == pytest.approx(0.3 + 0.7 * refresh_share(every))
     assert mean_age(3, 0) == refresh_share(3, 0) == 0
 
 
