@@ -28,7 +28,7 @@ from diffusers_accel.methods import AUTO, NAMED, Method, Recipe
 from diffusers_accel.plan import Plan
 from diffusers_accel.plan.size import check_size, planned_size
 from diffusers_accel.report import PatchReport, strangers
-from diffusers_accel.run.engine import PlanEngine
+from diffusers_accel.run.engine import FEW_TOKENS, PlanEngine
 from diffusers_accel.run.memory import CACHE_MEMORY_FRACTION, CacheManager
 from diffusers_accel.run.partition import Partitions
 from diffusers_accel.run.remarks import Remarks
@@ -38,7 +38,6 @@ from diffusers_accel.support.former import warn_former
 from diffusers_accel.support.log import LOG
 
 PRESET = "pattern"
-FEW_TOKENS = 4096  # 32 blocks: below that a method has too few blocks to leave any out
 
 
 class Attachment:
@@ -206,18 +205,16 @@ def patch(
     partitions = Partitions(resolved.tensors)
     engines: list[PlanEngine] = []
     remarks = Remarks()
-    named = isinstance(scopes.heads, str) and scopes.heads in NAMED
-    few_tokens = FEW_TOKENS if named and _leaves_out(resolved) else 0
 
     def make_engine(site: Site) -> PlanEngine:
-        engines.append(PlanEngine(site, resolved, partitions, min_tokens, caches, remarks, few_tokens))
+        engines.append(PlanEngine(site, resolved, partitions, min_tokens, caches, remarks))
         return engines[-1]
 
     attachment = attach(pipe, make_engine if scopes.attends else None)
     attachment._undo += [caches.clear, partitions.clear]
     for model in attachment._models:
         model.expects = partial(check_size, resolved, model.name)
-    predicting = _predict(attachment, scopes.forwards, caches) if scopes.forwards else None
+    predicting = _predict(attachment, scopes.forwards, caches, remarks) if scopes.forwards else None
     done = Patch(attachment, resolved, engines, remarks, predicting)
     LOG.info("%r", done)
     return done
@@ -265,9 +262,9 @@ def attach(pipe: Any, make_engine: Callable[[Site], Engine] | None) -> Attachmen
     return attachment
 
 
-def _predict(attachment: Attachment, forwards: Forwards, caches: CacheManager) -> Scope:
+def _predict(attachment: Attachment, forwards: Forwards, caches: CacheManager, remarks: Remarks) -> Scope:
     """Puts a step cache around the forwards of what is attached."""
-    scope = Scope(forwards, attachment._clock, caches.carry)
+    scope = Scope(forwards, attachment._clock, remarks.say, caches.carry)
     try:
         attachment._undo.append(scope.attach(attachment._models))
     except BaseException:
@@ -379,11 +376,6 @@ def _check_leaves_something(recipe: Recipe, shapes: dict[str, ModelShape]) -> No
                 f"dense_layers={recipe.dense_layers} leaves nothing of {name}, which has {shape.layers} self-attention layers: "
                 f'give at most {shape.layers - 1}, or take the method "dense"'
             )
-
-
-def _leaves_out(plan: Plan) -> bool:
-    """Whether any method of a plan reads less than everything."""
-    return any(not method.select.reads_all for method in plan.methods.values())
 
 
 def _with_precision(chosen: Plan | Recipe | Method, pipe: Any, found: dict[str, Any]) -> Plan | Recipe | Method:

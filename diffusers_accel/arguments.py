@@ -13,7 +13,8 @@ import msgspec
 from diffusers_accel.files import quoted
 from diffusers_accel.forwards import NAMED_FORWARDS, PREDICTORS, RULES, Forwards
 from diffusers_accel.methods import NAMED, SELECTS, Recipe
-from diffusers_accel.methods.former import by_present_names
+from diffusers_accel.methods.former import by_present_names, no_parameter
+from diffusers_accel.part_names import part_named, part_names
 from diffusers_accel.support.suggest import closest
 
 NAMES: dict[str, Callable[..., Recipe | Forwards]] = {**NAMED, **NAMED_FORWARDS}
@@ -43,9 +44,7 @@ def checked_parameters(name: str, parameters: Mapping[str, Any]) -> dict[str, An
     given = by_present_names(parameters, known, f"{name!r}")
     for parameter, value in given.items():
         if parameter not in known:
-            raise TypeError(
-                f"{name!r} has no parameter {parameter!r}; {meant(parameter, known)}it has {', '.join(known) or 'none'}"
-            )
+            raise no_parameter(repr(name), parameter, known)
         try:
             msgspec.convert(value, types[parameter])
         except msgspec.ValidationError:
@@ -70,8 +69,11 @@ def plan_path(plan: str | os.PathLike[str]) -> Path:
     if os.path.exists(path):
         return path
     if isinstance(plan, str) and path.suffix != ".json" and len(path.parts) == 1:
+        if part := part_named(plan):
+            raise ValueError(f"{quoted(plan)} is {part.what}, and no method by itself: {part.line}")
+        known = [*NAMES, *part_names(), *_plans(path.parent)]
         raise ValueError(
-            f"{quoted(plan)} is neither a method nor a plan file that exists: {meant(plan, [*NAMES, *_plans(path.parent)])}"
+            f"{quoted(plan)} is neither a method nor a plan file that exists: {meant(plan, known)}"
             f"The methods are {', '.join(NAMES)}"
         )
     folder = "" if os.path.isdir(path.parent) else f"there is no folder {quoted(str(path.parent))} either; "

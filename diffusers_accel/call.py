@@ -21,7 +21,8 @@ class AttentionCall:
         layout: how the tokens lie.
         transformer: the pipeline's name of the model, "transformer" or "transformer_2".
         layer: number of the self-attention layer in that model.
-        heads: numbers in the model of the heads that are meant, in the order of the result.
+        heads: numbers in the model of the heads that are meant, in the order of the result: what a plan's tensors are indexed by.
+            q and the output hold these and no others, at places 0, 1, ...
         branch: the pass of guidance that runs, such as "cond": what is kept of an earlier step is that pass's alone.
         rows: (start, stop) of the model's batch rows that q, k and v hold.
         now: (step, steps) of the running generation, of the steps that run; None where nobody says.

@@ -120,14 +120,14 @@ def _exceeded(engines: Sequence[PlanEngine]) -> list[str]:
     tokens: dict[str, int] = {}
     for tally in (engine.tally for engine in engines):
         for method, read in tally.reads.items():
-            density = method.select.expected_density
+            density = method.select.expected_density(method.order, tally.layout)
             if density is not None and not method.select.reads_all:
                 asked[method.label], tokens[method.label] = density, tally.layout.tokens if tally.layout else 0
                 total = reads.setdefault(method.label, [0.0, 0.0])
                 total[0], total[1] = total[0] + read.heads, total[1] + float(read.density)
     found = {label: summed / heads for label, (heads, summed) in reads.items()}
     return [
-        f"{label}: density {density:g} was asked for, {found[label]:.2f} was read: of the {-(-tokens[label] // BLOCK):,} "
+        f"{label}: density {density:.3g} was asked for, {found[label]:.2f} was read: of the {-(-tokens[label] // BLOCK):,} "
         f"blocks of {BLOCK} tokens in {tokens[label]:,}, its own, the first frame's and those with text are always read"
         for label, density in asked.items()
         if found[label] > EXCEEDED * density

@@ -15,6 +15,7 @@ from diffusers_accel.evals.generate import RESERVED, Prompt
 from diffusers_accel.evals.metrics import METRICS
 from diffusers_accel.evals.tally import BASELINE
 from diffusers_accel.files import FileError, check_json, printable, quoted
+from diffusers_accel.forwards import Forwards
 from diffusers_accel.support.suggest import did_you_mean
 
 LONGEST_NAME, LONGEST_PROMPT = 100, 10_000  # characters
@@ -164,6 +165,15 @@ def check_seeds(seeds: Any) -> list[int]:
 def check_whole(name: str, value: Any, least: int, most: int = 10_000) -> None:
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{name}: expected a whole number from {least} to {most:,}, found {quoted(value)}")
+
+
+def check_step_caches(step_caches: Mapping[str, Forwards], steps: int) -> None:
+    """Refuses those of subjects, by name, that do not fit a call of so many steps."""
+    for name, forwards in step_caches.items():
+        try:
+            forwards.rule.check(steps)
+        except ValueError as error:
+            raise ValueError(f"subjects[{quoted(name)}]: {error}") from error
 
 
 def check_keep(keep: Any) -> None:

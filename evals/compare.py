@@ -50,6 +50,7 @@ from diffusers_accel.plan import Plan
 from diffusers_accel.plan.size import check_size
 from diffusers_accel.subject import Patchable
 from diffusers_accel.support.interrupted import Interrupted
+from diffusers_accel.support.log import LOG
 
 DISTRIBUTIONS = ("torch", "triton", "diffusers", "diffusers-accel", "numpy")  # beside those of the metrics
 # What a subject may be; a pair gives the parameters of `patch`: of a named method, and cache_memory_fraction.
@@ -154,6 +155,11 @@ class _Session:
         self.bar: Callable[[str | None], None]
         stock = inspect.signature(type(pipe).__call__).parameters
         self.steps = int(call.get("num_inference_steps", stock["num_inference_steps"].default))
+        step_caches = {name: plan.forwards for name, plan in plans.items() if plan.forwards}
+        arguments.check_step_caches(step_caches, self.steps)
+        for name, forwards in step_caches.items():
+            if remark := forwards.idle(self.steps):
+                LOG.warning("%s: %s", printable(name), remark)
         self.tokens: dict[str, int] = {}
 
     def clips(
@@ -183,7 +189,8 @@ class _Session:
         generate(self.pipe, prompt, SharedNoise(seed), call)
         for name, plan in self.plans.items():
             try:
-                with self._patched(name) as patched:
+                # A step cache adds nothing to so few steps, and may be made for more.
+                with self._patched(name, replace(plan, forwards=None)) as patched:
                     generate(self.pipe, prompt, SharedNoise(seed), call)
                     layout = patched.layout
                 assert layout is not None
@@ -260,9 +267,8 @@ class _Session:
         seen.shares.append(timer.attention_ms / run.milliseconds)
         return run
 
-    def _patched(self, name: str) -> Patch:
+    def _patched(self, name: str, plan: Plan) -> Patch:
         """With its attention patched in any case, so that its time is measured."""
-        plan = self.plans[name]
         apart: Patchable = [replace(plan, forwards=None), plan.forwards] if plan.forwards else plan
         return patch(self.pipe, apart, **self.options[name])
 
@@ -272,7 +278,7 @@ class _Session:
         if name == BASELINE:
             run = generate(self.pipe, prompt, noise, self.call, lambda: self.bar(None))
         else:
-            with self._patched(name) as patched, patched.timed() as timer:
+            with self._patched(name, self.plans[name]) as patched, patched.timed() as timer:
                 run = generate(self.pipe, prompt, noise, self.call, lambda: self.bar(None))
             report = patched.report()
             if report.density is None:

@@ -15,7 +15,6 @@ from diffusers_accel.search.recorders import recorders
 from diffusers_accel.support.suggest import did_you_mean
 
 DENSITIES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
-EVERY = 3  # steps from refresh to refresh
 AXES = ("fhw", "fwh", "hwf", "hfw", "whf", "wfh")
 
 
@@ -34,7 +33,7 @@ def candidates(
 
     - "pattern" (Sparse-vDiT): skip; band, multi-diagonal (band in "hwf" order) and calibrated stripe at all densities.
     - "draft" (DraftAttention): in patches at all densities, in "hwf" order at every other one.
-    - "cached" (FlashBlock): refreshed at every third step, on a draft in patches at every other density.
+    - "cached" (FlashBlock): refreshed as often as `Kept` does by itself, on a draft in patches at every other density.
     - "reordered" (PAROAttention): stored masks at every other density, in each of the six orders. A head may only take its
       own best order, so they count as one.
 
@@ -85,7 +84,7 @@ def _draft(densities: list[float], quantized: bool) -> list[Method]:
 def _cached(densities: list[float], quantized: bool) -> list[Method]:
     precisions = ("input", "int8") if quantized else ("input",)
     return [
-        Method(Patches(), Draft(density), precision, Kept(EVERY))
+        Method(Patches(), Draft(density), precision, Kept())
         for precision in precisions
         for density in _every_other(densities)
     ]

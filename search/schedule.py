@@ -124,16 +124,6 @@ def kept_age(spans: Sequence[tuple[float, float]], step: int, steps: int, every:
     return min(every // 2, step - first)
 
 
-def mean_age(steps: int, every: int) -> float:
-    """Mean age of what is kept over a span of `steps` steps that begins with a refresh, 0 at each refresh."""
-    return sum(step % every for step in range(steps)) / steps if steps else 0.0
-
-
-def refresh_share(steps: int, every: int) -> float:
-    """Share of a span's `steps` steps that refresh."""
-    return -(-steps // every) / steps if steps else 0.0
-
-
 def mask_steps(steps: int, segments: int) -> dict[int, int]:
     """Of each of `segments` equal segments of the schedule the middle step; there are no more segments than steps."""
     segments = min(segments, steps)

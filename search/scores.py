@@ -15,8 +15,8 @@ import numpy as np
 
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import Method
+from diffusers_accel.methods.cycle import mean_age, refresh_share
 from diffusers_accel.search.recorders import RECORDERS
-from diffusers_accel.search.schedule import mean_age, refresh_share
 from diffusers_accel.search.scores_check import check_scores, check_size
 from diffusers_accel.search.scores_data import ScoresData
 from diffusers_accel.search.scores_file import Array, CalibrationRun, read, refused, write
@@ -128,7 +128,7 @@ class Scores(ScoresData):
         self, transformer: str, periods: list[int | None], figure: Callable[[int, int], float], without: float
     ) -> Array:
         rows = [
-            [figure(int(steps), period) if period else without for period in periods]
+            [figure(period, int(steps)) if period else without for period in periods]
             for steps in self.steps(transformer)
         ]
         return np.array(rows)

@@ -29,11 +29,11 @@ ROOMS = (
     ("plan",),
     ("run",),
     ("report",),
-    ("arguments", "subject", "api"),
+    ("part_names", "arguments", "subject", "api"),
     ("search",),
     ("evals",),
     ("step_timing", "doctor"),
-    ("cli",),
+    ("cli", "__main__"),
 )
 RANK = {name: rank for rank, room in enumerate(ROOMS) for name in room}
 FRAMES = 6

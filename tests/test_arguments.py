@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from diffusers_accel import Plan, patch
+from diffusers_accel import Plan, patch, unpatch
 from diffusers_accel.families import find
-from diffusers_accel.methods import NAMED, Band, Draft, Method, Recipe
+from diffusers_accel.forwards import NAMED_PREDICTORS, PREDICTORS, RULES
+from diffusers_accel.kernels.attention import PRECISIONS
+from diffusers_accel.methods import (
+    NAMED,
+    RESTS,
+    SELECTS,
+    AxisOrder,
+    Band,
+    Draft,
+    Drop,
+    Kept,
+    Method,
+    Pooled,
+    Recipe,
+    SubBlock,
+)
+from diffusers_accel.part_names import part_named
 from tests.tiny import LAYERS, tiny_wan
 
 
@@ -26,6 +46,7 @@ class Budget:
     ("plan", "parameters", "error", "message"),
     [
         ("drat", {}, ValueError, r"'drat' is neither a method nor a plan file .* did you mean 'draft'\?"),
+        ("radal", {}, ValueError, r"neither a method nor a plan file that exists: did you mean 'radial'\?"),
         ("zzz", {}, ValueError, r"neither a method nor a plan file that exists: The methods are dense, pattern"),
         ("draft", {"densty": 0.3}, TypeError, r"no parameter 'densty'; did you mean 'density'\? it has density, top_p"),
         (None, {"densty": 0.3}, TypeError, r"'pattern' has no parameter 'densty'"),
@@ -66,6 +87,69 @@ def test_wrong_plans_and_parameters(plan: Any, parameters: Any, error: Any, mess
 def test_stages_of_the_wrong_type(build: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+PARTS = {
+    "radial": "a selection, and no method by itself: from diffusers_accel.methods import Method, Radial; patch(pipe, Method(sel",
+    "Band": "a selection, and no method by itself",
+    "subblock": "a selection",
+    "stored": "a selection that reads what a search has found",
+    "kept": "a rest, which goes with a selection",
+    "hwf": "an order, which goes with a selection",
+    "8x16": "an order",
+    "int8": "a precision",
+    "magcache": "a rule of a step cache, with ratios of your model",
+    "taylor": "a predictor of a step cache",
+    "last": "a predictor of a step cache",
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_name_of_a_part_says_what_it_is_and_a_line_that_works(name: str) -> None:
+    pipe = tiny_wan()
+    with pytest.raises(ValueError, match=re.escape(PARTS[name])) as caught:
+        patch(pipe, name)
+    line = str(caught.value).partition("by itself: ")[2]
+    assert line.endswith(")"), line
+    searched = Plan.uniform(Method(select=Band(0.25)), "wan", {n: f.shape(m) for n, (m, f) in find(pipe).items()})
+    given = {"pipe": pipe, "prompts": [], "ratios": [1.0, 1.1], "search_plan": lambda *_: searched}
+    exec(line.removeprefix("from diffusers_accel import search_plan; "), {"patch": patch, **given})
+    unpatch(pipe)
+
+
+def test_every_part_is_told() -> None:
+    for name in (*SELECTS, *RESTS, *PRECISIONS, *RULES, *PREDICTORS, *NAMED_PREDICTORS, "fhw", "whf", "8x16"):
+        part = part_named(name)
+        assert part is not None and part_named(name.upper()) == part, name
+        compile(part.line, name, "exec")
+    assert part_named("nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "given", "message"),
+    [
+        (Draft, {"mass": 0.9}, "Draft has no parameter 'mass', which is now called 'top_p': write that instead"),
+        (Draft, {"density": 0.3, "floor": 2}, "'floor', which is now called 'min_blocks'"),
+        (Draft, {"hold": 2}, "'hold', which is now called 'reselect_every'"),
+        (Draft, {"rule": "row"}, "'rule', which is now called 'per'"),
+        (SubBlock, {"floor": 2}, "SubBlock has no parameter 'floor', which is now called 'min_blocks'"),
+        (Kept, {"every": 2}, "Kept has no parameter 'every', which is now called 'refresh_every'"),
+        (Draft, {"densty": 0.3}, "no parameter 'densty'; did you mean 'density'? it has density, top_p"),
+        (Band, {"mass": 0.3}, "Band has no parameter 'mass'; it has density, first_frame"),
+        (AxisOrder, {"axis": "hwf"}, "AxisOrder has no parameter 'axis'; did you mean 'axes'? it has axes"),
+        (Pooled, {"every": 2}, "Pooled has no parameter 'every'; it has none"),
+    ],
+)
+def test_parameters_that_a_stage_does_not_have(stage: Any, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        stage(**given)
+
+
+@pytest.mark.parametrize(
+    "stage", [Draft(0.3, min_blocks=2), SubBlock(parts=2), Band(0.4), Kept(refresh_every=2), Drop()]
+)
+def test_stages_are_copied_and_pickled(stage: Any) -> None:
+    assert copy.deepcopy(stage) == pickle.loads(pickle.dumps(stage)) == replace(stage) == stage
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer
 
-from diffusers_accel import Plan, cli
+from diffusers_accel import Plan, __version__, cli
 from diffusers_accel.cli.arguments import find_prompts
 from diffusers_accel.cli.options import Setup
 from diffusers_accel.cli.search import find_budget
@@ -67,7 +67,7 @@ print("imported:", sorted({"torch", "diffusers", "numpy", "transformers"} & set(
 
 
 # Files of cli/ that are no command.
-SHARED = {"__init__", "__main__", "arguments", "invoke", "loading", "options", "output", "toy"}
+SHARED = {"__init__", "arguments", "invoke", "loading", "options", "output", "plans", "toy"}
 
 
 def commands(group: Any, *names: str) -> dict[str, Any]:
@@ -88,9 +88,52 @@ def test_every_file_of_a_command_is_registered_under_its_name() -> None:
         assert (callback.__module__, callback.__name__) == (f"diffusers_accel.cli.{name}", name)
 
 
+def as_module(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "diffusers_accel", *arguments], capture_output=True, text=True)
+
+
 def test_the_package_runs_as_a_module() -> None:
-    done = subprocess.run([sys.executable, "-m", "diffusers_accel.cli", "plan", "nope"], capture_output=True, text=True)
+    done = as_module("plan", "nope")
     assert done.returncode == 2 and done.stderr.startswith("error: No such command 'nope'"), done.stderr
+    done = as_module("--version")
+    assert (done.returncode, done.stdout) == (0, f"diffusers-accel {__version__}\n"), done.stderr
+
+
+def test_the_version_stands_before_everything_else(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--version")
+    assert capsys.readouterr().out == f"diffusers-accel {__version__}\n"
+    run("--version", "search")  # which lacks its arguments
+    assert capsys.readouterr().out == f"diffusers-accel {__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["", "doctor", "search", "calibrate", "report", "bench", "plan", "plan show"])
+def test_help_has_a_short_name_in_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("-h", "--help"):
+        run(*command.split(), flag)
+        said = capsys.readouterr().out
+        assert " ".join(["usage: diffusers-accel", *command.split()]) in said.lower()
+        assert {"-h", "--help"} <= {word.strip("[],") for word in said.split()}
+
+
+def test_what_a_command_runs_on_is_told_alike_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every field of a Setup is an option of each command that loads a pipeline, and reaches it."""
+    words = ["--dtype", "float32", "--device", "cpu", "--offload", "model", *SMALL]
+    asked = Setup("some/pipeline", "float32", "cpu", "model", 128, 128, 5, 4, 2.0)
+    found: list[Setup] = []
+
+    def stop(setup: Setup) -> Setup:
+        found.append(setup)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(Setup, "check", stop)
+    needed = {"doctor": [], "report": ["--plan", "draft"], "search": ["--out", "p.json"]}
+    needed["calibrate"] = ["--out", "p.json", "--plan", "q.json"]
+    for command, more in needed.items():
+        with pytest.raises(ValueError, match="seen"):
+            cli.main([command, "some/pipeline", *words, *more, "--debug"])
+        with pytest.raises(ValueError, match="seen"):
+            cli.main([command, "some/pipeline", *more, "--debug"])
+    assert found == [asked, Setup("some/pipeline")] * len(needed)
 
 
 def test_plan_show_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from dataclasses import replace
@@ -13,8 +14,9 @@ import pytest
 from safetensors.torch import load_file
 
 from diffusers_accel import Plan, cli, patch
-from diffusers_accel.cli.arguments import read_subjects
+from diffusers_accel.arguments import NAMES
 from diffusers_accel.cli.options import Setup
+from diffusers_accel.cli.plans import read_subjects
 from diffusers_accel.evals.compare import compare
 from diffusers_accel.evals.report.render import html
 from diffusers_accel.families import find
@@ -461,6 +463,41 @@ def test_subjects_of_a_report_compose(tmp_path: Path, monkeypatch: pytest.Monkey
         "a+b": plan,
         "y": plan,
     }
+
+
+def test_subjects_of_a_report_take_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    bands().save(tmp_path / "draft:density=0.5.json")  # a file stays a file
+    given = [
+        "draft:density=0.3:per=row",
+        "schedule:steps=0/4/8",
+        "schedule:shares=0/.25:predictor=linear",
+        "z=easycache:warm_up=4:branches=cond/uncond+draft:patch=8/16:diagonal=false:dense_layers=0",
+        "draft:density=0.5.json",
+    ]
+    assert read_subjects(given) == {
+        "draft:density=0.3:per=row": ("draft", {"density": 0.3, "per": "row"}),
+        "schedule:steps=0/4/8": ("schedule", {"steps": [0, 4, 8]}),
+        "schedule:shares=0/.25:predictor=linear": ("schedule", {"shares": [0.0, 0.25], "predictor": "linear"}),
+        "z": [
+            ("easycache", {"warm_up": 4, "branches": ["cond", "uncond"]}),
+            ("draft", {"patch": (8, 16), "diagonal": False, "dense_layers": 0}),
+        ],
+        "draft:density=0.5.json": bands(),
+    }
+    with pytest.warns(FutureWarning, match="'mass' is now called 'top_p'"):
+        assert read_subjects(["x=draft:mass=0.9"]) == {"x": ("draft", {"top_p": 0.9})}
+
+
+def test_every_parameter_can_be_told_by_its_usual_value() -> None:
+    """As text: whichever types a named method has."""
+    for name, make in NAMES.items():
+        more = ":steps=0/1" if name == "schedule" else ""
+        for parameter, usual in inspect.signature(make).parameters.items():
+            if (value := usual.default) is not None:
+                words = "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                ((_, given),) = read_subjects([f"x={name}:{parameter}={words}{more}"]).values()
+                assert given.get(parameter) == value and type(given[parameter]) is type(value)
 
 
 def test_a_composition_is_checked_before_a_model_is_loaded(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from torch import Tensor
 from diffusers_accel import Plan, patch
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import BLOCK, DENSE, AxisOrder, Band, Method, Patches
+from diffusers_accel.methods import BLOCK, DENSE, AxisOrder, Band, Kept, Method, Patches, Radial
+from diffusers_accel.methods.arrangement import arrangement
 from diffusers_accel.methods.select import Inputs
-from diffusers_accel.methods.selects import Radial
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.plan_search import search_plan
 from tests.tiny import (
+    HEADS,
     TEXT_DIM,
     tiny_cogvideox,
     tiny_cogvideox_call,
@@ -178,7 +180,7 @@ def test_as_data() -> None:
     assert data == {"select": {"kind": "radial", "decay": 0.2, "first_frame": False}}
     assert Method.from_json(data) == method and method.label == "radial 0.2"
     assert Method.from_json({"select": {"kind": "radial"}}) == Method(select=Radial())
-    assert method.expected_density is None, "it follows from the layout"
+    assert method.expected_density() is None, "it follows from the layout"
     assert mask_of(Radial(1e300), WAN_480P).sum() >= mask_of(Radial(), WAN_480P).sum()
 
 
@@ -206,6 +208,35 @@ def test_in_a_pipeline(family: str) -> None:
     assert report.density == pytest.approx(float(mask_of(select, layout)[:, :keys].double().mean()), abs=1e-6)
     assert report.density < 0.95
     assert torch.equal(pipe(**call(**options)).frames, dense)
+
+
+@pytest.mark.parametrize(
+    "layout", [TokenLayout(33, 8, 16), TokenLayout(17, 12, 20, 300, "start")], ids=["video", "text"]
+)
+@pytest.mark.parametrize("first_frame", [True, False])
+def test_its_density_is_known_once_the_layout_is(layout: TokenLayout, first_frame: bool) -> None:
+    method = Method(select=Radial(0.2, first_frame))
+    places = arrangement(method.order, layout)
+    video = mask_of(method.select, layout)[slice(*places.video_queries), slice(*places.video_keys)]
+    assert 0.1 < video.double().mean() < 0.9
+    assert method.expected_density(layout) == pytest.approx(float(video.double().mean()))
+    kept = replace(method, rest=Kept(2))
+    assert kept.expected_density(layout) == pytest.approx(float(video.double().mean()) / 2 + 0.5)
+    assert kept.expected_density() is None
+
+
+@pytest.mark.parametrize("text", [0, 1500])
+def test_what_it_reads_is_held_against_what_it_would_read_of_the_video(text: int) -> None:
+    layout = TokenLayout(33, 8, 16, text, "end" if text else "none")
+    method = Method(select=Radial(0.2))
+    pipe = tiny_wan()
+    with patch(pipe, method) as done:
+        heads = tuple(range(HEADS))
+        x = torch.zeros(1, layout.tokens, HEADS, 16)
+        done.sites[0].engine.attend(AttentionCall(layout, "transformer", 0, heads, now=(0, 1)), x, x, x)
+        notes = [note for note in done.report().notes if "was asked for" in note]
+    said = f"radial 0.2: density {method.expected_density(layout):.3g} was asked for"
+    assert [note.startswith(said) for note in notes] == ([True] if text else [])
 
 
 def test_where_everything_is_near_it_is_dense() -> None:

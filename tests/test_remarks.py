@@ -16,7 +16,7 @@ from diffusers import FirstBlockCacheConfig, MagCacheConfig
 from diffusers_accel import Plan, patch, unpatch
 from diffusers_accel.kernels import pattern as patterns
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods import BLOCK, NAMED, AxisOrder, Draft, Method, Recipe, Skip, Stored
+from diffusers_accel.methods import BLOCK, NAMED, AxisOrder, Draft, Method, Radial, Recipe, Skip, Stored
 from diffusers_accel.methods.selects.stored import packed
 from diffusers_accel.plan import PlanError
 from diffusers_accel.run import launch
@@ -41,8 +41,17 @@ def run(pipe: Any, **overrides: Any) -> None:
     pipe(**tiny_wan_call(output_type="latent", **overrides))
 
 
-@pytest.mark.parametrize("plan", ["draft", "pattern", "cached", "reordered"])
-def test_a_named_method_below_its_size_says_so_once(plan: str, warnings: list[str]) -> None:
+def _searched() -> Plan:
+    methods = Recipe((Method(select=Skip()), Method(select=Radial())))
+    return Plan.uniform(methods, "wan", {"transformer": ModelShape(LAYERS, HEADS, HEAD_DIM)})
+
+
+@pytest.mark.parametrize(
+    "plan",
+    ["draft", "pattern", "cached", "reordered", Method(select=Draft(0.3)), NAMED["draft"](0.3), _searched()],
+    ids=["draft", "pattern", "cached", "reordered", "method", "recipe", "plan"],
+)
+def test_any_plan_below_its_size_says_so_once(plan: Any, warnings: list[str]) -> None:
     pipe = tiny_wan()
     with patch(pipe, plan) as done:
         run(pipe)
@@ -50,8 +59,26 @@ def test_a_named_method_below_its_size_says_so_once(plan: str, warnings: list[st
         found = [note for note in done.report().notes if "768 tokens are 6 blocks of 128, too few" in note]
         assert len(found) == 1 and "note: " + found[0] in str(done.report())
     assert warnings.count(found[0]) == 1
-    with patch(pipe, "dense") as done:
-        run(pipe)
+    for without in ("dense", Method(precision="int8"), Method(select=Skip())):
+        with patch(pipe, without) as done:
+            run(pipe)
+            assert done.report().notes == []
+
+
+def test_a_step_cache_that_never_predicts_says_so_before_the_first_step(warnings: list[str]) -> None:
+    pipe = tiny_wan()
+    ran: list[list[str]] = []
+    pipe.transformer.patch_embedding.register_forward_pre_hook(lambda *_: ran.append(list(warnings)))
+    with patch(pipe, "easycache") as done:
+        run(pipe, num_inference_steps=10)
+        run(pipe, num_inference_steps=10)
+        (note,) = done.report().notes
+        assert note.startswith("easycache 0.025: predicts none of the 10 steps") and f"note: {note}" in str(
+            done.report()
+        )
+        assert ran[0] == warnings == [note], "once, and before anything is computed"
+        done.clear()
+        run(pipe, num_inference_steps=12)
         assert done.report().notes == []
 
 
@@ -85,7 +112,7 @@ def test_refreshes_are_not_held_against_the_density() -> None:
     pipe = tiny_wan()
     with patch(pipe, NAMED["draft"](0.9)) as done:
         run(pipe)
-        assert not done.report().notes
+        assert not any("was asked for" in note for note in done.report().notes)
     with patch(pipe, "cached", density=0.9, refresh_every=2) as done:
         run(pipe)
         assert not any("was asked for" in note for note in done.report().notes)

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from diffusers_accel import forwards as forwards_room
+from diffusers_accel import methods as methods_room
+from diffusers_accel.forwards import PREDICTORS, RULES
 from diffusers_accel.methods import RESTS, SELECTS, Band, Draft, Method, Order, Rest, Select
 from diffusers_accel.methods import orders as orders_folder
 from diffusers_accel.methods import rests as rests_folder
@@ -27,6 +30,7 @@ REGISTRIES: dict[str, tuple[Any, type, tuple[type, ...]]] = {  # folder, interfa
     "rests": (rests_folder, Rest, tuple(RESTS.values())),
     "recorders": (recorders_folder, Recorder, tuple(RECORDERS.values())),
 }
+PARTS: tuple[type, ...] = (*RULES.values(), *PREDICTORS.values())
 BESIDE = {"stored_check.py", "recorder.py", "__init__.py"}  # of these folders what is no member
 
 
@@ -65,6 +69,12 @@ def test_members_have_a_file_each_and_none_is_forgotten(name: str) -> None:
     ours = {each for each in every_subclass(interface) if each.__module__.startswith("diffusers_accel.")}
     assert ours - {StaticSelect, RankedSelect} == set(members)
     assert all(inspect.getdoc(member) and not inspect.isabstract(member) for member in members)
+
+
+def test_members_are_exported_beside_their_interfaces() -> None:
+    for room, members in ((methods_room, (*ORDERS, *SELECTS.values(), *RESTS.values())), (forwards_room, PARTS)):
+        for member in members:
+            assert member.__name__ in room.__all__ and getattr(room, member.__name__) is member
 
 
 @pytest.mark.parametrize("registry", [SELECTS, RESTS], ids=["selects", "rests"])

@@ -207,7 +207,7 @@ def test_as_data() -> None:
     assert data["select"]["kind"] == "subblock" and data["select"]["parts"] == 8
     assert Method.from_json(data) == method and method.label == "subblock of 8 8x16 0.2 reselect 2 int8"
     assert Method.from_json({"select": {"kind": "subblock"}}).label == "subblock 0.25"
-    assert method.expected_density == 0.2 and method.period == 2
+    assert method.expected_density() == 0.2 and method.period == 2
     assert SubBlock(normalize=True).name == "subblock normalized"
     with pytest.raises(ValueError, match="select.parts: expected int, found 4.0"):
         Method.from_json({"select": {"kind": "subblock", "parts": 4.0}})

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import Annotated
 
 import typer
 
+from diffusers_accel import __version__
 from diffusers_accel.cli import bench, calibrate, doctor, plan_schema, plan_show, report, search
 from diffusers_accel.cli.invoke import invoke
 from diffusers_accel.cli.output import PROGRAM
@@ -18,6 +20,7 @@ app = typer.Typer(
     "With --debug anywhere, errors show their traceback.",
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},  # of all commands
 )
 plan_app = typer.Typer(help="Look at plan files.")
 app.add_typer(plan_app, name="plan")
@@ -30,6 +33,21 @@ app.command("report")(report.report)
 app.command("bench", **bench.SETTINGS)(bench.bench)
 plan_app.command("show")(plan_show.plan_show)
 plan_app.command("schema")(plan_schema.plan_schema)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"{PROGRAM} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_say_version)
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What the command line is given, checked before a model is loaded: texts, numbers, plans, and places to write."""
+"""What the command line is given, checked before a model is loaded: texts, numbers, and places to write."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers_accel.arguments import NAMES
 from diffusers_accel.cli.toy import TOY
 from diffusers_accel.files import FileError, printable, quoted, read_bytes
-from diffusers_accel.plan import Plan
 from diffusers_accel.search.keeping import check_places
 from diffusers_accel.search.scores import Scores
-from diffusers_accel.subject import split
 from diffusers_accel.support.prompts import REPORT, SEARCH
-from diffusers_accel.support.suggest import did_you_mean, did_you_mean_file
+from diffusers_accel.support.suggest import did_you_mean_file
 
 MAX_PROMPT_BYTES = 2**20
 
@@ -81,35 +78,6 @@ def find_prompts(pipe: str, prompt: list[str] | None, file: Path | None, *, for_
     return list(SEARCH if for_search else REPORT)
 
 
-def read_plan(path: Path) -> Plan:
-    try:
-        return Plan.load(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}{did_you_mean_file(path)}") from error
-
-
-def read_subjects(plans: Sequence[str]) -> dict[str, Plan | str | list[Plan | str]]:
-    """Name -> plan, name of a method, or list of a step cache and what goes with it, which is written with "+" between them. The
-    name is what stands before "=", else those of the methods and the files' stems."""
-    given: dict[str, str] = {}
-    for item in plans:
-        name, separator, value = item.partition("=")
-        if not separator or os.path.isfile(item):
-            name, value = "+".join(part if part in NAMES else Path(part).stem for part in _composed(item)), item
-        if name in given:
-            first, second = printable(given[name]), printable(value)
-            raise ValueError(
-                f"--plan: two plans are called {quoted(name)}; give them names: --plan first={first} --plan second={second}"
-            )
-        given[name] = value
-    return {name: _subject(value) for name, value in given.items()}
-
-
-def _composed(value: str) -> list[str]:
-    """What stands between the "+" of a composition; all of it where that is a file."""
-    return [value] if os.path.exists(value) else value.split("+")
-
-
 def check_out(out: Path) -> None:
     if out.suffix != ".json":
         raise ValueError(f'--out: expected a file name that ends in ".json", found {quoted(str(out))}')
@@ -122,26 +90,3 @@ def search_places(out: Path, scores: Path | None) -> Path:
     if os.path.exists(kept):
         Scores.load(kept)
     return kept
-
-
-def _subject(value: str) -> Plan | str | list[Plan | str]:
-    parts = [_part(part) for part in _composed(value)]
-    subject = parts if len(parts) > 1 else parts[0]
-    try:
-        split(subject, {})
-    except ValueError as error:
-        raise ValueError(f"--plan {printable(value)}: {error}") from error
-    return subject
-
-
-def _part(value: str) -> Plan | str:
-    if value in NAMES:
-        return value
-    path = Path(value)
-    if path.suffix == ".json" or (value and os.path.exists(path)):
-        return read_plan(path)
-    meant = did_you_mean(value, NAMES) or did_you_mean_file(path)
-    raise ValueError(
-        f"--plan: expected a method ({', '.join(NAMES)}), a plan file, or a step cache and one of these with + between them, "
-        f"found {quoted(value)}{meant}"
-    )

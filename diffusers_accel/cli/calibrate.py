@@ -8,27 +8,22 @@ from typing import Annotated
 import typer
 
 from diffusers_accel.cli.options import (
-    DeviceFlag,
-    DtypeFlag,
-    Frames,
-    Guidance,
-    Height,
-    OffloadFlag,
     Pipe,
+    PlanOut,
     PromptFile,
     Prompts,
     Seed,
     Setup,
-    Steps,
-    Width,
+    takes_setup,
 )
 from diffusers_accel.cli.output import show_written
 
 
+@takes_setup
 def calibrate(
     pipe: Pipe,
     plan: Annotated[Path, typer.Option("--plan", help="A plan file in which some heads reuse.")],
-    out: Annotated[Path, typer.Option("--out", help="The plan file to write.")],
+    out: PlanOut,
     gamma: Annotated[float, typer.Option("--gamma", help="Least mean cosine at which a head reuses.")] = 0.85,
     max_lse_change: Annotated[
         float, typer.Option("--max-lse-change", help="Largest mean change of the log-sum-exp at which it does.")
@@ -36,21 +31,16 @@ def calibrate(
     prompt: Prompts = None,
     prompts: PromptFile = None,
     seed: Seed = 0,
-    dtype: DtypeFlag = None,
-    device: DeviceFlag = None,
-    offload: OffloadFlag = "none",
-    height: Height = None,
-    width: Width = None,
-    frames: Frames = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
+    *,
+    setup: Setup,
 ) -> None:
     """Find at which steps each head that reuses has to refresh, from one dense generation per prompt, and write the plan."""
-    from diffusers_accel.cli.arguments import check_out, check_seed, find_prompts, read_plan
+    from diffusers_accel.cli.arguments import check_out, check_seed, find_prompts
+    from diffusers_accel.cli.plans import read_plan
     from diffusers_accel.files import prepare_file
     from diffusers_accel.search.gates import calibrate_gates, check_gated, summary
 
-    setup = Setup(pipe, dtype, device, offload, height, width, frames, steps, guidance).check()
+    setup.check()
     texts = find_prompts(pipe, prompt, prompts, for_search=True)
     check_seed(seed)
     check_out(out)

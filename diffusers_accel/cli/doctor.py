@@ -6,21 +6,12 @@ from typing import Annotated
 
 import typer
 
-from diffusers_accel.cli.options import (
-    DeviceFlag,
-    DtypeFlag,
-    Frames,
-    Guidance,
-    Height,
-    OffloadFlag,
-    Setup,
-    Steps,
-    Width,
-)
+from diffusers_accel.cli.options import Setup, takes_setup
 from diffusers_accel.cli.output import show
 from diffusers_accel.cli.toy import by_present_name
 
 
+@takes_setup
 def doctor(
     pipe: Annotated[
         str | None,
@@ -29,21 +20,14 @@ def doctor(
     density: Annotated[
         list[float] | None, typer.Option("--density", help="To work out. May be given several times.")
     ] = None,
-    dtype: DtypeFlag = None,
-    device: DeviceFlag = None,
-    offload: OffloadFlag = "none",
-    height: Height = None,
-    width: Width = None,
-    frames: Frames = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
+    *,
+    setup: Setup,
 ) -> None:
     """Say what can run here and, with PIPE, what a sparse call could win: runs two denoising steps, no video."""
     from diffusers_accel.doctor import DENSITIES, check_densities, diagnose
 
     densities = density or DENSITIES
     check_densities(densities)
-    setup = Setup(pipe or "", dtype, device, offload, height, width, frames, steps, guidance)
     if pipe is None:
         if flags := setup.flags():
             raise ValueError(f"doctor: expected a pipeline beside {flags[0]}, found none; without one leave it out")

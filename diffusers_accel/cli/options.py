@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -43,21 +46,23 @@ Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance sca
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="May be given several times.")]
 PromptFile = Annotated[Path | None, typer.Option("--prompts", help="A text file with a prompt on each line.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the initial noise.")]
+PlanOut = Annotated[Path, typer.Option("--out", help="The plan file to write.")]
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a command runs on: the pipeline, how it is loaded, and what it is called with."""
+    """What a command runs on: the pipeline, how it is loaded, and what it is called with. All fields but the pipeline are
+    options of every command that `takes_setup`."""
 
     pipe: str
-    dtype: str | None
-    device: str | None
-    offload: str
-    height: int | None
-    width: int | None
-    frames: int | None
-    steps: int | None
-    guidance: float | None
+    dtype: DtypeFlag = None
+    device: DeviceFlag = None
+    offload: OffloadFlag = "none"
+    height: Height = None
+    width: Width = None
+    frames: Frames = None
+    steps: Steps = None
+    guidance: Guidance = None
 
     def check(self) -> Setup:
         """Refuses what can be known before anything is loaded."""
@@ -104,3 +109,26 @@ class Setup:
         from diffusers_accel.cli.loading import load_pipeline
 
         return load_pipeline(self.pipe, dtype=self.dtype, device=self.device, offload=self.offload)
+
+
+def takes_setup(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer is to see it: with the options of a `Setup`, after its own, in place of its parameter `setup`. Its
+    own `pipe` is the pipeline of that, "" where it may be left out and is."""
+    own = inspect.signature(command, eval_str=True).parameters
+    kinds = get_type_hints(Setup, include_extras=True)
+    options = [field for field in fields(Setup) if field.name != "pipe"]
+
+    @functools.wraps(command)
+    def told(**given: Any) -> None:
+        setup = Setup(given["pipe"] or "", **{field.name: given.pop(field.name) for field in options})
+        command(**given, setup=setup)
+
+    shown = [each for each in own.values() if each.name != "setup"]
+    shown += [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=kinds[field.name]
+        )
+        for field in options
+    ]
+    told.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    return told

@@ -10,6 +10,6 @@ import typer
 
 def plan_show(file: Annotated[Path, typer.Argument(help="A plan file.")]) -> None:
     """Print a plan: its methods and a row of symbols per layer and span."""
-    from diffusers_accel.cli.arguments import read_plan
+    from diffusers_accel.cli.plans import read_plan
 
     print(read_plan(file).show())

@@ -8,30 +8,24 @@ from typing import Annotated, Any
 import typer
 
 from diffusers_accel.cli.options import (
-    DeviceFlag,
-    DtypeFlag,
-    Frames,
-    Guidance,
-    Height,
-    OffloadFlag,
     Pipe,
     PromptFile,
     Prompts,
     Setup,
-    Steps,
-    Width,
+    takes_setup,
 )
 from diffusers_accel.cli.output import show
 
 
+@takes_setup
 def report(
     pipe: Pipe,
     plan: Annotated[
         list[str],
         typer.Option(
             "--plan",
-            help="A plan file or a method, such as draft; with a step cache, easycache+draft; or NAME=PLAN. "
-            "May be given several times.",
+            help="A plan file or a method, such as draft; with parameters, draft:density=0.3:per=row, those of a list as in "
+            "schedule:steps=0/4/8; with a step cache, easycache:warm_up=4+draft; or NAME=PLAN. May be given several times.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("report"),
@@ -45,22 +39,17 @@ def report(
         list[int] | None,
         typer.Option("--seed", help="May be given several times. (default: 0)"),
     ] = None,
-    dtype: DtypeFlag = None,
-    device: DeviceFlag = None,
-    offload: OffloadFlag = "none",
-    height: Height = None,
-    width: Width = None,
-    frames: Frames = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
+    *,
+    setup: Setup,
 ) -> None:
     """Compare plans with dense attention, same prompts, seeds and noise: speed, quality, and the clips side by side.
 
     Can be stopped and run again: finished clips are kept in OUT.partial until the report is saved.
     """
-    from diffusers_accel.cli.arguments import check_seed, check_whole, find_prompts, read_subjects
+    from diffusers_accel.cli.arguments import check_seed, check_whole, find_prompts
+    from diffusers_accel.cli.plans import check_steps, read_subjects
 
-    setup = Setup(pipe, dtype, device, offload, height, width, frames, steps, guidance).check()
+    setup.check()
     texts = find_prompts(pipe, prompt, prompts, for_search=False)
     # Now: they need the packages of the extra `eval`, without which the above is refused too.
     from diffusers_accel.evals.arguments import check_asked
@@ -74,6 +63,7 @@ def report(
     for each in seeds:
         check_seed(each)
     subjects = read_subjects(plan)
+    check_steps(subjects, setup.call())
     check_asked(subjects, texts, metrics=metrics, seeds=seeds, rounds=rounds)
     check_report_folder(out)
     partial = out.absolute().with_name(f"{out.absolute().name}.partial")  # removed when the report is saved

@@ -8,19 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffusers_accel.cli.options import (
-    DeviceFlag,
-    DtypeFlag,
-    Frames,
-    Guidance,
-    Height,
-    OffloadFlag,
     Pipe,
+    PlanOut,
     PromptFile,
     Prompts,
     Seed,
     Setup,
-    Steps,
-    Width,
+    takes_setup,
 )
 from diffusers_accel.cli.output import show_written
 from diffusers_accel.support.terminal import Withheld
@@ -29,9 +23,10 @@ if TYPE_CHECKING:
     from diffusers_accel.search.budget import Budget
 
 
+@takes_setup
 def search(
     pipe: Pipe,
-    out: Annotated[Path, typer.Option("--out", help="The plan file to write.")],
+    out: PlanOut,
     speedup: Annotated[
         float | None, typer.Option("--speedup", help="Budget: this factor for a whole generation.")
     ] = None,
@@ -60,14 +55,8 @@ def search(
     prompt: Prompts = None,
     prompts: PromptFile = None,
     seed: Seed = 0,
-    dtype: DtypeFlag = None,
-    device: DeviceFlag = None,
-    offload: OffloadFlag = "none",
-    height: Height = None,
-    width: Width = None,
-    frames: Frames = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
+    *,
+    setup: Setup,
 ) -> None:
     """Profile each head of PIPE and write the plan with the least error inside a budget.
 
@@ -78,7 +67,7 @@ def search(
     from diffusers_accel.cli.arguments import check_seed, check_share, find_prompts, search_places
     from diffusers_accel.search.candidates import candidates_for, check_sets
 
-    setup = Setup(pipe, dtype, device, offload, height, width, frames, steps, guidance).check()
+    setup.check()
     texts = find_prompts(pipe, prompt, prompts, for_search=True)
     sets = None if methods is None else check_sets([name.strip() for name in methods.split(",")])
     check_seed(seed)

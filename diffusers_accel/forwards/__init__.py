@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffusers_accel.forwards.easycache import EasyCache
 from diffusers_accel.forwards.forwards import RULES, Forwards
+from diffusers_accel.forwards.magcache import MagCache
 from diffusers_accel.forwards.named import NAMED_FORWARDS, NAMED_PREDICTORS, easycache, schedule
 from diffusers_accel.forwards.predictors import PREDICTORS, Last, Predictor, Taylor
 from diffusers_accel.forwards.rule import Computed, Decision, Now, Rule
@@ -19,6 +20,7 @@ __all__ = [
     "EasyCache",
     "Forwards",
     "Last",
+    "MagCache",
     "Now",
     "Predictor",
     "Rule",

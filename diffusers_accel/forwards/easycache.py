@@ -51,6 +51,18 @@ class EasyCache:
     def check(self, steps: int) -> None:
         """Fits any number of steps."""
 
+    def idle(self, steps: int) -> str | None:
+        first = max(self.warm_up, self.looks_back)  # that may be predicted
+        if not self.threshold or first < steps - 1:
+            return None
+        enough = f"run {first + 2} steps or more"
+        if steps < self.looks_back + 2:
+            return f"the first {self.looks_back} steps and the last one compute in any case: {enough}"
+        return (
+            f"its warm_up computes the first {self.warm_up}, and the last one computes in any case. Give it a smaller one, "
+            f"such as warm_up={max(self.looks_back, steps // 5)}, or {enough}"
+        )
+
     def decide(self, now: Now, carry: Any) -> Decision:
         if now.run < self.warm_up or len(now.computed) < 2:
             return Decision(True)

@@ -80,6 +80,11 @@ class Forwards:
         """How many computed forwards are kept for each branch."""
         return max(self.rule.looks_back, self.predictor.looks_back)
 
+    def idle(self, steps: int) -> str | None:
+        """What to say of a call of so many steps in which nothing can be predicted, though that was not asked for; else None."""
+        reason = self.rule.idle(steps)
+        return None if reason is None else f"{self.rule.label}: predicts none of the {steps} steps of a call; {reason}"
+
     def to_json(self) -> dict[str, Any]:
         """Plain data: {"rule": {"kind": "easycache", ...}, "predictor": {"kind": "last", ...}}."""
         data: dict[str, Any] = {"rule": _plain(self.rule), "predictor": _plain(self.predictor)}

@@ -71,9 +71,24 @@ class MagCache:
     def check(self, steps: int) -> None:
         """Fits any number of steps."""
 
+    def idle(self, steps: int) -> str | None:
+        retained = self._retained(steps)
+        if not self.threshold or max(retained, 1) < steps - 1:
+            return None
+        if steps < 3:
+            return "the first step and the last one compute in any case: run 3 steps or more"
+        return (
+            f"its retention={self.retention:g} computes the first {retained}, and the last one computes in any case: give it a "
+            "smaller one"
+        )
+
+    def _retained(self, steps: int) -> int:
+        """How many steps at the start of a schedule compute."""
+        return int(self.retention * steps)
+
     def decide(self, now: Now, carry: Any) -> Decision:
         tables = self._tables(now.branch)
-        if now.step < int(self.retention * now.steps) or now.step - now.last.step > self.max_skips:
+        if now.step < self._retained(now.steps) or now.step - now.last.step > self.max_skips:
             return Decision(True)
         return Decision(not all(_error(table, now) < self.threshold for table in tables))
 

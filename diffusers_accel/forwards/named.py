@@ -32,7 +32,7 @@ def easycache(
 
     Args:
         threshold: relative change of the output, added up over predicted steps; 0 computes every step.
-        warm_up: number of first steps that compute.
+        warm_up: number of first steps that compute; a call of fewer than warm_up + 2 steps predicts nothing, and says so.
         predictor: "residual" (the paper's), "velocity", "linear" or "taylor" (of order 2); others as Forwards(rule, predictor).
         branches: the passes that may be predicted; None: all.
     """

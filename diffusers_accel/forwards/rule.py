@@ -87,6 +87,10 @@ class Rule(Protocol):
         """
         ...
 
+    def idle(self, steps: int) -> str | None:
+        """Why no step of a schedule of so many can be predicted, which was not asked for, and what to do; else None."""
+        ...
+
     def decide(self, now: Now, carry: Any) -> Decision:
         """`now` is the first branch of the step that may be predicted; the other branches follow."""
         ...

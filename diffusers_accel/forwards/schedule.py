@@ -55,6 +55,11 @@ class Schedule:
                 "shares=[...] to fit any number of steps, or the number of steps that it was made for"
             )
 
+    def idle(self, steps: int) -> str | None:
+        if self.computes(steps).issuperset(range(1, steps - 1)):
+            return "the first and the last one compute in any case, and all that lie between are listed: leave some out"
+        return None
+
     def decide(self, now: Now, carry: Any) -> Decision:
         return Decision(now.step in self.computes(now.steps))
 

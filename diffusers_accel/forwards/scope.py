@@ -29,13 +29,17 @@ class Scope:
     Args:
         forwards: rule and predictor.
         clock: of the pipeline.
+        say: told, once a generation begins, where nothing of it can be predicted.
         predicted: called as (transformer, branch, (step, steps)) wherever a forward is predicted, so that what lives below
             knows that the step has passed.
     """
 
-    def __init__(self, forwards: Forwards, clock: Clock, predicted: Listener | None = None) -> None:
+    def __init__(
+        self, forwards: Forwards, clock: Clock, say: Callable[[str], None], predicted: Listener | None = None
+    ) -> None:
         self.forwards = forwards
         self._clock = clock
+        self._say = say
         self._predicted = predicted
         self._generation: Generation | None = None
         self.tallies: dict[str, ForwardsTally] = {}
@@ -67,6 +71,8 @@ class Scope:
         generation = self._generation
         if generation is None or not generation.continues(branch, now, timesteps):
             self.forwards.rule.check(now[1])
+            if remark := self.forwards.idle(now[1]):
+                self._say(remark)
             reference = None if timesteps is None else weakref.ref(timesteps)
             generation = self._generation = Generation(model.name, now[1], reference)
             for tally in self.tallies.values():

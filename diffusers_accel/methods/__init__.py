@@ -8,7 +8,7 @@ from diffusers_accel.methods.orders import AxisOrder, Patches
 from diffusers_accel.methods.rest import Rest
 from diffusers_accel.methods.rests import RESTS, Drop, Kept, Pooled
 from diffusers_accel.methods.select import Select
-from diffusers_accel.methods.selects import SELECTS, All, Band, Draft, Skip, Stored, Stripe
+from diffusers_accel.methods.selects import SELECTS, All, Band, Draft, Radial, Skip, Stored, Stripe, SubBlock
 
 __all__ = [
     "AUTO",
@@ -27,10 +27,12 @@ __all__ = [
     "Order",
     "Patches",
     "Pooled",
+    "Radial",
     "Recipe",
     "Rest",
     "Select",
     "Skip",
     "Stored",
     "Stripe",
+    "SubBlock",
 ]

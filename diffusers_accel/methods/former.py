@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from diffusers_accel.files import FileError
-from diffusers_accel.methods.rests import RESTS
-from diffusers_accel.methods.selects import SELECTS
 from diffusers_accel.support.former import warn_former
+from diffusers_accel.support.suggest import closest
 
 _NAMES = {
     "mass": "top_p",
@@ -18,7 +15,21 @@ _NAMES = {
     "hold": "reselect_every",
     "every": "refresh_every",
 }
-_STAGES: dict[str, Mapping[str, type]] = {"select": SELECTS, "rest": RESTS}
+
+
+def present_name(name: str, known: Collection[str]) -> str | None:
+    """Which of the `known` parameters had this name; None where none had, or one has it now."""
+    present = _NAMES.get(name)
+    return present if present in known and name not in known else None
+
+
+def no_parameter(what: str, name: str, known: Collection[str]) -> TypeError:
+    """The error for a parameter that `what` does not have, with the one that was meant."""
+    if present := present_name(name, known):
+        return TypeError(f"{what} has no parameter {name!r}, which is now called {present!r}: write that instead")
+    near = closest(name, known)
+    meant = f"did you mean {near!r}? " if near else ""
+    return TypeError(f"{what} has no parameter {name!r}; {meant}it has {', '.join(known) or 'none'}")
 
 
 def by_present_names(given: Mapping[str, Any], known: Collection[str], where: str, warn: bool = True) -> dict[str, Any]:
@@ -34,8 +45,8 @@ def by_present_names(given: Mapping[str, Any], known: Collection[str], where: st
     """
     found: dict[str, Any] = {}
     for key, value in given.items():
-        name = _NAMES.get(key)
-        if name is None or name not in known or key in known:
+        name = present_name(key, known)
+        if name is None:
             found[key] = value
             continue
         if name in given:
@@ -43,25 +54,4 @@ def by_present_names(given: Mapping[str, Any], known: Collection[str], where: st
         if warn:
             warn_former(key, name, where)
         found[name] = "head" if name == "per" and value == "quantile" else value
-    return found
-
-
-def stages_by_present_names(method: object, warn: bool = True) -> object:
-    """A method's JSON data with the parameters of its stages under the names that they have now.
-
-    Raises:
-        FileError: one was given under both names.
-    """
-    if not isinstance(method, Mapping):
-        return method
-    found = dict(method)
-    for stage, kinds in _STAGES.items():
-        part = found.get(stage)
-        kind = part.get("kind") if isinstance(part, Mapping) else None
-        if isinstance(part, Mapping) and isinstance(kind, str) and kind in kinds:
-            known = [field.name for field in dataclasses.fields(kinds[kind])]
-            try:
-                found[stage] = by_present_names(part, known, stage, warn)
-            except ValueError as error:
-                raise FileError(str(error)) from error
     return found

@@ -6,6 +6,7 @@ order -> select -> attend in a precision -> rest -> restore order
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Union
@@ -15,7 +16,8 @@ import torch
 
 from diffusers_accel.files import FileError, Schema, built, quoted, shaped, tagged
 from diffusers_accel.kernels.attention import PRECISIONS, choices
-from diffusers_accel.methods.former import stages_by_present_names
+from diffusers_accel.layout import TokenLayout
+from diffusers_accel.methods.former import by_present_names
 from diffusers_accel.methods.order import Order
 from diffusers_accel.methods.orders import AxisOrder, parse_order
 from diffusers_accel.methods.rest import Rest
@@ -28,6 +30,7 @@ _EXAMPLES = {
     "select": "a selection such as Band(0.25) or Draft(0.25)",
     "rest": "a rest such as Drop(), Kept(3) or Pooled()",
 }
+_STAGES: dict[str, Mapping[str, type]] = {"select": SELECTS, "rest": RESTS}
 AUTO = "auto"  # the precision of a recipe that leaves it to the device; `patch` replaces it
 
 
@@ -108,10 +111,10 @@ class Method:
         held = self.select.reselect_every
         return self.rest.period or (held if held > 1 else None)
 
-    @property
-    def expected_density(self) -> float | None:
-        """The share of the blocks that it computes, in the mean over the schedule; None where that is not known ahead."""
-        return self.rest.expected_density(self.select.expected_density)
+    def expected_density(self, layout: TokenLayout | None = None) -> float | None:
+        """The share of the blocks that it computes, in the mean over the schedule; None where that is not known ahead, for this
+        layout or, without one, for all."""
+        return self.rest.expected_density(self.select.expected_density(self.order, layout))
 
     def refuses(self, head_dim: int, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this method cannot run there, or None if it can."""
@@ -155,3 +158,24 @@ class Method:
 
 
 DENSE = Method()
+
+
+def stages_by_present_names(method: object, warn: bool = True) -> object:
+    """A method's JSON data with the parameters of its stages under the names that they have now.
+
+    Raises:
+        FileError: one was given under both names.
+    """
+    if not isinstance(method, Mapping):
+        return method
+    found = dict(method)
+    for stage, kinds in _STAGES.items():
+        part = found.get(stage)
+        kind = part.get("kind") if isinstance(part, Mapping) else None
+        if isinstance(part, Mapping) and isinstance(kind, str) and kind in kinds:
+            known = [field.name for field in dataclasses.fields(kinds[kind])]
+            try:
+                found[stage] = by_present_names(part, known, stage, warn)
+            except ValueError as error:
+                raise FileError(str(error)) from error
+    return found

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.layout import TokenLayout
+from diffusers_accel.methods.stage import Stage
 
 
-class Order(ABC):
+class Order(Stage, ABC):
     """How the tokens of a call are sorted before blocks are cut. Members are frozen dataclasses, each in a file of `orders/`."""
 
     @property

@@ -74,8 +74,7 @@ class RankedSelect(Select):
         )
         return " ".join(word for word in words if word)
 
-    @property
-    def expected_density(self) -> float | None:
+    def expected_density(self, order: Order, layout: TokenLayout | None = None) -> float | None:
         return self.density
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.methods.select import Select
+from diffusers_accel.methods.stage import Stage
 from diffusers_accel.methods.uses import Tensors, Uses
 
 Partial = tuple[Tensor, Tensor]  # attention over some of the keys: out [B, queries, H, D], lse fp32 [B, H, queries]
@@ -75,7 +76,7 @@ class Read(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rest(ABC):
+class Rest(Stage, ABC):
     """Members are frozen dataclasses, each in a file of `rests/`; their fields are what a plan file says of them.
 
     Class attributes:

@@ -20,6 +20,7 @@ from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods.blocks import BLOCK
 from diffusers_accel.methods.order import Order
+from diffusers_accel.methods.stage import Stage
 from diffusers_accel.methods.uses import Tensors, Uses
 
 Wants = Literal["", "means", "tokens"]
@@ -41,7 +42,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Select(ABC):
+class Select(Stage, ABC):
     """Members are frozen dataclasses, each in a file of `selects/`; their fields are what a plan file says of them.
 
     Class attributes:
@@ -66,9 +67,9 @@ class Select(ABC):
         """Its amounts, for tables, such as "0.25"."""
         return ""
 
-    @property
-    def expected_density(self) -> float | None:
-        """The share of the blocks that it reads, as far as that is known ahead."""
+    def expected_density(self, order: Order, layout: TokenLayout | None = None) -> float | None:
+        """The share of the video's block pairs that it reads, as far as that is known ahead: None where only q and k tell, and
+        where it follows from the layout, which is not known yet."""
         return None
 
     @property
@@ -152,13 +153,13 @@ class StaticSelect(Select):
 
     def pattern(self, call: AttentionCall, order: Order, tensors: Tensors, inputs: Inputs) -> BlockPattern:
         own = self.depends(call, order, tensors) is not None
-        mask = self.mask(call, order, tensors) if own else _mask_of_layout(self, order, call.layout)
+        mask = self.mask(call, order, tensors) if own else mask_of_layout(self, order, call.layout)
         # One byte a block pair is moved, and counted where that is fast.
         mask = mask[..., : call.layout.key_blocks(BLOCK)].to(inputs.device).expand(len(call.heads), -1, -1)
         return BlockPattern.from_mask(mask[None], call.layout.queries, call.layout.keys, BLOCK, BLOCK)
 
 
 @kept(256)
-def _mask_of_layout(select: StaticSelect, order: Order, layout: TokenLayout) -> Tensor:
+def mask_of_layout(select: StaticSelect, order: Order, layout: TokenLayout) -> Tensor:
     """One for all layers and heads that take it."""
     return select.mask(AttentionCall(layout), order, {})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.kernels.pattern import BlockPattern, head_flags
+from diffusers_accel.methods.cycle import due
 from diffusers_accel.methods.method import Method
 from diffusers_accel.methods.rest import CacheEntry, RefreshDecision
 
@@ -36,7 +37,7 @@ def selects(method: Method, decision: RefreshDecision) -> bool:
         return True
     if method.rest.remembers:
         return any(decision.refresh)
-    return decision.step - decision.held.selected >= method.select.reselect_every
+    return due(decision.step - decision.held.selected, method.select.reselect_every)
 
 
 def read_blocks(method: Method, decision: RefreshDecision, select: Callable[[], BlockPattern]) -> BlockPattern:

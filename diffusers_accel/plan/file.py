@@ -14,7 +14,7 @@ import msgspec
 from diffusers_accel.files import FileError, Schema, checksum, printable, quoted, shaped
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import Method
-from diffusers_accel.methods.former import stages_by_present_names
+from diffusers_accel.methods.method import stages_by_present_names
 from diffusers_accel.methods.orders.patches import of_version_1
 from diffusers_accel.plan.data import PlanData
 from diffusers_accel.plan.span import EDGES, Row, Span, row_of, row_text

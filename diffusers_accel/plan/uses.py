@@ -33,6 +33,11 @@ def told_grid(provenance: Mapping[str, Any]) -> tuple[int, int, int] | None:
     return frames, height, width
 
 
+def made_for(provenance: Mapping[str, Any]) -> TokenLayout | None:
+    """A layout that a plan was made for, with text at its end where it does not say at which; None where it tells none."""
+    return next(iter(_told_layouts(provenance)), None)
+
+
 def _told_layouts(provenance: Mapping[str, Any]) -> tuple[TokenLayout, ...]:
     """The layout that a plan was made for, once for each end at which text may be; empty where it is not told whole."""
     grid = told_grid(provenance)

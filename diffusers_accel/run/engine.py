@@ -13,10 +13,13 @@ from diffusers_accel.call import AttentionCall
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, DENSE, Method
 from diffusers_accel.plan import Plan
+from diffusers_accel.plan.uses import made_for
 from diffusers_accel.run.launch import Output, run
 from diffusers_accel.run.memory import CacheManager, Layer
 from diffusers_accel.run.partition import Mix, Partitions
 from diffusers_accel.run.remarks import Remarks
+
+FEW_TOKENS = 4096  # 32 blocks: below that a method has too few blocks to leave any out
 
 
 @dataclass
@@ -53,7 +56,6 @@ class PlanEngine:
         min_tokens: shorter sequences stay dense (and a note says so); 0 for a plan or method that was asked for.
         caches: what is kept for later steps, shared by the sites of one patch.
         remarks: where to say what holds for the whole patch.
-        few_tokens: below so many tokens a remark says that the plan's methods lose too much; 0 for never.
     """
 
     def __init__(
@@ -64,7 +66,6 @@ class PlanEngine:
         min_tokens: int,
         caches: CacheManager,
         remarks: Remarks | None = None,
-        few_tokens: int = 0,
     ) -> None:
         self.site = site
         self.plan = plan
@@ -74,11 +75,11 @@ class PlanEngine:
         self._min_tokens = min_tokens
         self._caches = caches
         self._remarks = remarks or Remarks()
-        self._few_tokens = few_tokens
         self._layer: Layer = (site.transformer, site.layer)
-        heads = range(site.model.shape.heads)
-        spans = [[self._method(span, head) for head in heads] for span in range(len(plan.spans))]
+        self._heads = tuple(range(site.model.shape.heads))
+        spans = [[self._method(span, head) for head in self._heads] for span in range(len(plan.spans))]
         self._mixes = [partitions.mix(methods) for methods in spans]
+        self._made_for = made_for(plan.provenance)
         savings = [
             [self._saving(method, span, head) for head, method in enumerate(methods) if method.rest.remembers]
             for span, methods in enumerate(spans)
@@ -101,9 +102,8 @@ class PlanEngine:
             assert call.dense is not None
             self._count(mix, Output(q, 1.0, 0, ("dense",)))
             return call.dense(q, k, v)
-        if q.shape[1] < self._few_tokens:
-            sparse = next(method.label for method in mix.distinct if not method.dense)
-            self._remarks.say(_too_few(sparse, q.shape[1], self._few_tokens))
+        if q.shape[1] < FEW_TOKENS and (sparse := next(filter(_leaves_out, mix.distinct), None)):
+            self._remarks.say(_too_few(sparse.label, q.shape[1]))
         partition = self._partitions.find(mix, call, q.device)
         cache = self._caches.of(self._layer, call.stream) if partition.remembering else None
         output = run(partition, call, q, k, v, cache)
@@ -152,7 +152,8 @@ class PlanEngine:
 
     def _saving(self, method: Method, span: int, head: int) -> float:
         """What share of a head's dense attention is saved in a span by what it keeps."""
-        density = method.select.expected_density or 0.5  # where it is not known ahead
+        known = method.select.expected_density(method.order, self._made_for)
+        density = known or 0.5  # where it is not known ahead
         return (1 - density) * (1 - self._refreshed(method, span, head))
 
     def _mix(self, q: Tensor, call: AttentionCall) -> Mix:
@@ -165,6 +166,8 @@ class PlanEngine:
             self._span = span
             self._partitions.leave(self._layer)
         mix = self._mixes[span]
+        if call.heads != self._heads:  # some of the model's
+            mix = self._partitions.mix(mix.methods[head] for head in call.heads)
         if call.now is None and mix.timed:
             raise _no_clock("a selection or an output of an earlier step is reused")
         return mix
@@ -213,10 +216,15 @@ def running_span(plan: Plan, call: AttentionCall) -> int:
     return plan.span_at(*call.now) if call.now else 0
 
 
-def _too_few(label: str, tokens: int, few: int) -> str:
+def _leaves_out(method: Method) -> bool:
+    """Whether it reads some blocks and leaves out others."""
+    return not (method.select.reads_all or method.skips)
+
+
+def _too_few(label: str, tokens: int) -> str:
     return (
         f"{label}: {tokens:,} tokens are {-(-tokens // BLOCK)} blocks of {BLOCK}, too few to leave any out without harm: below "
-        f'{few:,} tokens expect another clip and no speed-up. Generate more frames or a larger picture, or take "dense"'
+        f'{FEW_TOKENS:,} tokens expect another clip and no speed-up. Generate more frames or a larger picture, or take "dense"'
     )
 
 

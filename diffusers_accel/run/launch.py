@@ -64,7 +64,7 @@ def run(
     """Attention of one layer.
 
     Args:
-        call: of which all heads have been partitioned.
+        call: of which all heads have been partitioned; q holds these.
         q: [B, queries, H, D]; k, v: [B, keys, H_k, D], in which several heads may share one.
         cache: of this layer and branch; None remembers nothing, so that what could be reused is computed.
     """
@@ -73,7 +73,7 @@ def run(
         cache.begin(call.now or (0, 1), q, k, partition.remembering)
     if len(partition.launches) == 1 and partition.launches[0].whole:
         if len(partition.launches[0].groups) > 1:  # whose heads may share one of the keys
-            k, v = (of_heads(x, call.heads, q.shape[2]) for x in (k, v))
+            k, v = (each_query_head(x, q.shape[2]) for x in (k, v))
         return _attend(partition.launches[0], partition.tensors, call, q, k, v, None, cache)
     out = v.new_zeros(q.shape) if partition.skipped else v.new_empty(q.shape)
     density: float | Tensor = float(len(partition.dense))
@@ -89,7 +89,7 @@ def run(
         rows = launch.rows()
         output = _attend(launch, partition.tensors, call, q, k, v, rows, cache)
         out.view(out.shape[0], -1, out.shape[-1]).index_copy_(1, rows, output.out.flatten(1, 2))
-        density, reused = density + output.density * len(launch.heads), reused + output.reused
+        density, reused = density + output.density * len(launch.places), reused + output.reused
         kernels, read = kernels + output.kernels, read + output.read
     return Output(out, density / len(partition.methods), reused, kernels, read)
 
@@ -142,7 +142,7 @@ def _attend(
         if group.method.timed:
             cache.held[group.key] = held
         reused += len(decision.refresh) - sum(decision.refresh)
-    return Output(out, density / len(launch.heads), reused, (_named(kernel, launch.precision, q.device),), read)
+    return Output(out, density / len(launch.places), reused, (_named(kernel, launch.precision, q.device),), read)
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _prepare(launch: Launch, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | Non
         return Prepared((q, k, v), (pool(q, BLOCK), pool(k, BLOCK)) if means else None)
     precision = "input" if launch.takes_tensors else launch.precision
     key_rows = launch.key_rows(*k.shape[1:3])
-    return prep(q, k, v, rows, len(launch.heads), key_rows=key_rows, precision=precision, pooled=means, block=BLOCK)
+    return prep(q, k, v, rows, len(launch.places), key_rows=key_rows, precision=precision, pooled=means, block=BLOCK)
 
 
 def _pattern(

@@ -27,6 +27,7 @@ class Group:
 
     Args:
         heads: their numbers in the model.
+        places: where they stand among the heads of q.
         start: place of the first one in the launch.
         pattern: what they read; None where that is selected at run time.
         gate: bool [segments, heads] on the CPU, when they refresh; None without a gate.
@@ -34,6 +35,7 @@ class Group:
 
     method: Method
     heads: tuple[int, ...]
+    places: tuple[int, ...]
     start: int
     pattern: BlockPattern | None
     gate: Tensor | None
@@ -58,7 +60,7 @@ class Launch:
         query_orders: int64 [distinct orders, queries], which row of q stands at each place of these; `orders` itself where
             every token queries.
         order_of: int64 [heads], which of these orders each head uses.
-        model_heads: number of heads of the model.
+        all_heads: number of heads of q.
         moves: whether some of these orders is not the model's own.
     """
 
@@ -67,13 +69,13 @@ class Launch:
     orders: Tensor
     query_orders: Tensor
     order_of: Tensor
-    model_heads: int
+    all_heads: int
     moves: bool
 
     @cached_property
-    def heads(self) -> tuple[int, ...]:
-        """Numbers in the model, in the launch's order."""
-        return tuple(head for group in self.groups for head in group.heads)
+    def places(self) -> tuple[int, ...]:
+        """Where its heads stand among those of q, in the launch's order."""
+        return tuple(place for group in self.groups for place in group.places)
 
     @cached_property
     def pattern(self) -> BlockPattern | None:
@@ -84,7 +86,7 @@ class Launch:
     @cached_property
     def whole(self) -> bool:
         """Whether these are all heads in the model's own order, so that nothing needs to be moved."""
-        return not self.moves and self.heads == tuple(range(self.model_heads))
+        return not self.moves and self.places == tuple(range(self.all_heads))
 
     @cached_property
     def takes_tensors(self) -> bool:
@@ -92,15 +94,15 @@ class Launch:
         return any(group.method.rest.reads or group.method.select.wants == "tokens" for group in self.groups)
 
     def rows(self) -> Tensor:
-        """int64 [queries * heads]: where each of the launch's queries stands in the model's [queries * H] rows."""
-        return _rows(self.query_orders[self.order_of], self.heads, self.model_heads)
+        """int64 [queries * heads]: where each of the launch's queries stands in the [queries * H] rows of q."""
+        return _rows(self.query_orders[self.order_of], self.places, self.all_heads)
 
     def key_rows(self, keys: int, heads: int) -> Tensor | None:
-        """int64 [keys * heads of the launch]: where each of the launch's keys stands in the model's [keys * heads] rows; None
+        """int64 [keys * heads of the launch]: where each of the launch's keys stands in the [keys * heads] rows of k; None
         where that follows from `rows`, as every token queries."""
         if self.query_orders is self.orders:
             return None
-        return _rows(self.orders[self.order_of, :keys], key_heads(self.heads, self.model_heads, heads), heads)
+        return _rows(self.orders[self.order_of, :keys], key_heads(self.places, self.all_heads, heads), heads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +110,7 @@ class Partition:
     """The heads of a layer: dense ones, launches, and the rest, whose output is 0.
 
     Args:
+        dense: where these stand among the heads of q.
         tensors: of the plan, for what is selected at run time.
     """
 
@@ -119,7 +122,7 @@ class Partition:
 
     @cached_property
     def skipped(self) -> int:
-        return len(self.methods) - len(self.dense) - sum(len(launch.heads) for launch in self.launches)
+        return len(self.methods) - len(self.dense) - sum(len(launch.places) for launch in self.launches)
 
     @cached_property
     def remembering(self) -> frozenset[Hashable]:
@@ -158,7 +161,7 @@ class Mix:
 
 
 Needs = tuple[tuple[Method, Hashable], ...]  # on what the blocks of some methods depend beside the layout
-Key = tuple[Mix, TokenLayout, torch.device, Needs]
+Key = tuple[Mix, TokenLayout, torch.device, Needs, tuple[int, ...]]  # the last: numbers of the heads
 
 
 class Partitions:
@@ -184,7 +187,7 @@ class Partitions:
 
     def find(self, mix: Mix, call: AttentionCall, device: torch.device) -> Partition:
         """How the heads of a call are partitioned."""
-        key: Key = mix, call.layout, device, self._needs(mix, call)
+        key: Key = mix, call.layout, device, self._needs(mix, call), call.heads
         if key not in self._found:
             self._make_room(key, call)
             self._found[key] = partition(mix.methods, call, self._tensors, device)
@@ -238,13 +241,13 @@ def _rows(orders: Tensor, heads: tuple[int, ...], of: int) -> Tensor:
 def partition(methods: tuple[Method, ...], call: AttentionCall, tensors: Tensors, device: torch.device) -> Partition:
     """Partitions the heads of a call, of which each has its method; `tensors` are the plan's."""
     precisions: dict[str, dict[Method, list[int]]] = {}
-    for head, method in zip(call.heads, methods, strict=True):
+    for place, (_, method) in enumerate(zip(call.heads, methods, strict=True)):
         if not method.dense and not method.skips:
-            precisions.setdefault(method.precision, {}).setdefault(method, []).append(head)
+            precisions.setdefault(method.precision, {}).setdefault(method, []).append(place)
     return Partition(
         methods=methods,
         layout=call.layout,
-        dense=tuple(head for head, method in zip(call.heads, methods, strict=True) if method.dense),
+        dense=tuple(place for place, method in enumerate(methods) if method.dense),
         launches=tuple(_launch(precision, some, call, tensors, device) for precision, some in precisions.items()),
         tensors=tensors,
     )
@@ -255,12 +258,13 @@ def _launch(
 ) -> Launch:
     used: list[Order] = list(dict.fromkeys(method.order for method in members))
     groups: list[Group] = []
-    for method, heads in members.items():
-        here = call.of(tuple(heads))
+    for method, places in members.items():
+        here = call.of(tuple(call.heads[place] for place in places))
         start = sum(len(group.heads) for group in groups)
         static = not method.select.wants
         pattern = method.select.pattern(here, method.order, tensors, Inputs(device)) if static else None
-        groups.append(Group(method, here.heads, start, pattern, method.rest.gate(call.place, heads, tensors)))
+        gate = method.rest.gate(call.place, here.heads, tensors)
+        groups.append(Group(method, here.heads, tuple(places), start, pattern, gate))
     order_of = [used.index(group.method.order) for group in groups for _ in group.heads]
     orders = torch.stack([order.index(call.layout) for order in used]).to(device)
     all_query = call.layout.queries == call.layout.tokens
@@ -270,6 +274,6 @@ def _launch(
         orders=orders,
         query_orders=orders if all_query else torch.stack([each.query_index(call.layout) for each in used]).to(device),
         order_of=torch.tensor(order_of, dtype=torch.int64, device=device),
-        model_heads=len(call.heads),
+        all_heads=len(call.heads),
         moves=any(order.moves(call.layout) for order in used),
     )

@@ -27,7 +27,7 @@ def method_colours(methods: Iterable[Method]) -> dict[Method, Colour]:
         else:
             kinds.setdefault(_kind(method), set()).add(method)
     for number, kind in enumerate(sorted(kinds)):
-        members = sorted(kinds[kind], key=lambda method: (method.expected_density or 0.0, method.label))
+        members = sorted(kinds[kind], key=lambda method: (method.expected_density() or 0.0, method.label))
         for rank, method in enumerate(members):
             fills[method] = _mix(_hue(number), 0.4 + 0.6 * (rank + 1) / len(members))
     return {method: Colour(fill, _ink(fill)) for method, fill in fills.items()}

@@ -18,8 +18,10 @@ from diffusers_accel.evals.report import charts, words
 from diffusers_accel.evals.report.colours import Colour, method_colours
 from diffusers_accel.evals.report.findings import Clip, Findings, Subject
 from diffusers_accel.files import printable
+from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import Method
 from diffusers_accel.plan.span import compact, row_text
+from diffusers_accel.plan.uses import made_for
 
 FOLDER = Path(__file__).parent
 LETTERS_UP_TO = 16  # heads; a wider plan gets small cells without letters
@@ -36,7 +38,7 @@ def html(report: Findings) -> str:
         script=Markup((FOLDER / "player.js").read_text(encoding="utf-8")),
         quality_charts=[Markup(svg) for svg in charts.quality_speed(report)],
         density_charts=[Markup(svg) for svg in charts.density_per_layer(report)],
-        plans=[_plan(subject, colours) for subject in report.subjects],
+        plans=[_plan(subject, colours, _layout(report.provenance)) for subject in report.subjects],
         shown=[_clip(report, clip) for clip in report.clips if clip.media],
         fps=next((clip.media.fps for clip in report.clips if clip.media), 1),
     )
@@ -138,14 +140,21 @@ def _flat(value: Any) -> str:
     return str(value)
 
 
-def _plan(subject: Subject, colours: Mapping[Method, Colour]) -> dict[str, Any]:
+def _layout(provenance: Mapping[str, Any]) -> TokenLayout | None:
+    """How the tokens of the compared calls lay, as far as a report says it."""
+    tokens = provenance.get("tokens")
+    return made_for({"layout": {**tokens, "text_tokens": tokens.get("text")}}) if isinstance(tokens, Mapping) else None
+
+
+def _plan(subject: Subject, colours: Mapping[Method, Colour], layout: TokenLayout | None) -> dict[str, Any]:
     """The heat maps of one plan: a panel per span and transformer, and a legend."""
     plan = subject.plan
+    densities = {symbol: method.expected_density(layout) for symbol, method in plan.methods.items()}
     longest = max(map(len, plan.methods))
     panels: list[dict[str, Any]] = []
     for span in plan.spans:
         for name, rows in span.heads.items():
-            asked = [plan.methods[symbol].expected_density for row in rows for symbol in row]
+            asked = [densities[symbol] for row in rows for symbol in row]
             title = span.label + (f", {name}" if len(span.heads) > 1 else "")
             cell = (34 if len(rows[0]) <= 8 else 24) if len(rows[0]) <= LETTERS_UP_TO else 11
             known = [density for density in asked if density is not None]
@@ -160,7 +169,7 @@ def _plan(subject: Subject, colours: Mapping[Method, Colour]) -> dict[str, Any]:
             "symbol": symbol,
             "label": plan.methods[symbol].label,
             "share": share,
-            "density": plan.methods[symbol].expected_density,
+            "density": densities[symbol],
         }
         for symbol, share in plan.shares().items()
     ]

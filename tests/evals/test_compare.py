@@ -19,6 +19,7 @@ from diffusers_accel.evals.metrics import METRICS
 from diffusers_accel.methods import Band, Method, Stored
 from diffusers_accel.plan import Plan, Span
 from diffusers_accel.shape import ModelShape
+from diffusers_accel.support.log import LOG
 from tests.tiny import HEAD_DIM, HEADS, LAYERS, tiny_wan, tiny_wan_call
 
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
@@ -64,6 +65,30 @@ def found(pipe: Any, plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> di
     return {"report": report, "before": before, "after": state(pipe)}
 
 
+def test_a_step_cache_is_held_against_the_steps_of_the_call(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not against those of the warm-up, which has fewer; and before any clip."""
+    pipe = tiny_wan()
+    generated: list[int] = []
+
+    def stop(pipe: Any, prompt: Any, noise: Any, call: Any, *_: Any) -> Any:
+        generated.append(call["num_inference_steps"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparing, "generate", stop)
+    monkeypatch.setattr(LOG, "propagate", True)
+    with pytest.raises(
+        ValueError, match=r"subjects\['fixed'\]: the schedule computes step 4, but this call has 4 steps"
+    ):
+        compare(pipe, {"fixed": ("schedule", {"steps": [0, 4]})}, [PROMPT], call=CALL)
+    assert not generated
+    with pytest.raises(KeyboardInterrupt):
+        compare(pipe, {"mine": "easycache", "fixed": ("schedule", {"steps": [0, 3]})}, [PROMPT], call=CALL)
+    assert generated == [2]
+    assert [text for text in caplog.messages if "predicts none of the 4 steps" in text and text.startswith("mine: ")]
+
+
 def test_pipeline_is_left_as_found(found: dict[str, Any]) -> None:
     assert found["before"] == found["after"]
     assert found["after"]["bar"] == {"disable": False, "desc": "mine"}
@@ -98,8 +123,10 @@ def test_what_the_patch_noted_is_kept(pipe: Any) -> None:
     report = compare(pipe, subjects, [PROMPT], call=CALL, metrics=(), show=0, progress=False)
     said = "quantized products are simulated on a CPU: their numbers, not their speed"
     sparse = "18 of 24 calls"  # 3 of 4 steps, in 3 layers, for both branches
-    assert report.row("time", "quantized").note == f"{said} ({sparse})"
-    assert report.row("time", "exact").note is None and report.row("time", "dense").note is None
+    small = "768 tokens are 6 blocks of 128, too few to leave any out"
+    notes = [str(report.row("time", name).note) for name in ("quantized", "exact", "dense")]
+    assert [f"{said} ({sparse})" in note for note in notes] == [True, False, False]
+    assert [small in note for note in notes] == [True, True, False]
     assert [said in line for line in report.headline.splitlines()] == [True, False]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from diffusers_accel.evals.measurement import read_rows
-from diffusers_accel.evals.report import charts, check_report_folder, render, words
+from diffusers_accel.evals.report import Subject, charts, check_report_folder, render, words
 from diffusers_accel.evals.report.colours import method_colours
 from diffusers_accel.evals.report.video import GAIN, encode, encode_difference
 from diffusers_accel.files import WriteError, printable
+from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import (
     NAMED,
     AxisOrder,
@@ -30,10 +32,13 @@ from diffusers_accel.methods import (
     Method,
     Patches,
     Pooled,
+    Radial,
     Skip,
     Stored,
     Stripe,
 )
+from diffusers_accel.plan import Plan
+from diffusers_accel.shape import ModelShape
 from tests.evals import synthetic
 
 # What would be a tag, math, a cell's end, a heading, a style, code, a link, another direction, or a command of a terminal.
@@ -375,4 +380,16 @@ def test_colours_tell_methods_apart() -> None:
     ],
 )
 def test_density_that_a_method_asks_for(method: Method, expected: float | None) -> None:
-    assert method.expected_density == expected
+    assert method.expected_density() == method.expected_density(TokenLayout(3, 16, 16)) == expected
+
+
+def test_a_report_knows_the_density_that_follows_from_the_size() -> None:
+    method = Method(select=Radial(0.2))
+    plan = Plan.uniform(method, "wan", {"transformer": ModelShape(1, 2, 64)})
+    report = synthetic.report({"radial": [1.2, 1.3]})
+    sized = {**report.provenance, "tokens": {"frames": 33, "height": 8, "width": 16, "text": 0}}
+    density = method.expected_density(TokenLayout(33, 8, 16))
+    assert density is not None
+    for provenance, shown in ((sized, True), ({**sized, "tokens": "many"}, False)):
+        page = render.html(replace(report, subjects=(Subject("radial", plan, ()),), provenance=provenance))
+        assert (f"density {density:.2f}, " in page) == (f"asked for {density:.2f}" in page) == shown

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from diffusers_accel.forwards import (
     EasyCache,
     Forwards,
     Last,
+    MagCache,
     Schedule,
     Taylor,
     easycache,
@@ -28,6 +31,42 @@ ALL = [
     Forwards(Schedule(steps=(0, 3, 9)), Last("velocity")),
     Forwards(Schedule(shares=(0, 0.25, 0.5)), Taylor()),
 ]
+
+
+# What is known ahead
+
+
+@pytest.mark.parametrize(
+    ("rule", "idle", "busy", "message"),
+    [
+        (EasyCache(), 11, 12, "warm_up computes the first 10, .* such as warm_up=2, or run 12 steps or more"),
+        (EasyCache(warm_up=30), 25, 32, "warm_up=5, or run 32"),
+        (EasyCache(warm_up=0), 3, 4, "the first 2 steps and the last one compute in any case: run 4 steps or more"),
+        (MagCache((1.0,), retention=0.7), 3, 4, None),
+        (MagCache((1.0,), retention=0.9), 9, 20, r"its retention=0\.9 computes the first 8"),
+        (MagCache((1.0,)), 2, 3, "run 3 steps or more"),
+        (Schedule(steps=(1, 2, 3)), 5, 6, "all that lie between are listed"),
+        (Schedule(shares=(0, 0.25, 0.5, 0.75)), 4, 8, "all that lie between are listed"),
+    ],
+)
+def test_a_rule_knows_that_nothing_can_be_predicted(rule: Any, idle: int, busy: int, message: str | None) -> None:
+    """And it is true: a rule that is idle computes every step, of a model that could well be predicted; one step more, and
+    the same rule predicts."""
+    for steps in (idle, busy):
+        model = toy(lambda x, t: x * 0 + 1)
+        with patch(
+            model, Forwards(replace(rule, **({"threshold": 1e6} if hasattr(rule, "threshold") else {})))
+        ) as done:
+            walk(done, model, [latents(0) + step for step in range(steps)])
+            said = [note for note in done.report().notes if f"predicts none of the {steps} steps" in note]
+        assert (len(model.ran) == steps) == (steps == idle), steps
+        assert len(said) == (steps == idle) and (rule.idle(steps) is not None) == (steps == idle)
+    if message:
+        assert re.search(message, str(rule.idle(idle)))
+
+
+def test_a_threshold_of_0_is_what_was_asked_for() -> None:
+    assert EasyCache(0).idle(5) is None and MagCache((1.0,), threshold=0, retention=1).idle(5) is None
 
 
 # As data

@@ -13,6 +13,9 @@ from diffusers_accel.api import patch
 from diffusers_accel.attach.site import Site
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Pooled, Skip, Stored, Stripe
+from diffusers_accel.methods.cycle import mean_age, refresh_share
+from diffusers_accel.methods.rest import CacheEntry
+from diffusers_accel.methods.steps import decide, selects
 from diffusers_accel.plan import Plan
 from diffusers_accel.run.launch import run
 from diffusers_accel.run.memory import LayerCache
@@ -32,8 +35,6 @@ from diffusers_accel.search.schedule import (
     ProbeSettings,
     kept_age,
     mask_steps,
-    mean_age,
-    refresh_share,
     span_index,
 )
 from diffusers_accel.search.scores import Scores
@@ -290,13 +291,27 @@ def test_what_is_observed_when():
     assert [kept_age(spans, step, 50, 6) for step in (5, 6, 7, 8, 9)] == [0, 1, 2, 3, 3]
 
 
-def test_ages_and_refreshes_of_a_cycle():
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "reselected"])
+def test_ages_and_refreshes_of_a_cycle_are_those_that_a_method_runs_through(kept):
+    """The figures of a search, and of expected densities, against the decisions at run time."""
     for every in range(2, 7):
+        method = (
+            Method(select=Draft(0.3), rest=Kept(every)) if kept else Method(select=Draft(0.3, reselect_every=every))
+        )
+        ages, held = [], None
+        for step in range(20):
+            decision = decide(method, 2, held, (step, 20), None, None)
+            if selects(method, decision):
+                held = CacheEntry(None, step, [step] * 2 if kept else [])
+            ages.append(step - held.selected)
         for steps in range(1, 20):
-            ages = [step % every for step in range(steps)]
-            assert mean_age(steps, every) == pytest.approx(np.mean(ages))
-            assert refresh_share(steps, every) == pytest.approx(np.mean([age == 0 for age in ages]))
-    assert mean_age(0, 3) == refresh_share(0, 3) == 0
+            assert mean_age(every, steps) == pytest.approx(np.mean(ages[:steps]))
+            assert refresh_share(every, steps) == pytest.approx(np.mean([age == 0 for age in ages[:steps]]))
+        assert refresh_share(every) == 1 / every
+        if kept:
+            assert method.rest.refresh_share(None) == refresh_share(every)
+            assert method.expected_density() == pytest.approx(0.3 + 0.7 * refresh_share(every))
+    assert mean_age(3, 0) == refresh_share(3, 0) == 0
 
 
 def test_padded_prompts_of_two_lengths_in_one_call_are_counted_once(tmp_path):

@@ -22,6 +22,7 @@ from diffusers_accel.files import FileError
 from diffusers_accel.kernels.merge import merge
 from diffusers_accel.kernels.pattern import BlockPattern, head_index
 from diffusers_accel.methods.blocks import FOREVER, segment_of
+from diffusers_accel.methods.cycle import due, refresh_share
 from diffusers_accel.methods.rest import CacheEntry, Partial, Read, Reader, RefreshDecision, Rest
 from diffusers_accel.methods.select import Select
 from diffusers_accel.methods.uses import Tensors, Uses, planned
@@ -87,7 +88,7 @@ class Kept(Rest):
         return None
 
     def expected_density(self, density: float | None) -> float | None:
-        return None if density is None or self.gated else density + (1 - density) / self.refresh_every
+        return None if density is None or self.gated else density + (1 - density) * refresh_share(self.refresh_every)
 
     def check(self, uses: Uses, tensors: Tensors) -> None:
         if not self.gated:
@@ -112,13 +113,13 @@ class Kept(Rest):
 
     def refresh_share(self, gate: Tensor | None) -> float:
         if gate is None:
-            return 1 / self.refresh_every
+            return refresh_share(self.refresh_every)
         return float(gate.double().mean()) if len(gate) else 0.0
 
     def due(self, held: CacheEntry, now: tuple[int, int], gate: Tensor | None, before: int | None) -> list[bool]:
         if gate is not None:
             return [bool(each) for each in gate[_begun(now, len(gate), before)].any(0)]
-        return [now[0] - last >= self.refresh_every for last in held.refreshed]
+        return [due(now[0] - last, self.refresh_every) for last in held.refreshed]
 
     def complete(self, read: Read, decision: RefreshDecision, reader: Reader) -> tuple[Partial, CacheEntry]:
         held = _renewed(read, decision, reader)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
+from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods.blocks import BLOCK
 from diffusers_accel.methods.order import Order
 from diffusers_accel.methods.select import StaticSelect
@@ -26,8 +27,7 @@ class All(StaticSelect):
     def name(self) -> str:
         return "dense"
 
-    @property
-    def expected_density(self) -> float:
+    def expected_density(self, order: Order, layout: TokenLayout | None = None) -> float:
         return 1.0
 
     def refuses(self, order: Order) -> str | None:

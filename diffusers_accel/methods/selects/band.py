@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
+from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods.arrangement import arrangement, wanted_blocks
 from diffusers_accel.methods.blocks import check_density
 from diffusers_accel.methods.order import Order
@@ -45,8 +46,7 @@ class Band(StaticSelect):
     def label(self) -> str:
         return f"{self.density:g}"
 
-    @property
-    def expected_density(self) -> float:
+    def expected_density(self, order: Order, layout: TokenLayout | None = None) -> float:
         return self.density
 
     def mask(self, call: AttentionCall, order: Order, tensors: Tensors) -> Tensor:

@@ -16,7 +16,7 @@ from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods.arrangement import arrangement
 from diffusers_accel.methods.blocks import BLOCK
 from diffusers_accel.methods.order import Order, exact_tokens
-from diffusers_accel.methods.select import StaticSelect
+from diffusers_accel.methods.select import StaticSelect, mask_of_layout
 from diffusers_accel.methods.uses import Tensors
 
 
@@ -60,6 +60,13 @@ class Radial(StaticSelect):
             f'"{self.kind}" has a window for each pair of frames: it goes with orders that keep frames together, '
             f"found {order.label}"
         )
+
+    def expected_density(self, order: Order, layout: TokenLayout | None = None) -> float | None:
+        if layout is None:
+            return None
+        places = arrangement(order, layout)
+        video = mask_of_layout(self, order, layout)[0, slice(*places.video_queries), slice(*places.video_keys)]
+        return float(video.double().mean()) if video.numel() else 1.0
 
     def mask(self, call: AttentionCall, order: Order, tensors: Tensors) -> Tensor:
         places = arrangement(order, call.layout)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
+from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods.blocks import BLOCK
 from diffusers_accel.methods.order import Order
 from diffusers_accel.methods.select import StaticSelect
@@ -22,8 +23,7 @@ class Skip(StaticSelect):
     kind: ClassVar[str] = "skip"
     reads_nothing: ClassVar[bool] = True
 
-    @property
-    def expected_density(self) -> float:
+    def expected_density(self, order: Order, layout: TokenLayout | None = None) -> float:
         return 0.0
 
     def refuses(self, order: Order) -> str | None:

@@ -44,8 +44,7 @@ class Stored(StaticSelect):
     def label(self) -> str:
         return f"{self.density:g}"
 
-    @property
-    def expected_density(self) -> float:
+    def expected_density(self, order: Order, layout: TokenLayout | None = None) -> float:
         return self.density
 
     @property

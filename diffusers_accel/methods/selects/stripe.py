@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.files import FileError
+from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods.arrangement import arrangement, wanted_blocks
 from diffusers_accel.methods.blocks import BLOCK, check_density
 from diffusers_accel.methods.order import Order, video_places
@@ -50,8 +51,7 @@ class Stripe(StaticSelect):
     def label(self) -> str:
         return f"{self.density:g}"
 
-    @property
-    def expected_density(self) -> float:
+    def expected_density(self, order: Order, layout: TokenLayout | None = None) -> float:
         return self.density
 
     @property

@@ -1,5 +1,0 @@
-"""`python -m diffusers_accel.cli`, where `diffusers-accel` is not on the path."""
-
-from diffusers_accel.cli import main
-
-main()
