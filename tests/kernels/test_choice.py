@@ -115,6 +115,10 @@ def test_auto_never_takes_what_has_to_be_asked_for(gpu: SimpleNamespace, monkeyp
 def test_what_nothing_else_runs_is_not_what_a_method_runs(gpu: SimpleNamespace) -> None:
     """On the reference a method would wait for ever; a refusal names what was found."""
     assert none_skips("cuda", BF16, 128) is None and none_skips("cpu", BF16, 256) is None
+    reasons = str(Method(select=Band(0.3)).refuses(264, CUDA, BF16))
+    assert "reference" not in reasons
+    assert "portable: takes head dims up to" in reasons and "hopper: takes head dims from 40 to 128" in reasons
+    assert reasons.count(", found 264") >= 2
     reasons = str(none_skips("cuda", torch.float64, 128))
     assert "reference" not in reasons and "found torch.float64" in reasons
 
