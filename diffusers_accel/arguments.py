@@ -14,7 +14,7 @@ from diffusers_accel.files import quoted
 from diffusers_accel.forwards import NAMED_FORWARDS, PREDICTORS, RULES, Forwards
 from diffusers_accel.methods import NAMED, SELECTS, Recipe
 from diffusers_accel.methods.former import by_present_names, no_parameter
-from diffusers_accel.part_names import part_named, part_names
+from diffusers_accel.stage_names import stage_named, stage_names
 from diffusers_accel.support.suggest import closest
 
 NAMES: dict[str, Callable[..., Recipe | Forwards]] = {**NAMED, **NAMED_FORWARDS}
@@ -69,9 +69,9 @@ def plan_path(plan: str | os.PathLike[str]) -> Path:
     if os.path.exists(path):
         return path
     if isinstance(plan, str) and path.suffix != ".json" and len(path.parts) == 1:
-        if part := part_named(plan):
-            raise ValueError(f"{quoted(plan)} is {part.what}, and no method by itself: {part.line}")
-        known = [*NAMES, *part_names(), *_plans(path.parent)]
+        if stage := stage_named(plan):
+            raise ValueError(f"{quoted(plan)} is {stage.what}, and no method by itself: {stage.line}")
+        known = [*NAMES, *stage_names(), *_plans(path.parent)]
         raise ValueError(
             f"{quoted(plan)} is neither a method nor a plan file that exists: {meant(plan, known)}"
             f"The methods are {', '.join(NAMES)}"

@@ -78,7 +78,7 @@ class Diagnosis:
     Args:
         machine: processor, threads and GPU.
         versions: of Python and of the packages that matter.
-        kernels: (device, dtype, head dim) -> each attention implementation with the reason why it cannot run, or None.
+        kernels: (device, dtype, head dim) -> each attention implementation: why it cannot run, or why it has to be asked for.
         call: what was measured with a pipeline; None without one.
     """
 
@@ -129,7 +129,7 @@ def diagnose(
     kernels = _kernels([(str(timing.device), timing.dtype, shape.head_dim) for shape in shapes.values()])
     share = min(timing.attention_ms / timing.step_ms, 1.0)
     dense_steps = NAMED["pattern"]().dense_steps
-    runs = all(any(option.reason is None for option in options) for options in kernels.values())
+    runs = all(any(x.automatic and x.name != "reference" for x in options) for options in kernels.values())
     efficiencies = timing.efficiencies(densities) if runs else {}
     diagnosis = CallDiagnosis(
         family=next(iter(found.values()))[1].name,
@@ -193,11 +193,12 @@ def _machine_lines(diagnosis: Diagnosis) -> list[RenderableType]:
 def _kernel_table(diagnosis: Diagnosis) -> Table:
     """One row per implementation, one column for all inputs that share its verdicts."""
     alike: dict[tuple[str, ...], list[str]] = {}
-    for (device, dtype, head_dim), options in diagnosis.kernels.items():
-        verdicts = tuple(option.reason or "can run" for option in options)
-        alike.setdefault(verdicts, []).append(f"{device} {dtype}, head dim {head_dim}")
-    table = Table("attention kernel", *("\n".join(inputs) for inputs in alike.values()))
     names = [option.name for option in next(iter(diagnosis.kernels.values()))]
+    for (device, dtype, head_dim), options in diagnosis.kernels.items():
+        verdicts = {option.name: option.verdict for option in options}  # ranks may differ
+        inputs = f"{device} {dtype}, head dim {head_dim}"
+        alike.setdefault(tuple(verdicts[name] for name in names), []).append(inputs)
+    table = Table("attention kernel", *("\n".join(inputs) for inputs in alike.values()))
     for row in zip(names, *alike, strict=True):
         table.add_row(*row)
     return table

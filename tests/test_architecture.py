@@ -29,7 +29,7 @@ ROOMS = (
     ("plan",),
     ("run",),
     ("report",),
-    ("part_names", "arguments", "subject", "api"),
+    ("stage_names", "arguments", "subject", "api"),
     ("search",),
     ("evals",),
     ("step_timing", "doctor"),

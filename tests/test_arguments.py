@@ -31,7 +31,7 @@ from diffusers_accel.methods import (
     Recipe,
     SubBlock,
 )
-from diffusers_accel.part_names import part_named
+from diffusers_accel.stage_names import stage_named
 from tests.tiny import LAYERS, tiny_wan
 
 
@@ -119,10 +119,10 @@ def test_a_name_of_a_part_says_what_it_is_and_a_line_that_works(name: str) -> No
 
 def test_every_part_is_told() -> None:
     for name in (*SELECTS, *RESTS, *PRECISIONS, *RULES, *PREDICTORS, *NAMED_PREDICTORS, "fhw", "whf", "8x16"):
-        part = part_named(name)
-        assert part is not None and part_named(name.upper()) == part, name
+        part = stage_named(name)
+        assert part is not None and stage_named(name.upper()) == part, name
         compile(part.line, name, "exec")
-    assert part_named("nothing") is None
+    assert stage_named("nothing") is None
 
 
 @pytest.mark.parametrize(

@@ -122,12 +122,28 @@ def test_without_a_kernel_nothing_is_promised(monkeypatch: pytest.MonkeyPatch) -
     assert "No sparse kernel can run" in str(diagnosis) and "needs a processor" in str(diagnosis)
 
 
+def test_what_has_to_be_asked_for_promises_nothing_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [Choice("reference", None), Choice("hopper", None, "must be asked for until measured on a GPU")]
+    monkeypatch.setattr(doctor, "choices", lambda *_: options)
+    diagnosis = diagnose(tiny_wan(), call())
+    assert diagnosis.call is not None and diagnosis.call.expectations == ()
+    assert "usable; must be asked for until measured on a GPU" in str(diagnosis)
+
+
+def test_kernels_that_are_ranked_otherwise_keep_their_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each head dim may have its own order."""
+    options = [Choice("cpu", None), Choice("portable", "needs a GPU")]
+    monkeypatch.setattr(doctor, "choices", lambda *kind: options[:: 1 if kind[2] == 64 else -1])
+    (row,) = (line for line in str(diagnose()).splitlines() if "portable" in line)
+    assert "needs a GPU" in row and "usable" not in row
+
+
 def test_the_text_says_it_all(diagnosis: doctor.Diagnosis) -> None:
     text = str(diagnosis)
     assert f"python {platform.python_version()}" in text and f"torch {torch.__version__}" in text
     assert "768 = 3 frames x 16 x 16" in text
     assert "transformer 3 layers x 4 heads x 16" in text
-    assert "can run" in text and "portable" in text
+    assert "usable" in text and "portable" in text
     assert "0.50" in text and "0.44" in text
 
 

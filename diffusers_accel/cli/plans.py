@@ -18,8 +18,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from diffusers_accel.arguments import NAMES, checked_parameters
 from diffusers_accel.files import printable, quoted
 from diffusers_accel.methods.former import by_present_names, no_parameter
-from diffusers_accel.part_names import part_named, part_names
 from diffusers_accel.plan import Plan
+from diffusers_accel.stage_names import stage_named, stage_names
 from diffusers_accel.subject import split
 from diffusers_accel.support.suggest import did_you_mean, did_you_mean_file
 
@@ -94,12 +94,12 @@ def _part(value: str) -> Part:
             return name, _parameters(name, parameters)
         except ValueError as error:
             raise ValueError(f"--plan {printable(value)}: {error}") from error
-    if part := part_named(name):
+    if stage := stage_named(name):
         raise ValueError(
-            f"--plan: {quoted(name)} is {part.what}, and no method by itself. In Python, this writes a plan file of it: "
-            f'{part.line}.plan.save("{name.casefold()}.json")'
+            f"--plan: {quoted(name)} is {stage.what}, and no method by itself. In Python, this writes a plan file of it: "
+            f'{stage.line}.plan.save("{name.casefold()}.json")'
         )
-    meant = did_you_mean(name, [*NAMES, *part_names()]) or did_you_mean_file(path)
+    meant = did_you_mean(name, [*NAMES, *stage_names()]) or did_you_mean_file(path)
     raise ValueError(
         f"--plan: expected a method ({', '.join(NAMES)}), with parameters such as draft:density=0.3, a plan file, or a step "
         f"cache and one of these with + between them, found {quoted(value)}{meant}"

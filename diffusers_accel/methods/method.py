@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from diffusers_accel.files import FileError, Schema, built, quoted, shaped, tagged
-from diffusers_accel.kernels.attention import PRECISIONS, choices
+from diffusers_accel.kernels.attention import PRECISIONS, none_skips
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods.former import by_present_names
 from diffusers_accel.methods.order import Order
@@ -120,11 +120,7 @@ class Method:
         """Why this method cannot run there, or None if it can."""
         if self.dense or self.skips:
             return None
-        found = choices(device, dtype, head_dim, precision=self.precision)
-        options = [option for option in found if option.name != "reference"]  # skips nothing
-        if any(option.reason is None for option in options):
-            return None
-        return "; ".join(f"{option.name}: {option.reason}" for option in options)
+        return none_skips(device, dtype, head_dim, self.precision)
 
     @cached_property  # read for every head at every call
     def label(self) -> str:

@@ -172,15 +172,6 @@ def flex_mask(pattern: BlockPattern) -> Any:
     )
 
 
-@peer("attention", "fa4", "flash-attn-4", seconds=120)
-def _fa4_sparse(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> Call:
-    """FlashAttention's kernels in CuTe, which take lists of blocks of 128 x 128."""
-    flash = _gpu_module("flash_attn.cute", q)
-    lists = {"full_block_cnt": pattern.counts, "full_block_idx": pattern.blocks}
-    lists |= {"mask_block_cnt": torch.zeros_like(pattern.counts), "mask_block_idx": torch.zeros_like(pattern.blocks)}
-    return lambda: _first(flash.flash_attn_func(q, k, v, **lists))
-
-
 @peer("attention", "vsa", "fastvideo-kernel")
 def _vsa(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> Call:
     """VSA's kernel (Zhang et al. 2025, arXiv 2505.13389) on the same pairs, cut into its blocks of 64 x 64."""

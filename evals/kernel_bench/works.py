@@ -261,8 +261,6 @@ def _check(point: Point, case: Case, *inputs: object) -> None:
     """Raises Missing where the operator refuses this implementation; `inputs` of its `refuses` after device and dtype."""
     name = "attention" if point.operator == "selected" else point.operator
     operator = importlib.import_module(f"diffusers_accel.kernels.{name}")._operator
-    if name == "dense":  # its order depends on the device
-        operator = operator(case.device)
     given = (case.device, *inputs) if name == "select" else (case.device, case.dtype, *inputs)
     try:
         operator.choose(point.impl, *given)  # asks for this one alone: another may hang in its trial

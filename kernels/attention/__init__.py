@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from types import ModuleType
 from typing import Any
@@ -9,21 +10,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_accel.kernels import ranking
 from diffusers_accel.kernels.checks import check_pattern, check_qkv, score_scale
 from diffusers_accel.kernels.choice import Choice, Operator
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.quantize import PRECISIONS as QUANTIZED
 from diffusers_accel.kernels.quantize import Quantized, quantize
 
-__all__ = ["IMPLEMENTATIONS", "PRECISIONS", "Choice", "attention", "choices", "chosen", "quantized_attention"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "PRECISIONS",
+    "Choice",
+    "attention",
+    "choices",
+    "chosen",
+    "none_skips",
+    "quantized_attention",
+]
 
-# The first that can run is `auto`'s: fastest first, save that `hopper` has to be asked for until a GPU has measured it.
-IMPLEMENTATIONS = ("cpu", "portable", "hopper", "reference")
+IMPLEMENTATIONS = tuple(ranking.IMPLEMENTATIONS["attention"])
 VARIABLE = "DIFFUSERS_ACCEL_KERNEL"  # in the environment: what `auto` means
 # In what the products are computed: the type of q, k, v; scores in INT8; scores in INT8 and weighted values in FP8.
 PRECISIONS = ("input", *QUANTIZED)
 
-_operator = Operator(__name__, IMPLEMENTATIONS)
+
+def _order(
+    device: torch.device, dtype: torch.dtype, head_dim: int, blocks: tuple[int, int], precision: str
+) -> tuple[str, ...]:
+    return ranking.order("attention", device, precision, head_dim)
+
+
+_operator = Operator(__name__, IMPLEMENTATIONS, _order, ranking.IMPLEMENTATIONS["attention"])
 
 
 def choices(
@@ -33,7 +50,11 @@ def choices(
     blocks: tuple[int, int] = (128, 128),
     precision: str = "input",
 ) -> list[Choice]:
-    """Every implementation with its verdict for such q, k, v, (block_q, block_k) and precision, as `auto` tries them."""
+    """Every implementation with its verdict for such q, k, v, (block_q, block_k) and precision.
+
+    First those that `auto` tries, fastest first, then those that have to be asked for (`opt_in` says why). It takes the first
+    that is `automatic`.
+    """
     _check_precision(precision)
     found = _operator.choices(torch.device(device), dtype, head_dim, blocks, precision)
     if (asked := _meant("auto")) == "auto":
@@ -59,6 +80,15 @@ def chosen(
     return module.__name__.rpartition(".")[2]
 
 
+def none_skips(device: torch.device | str, dtype: torch.dtype, head_dim: int, precision: str = "input") -> str | None:
+    """Why `auto` has nothing there but the reference, which skips nothing, with every other's reason; None if it has."""
+    with contextlib.suppress(ValueError):  # none at all, which is told below
+        if chosen(device, dtype, head_dim, precision=precision) != "reference":
+            return None
+    found = choices(device, dtype, head_dim, precision=precision)
+    return "; ".join(f"{option.name}: {option.verdict}" for option in found if option.name != "reference")
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -79,7 +109,8 @@ def attention(
         scale: positive factor of the scores; None means 1 / sqrt(D).
         precision: one of `PRECISIONS`. All but `input` first `quantize`, which reads every key that exists, also in
             blocks that no query reads.
-        impl: `auto` takes the fastest that can run; a name of `IMPLEMENTATIONS` is obeyed or refused.
+        impl: `auto` takes the fastest that can run, in the order of `kernels/ranking.py`; a name of `IMPLEMENTATIONS` is
+            obeyed or refused.
 
     Returns:
         out `[B, S_q, H, D]` in the dtype of q, and the log-sum-exp of the scaled scores, fp32, natural log,

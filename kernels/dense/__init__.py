@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from diffusers_accel.kernels import hardware
+from diffusers_accel.kernels import ranking
 from diffusers_accel.kernels.checks import check_qkv, score_scale
 from diffusers_accel.kernels.choice import Choice, Operator
 
 __all__ = ["IMPLEMENTATIONS", "Choice", "choices", "dense"]
 
-# Fastest first on server GPUs from Hopper on. Elsewhere flash comes before cuDNN, which is PyTorch's own order.
-IMPLEMENTATIONS = ("cudnn", "flash", "xformers", "cpu", "portable", "reference")
+IMPLEMENTATIONS = tuple(ranking.IMPLEMENTATIONS["dense"])
 
-_server = Operator(__name__, IMPLEMENTATIONS)
-_elsewhere = Operator(__name__, ("flash", "cudnn", *IMPLEMENTATIONS[2:]))
+
+def _order(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, ...]:
+    return ranking.order("dense", device, "input", head_dim)
+
+
+_operator = Operator(__name__, IMPLEMENTATIONS, _order, ranking.IMPLEMENTATIONS["dense"])
 
 
 def choices(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> list[Choice]:
-    """Every implementation with its verdict for such q, k, v, fastest first: the first without a reason is the one that
-    `auto` takes. On a GPU the first call tries those of others on a few tokens, and waits for the result."""
-    device = torch.device(device)
-    return _operator(device).choices(device, dtype, head_dim)
+    """Every implementation with its verdict for such q, k, v, in the order of `kernels/ranking.py`: the first that is
+    `automatic` is the one that `auto` takes. On a GPU the first call tries those of others on a few tokens, and waits."""
+    return _operator.choices(torch.device(device), dtype, head_dim)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -48,12 +48,6 @@ def dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, impl: 
         ValueError: shapes, dtypes, devices or scale do not fit, or the implementation asked for cannot run.
     """
     check_qkv(q, k, v)
-    module = _operator(q.device).choose(impl, q.device, q.dtype, q.shape[3])
+    module = _operator.choose(impl, q.device, q.dtype, q.shape[3])
     with torch.no_grad():
         return module.dense(q, k, v, score_scale(scale, q.shape[3]))
-
-
-@cache
-def _operator(device: torch.device) -> Operator:
-    nvidia = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()
-    return _server if nvidia and hardware.capability(device) // 10 in (9, 10) else _elsewhere

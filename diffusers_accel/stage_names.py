@@ -14,7 +14,7 @@ from diffusers_accel.methods.orders import parse_order
 SOME = 0.25  # for an amount that has no default
 
 
-class Part(NamedTuple):
+class StageName(NamedTuple):
     """What a name is, such as "a selection", and what `patch` takes instead, after these imports."""
 
     what: str
@@ -27,72 +27,76 @@ class Part(NamedTuple):
         return f"{self.imports}; patch(pipe, {self.instead})" if self.imports else f"patch(pipe, {self.instead})"
 
 
-def part_named(name: str) -> Part | None:
+def stage_named(name: str) -> StageName | None:
     """What is known of a name of a stage, a precision, or a rule or predictor of a step cache, whatever its case."""
     key = name.casefold()
     return next((found for find in _FINDERS if (found := find(key)) is not None), None)
 
 
-def part_names() -> list[str]:
+def stage_names() -> list[str]:
     return [*SELECTS, *RESTS, *PRECISIONS, *RULES, *PREDICTORS, *NAMED_PREDICTORS]
 
 
-def _selection(name: str) -> Part | None:
+def _selection(name: str) -> StageName | None:
     if name not in SELECTS:
         return None
     cls = SELECTS[name]
     if cls(*(SOME for _ in _required(cls))).records:
-        return Part(
+        return StageName(
             "a selection that reads what a search has found",
             "search_plan(pipe, prompts)",
             _imported("", ["search_plan"]),
         )
     made = _made(cls)
-    return Part("a selection", f"Method(select={made})", _imported("methods", ["Method", cls.__name__]))
+    return StageName("a selection", f"Method(select={made})", _imported("methods", ["Method", cls.__name__]))
 
 
-def _rest(name: str) -> Part | None:
+def _rest(name: str) -> StageName | None:
     if name not in RESTS:
         return None
     cls = RESTS[name]
     made = f"Method(select=Draft({SOME}), rest={_made(cls)})"
-    return Part("a rest, which goes with a selection", made, _imported("methods", ["Draft", "Method", cls.__name__]))
+    return StageName(
+        "a rest, which goes with a selection", made, _imported("methods", ["Draft", "Method", cls.__name__])
+    )
 
 
-def _order(name: str) -> Part | None:
+def _order(name: str) -> StageName | None:
     try:
         order = parse_order(name)
     except ValueError:
         return None
     made = f"Method({order!r}, Draft({SOME}))"
-    return Part(
+    return StageName(
         "an order, which goes with a selection", made, _imported("methods", ["Draft", "Method", type(order).__name__])
     )
 
 
-def _precision(name: str) -> Part | None:
-    return Part("a precision", f'"dense", precision="{name}"') if name in PRECISIONS else None
+def _precision(name: str) -> StageName | None:
+    return StageName("a precision", f'"dense", precision="{name}"') if name in PRECISIONS else None
 
 
-def _rule(name: str) -> Part | None:
+def _rule(name: str) -> StageName | None:
     if name not in RULES:
         return None
     cls, own = RULES[name], " and ".join(_required(RULES[name]))
     what = f"a rule of a step cache, with {own} of your model" if own else "a rule of a step cache"
-    return Part(what, f"Forwards({_made(cls)})", _imported("forwards", ["Forwards", cls.__name__]))
+    return StageName(what, f"Forwards({_made(cls)})", _imported("forwards", ["Forwards", cls.__name__]))
 
 
-def _predictor(name: str) -> Part | None:
+def _predictor(name: str) -> StageName | None:
     if name in NAMED_PREDICTORS:
-        return Part("a predictor of a step cache", f'"easycache", predictor="{name}"')
+        return StageName("a predictor of a step cache", f'"easycache", predictor="{name}"')
     if name not in PREDICTORS:
         return None
     cls = PREDICTORS[name]
     made = f"Forwards(EasyCache(), {_made(cls)})"
-    return Part("a predictor of a step cache", made, _imported("forwards", ["EasyCache", "Forwards", cls.__name__]))
+    return StageName(
+        "a predictor of a step cache", made, _imported("forwards", ["EasyCache", "Forwards", cls.__name__])
+    )
 
 
-_FINDERS: tuple[Callable[[str], Part | None], ...] = (_selection, _rest, _order, _precision, _rule, _predictor)
+_FINDERS: tuple[Callable[[str], StageName | None], ...] = (_selection, _rest, _order, _precision, _rule, _predictor)
 
 
 def _made(cls: type) -> str:
