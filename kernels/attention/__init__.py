@@ -17,8 +17,9 @@ from diffusers_accel.kernels.quantize import Quantized, quantize
 
 __all__ = ["IMPLEMENTATIONS", "PRECISIONS", "Choice", "attention", "choices", "chosen", "quantized_attention"]
 
-# The first that can run is `auto`'s: fastest first, save that `hopper` has to be asked for until a GPU has measured it.
-IMPLEMENTATIONS = ("cpu", "portable", "hopper", "reference")
+# The first that can run is `auto`'s: fastest first, save that `hopper` and `gluon` have to be asked for until a GPU has
+# measured them.
+IMPLEMENTATIONS = ("cpu", "portable", "hopper", "gluon", "reference")
 VARIABLE = "DIFFUSERS_ACCEL_KERNEL"  # in the environment: what `auto` means
 # In what the products are computed: the type of q, k, v; scores in INT8; scores in INT8 and weighted values in FP8.
 PRECISIONS = ("input", *QUANTIZED)

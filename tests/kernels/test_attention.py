@@ -163,7 +163,7 @@ def test_an_explicit_implementation_is_obeyed_or_refused() -> None:
     q, k, v = qkv(1, 32, 32, 1, 8, torch.float64, "cpu")
     with pytest.raises(ValueError, match=r"(?s)impl='cpu'.*cpu: takes float16.*portable: .*reference: usable"):
         attention(q, k, v, impl="cpu")
-    with pytest.raises(ValueError, match="one of cpu, portable, hopper, reference, found 'fast'"):
+    with pytest.raises(ValueError, match="one of cpu, portable, hopper, gluon, reference, found 'fast'"):
         attention(q, k, v, impl="fast")
 
 
