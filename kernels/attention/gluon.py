@@ -17,7 +17,7 @@ from diffusers_accel.kernels.attention.hopper import QUERIES, loadable, without_
 from diffusers_accel.kernels.attention.softmax import LOG2_E
 from diffusers_accel.kernels.pattern import BlockPattern
 
-VERSION = "3.6"  # of Triton: Gluon is experimental, and every minor version has changed it
+VERSION = "3.6"  # of Triton: Gluon is experimental, and its names and their meaning may change
 
 
 class Config(NamedTuple):

@@ -167,7 +167,7 @@ def attend(
     out_rows, lse_ptr, q_tiles, q_full, turn, k_ring, v_ring, lists, where, qk_scale,
     CONSUMER: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A consumer: 64 queries of the row. What it has read last it leaves in shared memory's place of its q."""
+    """A consumer: 64 queries of the row. Its output leaves through the place of its q in shared memory."""
     batch, head, row, heads, queries, keys = where
     blocks_ptr, valid_ptr, tiles = lists
     k_held, k_full, k_empty = k_ring

@@ -61,26 +61,21 @@ def _argument(x: Any) -> Any:
 
 
 def as_python(jitted: Any, block: Block, made: dict[Any, Any]) -> Callable[..., Any]:
-    """The function under `jit`, with PyTorch as its language, and so all that it calls."""
+    """The function under `jit`, with PyTorch as its language, and so all that it calls. `made` holds what is there."""
+
+    def replaced(name: str, value: Any) -> Any:
+        if isinstance(value, KernelInterface):
+            return as_python(value, block, made)
+        if isinstance(value, constexpr):
+            return value.value
+        return block.language.get(name, value)
+
     if jitted not in made:
         source = jitted.fn
-        made[jitted] = None  # of none that calls itself
-
-        def replaced(name: str, value: Any) -> Any:
-            if isinstance(value, KernelInterface):
-                return as_python(value, block, made)
-            if isinstance(value, constexpr):
-                return value.value
-            if name in ("gl", "tl"):
-                return Language(block)
-            return block.language.get(name, value)
-
-        names = {
-            name: replaced(name, value)
-            for name, value in source.__globals__.items()
-            if name in source.__code__.co_names
-        }
+        names: dict[str, Any] = {}
         made[jitted] = types.FunctionType(source.__code__, names, source.__name__, source.__defaults__)
+        used = {name: x for name, x in source.__globals__.items() if name in source.__code__.co_names}
+        names |= {name: replaced(name, value) for name, value in used.items()}
     return made[jitted]
 
 
@@ -252,6 +247,8 @@ class Block:
         self.stopped = threading.Semaphore(0)
         self.abandoned = False
         self.language = {
+            "gl": Language(self),
+            "tl": Language(self),
             "mbarrier": types.SimpleNamespace(
                 MBarrierLayout=_nothing, init=_init, wait=self.wait, expect=self.expect, arrive=self.arrive
             ),
