@@ -34,10 +34,8 @@ PRODUCER_REGISTERS = gl.constexpr(24)
 
 def rows(x: Tensor, tokens: int) -> TensorDescriptor:
     """How TMA reads or writes that many tokens of a head of `x` `[B, S, H, D]`, which `loadable` has seen."""
-    if 0 in x.stride():
-        x = x.clone(
-            memory_format=torch.contiguous_format
-        )  # one head or row for all: CUDA wants steps of 16 bytes or more
+    if 0 in x.stride():  # one head or batch row stands for all: whether TMA takes such steps is not documented
+        x = x.clone(memory_format=torch.contiguous_format)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, tokens, 1, x.shape[3]], layout)
 
