@@ -21,6 +21,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str | None]] = {
         "cpu": None,
         "portable": None,
         "hopper": UNMEASURED,
+        "gluon": UNMEASURED,
         "fa4": UNMEASURED,
         "reference": None,
     },

@@ -155,7 +155,7 @@ class Bench:
 
     def _graph(self, point: Point, todo: Work) -> Row:
         """The whole call as a CUDA graph, whose launches cost Python nothing. Last: a failure spoils what comes after."""
-        if self.device.type != "cuda" or point.impl not in ("portable", "hopper"):
+        if self.device.type != "cuda" or point.impl not in ("portable", "hopper", "gluon"):
             return {}
         if os.environ.get("DIFFUSERS_ACCEL_CHECKS") == "1":
             return {"graph": "not tried: DIFFUSERS_ACCEL_CHECKS reads from the device"}

@@ -301,6 +301,10 @@ def _implementation(point: Point, case: Case) -> Row:
         from diffusers_accel.kernels.attention import hopper
 
         return {"config": dict(hopper.config(case.shape.dim, BLOCK, point.precision)._asdict())}
+    if point.impl == "gluon":
+        from diffusers_accel.kernels.attention import gluon
+
+        return {"config": dict(gluon.config(case.shape.dim, BLOCK)._asdict())}
     return {}
 
 

@@ -302,7 +302,9 @@ def test_the_most_telling_points_come_first() -> None:
     ):  # before anything else, ours on every shape, against all dense kernels
         here = [point for point in first if point.shape == shape]
         ours = [(p.density, p.impl) for p in here if p.operator == "attention"]
-        assert ours == [(density, impl) for density in (0.1, 0.3, 1.0) for impl in ("portable", "hopper")]
+        assert ours == [
+            (density, impl) for density in (0.1, 0.3, 1.0) for impl in ("portable", "hopper", "gluon", "fa4")
+        ]
         assert {"fa3", "fa4", "cudnn", "flash"} <= {p.impl for p in here if p.operator == "dense"}
         assert [p.operator for p in here] == sorted((p.operator for p in here), reverse=True)  # dense before attention
     places = {name: next(i for i, p in enumerate(points) if p.impl == name) for name in ("flex", "vsa")}
