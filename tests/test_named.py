@@ -301,7 +301,8 @@ def test_what_no_kernel_takes_is_refused_with_every_reason(monkeypatch: pytest.M
     message = (
         r'"draft 8x16 0\.25 int8" cannot run here: cpu: runs on cpu tensors, found cuda; '
         r"portable: int8 takes float16 and bfloat16, found torch\.float32; "
-        r'hopper: takes float16 and bfloat16, found torch\.float32; gluon: takes precision input, found int8; fa4: computes in the type of q, k and v only, found precision int8\. Use "dense"'
+        r"hopper: takes float16 and bfloat16, found torch\.float32; gluon: takes precision input, found int8; "
+        r'fa4: computes in the type of q, k and v only, found precision int8\. Use "dense"'
     )
     with pytest.raises(ValueError, match=message):
         patch(pipe, "draft", precision="int8")
