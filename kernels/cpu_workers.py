@@ -7,35 +7,40 @@ of a millisecond, and leaves one thread idle between them.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 
-def run_all(calls: Sequence[Callable[[], None]]) -> None:
-    """Runs the calls, in any order, on as many threads as PyTorch has; in the caller's grad and inference mode."""
-    count = torch.get_num_threads()
-    if count == 1 or len(calls) <= 1:
+def run_all(calls: Iterable[Callable[[], None]]) -> None:
+    """Runs the calls, in any order, on as many threads as PyTorch has; in the caller's grad and inference mode.
+
+    They are taken one by one, each when a thread is free for it, so that an iterator may make them as they are needed.
+    """
+    count, calls = torch.get_num_threads(), iter(calls)
+    ahead = list(itertools.islice(calls, 2))
+    calls = itertools.chain(ahead, calls)
+    if count == 1 or len(ahead) < 2:
         for call in calls:
             call()
         return
     inference = torch.is_inference_mode_enabled()
-    left = iter(calls)
     lock = threading.Lock()
 
     def work() -> None:
         with torch.inference_mode(inference), torch.set_grad_enabled(False):
             while True:
                 with lock:
-                    call = next(left, None)
+                    call = next(calls, None)
                 if call is None:
                     return
                 call()
 
-    for done in [_workers(count).submit(work) for _ in range(min(count, len(calls)))]:
+    for done in [_workers(count).submit(work) for _ in range(count)]:
         done.result()
 
 

@@ -1,7 +1,7 @@
-"""Block-sparse attention on a CPU that skips the unread blocks, built on PyTorch's own fused CPU attention.
+"""Block-sparse attention on a CPU that skips the unread blocks, by PyTorch's fused attention or, in bf16, its products.
 
-Query rows whose keys are one run of tokens (bands, dense heads) are handed over as strided views: many rows and heads in
-one call, nothing copied. All others gather their key blocks, a few rows at a time so that the copies stay in cache.
+Query rows whose keys are one run of tokens (bands, dense heads) are handed over as strided views: many rows in one call,
+nothing copied. All others gather their key blocks, a few rows at a time so that the copies stay in cache.
 
 Quantized operands are simulated: dequantized to fp32, which shows what their rounding does to the result and is slower
 than not to quantize at all.
@@ -10,16 +10,18 @@ than not to quantize at all.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from diffusers_accel.kernels.attention import products
 from diffusers_accel.kernels.cpu_workers import run_all
 from diffusers_accel.kernels.grouped import each_query_head
 from diffusers_accel.kernels.pattern import BlockPattern
@@ -31,8 +33,8 @@ Attend: TypeAlias = Callable[..., Any]
 # Kills the process on zero keys and returns 0 for a fully masked row: it is only ever given keys that exist, unmasked.
 fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
-# Keys and values gathered for one call of one thread, or a row more: much more falls out of its cache, less pays for more
-# calls.
+# Keys and values gathered for one call of the fused attention, or a row more: much more falls out of a thread's cache, less
+# pays for more calls.
 GATHER_BYTES = 3 << 19
 # Scores that the simulation of FP8 holds at once.
 SCORE_BYTES = 32 << 20
@@ -72,6 +74,13 @@ class Sweep:
         ):
             return None
         return Sweep(self.query, self.query_tokens, self.key, self.key_tokens, *steps, self.count + 1)
+
+    def pieces(self) -> Iterator[Sweep]:
+        """The same groups in sweeps of as many as are computed at once."""
+        most = products.at_once(self.query_tokens, self.key_tokens)
+        for first in range(0, self.count, most):
+            query, key = self.query + first * self.query_step, self.key + first * self.key_step
+            yield replace(self, query=query, key=key, count=min(most, self.count - first))
 
 
 @dataclass(frozen=True)
@@ -160,14 +169,20 @@ def gather(
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention over the blocks of the pattern; the arguments have been checked by the caller."""
-    return attend_pattern(q, k, v, pattern, scale, fused_attention)
+    return attend_pattern(q, k, v, pattern, scale, exact_attention)
 
 
 def quantized_attention(x: Quantized, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
     """A simulation in fp32 that skips as `attention` does: for its numbers, not for its speed."""
-    attend = fused_attention if x.precision == "int8" else fp8_attention
+    attend = exact_attention if x.precision == "int8" else fp8_attention
     out, lse = attend_pattern(*x.dequantize(), pattern, scale, attend)
     return out.to(x.dtype), lse + scale * x.offset
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Every query to every key of its group, by the faster of two ways."""
+    attend = products.attention if products.faster(q.shape[2], q.dtype) else fused_attention
+    return attend(q, k, v, scale=scale)
 
 
 def attend_pattern(
@@ -187,24 +202,33 @@ def attend_pattern(
         out.zero_()
         lse.fill_(-torch.inf)
     for repeat in range(0, batch, period):
+        calls: list[Callable[[], None]] = []
         for row, head, count, sweep in plan.sweeps:
             part = slice(head, head + count)
             inputs = q[repeat + row, :, part], k[repeat + row, :, part], v[repeat + row, :, part]
-            run_sweep(*inputs, out[repeat + row, :, part], lse[repeat + row, :, part, None], sweep, scale, attend)
-        if pattern is not None:
-            calls: list[Callable[[], None]] = []
-            for rows in plan.gathers:
-                place = repeat + rows.batch, slice(None), rows.head
-                one = Head(q[place], k[place], v[place], out[place], lse[place], pattern.block_k)
-                calls += gather_calls(one, rows, scale, attend)
-            run_all(calls)
+            tensors = *inputs, out[repeat + row, :, part], lse[repeat + row, :, part, None]
+            if not products.faster(sweep.query_tokens, q.dtype):
+                run_sweep(tensors, sweep, scale, attend)  # on all threads
+                continue
+            for one, piece in product(range(count), sweep.pieces()):
+                of_head = tuple(x[:, one, None] for x in tensors)
+                calls.append(functools.partial(run_sweep, of_head, piece, scale, attend))
+
+        def head_of(rows: Gather, place: Any) -> Head:
+            block_k = 0 if pattern is None else pattern.block_k
+            # Copies, in which the tokens of a block lie beside each other and not a model's width apart.
+            return Head(q[place], k[place].contiguous(), v[place].contiguous(), out[place], lse[place], block_k)
+
+        run_all(itertools.chain(calls, all_gather_calls(head_of, repeat, plan.gathers, scale, attend)))
     return out, lse.transpose(1, 2).contiguous()
 
 
-def run_sweep(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sweep: Sweep, scale: float, attend: Attend
-) -> None:
-    """One call for all groups and heads of a sweep; the views of the keys overlap. All tensors are `[S, H, D|1]`."""
+def run_sweep(tensors: tuple[Tensor, ...], sweep: Sweep, scale: float, attend: Attend) -> None:
+    """One call for all groups and heads of a sweep; the views of the keys overlap.
+
+    tensors: q, k, v and the results out and lse, all `[S, H, D|1]`.
+    """
+    q, k, v, out, lse = tensors
 
     def groups(x: Tensor, token: int, tokens: int, step: int) -> Tensor:
         s, h, d = x.stride()
@@ -218,7 +242,7 @@ def run_sweep(
 
 
 class Head(NamedTuple):
-    """One head's q, k, v and the results out `[S, D]` and lse `[S]`, as strided views, and the tokens of a key block."""
+    """One head's q, k, v and the results out `[S, D]` and lse `[S]`, and the tokens of a key block; k and v contiguous."""
 
     q: Tensor
     k: Tensor
@@ -228,9 +252,22 @@ class Head(NamedTuple):
     block_k: int
 
 
+def all_gather_calls(
+    head_of: Callable[[Gather, Any], Head], repeat: int, gathers: list[Gather], scale: float, attend: Attend
+) -> Iterator[Callable[[], None]]:
+    """The calls of all gathers, whose heads are copied when their turn comes and dropped after it."""
+    for (batch, head), of_head in itertools.groupby(gathers, lambda rows: (rows.batch, rows.head)):
+        one: Head | None = None
+        for rows in of_head:
+            one = one or head_of(rows, (repeat + batch, slice(None), head))
+            yield from gather_calls(one, rows, scale, attend)
+
+
 def gather_calls(head: Head, rows: Gather, scale: float, attend: Attend) -> Iterator[Callable[[], None]]:
     """Calls that compute a few rows each."""
     at_once = math.ceil(GATHER_BYTES / (2 * rows.key_tokens * head.k.shape[1] * head.k.element_size()))
+    if products.faster(rows.query_tokens, head.q.dtype):
+        at_once = products.at_once(rows.query_tokens, rows.key_tokens)
     for start in range(0, len(rows.first), at_once):
         yield functools.partial(run_gather, head, rows, slice(start, start + at_once), scale, attend)
 
@@ -238,22 +275,29 @@ def gather_calls(head: Head, rows: Gather, scale: float, attend: Attend) -> Iter
 def run_gather(head: Head, rows: Gather, part: slice, scale: float, attend: Attend) -> None:
     """Copies the keys of a few rows beside each other and attends."""
     blocks, queries = rows.blocks[part], groups_of(rows.first[part], rows.query_tokens)
-    shape = (len(blocks), 1, rows.key_tokens, head.k.shape[1])
+    dim = head.q.shape[1]
     if rows.lengths is None:
-        # Whole blocks of a strided view: one copy each, and no transposed copy of all keys before.
-        ids, length = blocks.flatten(), len(head.k) // head.block_k * head.block_k
-        k, v = (x[:length].unflatten(0, (-1, head.block_k)).index_select(0, ids).view(shape) for x in (head.k, head.v))
+        ids, unit = blocks.flatten(), head.block_k
     else:
         in_block = torch.arange(head.block_k)
-        keys = (blocks[..., None] * head.block_k + in_block)[in_block < rows.lengths[part, :, None]]
-        k, v = (x.index_select(0, keys).view(shape) for x in (head.k, head.v))
-    q = [head.q[tokens].unflatten(0, (count, -1)) for tokens, count in queries]
-    out, lse = attend((q[0] if len(q) == 1 else torch.cat(q))[:, None], k, v, scale=scale)
-    done = 0
+        ids, unit = (blocks[..., None] * head.block_k + in_block)[in_block < rows.lengths[part, :, None]], 1
+    shape = blocks.shape[0], 1, rows.key_tokens, dim
+    k, v = gathered("keys", head.k, ids, unit).view(shape), gathered("values", head.v, ids, unit).view(shape)
+    q = [head.q[tokens].view(count, 1, -1, dim) for tokens, count in queries]
+    out, lse = attend(q[0] if len(q) == 1 else torch.cat(q), k, v, scale=scale)
+    out, lse, done = out.view(-1, dim), lse.view(-1), 0
     for tokens, count in queries:
-        head.out[tokens] = out[done : done + count].flatten(0, 2)
-        head.lse[tokens] = lse[done : done + count].flatten()
-        done += count
+        some = slice(done, done + count * rows.query_tokens)
+        head.out[tokens].copy_(out[some])
+        head.lse[tokens].copy_(lse[some])
+        done = some.stop
+
+
+def gathered(name: str, x: Tensor, ids: Tensor, unit: int) -> Tensor:
+    """The pieces of `unit` tokens of x `[S, D]`, contiguous, that `ids` number, beside each other in a workspace."""
+    count, size = x.shape[0] // unit, unit * x.shape[1]
+    pieces = x.as_strided((count, size), (size, 1))
+    return torch.index_select(pieces, 0, ids, out=products.workspace(name, (ids.shape[0], size), x.dtype))
 
 
 def groups_of(first: list[int], tokens: int) -> list[tuple[slice, int]]:

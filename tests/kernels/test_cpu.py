@@ -29,17 +29,17 @@ class Counter:
         self.pairs += q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
         if k._base is None or k._base.shape != STORE:
             self.largest_copy = max(self.largest_copy, 2 * k.numel() * k.element_size())
-        return FUSED(q, k, v, **options)
+        return EXACT(q, k, v, **options)
 
 
-FUSED = cpu.fused_attention
+EXACT = cpu.exact_attention
 STORE = (3, 1, 1024, 4, 64)  # q, k and v of these tests are views of one tensor of this shape
 
 
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
     counter = Counter()
-    monkeypatch.setattr(cpu, "fused_attention", counter)
+    monkeypatch.setattr(cpu, "exact_attention", counter)
     return counter
 
 

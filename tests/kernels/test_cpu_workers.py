@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -67,3 +67,25 @@ def test_one_thread_runs_them_in_place() -> None:
         assert names == [threading.current_thread().name] * 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_calls_are_made_as_they_are_needed(threads: int) -> None:
+    """Copies of a head are made when its turn comes: no call is asked for before a thread is free for it."""
+    torch.set_num_threads(threads)
+    made, done, ahead = 0, 0, 0
+
+    def call() -> None:
+        nonlocal done
+        done += 1
+
+    def calls() -> Iterator[Callable[[], None]]:
+        nonlocal made, ahead
+        for _ in range(20):
+            made += 1
+            ahead = max(ahead, made - done)
+            yield call
+
+    run_all(calls())
+    assert (made, done) == (20, 20) and ahead <= threads + 1
