@@ -1,7 +1,8 @@
-"""What our own code costs beside the kernels: microseconds of one patched call at a tiny size, and the share of `pooled`.
+"""What our own code costs beside the kernels: microseconds of one patched call, the share of `pooled`, a CPU's sparse attention.
 
     python -m tests.overhead call      # at 64 tokens; run it on two commits in turn to compare them
     python -m tests.overhead pooled    # rest="pooled" against "drop", as a share of dense attention, in one process
+    python -m tests.overhead cpu       # block-sparse attention and FlexAttention against dense on the same blocks, 4 minutes
 
 Times of one thread; ratios of runs in turn are what to look at.
 """
@@ -9,15 +10,21 @@ Times of one thread; ratios of runs in turn are what to look at.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusers_accel import patch
+from diffusers_accel.evals.kernel_bench import inputs
+from diffusers_accel.evals.kernel_bench.peers import PEERS, Missing
+from diffusers_accel.kernels.attention import attention
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import Draft, Drop, Method, Patches, Pooled
 from diffusers_accel.run.launch import run
@@ -32,12 +39,13 @@ NAMED: dict[str, dict[str, Any]] = {
     "cached": {},
 }
 CALLS, STEPS = 200, 50
+CPU_PATTERNS = (("random", 0.25), ("random", 0.09), ("window", 0.09), ("unequal", 0.09))
 
 
-def seconds(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
+def seconds(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    begin = clock()
     call()
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def one_call(name: str, parameters: dict[str, Any]) -> float:
@@ -72,11 +80,37 @@ def pooled_share(density: float) -> float:
     return statistics.median(shares[1:])
 
 
+def sparse_on_a_cpu() -> None:
+    """Prints how much of its density's share of dense attention's time each takes, and dense attention's time.
+
+    Processor time of the thread, so that other processes disturb little; each call in turn with the dense one.
+    """
+    print(f"instructions: {torch.backends.cpu.get_cpu_capability()}; efficiency = dense time x density / time")
+    for dtype, shape, (kind, density) in product((torch.float32, torch.bfloat16), ("toy", "S8"), CPU_PATTERNS):
+        q, k, v = inputs.qkv("gaussian", inputs.SHAPES[shape], dtype, CPU, 0)
+        pattern = inputs.pattern(kind, inputs.SHAPES[shape], density, 0)
+        calls: dict[str, Callable[[], object]] = {
+            "dense": partial(sdpa, q, k, v),
+            "ours": partial(attention, q, k, v, pattern, impl="cpu"),
+        }
+        with contextlib.suppress(Missing):
+            calls["flex"] = PEERS["attention"]["flex"].make(q, k, v, pattern)
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _, (name, call) in product(range(6), calls.items()):
+            times[name].append(seconds(call, time.thread_time))
+        dense, *others = (statistics.median(of_one[1:]) for of_one in times.values())
+        found = ", ".join(f"{name} {dense * pattern.density / x:.2f}" for name, x in zip(list(calls)[1:], others))
+        print(f"{dtype} {shape} {kind} {pattern.density:.3f}: {found}; dense {1e3 * dense:.0f} ms", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("what", choices=("call", "pooled"))
+    parser.add_argument("what", choices=("call", "pooled", "cpu"))
     torch.set_num_threads(1)
-    if parser.parse_args().what == "call":
+    what = parser.parse_args().what
+    if what == "cpu":
+        sparse_on_a_cpu()
+    elif what == "call":
         for name, parameters in NAMED.items():
             print(f"{name}: {one_call(name, parameters):.1f} us a call")
     else:
