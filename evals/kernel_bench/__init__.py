@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 
 from diffusers_accel.evals.kernel_bench import report, rows
-from diffusers_accel.evals.kernel_bench.points import Row, Settings, settings
+from diffusers_accel.evals.kernel_bench.points import Row, Settings, given_up, key, left, processes, settings
 from diffusers_accel.evals.kernel_bench.watch import watched
 from diffusers_accel.files import WriteError, prepare_file, prepare_folder, printable
 from diffusers_accel.support.device import not_there
@@ -92,6 +92,14 @@ def run(
             found.append(row)
             on_row(row)
     return rows.latest(found)
+
+
+def left_over(device: torch.device | str, out: Path, **asked: Any) -> int:
+    """How many points of such a run have no row in `out`, and are not given up for one that has."""
+    found, asked_for = rows.latest(rows.read(out)), settings(device, **asked)
+    avoid = {lost for row in found for lost in given_up(row)}
+    done = {key(row) for row in found}
+    return sum(1 for process in processes(asked_for) for _ in left(asked_for, process, done, avoid))
 
 
 def _measured(out: Path | None) -> list[Row]:

@@ -189,6 +189,12 @@ def left(asked: Settings, process: str, done: Collection[str], avoid: Iterable[s
             yield point
 
 
+def processes(asked: Settings) -> list[str]:
+    """Whose processes the points have to be measured in, everybody's first."""
+    found = dict.fromkeys(process_of(point.operator, point.impl) for point in plan(asked))
+    return ["", *(name for name in found if name)]
+
+
 def plan(asked: Settings) -> list[Point]:
     """Every point, the most telling first. It follows from the settings alone, so that a second run can go on with it."""
     points = [point for shape, kind in product(asked.shapes, asked.inputs) for point in _points(asked, shape, kind)]

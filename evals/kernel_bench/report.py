@@ -82,13 +82,18 @@ def markdown(rows: Sequence[Row], picture: str | None = None) -> str:
     lines = ["# Attention kernels", "", "; ".join(facts) + f". {len(last)} rows.", ""]
     if picture:
         lines += [f"![Sparse efficiency over density]({picture})", ""]
-    for title, operators, columns in TABLES:
-        part = [row for row in last if row["operator"] in operators and not given_up(row)]
-        if part:
-            lines += [f"## {title}", "", *_table(columns, part), ""]
+    for title, *_ in TABLES:
+        lines += section(title, last)
     if reasons := not_measured(last):
         lines += ["## Not measured", "", *(f"- {reason}" for reason in reasons), ""]
     return "\n".join(lines)
+
+
+def section(title: str, rows: Sequence[Row]) -> list[str]:
+    """The lines of one table of the page, without the rows of others and those that say why there is no time."""
+    operators, columns = next((names, columns) for name, names, columns in TABLES if name == title)
+    part = [row for row in rows if row["operator"] in operators and not given_up(row)]
+    return [f"## {title}", "", *_table(columns, part), ""] if part else []
 
 
 def not_measured(rows: Sequence[Row]) -> list[str]:

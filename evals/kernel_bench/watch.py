@@ -16,8 +16,8 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from diffusers_accel.evals.kernel_bench.peers import PEERS, process_of
-from diffusers_accel.evals.kernel_bench.points import Row, Settings, family, given_up, key, left, plan, status_word
+from diffusers_accel.evals.kernel_bench.peers import PEERS
+from diffusers_accel.evals.kernel_bench.points import Row, Settings, family, given_up, key, left, processes, status_word
 from diffusers_accel.evals.kernel_bench.rows import latest
 from diffusers_accel.evals.worker_process import Worker
 
@@ -44,13 +44,13 @@ def watched(
     done, run_id = list(rows), uuid.uuid4().hex[:12]
     # Who hung or crashed in an earlier run would cost as much in this one. What is missing may have come since.
     avoid = {lost for row in latest(rows) if status_word(row) in ("hung", "crashed") for lost in given_up(row)}
-    processes = _processes(settings)
+    order = processes(settings)
     while time.monotonic() < end:
         lost: Row | None = None  # the point that it is at
         environment: Row | None = None
         status: str | None = None  # of that point, if it ends there
         finished, over = False, False
-        worker = Worker(_job(settings, done, avoid) | {"process": processes[0]}, COMMAND)
+        worker = Worker(_job(settings, done, avoid) | {"process": order[0]}, COMMAND)
         try:
             while True:
                 limit = START_SECONDS if environment is None else max(timeout, _compilation(lost))
@@ -90,17 +90,11 @@ def watched(
         if over:
             return
         if finished:
-            while processes := processes[1:]:  # a worker is not begun for nothing
-                if any(left(settings, processes[0], set(_done(latest(done))), avoid)):
+            while order := order[1:]:  # a worker is not begun for nothing
+                if any(left(settings, order[0], set(_done(latest(done))), avoid)):
                     break
             else:
                 return
-
-
-def _processes(settings: Settings) -> list[str]:
-    """Whose processes the points have to be measured in, everybody's first."""
-    found = dict.fromkeys(process_of(point.operator, point.impl) for point in plan(settings))
-    return ["", *(name for name in found if name)]
 
 
 def _done(rows: Sequence[Row]) -> list[str]:

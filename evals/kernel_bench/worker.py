@@ -48,7 +48,7 @@ def environment(asked: Settings) -> Row:
         "machine": machine() | place,
         "versions": found,
         "peers": {name: version for name, version in versions(sorted(others)).items() if name not in found},
-        "code": _code(),
+        "code": code(),
         "git_sha": git_sha(),
         "rep_ms": asked.rep_ms,
     }
@@ -221,7 +221,7 @@ def _one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
-def _code() -> str:
+def code() -> str:
     """A fingerprint of what is measured and how: rows of two states of the kernels do not compare."""
     kernels = Path(str(kernel_attention.__file__)).resolve().parent.parent
     files = [*kernels.rglob("*.py"), *(Path(__file__).resolve().with_name(f"{name}.py") for name in MEASURES)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -28,6 +28,7 @@ from diffusers_accel.support.interrupted import Interrupted
 
 DRIFT = 0.03  # stock runs that differ more make the row doubtful, which it says
 TIMEOUT = {"cuda": 60.0, "cpu": 1800.0}  # seconds
+METHODS = [*NAMED, *RIVALS]
 REMEDY = "give another --out, or move this file away"
 
 
@@ -47,11 +48,66 @@ def table(rows: Sequence[Row]) -> Table:
     return found
 
 
+def steps_markdown(rows: Sequence[Row]) -> list[str]:
+    """The rows that have times as lines of a Markdown table, the fastest method of each model first."""
+    timed = [row for row in rows if "ms_step" in row]
+    order = list(dict.fromkeys(row["model"] for row in timed))
+    timed.sort(key=lambda row: (order.index(row["model"]), -row.get("speedup", 1.0)))
+    lines = ["| model | method | speed-up | ms a step | density | drift |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    for row in timed:
+        numbers = [f"{row['speedup']:.2f}x" if "speedup" in row else "", f"{row['ms_step']:,.1f}"]
+        numbers += [
+            f"{row[name]:{form}}" if name in row else "" for name, form in (("density", ".2f"), ("stock_drift", "+.1%"))
+        ]
+        lines.append(f"| {row['model']} | {row['method']} | {' | '.join(numbers)} |")
+    return lines
+
+
+def rows_of(out: Path) -> list[Row]:
+    """The last row of each measurement in a file; none where there is no file.
+
+    Raises:
+        FileError: it holds something else.
+    """
+    return list({key(row): row for row in read_lines(out, "a row of this version's step benchmark", REMEDY)}.values())
+
+
+def left_over(
+    out: Path,
+    models: str = "",
+    methods: str = "",
+    size: str = "",
+    layers: int = 2,
+    steps: int = STEPS,
+    dtype: str = "bf16",
+) -> int:
+    """How many methods of such a run of the command have no row in `out`; a model whose stock run has no time has none."""
+    there = {key(row): word(row) for row in rows_of(out)}
+    number = 0
+    for job in _jobs(_names(models) or list(MODELS), _names(methods) or METHODS, size, layers, steps, dtype):
+        place = job_place(job)
+        if there.get(key(place | {"method": STOCK}), "ok") == "ok":
+            number += sum(key(place | {"method": method}) not in there for method in job["methods"])
+    return number
+
+
+def _jobs(
+    models: Sequence[str], methods: Sequence[str], size: str, layers: int, steps: int, dtype: str
+) -> list[dict[str, Any]]:
+    """What a worker is told of each model, but for the device."""
+    shared = {"dtype": dtype, "layers": layers, "steps": steps, "methods": list(methods)}
+    return [{"model": name, "size": list(_size(size) if size else MODELS[name].size), **shared} for name in models]
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def main(
     models: Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(MODELS)}.")] = ",".join(MODELS),
     methods: Annotated[
         str, typer.Option(help="Comma-separated names of methods; sparsevideo:<method> is one of that package.")
-    ] = ",".join((*NAMED, *RIVALS)),
+    ] = ",".join(METHODS),
     size: Annotated[str, typer.Option(help="Latents as FxHxW, the same for all; each model's own by default.")] = "",
     layers: Annotated[int, typer.Option(min=1, help="Layers of each kind to build and time.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the schedule.")] = STEPS,
@@ -65,7 +121,7 @@ def main(
 ) -> None:
     """Time a denoising step of real models with random weights, stock and patched. Run again, it goes on with --out."""
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    wanted, asked = ([name.strip() for name in text.split(",") if name.strip()] for text in (models, methods))
+    wanted, asked = _names(models), _names(methods)
     if unknown := [name for name in wanted if name not in MODELS]:
         raise typer.BadParameter(f"models must be among {', '.join(MODELS)}, found {', '.join(unknown)}")
     try:
@@ -80,8 +136,7 @@ def main(
     end, kind = time.monotonic() + 60 * minutes, where.type
     prepare_file(out)
     console, measured = Console(), list[Row]()
-    shared = {"device": str(where), "dtype": dtype, "layers": layers, "steps": steps, "methods": asked}
-    jobs = [{"model": name, "size": list(latents or MODELS[name].size), **shared} for name in wanted]
+    jobs = [{**job, "device": str(where)} for job in _jobs(wanted, asked, size, layers, steps, dtype)]
     with only_writer(out, "another benchmark writes into it"):
         check_appends(out)
         there = read_lines(out, "a row of this version's step benchmark", REMEDY)
