@@ -31,7 +31,7 @@ Call = Callable[[], Any]
 
 GIB = 2**30
 TRIAL = 128  # tokens on which a backend is asked whether it runs at all
-TUNING = 240.0  # seconds in which a peer tries its own tiles
+TUNING = 150.0  # seconds in which a peer tries its own tiles
 CPU_SCORES = GIB  # that an attention which holds all scores may take on a CPU
 
 
@@ -127,7 +127,7 @@ def _fa3(q: Tensor, k: Tensor, v: Tensor) -> Call:
     return lambda: _first(flash.flash_attn_func(q, k, v))
 
 
-@peer("dense", "fa4", "flash-attn-4", seconds=120)
+@peer("dense", "fa4", "flash-attn-4", seconds=60)
 def _fa4(q: Tensor, k: Tensor, v: Tensor) -> Call:
     """FlashAttention's kernels in CuTe."""
     flash = _gpu_module("flash_attn.cute", q)
@@ -156,7 +156,7 @@ def _sage_call(precision: str, q: Tensor, k: Tensor, v: Tensor) -> Call:
     return lambda: sage.sageattn(q, k, v, tensor_layout="NHD", is_causal=False)
 
 
-@peer("attention", "flex", "torch", seconds=120, traced=True)
+@peer("attention", "flex", "torch", seconds=60, traced=True)
 def _flex(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> Call:
     """FlexAttention (Dong et al. 2024, arXiv 2412.05496), compiled, with the same blocks, all of them without a mask."""
     if q.device.type == "cpu":
@@ -211,7 +211,7 @@ def flex_mask(pattern: BlockPattern) -> Any:
     )
 
 
-@peer("attention", "fa4", "flash-attn-4", seconds=120)
+@peer("attention", "fa4", "flash-attn-4", seconds=60)
 def _fa4_sparse(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> Call:
     """FlashAttention's kernels in CuTe, which take lists of blocks of 128 x 128."""
     flash = _gpu_module("flash_attn.cute", q)
