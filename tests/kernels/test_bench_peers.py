@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -103,14 +105,28 @@ def test_sage_leaves_the_keys_of_the_others_alone(installed: dict[str, Any]) -> 
     assert torch.equal(k, before)
 
 
+# In a process of its own: what torch.compile has loaded changes how later tests compute on the meta device.
+FLEX = """
+import torch
+from diffusers_accel.evals.kernel_bench.inputs import Shape, pattern, qkv
+from diffusers_accel.evals.kernel_bench.peers import PEERS
+from diffusers_accel.kernels.attention import attention
+shape = Shape((3, 10, 10), 2, 64)
+q, k, v = qkv("gaussian", shape, torch.float32, torch.device("cpu"), seed=0)
+blocks = pattern("text", shape, 0.4, seed=0)
+assert 0 < blocks.density < 1
+out = PEERS["attention"]["flex"].make(q, k, v, blocks)()
+exact = attention(q, k, v, blocks, impl="reference")[0]
+assert out.shape == exact.shape
+print(float((out - exact).norm() / exact.norm()))
+"""
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_flex_attention_is_a_rival_on_a_cpu_too() -> None:
-    q, k, v = qkv("gaussian", SMALL, torch.float32, CPU, seed=0)
-    blocks = pattern("text", SMALL, 0.4, seed=0)
-    assert 0 < blocks.density < 1
-    out = PEERS["attention"]["flex"].make(q, k, v, blocks)()
-    exact = attention(q, k, v, blocks, impl="reference")[0]
-    assert out.shape == exact.shape and float((out - exact).norm() / exact.norm()) < 1e-5
+    done = subprocess.run([sys.executable, "-c", FLEX], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 1e-5
 
 
 def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
