@@ -239,7 +239,9 @@ def attention_kernel(
             # A tile may lie behind the last group, where nothing is read that counts.
             scaled *= tl.load(k_scale_ptr + tl.minimum(start // KEY_GROUP, tl.cdiv(keys, KEY_GROUP) - 1))
         exists = tl.arange(0, BLOCK_N) < tokens
-        p, shrink, total, top = softmax_tile(scores, scaled, total, top, exists, P_LOG2, MASKED)
+        p, shrink, total, top = softmax_tile(
+            scores, scaled, total, top, exists, P_LOG2, MASKED, k_scale_ptr is not None
+        )
         acc = acc * shrink[:, None]
         if P_LOG2 == 0.0:
             v = v_rows.load([start, 0])

@@ -32,6 +32,7 @@ from diffusers_accel.kernels.pooled import portable as pooled  # noqa: E402
 from diffusers_accel.kernels.prep import portable as prep  # noqa: E402
 from diffusers_accel.kernels.quantize import KEY_GROUP  # noqa: E402
 from diffusers_accel.kernels.quantize import portable as quantize  # noqa: E402
+from diffusers_accel.kernels.quantize.quantized import SMALLEST  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Bytes of shared memory that one program may have, by compute capability.
@@ -259,7 +260,7 @@ def test_attention_of_grouped_queries(arch: int, dim: int, precision: str, dtype
 
 def quantize_variant(kernel: Any, arch: int, types: dict[str, str], dim: int, group: int) -> str:
     constants: dict[str, Any] = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "TOKENS": KEY_GROUP}
-    constants |= {"INT8_MAX": 127.0, "SMALLEST": 1e-30, "stride_d": 1, "HEAD_GROUP": group}
+    constants |= {"INT8_MAX": 127.0, "SMALLEST": SMALLEST, "stride_d": 1, "HEAD_GROUP": group}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = {"mean_ptr": "*fp32", "scale_ptr": "*fp32", "offset_ptr": "*fp32", "valid_ptr": "*i32"} | types
     return compiled(kernel, arch, types, constants, num_warps=4)
@@ -312,7 +313,7 @@ def test_prep(arch: int, precision: str, dim: int, pooled: bool, group: int, key
         absent = (*absent, "q_means_ptr", "k_means_ptr")
     if not key_rows:
         absent = (*absent, "key_rows_ptr")
-    constants |= dict.fromkeys(absent) | {"INT8_MAX": 127.0, "SMALLEST": 1e-30}
+    constants |= dict.fromkeys(absent) | {"INT8_MAX": 127.0, "SMALLEST": SMALLEST}
     code = compiled(prep.prep_kernel, arch, types, constants, num_warps=8)
     assert len(READ_16.findall(code)) >= 3 and re.search(r"\bSTG\.E\S*\.128\b", code)
 
