@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusers_accel.kernels import hardware
+from diffusers_accel.kernels.attention.launch_order import launch_order, placed_program
 from diffusers_accel.kernels.attention.softmax import LOG2_E, P_LOG2, softmax_tile, store_rows
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.quantize import portable as quantize
@@ -108,13 +109,16 @@ def attend_pattern(
     dtype, precision = (q.dtype, "input") if scales is None else (scales.dtype, scales.precision)
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
-    blocks = counts = valid = None
+    blocks = counts = valid = order = None
     block_q, block_k, capacity, list_rows = 128, 128, 0, 1
     if pattern is not None:
         blocks, counts, valid = pattern.blocks.contiguous(), pattern.counts.contiguous(), pattern.valid
         block_q, block_k, capacity, list_rows = pattern.block_q, pattern.block_k, blocks.shape[3], blocks.shape[0]
+        order = launch_order(pattern)
     tile = config(hardware.capability(q.device), dim, dtype, (block_q, block_k), precision)
     tiles = triton.cdiv(queries, tile.block_m)
+    if order is not None:
+        tiles = triton.cdiv(queries, block_q) * (block_q // tile.block_m)
     with hardware.on(q.device):
         attention_kernel[(batch * heads * tiles,)](
             q,
@@ -129,6 +133,7 @@ def attend_pattern(
             blocks,
             counts,
             valid,
+            order,
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride(),
@@ -207,7 +212,7 @@ def attend_tile(
 @triton.jit
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, offset_ptr,
-    blocks_ptr, counts_ptr, valid_ptr,
+    blocks_ptr, counts_ptr, valid_ptr, order_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h,
     v_stride_b, v_stride_s, v_stride_h, v_stride_d,
     heads, queries, keys, list_rows, capacity, qk_scale,
@@ -220,11 +225,7 @@ def attention_kernel(
     Scales and `offset_ptr` None have values and no codes; `v_scale_ptr` is None too where only q and k are codes.
     HEAD_GROUP heads of q share one of k and v.
     """
-    # Consecutive programs share a head, so that they sweep the same keys through L2.
-    tiles = tl.cdiv(queries, BLOCK_M)
-    tile = tl.program_id(0) % tiles
-    head = (tl.program_id(0) // tiles % heads).to(tl.int64)
-    batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    tile, head, batch = placed_program(order_ptr, queries, heads, list_rows, BLOCK_Q, BLOCK_M)
     key_head, key_heads = head // HEAD_GROUP, heads // HEAD_GROUP
     k_ptr += batch * k_stride_b + key_head * k_stride_h
     v_ptr += batch * v_stride_b + key_head * v_stride_h
@@ -253,6 +254,8 @@ def attention_kernel(
         query_blocks = tl.cdiv(queries, BLOCK_Q)
         list_line = (tl.where(list_rows > 1, batch, 0) * heads + head) * query_blocks + tile * BLOCK_M // BLOCK_Q
         count = tl.load(counts_ptr + list_line)
+        if BLOCK_M < BLOCK_Q:
+            count = tl.where(tile * BLOCK_M < queries, count, 0)
         blocks_ptr += list_line * capacity
         whole = count
         # Ids ascend, so only the last can be the ragged one.

@@ -53,6 +53,7 @@ every_arch = pytest.mark.parametrize("arch", SHARED)
 def compiled(kernel: Any, arch: int, types: dict[str, Any], constants: dict[str, Any], **options: int) -> str:
     """The machine code of the kernel, compiled as the launcher would; fails where a gate does."""
     names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     # Aligned pointers and strides, as tensors of head dims in multiples of 8 have them: else no 16-byte loads.
     aligned = [n for n in names if n not in constants and (n.endswith("_ptr") or "stride_" in n)]
@@ -106,8 +107,10 @@ def attention_arguments(
     """Types and constants that both attention kernels share."""
     names, scales = ("q_ptr", "k_ptr", "v_ptr", "out_ptr"), ("q_scale_ptr", "k_scale_ptr", "v_scale_ptr", "offset_ptr")
     types = dict.fromkeys(names, "*" + NAMES[dtype]) | {"lse_ptr": "*fp32", "qk_scale": "fp32"}
-    types |= dict.fromkeys(("blocks_ptr", "counts_ptr", "valid_ptr"), "*i32")
+    types |= dict.fromkeys(("blocks_ptr", "counts_ptr", "valid_ptr", "order_ptr"), "*i32")
     constants: dict[str, Any] = dict.fromkeys(absent) | {"v_stride_d": 1}
+    if "blocks_ptr" in absent:
+        constants["order_ptr"] = None
     if precision == "input":
         constants |= dict.fromkeys(scales)
     else:
