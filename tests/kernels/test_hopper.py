@@ -134,6 +134,8 @@ def test_strides_that_tma_cannot_read_are_copied(device: str) -> None:
             assert torch.equal(ours, theirs)
     assert hopper.loadable(fused[0]) is fused[0] and hopper.loadable(odd[0]) is not odd[0]
     assert hopper.loadable(shifted[0]).data_ptr() % 16 == 0
+    shared = k[:, :, :1].expand(-1, -1, 2, -1)
+    assert hopper.loadable(shared).is_contiguous()  # a descriptor has no step of 0
 
 
 def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
