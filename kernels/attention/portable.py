@@ -38,19 +38,17 @@ class Config(NamedTuple):
 
 # (lowest compute capability, head dims up to, bytes per element or precision). 128 queries a tile halve the key traffic
 # of 64; the rest is what fits into shared memory and registers without spilling. Head dims that are padded need registers
-# for it.
+# for it. Of three stages two are on their way while one is computed; with two, k and v of a tile would be waited for at once.
 CONFIGS: dict[tuple[int, int, int | str], Config] = {
     (80, 64, 2): Config(128, 64, 8, 3),
     (80, 127, 2): Config(128, 32, 8, 3),
     (80, 128, 2): Config(128, 64, 8, 3),
-    (80, 64, 4): Config(32, 32, 8, 2),
-    (80, 127, 4): Config(16, 16, 8, 2),
-    (80, 128, 4): Config(32, 16, 8, 2),
-    (89, 128, 2): Config(128, 64, 8, 2),
+    (80, 64, 4): Config(32, 32, 8, 3),
+    (80, 127, 4): Config(16, 16, 8, 3),
+    (80, 128, 4): Config(32, 16, 8, 3),
     (90, 127, 2): Config(128, 64, 8, 3),
-    (90, 128, 2): Config(128, 64, 8, 3),
+    (90, 128, 4): Config(16, 16, 8, 3),
     (120, 127, 2): Config(128, 32, 8, 3),
-    (120, 128, 2): Config(128, 64, 8, 2),
     (80, 128, "int8"): Config(128, 64, 8, 3),
     (89, 64, "int8_fp8"): Config(128, 64, 8, 3),
     (89, 127, "int8_fp8"): Config(128, 64, 8, 3),
@@ -63,13 +61,19 @@ def config(
     capability: int, head_dim: int, dtype: torch.dtype, blocks: tuple[int, int], precision: str = "input"
 ) -> Config:
     """The table's row for a compute capability (90 for Hopper), its tile cut to the (block_q, block_k) of the pattern."""
-    kind = dtype.itemsize if precision == "input" else precision
-    dim = min(top for _, top, of in CONFIGS if of == kind and top >= head_dim)
-    archs = [arch for arch, top, of in CONFIGS if (top, of) == (dim, kind)]
-    best = CONFIGS[max((arch for arch in archs if arch <= capability), default=min(archs)), dim, kind]
+    best = CONFIGS[row(capability, head_dim, dtype, precision)]
     # A tile is a power of two and never crosses the border of a block.
     largest_m, largest_n = (block & -block for block in blocks)
     return best._replace(block_m=min(best.block_m, largest_m), block_n=min(best.block_n, largest_n))
+
+
+def row(capability: int, head_dim: int, dtype: torch.dtype, precision: str) -> tuple[int, int, int | str]:
+    """Which row of the table is meant: the fewest channels that suffice, and of these the newest that the GPU reaches."""
+    kind = dtype.itemsize if precision == "input" else precision
+    archs = {(top, arch) for arch, top, of in CONFIGS if of == kind and top >= head_dim}
+    dim = min(archs)[0]
+    fitting = [arch for top, arch in archs if top == dim]
+    return max((arch for arch in fitting if arch <= capability), default=min(fitting)), dim, kind
 
 
 def refuses(
@@ -92,13 +96,21 @@ def refuses(
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention over the blocks of the pattern; the arguments have been checked by the caller."""
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    return attend_pattern(q, k, v, pattern, scale, None)
+    return attend_pattern(loadable(q), loadable(k), loadable(v), pattern, scale, None)
 
 
 def quantized_attention(x: Quantized, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of codes; the arguments have been checked by the caller."""
-    return attend_pattern(x.q, x.k, x.v, pattern, scale, x)
+    v = x.v if x.precision == "int8_fp8" else loadable(x.v)  # FP8 lies with the tokens beside each other
+    return attend_pattern(loadable(x.q), loadable(x.k), v, pattern, scale, x)
+
+
+def loadable(x: Tensor) -> Tensor:
+    """`x`, copied unless its channels lie beside each other and all other strides are multiples of 8, as the kernel is told."""
+    fits = x.stride(3) == 1 and all(stride % 8 == 0 for stride in x.stride()[:3])
+    return (
+        x if fits else x.clone(memory_format=torch.contiguous_format)
+    )  # also where only a stride that is never taken is odd
 
 
 def attend_pattern(
@@ -210,6 +222,12 @@ def attend_tile(
 
 
 @triton.jit
+def in_eights(stride):
+    """The same number, which the compiler then sees to be a multiple of 8 (`tl.multiple_of` is lost on an argument)."""
+    return stride // 8 * 8
+
+
+@triton.jit
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, offset_ptr,
     blocks_ptr, counts_ptr, valid_ptr, order_ptr,
@@ -226,6 +244,13 @@ def attention_kernel(
     HEAD_GROUP heads of q share one of k and v.
     """
     tile, head, batch = placed_program(order_ptr, queries, heads, list_rows, BLOCK_Q, BLOCK_M)
+    # The launch sees to it. Of an integer the compiler itself learns only whether 16 divides it, and head dim 72 has no such
+    # strides: its rows would be read two bytes at a time.
+    q_stride_b, q_stride_s, q_stride_h = in_eights(q_stride_b), in_eights(q_stride_s), in_eights(q_stride_h)
+    k_stride_b, k_stride_s, k_stride_h = in_eights(k_stride_b), in_eights(k_stride_s), in_eights(k_stride_h)
+    v_stride_b, v_stride_h = in_eights(v_stride_b), in_eights(v_stride_h)
+    if P_LOG2 == 0.0:
+        v_stride_s = in_eights(v_stride_s)
     key_head, key_heads = head // HEAD_GROUP, heads // HEAD_GROUP
     k_ptr += batch * k_stride_b + key_head * k_stride_h
     v_ptr += batch * v_stride_b + key_head * v_stride_h
@@ -264,10 +289,15 @@ def attention_kernel(
     if valid_ptr is not None:
         whole = 0
 
+    # The next id is loaded a tile ahead: were it loaded where it is used, each wait of the pipeline would be for all tiles.
+    following = 0
+    if blocks_ptr is not None:
+        following = tl.load(blocks_ptr, mask=capacity > 0, other=0)
     for step in range(whole * PARTS):
         block = step // PARTS
         if blocks_ptr is not None:
-            block = tl.load(blocks_ptr + block)
+            block = following
+            following = tl.load(blocks_ptr + tl.minimum((step + 1) // PARTS, capacity - 1))
         start = (block * BLOCK_K + step % PARTS * BLOCK_N).to(tl.int64)
         acc, total, top = attend_tile(
             acc, total, top, q, factor, k_ptr, v_ptr, k_scale_ptr, k_stride_s, v_stride_s, v_stride_d, start, BLOCK_N,
@@ -276,7 +306,8 @@ def attention_kernel(
     for step in range(whole * PARTS, count * PARTS):
         block = step // PARTS
         if blocks_ptr is not None:
-            block = tl.load(blocks_ptr + block)
+            block = following
+            following = tl.load(blocks_ptr + tl.minimum((step + 1) // PARTS, capacity - 1))
         tokens = tl.minimum(keys - block * BLOCK_K, BLOCK_K)
         if valid_ptr is not None:
             tokens = tl.minimum(tokens, tl.load(valid_ptr + block))
@@ -286,6 +317,9 @@ def attention_kernel(
             tokens - step % PARTS * BLOCK_N, DIM, PADDED_DIM, BLOCK_N, KEY_GROUP, P_LOG2, True,
         )  # fmt: skip
 
+    # Asked again: these numbers would otherwise take registers through the loops.
+    tile, head, batch = placed_program(order_ptr, queries, heads, list_rows, BLOCK_Q, BLOCK_M)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     store_rows(
         acc, total, top, out_ptr, lse_ptr, v_scale_ptr, offset_ptr, batch, row, head, queries, heads, qk_scale,
         DIM, PADDED_DIM, P_LOG2, HEAD_GROUP,

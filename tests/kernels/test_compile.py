@@ -52,11 +52,15 @@ every_arch = pytest.mark.parametrize("arch", SHARED)
 
 def compiled(kernel: Any, arch: int, types: dict[str, Any], constants: dict[str, Any], **options: int) -> str:
     """The machine code of the kernel, compiled as the launcher would; fails where a gate does."""
+    return disassembled(binary_of(kernel, arch, types, constants, **options).asm["cubin"])
+
+
+def binary_of(kernel: Any, arch: int, types: dict[str, Any], constants: dict[str, Any], **options: int) -> Any:
+    """All that the compiler made of the kernel; fails where its shared memory does not fit."""
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    # Aligned pointers and strides, as tensors of head dims in multiples of 8 have them: else no 16-byte loads.
-    aligned = [n for n in names if n not in constants and (n.endswith("_ptr") or "stride_" in n)]
+    aligned = [name for name in names if name not in constants and divisible_by_16(name, constants)]
     attributes: dict[tuple[int, ...], Any] = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     for name, kind in signature.items():
         if isinstance(kind, tuple):
@@ -66,7 +70,16 @@ def compiled(kernel: Any, arch: int, types: dict[str, Any], constants: dict[str,
     )
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     assert binary.metadata.shared <= SHARED[arch]
-    return disassembled(binary.asm["cubin"])
+    return binary
+
+
+def divisible_by_16(name: str, constants: dict[str, Any]) -> bool:
+    """Whether the launcher would tell the compiler so of an argument: of contiguous tensors, whose other sizes may be odd."""
+    if (
+        name.startswith("v_stride_") and constants.get("v_stride_s") == 1
+    ):  # FP8 values, whose tokens are filled up to 16
+        return True
+    return name.endswith("_ptr") or ("stride_" in name and constants["DIM"] % 16 == 0)
 
 
 def disassembled(cubin: bytes) -> str:
@@ -85,7 +98,11 @@ def disassembled(cubin: bytes) -> str:
     return code
 
 
-def attention_variant(
+def attention_variant(arch: int, dim: int, dtype: torch.dtype, *args: Any, **kwargs: Any) -> str:
+    return disassembled(attention_binary(arch, dim, dtype, *args, **kwargs).asm["cubin"])
+
+
+def attention_binary(
     arch: int,
     dim: int,
     dtype: torch.dtype,
@@ -93,12 +110,15 @@ def attention_variant(
     absent: tuple[str, ...] = ("valid_ptr",),
     precision: str = "input",
     group: int = 1,
-) -> str:
+    ones: tuple[str, ...] = (),
+) -> Any:
+    """`ones`: integer arguments that are 1, which the launcher makes constants."""
     tile = attention.config(arch, dim, dtype, blocks, precision)
     types, constants = attention_arguments(dim, dtype, blocks, absent, precision, group)
     constants |= {"PADDED_DIM": attention.padded_dim(dim, precision), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    constants |= dict.fromkeys(ones, 1)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    return compiled(attention.attention_kernel, arch, types, constants, **options)
+    return binary_of(attention.attention_kernel, arch, types, constants, **options)
 
 
 def attention_arguments(
@@ -288,6 +308,95 @@ def test_attention_of_grouped_queries(arch: int, dim: int, precision: str, dtype
     products = {"int8": INT8, "int8_fp8": FP8}.get(precision, MATRIX)[arch]
     assert bool(re.search(rf"\b{products}\b", code)) == (dtype != F32)
     assert len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code)) <= 8
+
+
+def waits_in_loops(binary: Any) -> list[list[int]]:
+    """For each loop, how many of the copies under way each of its waits leaves under way."""
+    loops: list[tuple[str, list[int]]] = []  # its indentation, its waits
+    done: list[list[int]] = []
+    for line in binary.asm["ttgir"].splitlines():
+        indent = line[: len(line) - len(line.lstrip())]
+        if "scf.for" in line:
+            loops.append((indent, []))
+        elif loops and line.startswith(loops[-1][0] + "}"):
+            done.append(loops.pop()[1])
+        elif loops and (wait := re.search(r"\bttg\.async_wait\b.*\bnum = (\d+)", line)):
+            loops[-1][1].append(int(wait[1]))
+    assert not loops
+    return done
+
+
+# Each row of the table on each architecture that takes it, with and without padded channels.
+SHIPPED = sorted(
+    {
+        (arch, dim, precision if precision != "input" else str(dtype))
+        for arch, dim, (precision, dtype) in itertools.product(
+            SHARED, (40, 64, 72, 96, 128), (("input", BF16), ("input", F32), ("int8", BF16), ("int8_fp8", BF16))
+        )
+        if precision != "int8_fp8" or arch in FP8
+    }
+)
+
+
+@pytest.mark.parametrize(("arch", "dim", "kind"), SHIPPED)
+@pytest.mark.parametrize("absent", [LISTS, HOLES], ids=["whole blocks", "cut blocks"])
+def test_tiles_are_loaded_while_others_are_computed(arch: int, dim: int, kind: str, absent: tuple[str, ...]) -> None:
+    precision, dtype = (kind, BF16) if kind in ("int8", "int8_fp8") else ("input", F32 if kind == str(F32) else BF16)
+    binary = attention_binary(arch, dim, dtype, absent=absent, precision=precision)
+    waits = waits_in_loops(binary)
+    # One loop for whole blocks, where there are any, and one for those with an end. A wait for all copies overlaps nothing.
+    assert len(waits) == 2 - (absent == HOLES) and all(waits)
+    assert min(min(of) for of in waits) >= 2, waits
+    disassembled(binary.asm["cubin"])
+
+
+def test_every_row_of_the_table_is_compiled() -> None:
+    taken = set()
+    for arch, dim, kind in SHIPPED:
+        precision, dtype = (
+            (kind, BF16) if kind in ("int8", "int8_fp8") else ("input", F32 if kind == str(F32) else BF16)
+        )
+        taken.add(attention.row(arch, dim, dtype, precision))
+    assert taken == set(attention.CONFIGS)
+
+
+@every_arch
+@pytest.mark.parametrize("dim", [40, 72])
+@pytest.mark.parametrize(("dtype", "precision"), [(BF16, "input"), (F32, "input"), (BF16, "int8"), (BF16, "int8_fp8")])
+def test_head_dims_that_16_does_not_divide_are_read_16_bytes_at_a_time(
+    arch: int, dim: int, dtype: torch.dtype, precision: str
+) -> None:
+    if precision == "int8_fp8" and arch not in FP8:
+        pytest.skip(f"compute capability {arch / 10} has no FP8")
+    code = attention_variant(arch, dim, dtype, precision=precision)
+    narrow = re.findall(r"\bLDGSTS\.E(?!\S*\.(?:128|64))\S*", code)
+    if precision == "input":  # codes come by 8, and one scale for each tile
+        assert len(READ_16.findall(code)) >= 12 and not narrow and not re.search(r"\bLDGSTS\.E\S*\.64\b", code)
+    else:
+        assert len(re.findall(r"\bLDGSTS\.E\S*\.(?:64|128)\b", code)) >= 12 and len(narrow) <= 6
+
+
+@every_arch
+@pytest.mark.parametrize("precision", ["input", "int8", "int8_fp8"])
+@pytest.mark.parametrize(
+    ("absent", "ones"),
+    [
+        (LISTS, ("heads",)),
+        (LISTS, ("list_rows",)),
+        (LISTS, ("capacity",)),
+        (LISTS, ("heads", "list_rows", "capacity", "queries")),
+        (HOLES, ("heads", "list_rows", "capacity", "keys")),
+        (ALL, ("heads", "list_rows", "queries", "keys")),
+    ],
+)
+def test_arguments_that_are_1_are_constants(
+    arch: int, absent: tuple[str, ...], ones: tuple[str, ...], precision: str
+) -> None:
+    if precision == "int8_fp8" and arch not in FP8:
+        pytest.skip(f"compute capability {arch / 10} has no FP8")
+    products = {"int8": INT8, "int8_fp8": FP8}.get(precision, MATRIX)[arch]
+    code = attention_variant(arch, 128, BF16, absent=absent, precision=precision, ones=ones)
+    assert re.search(rf"\b{products}\b", code)
 
 
 def quantize_variant(kernel: Any, arch: int, types: dict[str, str], dim: int, group: int) -> str:
