@@ -64,7 +64,7 @@ def calibrate_gates(
     """Runs each prompt once, densely, and returns the plan with a gate in place of every interval of refreshes.
 
     The pipeline is used as it is (LoRA, offload, quantisation, attention backend) and left as it was, also after Ctrl-C.
-    All passes of guidance and all prompts count as samples, by their mean. A head refreshes at the first step of each span of
+    All branches of guidance and all prompts count as samples, by their mean. A head refreshes at the first step of each span of
     the plan, because other heads may share its method there, and wherever nothing was compared: a transformer that did not
     run at a step, a head that reuses nothing at it.
 
@@ -72,8 +72,8 @@ def calibrate_gates(
         pipe: a loaded diffusers video pipeline.
         plan: some of its heads reuse; a gate that it has is calibrated anew.
         prompts: calibration prompts, one generation each; a mapping gives other arguments, such as prompt_embeds.
-        call: all further arguments of `pipe(...)`: size, frames, steps, guidance; None: the pipeline's own. The gate gets a part
-            for each step of it, and a call of another number of steps refreshes at the same shares of the schedule.
+        call: all further arguments of `pipe(...)`: size, frames, steps, guidance; None: the pipeline's own. The gate gets a
+            segment for each step of it, and a call of another number of steps refreshes at the same shares of the schedule.
         seed: of the noise of prompt i (seed + i).
         gamma: smallest mean cosine, between what is kept and what it stands for, at which a head reuses, in -1..1, or one for
             each step of the call. The paper's 0.85.

@@ -45,7 +45,7 @@ class Forwards:
     Args:
         rule: decides once a step; all branches of the step follow.
         predictor: gives the output of a step that is not computed.
-        branches: the passes of guidance that may be predicted, by the pipeline's names for them ("cond", "uncond", and
+        branches: those of guidance that may be predicted, by the pipeline's names for them ("cond", "uncond", and
             "cond_uncond" where both are one batch); the others always compute. None: all of them.
 
     Raises:

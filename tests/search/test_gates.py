@@ -156,12 +156,12 @@ def test_nothing_is_held_of_what_runs_no_more() -> None:
         watch.begin()
         assert held() == (0, 0)
         for step in range(4):
-            for branch in ("cond", f"pass {generation}"):
+            for branch in ("cond", f"branch {generation}"):
                 show(watch, inputs(2), step, 4, branch)
-            assert held() == (4, 4), "two methods, two passes, one span"
+            assert held() == (4, 4), "two methods, two branches, one span"
 
 
-def test_all_passes_and_generations_are_samples() -> None:
+def test_all_branches_and_generations_are_samples() -> None:
     """A head drifts in one of three generations; each begins anew, though the last one ended with other values."""
     same = [inputs(1)] * 3
     other = [inputs(1, seed=seed) for seed in range(3)]
