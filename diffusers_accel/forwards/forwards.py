@@ -9,18 +9,10 @@ from typing import Any, Union
 import msgspec
 
 from diffusers_accel.files import Schema, built, printable, quoted, shaped, tagged
-from diffusers_accel.forwards.easycache import EasyCache
-from diffusers_accel.forwards.magcache import MagCache
-from diffusers_accel.forwards.predictors import PREDICTORS, Last, Predictor
+from diffusers_accel.forwards.predictor import Predictor
+from diffusers_accel.forwards.predictors import PREDICTORS, Last
 from diffusers_accel.forwards.rule import Rule
-from diffusers_accel.forwards.schedule import Schedule
-
-_RULES: tuple[type[Rule], ...] = (
-    EasyCache,
-    Schedule,
-    MagCache,
-)
-RULES: dict[str, type[Rule]] = {cls.kind: cls for cls in _RULES}
+from diffusers_accel.forwards.rules import RULES
 
 # Forwards as they stand in a file.
 ForwardsData: Any = msgspec.defstruct(

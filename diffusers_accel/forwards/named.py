@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffusers_accel.files import quoted
-from diffusers_accel.forwards.easycache import EasyCache
 from diffusers_accel.forwards.forwards import Forwards
-from diffusers_accel.forwards.predictors import Last, Predictor, Taylor
-from diffusers_accel.forwards.schedule import Schedule
+from diffusers_accel.forwards.predictor import Predictor
+from diffusers_accel.forwards.predictors import Last, Taylor
+from diffusers_accel.forwards.rules import EasyCache, Schedule
 
 NAMED_PREDICTORS: dict[str, Predictor] = {
     "residual": Last("residual"),

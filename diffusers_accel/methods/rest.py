@@ -86,6 +86,7 @@ class Rest(Stage, ABC):
         changes_nothing: what was read is the output as it is.
     """
 
+    given_as: ClassVar[str] = "Method(select=..., rest=...)"
     kind: ClassVar[str]
     remembers: ClassVar[bool] = False
     reads: ClassVar[bool] = False

@@ -14,7 +14,7 @@ from diffusers import CogVideoXTransformer3DModel
 
 from diffusers_accel import patch
 from diffusers_accel.forwards import Forwards, Last, Taylor
-from diffusers_accel.forwards.magcache import MagCache
+from diffusers_accel.forwards.rules.magcache import MagCache
 from tests.forwards.toys import latents, toy, walk
 from tests.tiny import (
     TEXT_DIM,

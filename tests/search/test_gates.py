@@ -63,7 +63,7 @@ def show(watch: Any, qkv: Call, step: int, steps: int, branch: str = "cond") -> 
     """One call of a layer at a step, whose dense attention is the queries themselves."""
     heads = tuple(range(qkv[0].shape[2]))
     call = AttentionCall(LAYOUT, "transformer", 0, heads, branch, now=(step, steps), dense=lambda q, k, v: q)
-    assert watch.attend(None, call, *qkv) is qkv[0]
+    assert watch.attend(call, *qkv) is qkv[0]
 
 
 def inputs(heads: int, seed: int = 0) -> Call:
