@@ -25,6 +25,7 @@ from diffusers_accel.kernels.attention.softmax import LOG2_E, P_LOG2, softmax_ti
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.quantize import portable as quantize
 from diffusers_accel.kernels.quantize.quantized import KEY_GROUP, Quantized
+from diffusers_accel.kernels.rows import in_eights, loadable
 
 
 class Config(NamedTuple):
@@ -38,7 +39,8 @@ class Config(NamedTuple):
 
 # (lowest compute capability, head dims up to, bytes per element or precision). 128 queries a tile halve the key traffic
 # of 64; the rest is what fits into shared memory and registers without spilling. Head dims that are padded need registers
-# for it. Of three stages two are on their way while one is computed; with two, k and v of a tile would be waited for at once.
+# for it, and so does reading every key, without a list. Of three stages two are on their way while one is computed; with
+# two, k and v of a tile would be waited for at once.
 CONFIGS: dict[tuple[int, int, int | str], Config] = {
     (80, 64, 2): Config(128, 64, 8, 3),
     (80, 127, 2): Config(128, 32, 8, 3),
@@ -46,13 +48,23 @@ CONFIGS: dict[tuple[int, int, int | str], Config] = {
     (80, 64, 4): Config(32, 32, 8, 3),
     (80, 127, 4): Config(16, 16, 8, 3),
     (80, 128, 4): Config(32, 16, 8, 3),
+    (80, 256, 2): Config(64, 32, 8, 3),
+    (80, 256, 4): Config(16, 16, 8, 3),
+    (89, 256, 2): Config(64, 16, 8, 3),
     (90, 127, 2): Config(128, 64, 8, 3),
     (90, 128, 4): Config(16, 16, 8, 3),
+    (90, 256, 2): Config(64, 32, 8, 3),
+    (100, 256, 2): Config(128, 32, 8, 3),
     (120, 127, 2): Config(128, 32, 8, 3),
+    (120, 256, 2): Config(64, 16, 8, 3),
     (80, 128, "int8"): Config(128, 64, 8, 3),
+    (80, 256, "int8"): Config(64, 32, 8, 3),
+    (90, 256, "int8"): Config(128, 32, 8, 3),
+    (120, 256, "int8"): Config(64, 32, 8, 3),
     (89, 64, "int8_fp8"): Config(128, 64, 8, 3),
     (89, 127, "int8_fp8"): Config(128, 64, 8, 3),
     (89, 128, "int8_fp8"): Config(128, 64, 8, 3),
+    (89, 256, "int8_fp8"): Config(64, 64, 8, 3),
     (120, 127, "int8_fp8"): Config(128, 32, 8, 3),
 }
 
@@ -83,8 +95,8 @@ def refuses(
     reason = hardware.refuses(device, dtype) if precision == "input" else quantize.refuses(device, dtype, precision)
     if reason is not None:
         return reason
-    if head_dim > 128 or head_dim % 8:
-        return f"takes head dims up to 128 in multiples of 8, found {head_dim}"
+    if head_dim > 256 or head_dim % 8:
+        return f"takes head dims up to 256 in multiples of 8, found {head_dim}"
     if blocks[0] % 16 or blocks[1] % 16:
         return f"takes pattern blocks in multiples of 16, found {blocks[0]} queries x {blocks[1]} keys"
     if precision != "input" and dtype == torch.float32:
@@ -103,14 +115,6 @@ def quantized_attention(x: Quantized, pattern: BlockPattern | None, scale: float
     """Attention of codes; the arguments have been checked by the caller."""
     v = x.v if x.precision == "int8_fp8" else loadable(x.v)  # FP8 lies with the tokens beside each other
     return attend_pattern(loadable(x.q), loadable(x.k), v, pattern, scale, x)
-
-
-def loadable(x: Tensor) -> Tensor:
-    """`x`, copied unless its channels lie beside each other and all other strides are multiples of 8, as the kernel is told."""
-    fits = x.stride(3) == 1 and all(stride % 8 == 0 for stride in x.stride()[:3])
-    return (
-        x if fits else x.clone(memory_format=torch.contiguous_format)
-    )  # also where only a stride that is never taken is odd
 
 
 def attend_pattern(
@@ -219,12 +223,6 @@ def attend_tile(
         # Not a sum of its own, which the compiler would move into the matrix unit.
         acc = tl.fma(acc, shrink[:, None], tl.dot(p.to(v.dtype), v))
     return acc, total, top
-
-
-@triton.jit
-def in_eights(stride):
-    """The same number, which the compiler then sees to be a multiple of 8 (`tl.multiple_of` is lost on an argument)."""
-    return stride // 8 * 8
 
 
 @triton.jit

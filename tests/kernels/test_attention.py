@@ -43,6 +43,8 @@ def test_reading_everything_is_plain_attention(
         (100, 500, 64, (64, 128), 0.5),
         (257, 63, 72, (128, 64), 0.7),
         (200, 330, 64, (32, 32), 0.2),
+        (200, 330, 160, (128, 64), 0.4),
+        (100, 257, 256, (64, 128), 0.6),
     ],
 )
 def test_random_patterns_are_masked_attention(

@@ -75,10 +75,10 @@ def binary_of(kernel: Any, arch: int, types: dict[str, Any], constants: dict[str
 
 def divisible_by_16(name: str, constants: dict[str, Any]) -> bool:
     """Whether the launcher would tell the compiler so of an argument: of contiguous tensors, whose other sizes may be odd."""
-    if (
+    if name in ("codes_stride_d", "v_out_stride_d") or (
         name.startswith("v_stride_") and constants.get("v_stride_s") == 1
-    ):  # FP8 values, whose tokens are filled up to 16
-        return True
+    ):
+        return True  # FP8 values, whose tokens are filled up to 16
     return name.endswith("_ptr") or ("stride_" in name and constants["DIM"] % 16 == 0)
 
 
@@ -220,7 +220,7 @@ def test_hopper_specialises_its_warps(
 
 
 @every_arch
-@pytest.mark.parametrize(("dim", "dtype"), [(64, BF16), (96, BF16), (128, BF16), (128, F16)])
+@pytest.mark.parametrize(("dim", "dtype"), [(64, BF16), (96, BF16), (128, BF16), (128, F16), (160, F16), (256, BF16)])
 def test_attention_runs_on_the_matrix_units(arch: int, dim: int, dtype: torch.dtype) -> None:
     code = attention_variant(arch, dim, dtype)
     products = len(re.findall(rf"\b{MATRIX[arch]}\b", code))
@@ -230,7 +230,7 @@ def test_attention_runs_on_the_matrix_units(arch: int, dim: int, dtype: torch.dt
 
 
 @every_arch
-@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_fp32_attention_stays_fp32(arch: int, dim: int) -> None:
     code = attention_variant(arch, dim, F32)
     assert not re.search(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", code)
@@ -239,20 +239,20 @@ def test_fp32_attention_stays_fp32(arch: int, dim: int) -> None:
 
 @every_arch
 @pytest.mark.parametrize(
-    ("blocks", "absent"),
+    ("dim", "blocks", "absent"),
     [
-        ((128, 128), ("blocks_ptr", "counts_ptr", "valid_ptr")),
-        ((128, 128), ()),
-        ((128, 64), ("valid_ptr",)),
+        *((dim, (128, 128), ALL) for dim in (128, 160, 256)),  # takes the most registers
+        (128, (128, 128), HOLES),
+        (128, (128, 64), LISTS),
     ],
-    ids=["dense", "cut blocks", "64 keys a block"],
+    ids=["dense", "dense, 160 channels", "dense, 256 channels", "cut blocks", "64 keys a block"],
 )
-def test_attention_variants(arch: int, blocks: tuple[int, int], absent: tuple[str, ...]) -> None:
-    assert re.search(rf"\b{MATRIX[arch]}\b", attention_variant(arch, 128, BF16, blocks, absent))
+def test_attention_variants(arch: int, dim: int, blocks: tuple[int, int], absent: tuple[str, ...]) -> None:
+    assert re.search(rf"\b{MATRIX[arch]}\b", attention_variant(arch, dim, BF16, blocks, absent))
 
 
 @every_arch
-@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_int8_scores_run_on_the_matrix_units(arch: int, dim: int) -> None:
     code = attention_variant(arch, dim, BF16, precision="int8")
     assert re.search(rf"\b{INT8[arch]}\b", code) and re.search(rf"\b{MATRIX[arch]}\b", code)
@@ -260,7 +260,7 @@ def test_int8_scores_run_on_the_matrix_units(arch: int, dim: int) -> None:
 
 
 @pytest.mark.parametrize("arch", FP8)
-@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_fp8_values_run_on_the_matrix_units_and_are_summed_outside(arch: int, dim: int) -> None:
     code = attention_variant(arch, dim, BF16, precision="int8_fp8")
     assert re.search(rf"\b{INT8[arch]}\b", code) and re.search(rf"\b{FP8[arch]}\b", code)
@@ -278,22 +278,22 @@ def test_fp8_values_run_on_the_matrix_units_and_are_summed_outside(arch: int, di
 @every_arch
 @pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
 @pytest.mark.parametrize(
-    ("blocks", "absent"),
+    ("dim", "blocks", "absent"),
     [
-        ((128, 128), ("blocks_ptr", "counts_ptr", "valid_ptr")),
-        ((128, 128), ()),
-        ((64, 32), ("valid_ptr",)),
+        *((dim, (128, 128), ALL) for dim in (128, 160, 256)),
+        (128, (128, 128), HOLES),
+        (128, (64, 32), LISTS),
     ],
-    ids=["dense", "cut blocks", "small blocks"],
+    ids=["dense", "dense, 160 channels", "dense, 256 channels", "cut blocks", "small blocks"],
 )
 def test_quantized_attention_variants(
-    arch: int, precision: str, blocks: tuple[int, int], absent: tuple[str, ...]
+    arch: int, precision: str, dim: int, blocks: tuple[int, int], absent: tuple[str, ...]
 ) -> None:
     if precision == "int8_fp8" and arch not in FP8:
         with pytest.raises(Exception, match="fp8e4nv not supported"):
-            attention_variant(arch, 128, BF16, blocks, absent, precision)
+            attention_variant(arch, dim, BF16, blocks, absent, precision)
         return
-    assert re.search(rf"\b{INT8[arch]}\b", attention_variant(arch, 128, BF16, blocks, absent, precision))
+    assert re.search(rf"\b{INT8[arch]}\b", attention_variant(arch, dim, BF16, blocks, absent, precision))
 
 
 @every_arch
@@ -331,15 +331,24 @@ SHIPPED = sorted(
     {
         (arch, dim, precision if precision != "input" else str(dtype))
         for arch, dim, (precision, dtype) in itertools.product(
-            SHARED, (40, 64, 72, 96, 128), (("input", BF16), ("input", F32), ("int8", BF16), ("int8_fp8", BF16))
+            SHARED,
+            (40, 64, 72, 96, 128, 160, 256),
+            (("input", BF16), ("input", F32), ("int8", BF16), ("int8_fp8", BF16)),
         )
         if precision != "int8_fp8" or arch in FP8
     }
 )
 
 
-@pytest.mark.parametrize(("arch", "dim", "kind"), SHIPPED)
-@pytest.mark.parametrize("absent", [LISTS, HOLES], ids=["whole blocks", "cut blocks"])
+# Of the two head dims of a row above 128, the padded one is left out with holes: it has one loop less, and registers to spare.
+@pytest.mark.parametrize(
+    ("arch", "dim", "kind", "absent"),
+    [
+        pytest.param(*case, absent, id="-".join((*map(str, case), name)))
+        for case, (absent, name) in itertools.product(SHIPPED, ((LISTS, "whole blocks"), (HOLES, "cut blocks")))
+        if (case[1], absent) != (160, HOLES)
+    ],
+)
 def test_tiles_are_loaded_while_others_are_computed(arch: int, dim: int, kind: str, absent: tuple[str, ...]) -> None:
     precision, dtype = (kind, BF16) if kind in ("int8", "int8_fp8") else ("input", F32 if kind == str(F32) else BF16)
     binary = attention_binary(arch, dim, dtype, absent=absent, precision=precision)
@@ -399,101 +408,199 @@ def test_arguments_that_are_1_are_constants(
     assert re.search(rf"\b{products}\b", code)
 
 
-def quantize_variant(kernel: Any, arch: int, types: dict[str, str], dim: int, group: int) -> str:
+def assert_wide(code: str) -> None:
+    """Rows of 2 bytes an element are read 16 bytes at a time, none of them an element at a time."""
+    assert READ_16.search(code) and not re.search(r"\bLDG\.E\S*\.U16\b", code)
+
+
+QUANTIZE = {
+    "queries": (quantize.quantize_queries_kernel, {"q_ptr": "*bf16", "codes_ptr": "*i8"}),
+    "keys": (quantize.quantize_keys_kernel, {"k_ptr": "*bf16", "codes_ptr": "*i8"}),
+    "largest values": (quantize.largest_values_kernel, {"v_ptr": "*bf16", "largest_ptr": "*fp32"}),
+    "values": (quantize.quantize_values_kernel, {"v_ptr": "*bf16", "codes_ptr": "*fp8e4nv"}),
+}
+
+
+def quantize_variant(name: str, arch: int, dim: int, group: int = 1, ones: tuple[str, ...] = ()) -> str:
+    kernel, types = QUANTIZE[name]
     constants: dict[str, Any] = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "TOKENS": KEY_GROUP}
-    constants |= {"INT8_MAX": 127.0, "SMALLEST": SMALLEST, "stride_d": 1, "HEAD_GROUP": group}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    constants |= {"INT8_MAX": 127.0, "SMALLEST": SMALLEST, "HEAD_GROUP": group, "EIGHTS": True}
+    constants |= dict.fromkeys(("stride_d", *ones), 1)
     types = {"mean_ptr": "*fp32", "scale_ptr": "*fp32", "offset_ptr": "*fp32", "valid_ptr": "*i32"} | types
     return compiled(kernel, arch, types, constants, num_warps=4)
 
 
 @every_arch
-@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("dim", [40, 64, 72, 96, 128, 256])
 def test_quantize(arch: int, dim: int) -> None:
-    kernels = [
-        (quantize.quantize_queries_kernel, {"q_ptr": "*bf16", "codes_ptr": "*i8"}),
-        (quantize.quantize_keys_kernel, {"k_ptr": "*bf16", "codes_ptr": "*i8"}),
-        (quantize.largest_values_kernel, {"v_ptr": "*bf16", "largest_ptr": "*fp32"}),
-        (quantize.quantize_values_kernel, {"v_ptr": "*bf16", "codes_ptr": "*fp8e4nv"}),
-    ]
-    for kernel, types in kernels if arch in FP8 else kernels[:2]:
-        code = quantize_variant(kernel, arch, types, dim, 1)
-        assert READ_16.search(code)
-        if "q_ptr" in types:  # the only one that knows of groups
-            assert READ_16.search(quantize_variant(kernel, arch, types, dim, 4))
-        if "codes_ptr" in types and "v_ptr" in types:
-            assert re.search(r"\bSTG\.E\S*\.128\b", code)
+    for name in QUANTIZE if arch in FP8 else ("queries", "keys"):
+        code = quantize_variant(name, arch, dim)
+        assert_wide(code)
+        if name == "queries":  # the only one that knows of groups
+            assert_wide(quantize_variant(name, arch, dim, 4))
+        if name == "values":
+            assert re.search(r"\bSTG\.E\S*\.128\b", code) and not re.search(r"\bSTG\.E\S*\.U8\b", code)
+
+
+@pytest.mark.parametrize("name", QUANTIZE)
+@pytest.mark.parametrize("ones", [("heads", "stride_h"), ("queries", "keys", "stride_s"), ("block", "stride_b")])
+def test_arguments_of_quantize_that_are_1_are_constants(name: str, ones: tuple[str, ...]) -> None:
+    assert_wide(quantize_variant(name, 90, 72, ones=ones))
+
+
+PREP_SCALES = ("mean_ptr", "q_scale_ptr", "k_scale_ptr", "offset_ptr", "v_scale_ptr")
+
+
+def prep_variant(
+    arch: int,
+    precision: str,
+    dim: int,
+    pooled: bool = True,
+    group: int = 1,
+    key_rows: bool = False,
+    ones: tuple[str, ...] = (),
+) -> tuple[str, str]:
+    """The code of what measures, and of what prepares."""
+    outs = {"q_out_ptr": "*i8", "k_out_ptr": "*i8", "v_out_ptr": "*fp8e4nv" if precision == "int8_fp8" else "*bf16"}
+    types = outs if precision != "input" else dict.fromkeys(outs, "*bf16")
+    types = types | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16") | {"rows_ptr": "*i64", "key_rows_ptr": "*i64"}
+    types |= dict.fromkeys((*PREP_SCALES, "q_means_ptr", "k_means_ptr", "largest_ptr"), "*fp32")
+    constants: dict[str, Any] = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "BLOCK": 128}
+    constants |= {"TOKENS": KEY_GROUP, "HEAD_GROUP": group, "EIGHTS": True}
+    constants |= dict.fromkeys(("q_stride_d", "k_stride_d", "v_stride_d", *ones), 1)
+    if precision != "int8_fp8":
+        constants["v_out_stride_d"] = 1
+    measure = compiled(prep.measure_kernel, arch, types, constants, num_warps=8)
+    absent = {"input": PREP_SCALES, "int8": ("v_scale_ptr", "k_means_ptr"), "int8_fp8": ("k_means_ptr",)}[precision]
+    if not pooled:
+        absent = (*absent, "q_means_ptr", "k_means_ptr")
+    if not key_rows:
+        absent = (*absent, "key_rows_ptr")
+    constants |= dict.fromkeys(absent) | {"INT8_MAX": 127.0, "SMALLEST": SMALLEST}
+    return measure, compiled(prep.prep_kernel, arch, types, constants, num_warps=8)
 
 
 @every_arch
 @pytest.mark.parametrize("precision", ["input", "int8", "int8_fp8"])
 @pytest.mark.parametrize(
     ("dim", "pooled", "group", "key_rows"),
-    [*itertools.product((64, 96, 128), (True, False), (1,), (False,)), (128, True, 5, False), (128, True, 1, True)],
+    [
+        *itertools.product((64, 96, 128), (True, False), (1,), (False,)),
+        *((dim, True, 1, False) for dim in (40, 72, 256)),
+        (128, True, 5, False),
+        (128, True, 1, True),
+    ],
 )
 def test_prep(arch: int, precision: str, dim: int, pooled: bool, group: int, key_rows: bool) -> None:
     if precision == "int8_fp8" and arch not in FP8:
         pytest.skip(f"compute capability {arch / 10} has no FP8")
-    outs = {"q_out_ptr": "*i8", "k_out_ptr": "*i8", "v_out_ptr": "*fp8e4nv" if precision == "int8_fp8" else "*bf16"}
-    types = outs if precision != "input" else dict.fromkeys(outs, "*bf16")
-    types = types | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16") | {"rows_ptr": "*i64", "key_rows_ptr": "*i64"}
-    scales = ("mean_ptr", "q_scale_ptr", "k_scale_ptr", "offset_ptr", "v_scale_ptr")
-    types |= dict.fromkeys((*scales, "q_means_ptr", "k_means_ptr", "largest_ptr"), "*fp32")
-    constants: dict[str, Any] = {
-        "DIM": dim,
-        "PADDED_DIM": triton.next_power_of_2(dim),
-        "BLOCK": 128,
-        "TOKENS": KEY_GROUP,
-        "HEAD_GROUP": group,
-    }
-    constants |= dict.fromkeys(("q_stride_d", "k_stride_d", "v_stride_d"), 1)
-    measured = {name: value for name, value in constants.items() if name in prep.measure_kernel.arg_names}
-    assert READ_16.search(compiled(prep.measure_kernel, arch, types, measured, num_warps=8))
-    absent = {"input": scales, "int8": ("v_scale_ptr", "k_means_ptr"), "int8_fp8": ("k_means_ptr",)}[precision]
-    if not pooled:
-        absent = (*absent, "q_means_ptr", "k_means_ptr")
-    if not key_rows:
-        absent = (*absent, "key_rows_ptr")
-    constants |= dict.fromkeys(absent) | {"INT8_MAX": 127.0, "SMALLEST": SMALLEST}
-    code = compiled(prep.prep_kernel, arch, types, constants, num_warps=8)
-    assert len(READ_16.findall(code)) >= 3 and re.search(r"\bSTG\.E\S*\.128\b", code)
+    measure, code = prep_variant(arch, precision, dim, pooled, group, key_rows)
+    assert_wide(measure)
+    assert_wide(code)
+    assert len(READ_16.findall(code)) >= 3 and not re.search(r"\bSTG\.E\S*\.U(?:8|16)\b", code)
+    if dim % 16 == 0 or precision != "int8_fp8":  # codes of other head dims are stored 8 at a time
+        assert re.search(r"\bSTG\.E\S*\.128\b", code)
+
+
+@pytest.mark.parametrize("precision", ["input", "int8", "int8_fp8"])
+@pytest.mark.parametrize(
+    "ones",
+    [
+        ("heads", "model_heads", "key_heads", "q_stride_h", "k_stride_h", "v_stride_h"),
+        ("queries", "q_stride_s", "q_stride_b"),
+        ("queries", "keys", "k_stride_s", "v_stride_s", "k_stride_b", "v_stride_b"),
+    ],
+    ids=["one head", "one query", "one token"],
+)
+def test_arguments_of_prep_that_are_1_are_constants(precision: str, ones: tuple[str, ...]) -> None:
+    for key_rows in (False, True):
+        for code in prep_variant(90, precision, 72, key_rows=key_rows, ones=ones):
+            assert_wide(code)
+
+
+def merge_variant(arch: int, dim: int, ones: tuple[str, ...] = ()) -> str:
+    types = {"part_outs": ("*bf16",) * 3, "part_lses": ("*fp32",) * 3, "out_ptr": "*bf16", "lse_ptr": "*fp32"}
+    constants = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "BLOCK": 32} | dict.fromkeys(ones, 1)
+    return compiled(merge.merge_kernel, arch, types, constants, num_warps=4)
 
 
 @every_arch
-def test_merge(arch: int) -> None:
-    types = {"part_outs": ("*bf16",) * 3, "part_lses": ("*fp32",) * 3, "out_ptr": "*bf16", "lse_ptr": "*fp32"}
-    constants = {"DIM": 128, "PADDED_DIM": 128, "BLOCK": 32}
-    code = compiled(merge.merge_kernel, arch, types, constants, num_warps=4)
+@pytest.mark.parametrize("dim", [40, 72, 128, 256])
+def test_merge(arch: int, dim: int) -> None:
+    code = merge_variant(arch, dim)
+    assert_wide(code)
     assert len(re.findall(r"\bLDG\.E\.128\b", code)) >= 3  # every part is read in 16-byte pieces
 
 
-@every_arch
-def test_pool(arch: int) -> None:
+@pytest.mark.parametrize("ones", [("tokens",), ("heads",), ("tokens", "heads")])
+def test_arguments_of_merge_that_are_1_are_constants(ones: tuple[str, ...]) -> None:
+    assert_wide(merge_variant(90, 72, ones))
+
+
+def pool_variant(arch: int, dim: int, holes: bool = True, ones: tuple[str, ...] = ()) -> str:
     types = {"x_ptr": "*bf16", "means_ptr": "*fp32", "valid_ptr": "*i32"}
-    constants = {"DIM": 128, "PADDED_DIM": 128, "BLOCK": 32, "stride_d": 1}
-    code = compiled(pool.pool_kernel, arch, types, constants, num_warps=4)
-    assert READ_16.search(code)
+    constants: dict[str, Any] = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "BLOCK": 32, "EIGHTS": True}
+    constants |= dict.fromkeys(("stride_d", *ones), 1) | ({} if holes else {"valid_ptr": None})
+    return compiled(pool.pool_kernel, arch, types, constants, num_warps=4)
 
 
 @every_arch
-@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("dim", [40, 72, 128, 256])
+def test_pool(arch: int, dim: int) -> None:
+    assert_wide(pool_variant(arch, dim))
+
+
+@pytest.mark.parametrize("holes", [True, False])
 @pytest.mark.parametrize(
-    ("dtype", "block_q", "group"),
-    [*((BF16, block_q, 1) for block_q in (16, 32, 64, 128)), (BF16, 128, 4)] + [(F32, 128, 1), (F32, 128, 4)],
+    "ones", [("tokens", "stride_s"), ("heads", "stride_h"), ("block", "stride_b"), ("tokens", "heads", "block")]
 )
-def test_pooled(arch: int, dim: int, dtype: torch.dtype, block_q: int, group: int) -> None:
-    tile = pooled.config(arch, dtype, block_q)
+def test_arguments_of_pool_that_are_1_are_constants(ones: tuple[str, ...], holes: bool) -> None:
+    assert_wide(pool_variant(90, 72, holes, ones))
+
+
+def pooled_variant(
+    arch: int, dim: int, dtype: torch.dtype, block_q: int, group: int = 1, ones: tuple[str, ...] = ()
+) -> str:
+    tile = pooled.config(arch, dim, dtype, block_q)
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*" + NAMES[dtype])
     types |= {"read_ptr": "*u8", "lengths_ptr": "*i32", "lse_ptr": "*fp32", "qk_scale": "fp32"}
     constants = {"DIM": dim, "PADDED_DIM": pooled.padded_dim(dim), "BLOCK_Q": block_q, "HEAD_GROUP": group}
-    constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-    code = compiled(
-        pooled.pooled_kernel, arch, types, constants, num_warps=tile.warps, num_stages=tile.stages
-    )  # fmt: skip
-    assert READ_16.search(code)
+    constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n} | dict.fromkeys(ones, 1)
+    return compiled(pooled.pooled_kernel, arch, types, constants, num_warps=tile.warps, num_stages=tile.stages)
+
+
+# The products of Hopper and later want 64 rows, smaller tiles take the older instruction: head dims that are cut into other
+# tiles have one case of each.
+@every_arch
+@pytest.mark.parametrize(
+    ("dim", "dtype", "block_q", "group"),
+    [
+        *((dim, BF16, block_q, 1) for dim in (64, 96, 128) for block_q in (16, 32, 64, 128)),
+        *((dim, dtype, 128, group) for dim in (64, 96, 128) for dtype, group in ((BF16, 4), (F32, 1), (F32, 4))),
+        *((dim, dtype, 128, 1) for dim in (40, 72) for dtype in (BF16, F32)),
+        *((dim, dtype, 128, group) for dim in (160, 256) for dtype, group in ((BF16, 1), (BF16, 4), (F32, 1))),
+        (256, BF16, 16, 1),
+    ],
+)
+def test_pooled(arch: int, dim: int, dtype: torch.dtype, block_q: int, group: int) -> None:
+    code = pooled_variant(arch, dim, dtype, block_q, group)
+    assert_wide(code)
     if dtype == F32:
         assert not re.search(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", code)
         assert len(re.findall(r"\bFFMA2?\b", code)) > dim
-    else:  # Hopper's and later products want 64 rows, smaller tiles take the older instruction
+    else:
         assert re.search(rf"\b{MATRIX[arch] if block_q >= 64 else 'HMMA'}\b", code)
     assert len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code)) <= 8
+
+
+@pytest.mark.parametrize(
+    "ones",
+    [
+        ("heads", "mask_rows", "q_stride_h"),
+        ("queries", "q_stride_s"),
+        ("key_blocks", "q_stride_b"),
+        ("heads", "queries", "key_blocks", "mask_rows"),
+    ],
+)
+def test_arguments_of_pooled_that_are_1_are_constants(ones: tuple[str, ...]) -> None:
+    assert re.search(rf"\b{MATRIX[90]}\b", pooled_variant(90, 72, BF16, 128, ones=ones))
