@@ -19,20 +19,25 @@ P_LOG2 = {"input": 0.0, "int8": 0.0, "int8_fp8": math.log2(P_MAX)}
 
 
 @triton.jit
-def softmax_tile(scores, factor, total, top, exists, P_LOG2: tl.constexpr, MASKED: tl.constexpr):
+def softmax_tile(
+    scores, factor, total, top, exists, P_LOG2: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr = True
+):  # fmt: skip
     """The weights `[M, N]` of a tile, what they and earlier ones shrink by, and the row's new `total` and `top`.
 
-    `factor` `[M]`, positive, turns products into scores in powers of two; `exists` `[N]` counts only if MASKED.
+    `factor` `[M]`, positive, turns products into scores in powers of two; if SCALED it may be NaN or 0 where nothing of a
+    tile exists. `exists` `[N]` counts only if MASKED. Products are masked before they are scaled, so that a multiplication
+    and the subtraction of the maximum remain one instruction.
     """
     if MASKED:
-        scores = tl.where(exists[None, :], scores * factor[:, None], float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
+        scores = tl.where(exists[None, :], scores, float("-inf"))
+    largest = tl.max(scores, 1)
+    if MASKED and SCALED:
+        factor = tl.where(largest == float("-inf"), 1.0, factor)
+    higher = tl.maximum(top, largest * factor)
+    shift = higher
+    if MASKED:
         shift = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet: any finite maximum will do
-        p = tl.math.exp2(scores - (shift - P_LOG2)[:, None])
-    else:
-        higher = tl.maximum(top, tl.max(scores, 1) * factor)
-        shift = higher
-        p = tl.math.exp2(scores * factor[:, None] - (shift - P_LOG2)[:, None])
+    p = tl.math.exp2(scores * factor[:, None] - (shift - P_LOG2)[:, None])
     shrink = tl.math.exp2(top - shift)
     return p, shrink, total * shrink + tl.sum(p, 1), higher
 
@@ -46,8 +51,9 @@ def store_rows(
     column = tl.arange(0, PADDED_DIM)
     line = (batch * heads + head) * queries + row
     seen = total != 0  # NaN included
-    acc = acc / tl.where(seen, total, 1.0)[:, None]
-    lse = (top + tl.math.log2(tl.where(seen, total, 1.0)) - P_LOG2) * 0.6931471805599453
+    total = tl.where(seen, total, 1.0)
+    acc *= (1 / total)[:, None]  # a division per row, not per element
+    lse = (top + tl.math.log2(total) - P_LOG2) * 0.6931471805599453
     if v_scale_ptr is not None:
         key_head, key_heads = head // HEAD_GROUP, heads // HEAD_GROUP
         v_scale_at = v_scale_ptr + (batch * key_heads + key_head) * DIM + column

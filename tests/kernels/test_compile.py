@@ -32,6 +32,7 @@ from diffusers_accel.kernels.pooled import portable as pooled  # noqa: E402
 from diffusers_accel.kernels.prep import portable as prep  # noqa: E402
 from diffusers_accel.kernels.quantize import KEY_GROUP  # noqa: E402
 from diffusers_accel.kernels.quantize import portable as quantize  # noqa: E402
+from diffusers_accel.kernels.quantize.quantized import SMALLEST  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Bytes of shared memory that one program may have, by compute capability.
@@ -143,6 +144,28 @@ def attention_arguments(
     return types, constants | {"KEY_GROUP": KEY_GROUP, "P_LOG2": attention.P_LOG2[precision], "HEAD_GROUP": group}
 
 
+def product_loops(code: str) -> list[int]:
+    """The instructions of the two shortest loops that multiply matrices: one for each warp group that computes."""
+    label, instruction = re.compile(r"^(\.L_\w+):", re.M), re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", re.M)
+    body = instruction.findall(code)
+    starts = {found[1]: len(instruction.findall(code, 0, found.start())) for found in label.finditer(code)}
+    jumps = ((re.search(r"\bBRA\b.*`\((\.L_\w+)\)", x), at + 1) for at, x in enumerate(body))
+    loops = (body[starts[found[1]] : end] for found, end in jumps if found)  # empty where it jumps ahead
+    return sorted(len(loop) for loop in loops if any("GMMA" in x for x in loop))[:2]
+
+
+# Instructions of a loop over tiles without a mask, by precision, channels and keys of a tile; a mask adds one for each key.
+LOOP = {
+    ("input", 64, 128): 435,
+    ("input", 128, 128): 470,
+    ("input", 64, 64): 275,
+    ("input", 128, 64): 320,
+    ("int8", 64, 64): 315,
+    ("int8", 128, 64): 350,
+    ("int8_fp8", 64, 64): 345,
+    ("int8_fp8", 128, 64): 385,
+}
+
 LISTS, ALL, HOLES = ("valid_ptr",), ("blocks_ptr", "counts_ptr", "valid_ptr"), ()
 
 
@@ -173,19 +196,26 @@ def test_hopper_specialises_its_warps(
     precision: str,
 ) -> None:
     types, constants = attention_arguments(dim, dtype, blocks, absent, precision, group)
-    tile = hopper.config(dim, blocks[1], precision)
-    constants |= {"PADDED_DIM": hopper.padded_dim(dim), "BLOCK_M": hopper.QUERIES, "BLOCK_N": tile.block_n}
-    constants |= {"FP8_TOKENS": hopper.FP8_TOKENS, "MASKED": masked, "STAGES": tile.stages}
+    tile, padded = hopper.config(dim, blocks[1], precision), hopper.padded_dim(dim)
+    constants |= {"PADDED_DIM": padded, "BLOCK_M": hopper.QUERIES, "BLOCK_N": tile.block_n}
+    constants |= {"MASKED": masked, "STAGES": tile.stages}
+    box = f"[1,1,{padded},{tile.block_n}]" if precision == "int8_fp8" else f"[1,{tile.block_n},1,{padded}]"
+    types |= {"k_rows": f"tensordesc<{types['k_ptr'][1:]}[1,{tile.block_n},1,{padded}]>"}
+    types |= {"v_rows": f"tensordesc<{types['v_ptr'][1:]}{box}>"}
     code = compiled(hopper.attention_kernel, 90, types, constants, num_warps=4, num_stages=tile.stages)
     # One warp group gives registers away to two that compute; it loads q, k and v by TMA.
     assert len(re.findall(r"\bUSETMAXREG\b", code)) >= 3
-    assert len(re.findall(r"\bUTMALDG\b", code)) >= 3
+    assert len(re.findall(r"\bUTMALDG\.2D\b", code)) == 2 and len(re.findall(r"\bUTMALDG\.4D\b", code)) == 2
+    # Each program makes a tensor map of its queries, and of their scales where they have some; no others.
+    assert len(re.findall(r"\bUTMACCTL\.IV\b", code)) == (1 if precision == "input" else 2)
+    loops = product_loops(code)
+    assert max(loops) <= LOOP[precision, padded, tile.block_n] + (tile.block_n if masked else 0), loops
     expected = {"input": ("HGMMA",), "int8": ("IGMMA", "HGMMA"), "int8_fp8": ("IGMMA", "QGMMA")}[precision]
     assert tuple(x for x in ("IGMMA", "HGMMA", "QGMMA") if re.search(rf"\b{x}\b", code)) == expected
     assert len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code)) <= 8
     if precision == "int8_fp8":  # two groups of 64 rows: one for each accumulator, as sums are added outside
-        accumulators = 2 * 64 * hopper.padded_dim(dim) // 128
-        scores = 0 if masked else 2 * 64 * tile.block_n // 128
+        accumulators = 2 * 64 * padded // 128
+        scores = 2 * 64 * tile.block_n // 128
         assert len(re.findall(r"\bFFMA\b", code)) >= accumulators + scores
 
 
@@ -371,7 +401,7 @@ def test_arguments_that_are_1_are_constants(
 
 def quantize_variant(kernel: Any, arch: int, types: dict[str, str], dim: int, group: int) -> str:
     constants: dict[str, Any] = {"DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "TOKENS": KEY_GROUP}
-    constants |= {"INT8_MAX": 127.0, "SMALLEST": 1e-30, "stride_d": 1, "HEAD_GROUP": group}
+    constants |= {"INT8_MAX": 127.0, "SMALLEST": SMALLEST, "stride_d": 1, "HEAD_GROUP": group}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = {"mean_ptr": "*fp32", "scale_ptr": "*fp32", "offset_ptr": "*fp32", "valid_ptr": "*i32"} | types
     return compiled(kernel, arch, types, constants, num_warps=4)
@@ -424,7 +454,7 @@ def test_prep(arch: int, precision: str, dim: int, pooled: bool, group: int, key
         absent = (*absent, "q_means_ptr", "k_means_ptr")
     if not key_rows:
         absent = (*absent, "key_rows_ptr")
-    constants |= dict.fromkeys(absent) | {"INT8_MAX": 127.0, "SMALLEST": 1e-30}
+    constants |= dict.fromkeys(absent) | {"INT8_MAX": 127.0, "SMALLEST": SMALLEST}
     code = compiled(prep.prep_kernel, arch, types, constants, num_warps=8)
     assert len(READ_16.findall(code)) >= 3 and re.search(r"\bSTG\.E\S*\.128\b", code)
 
