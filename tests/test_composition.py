@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusers_accel import patch
-from diffusers_accel.layout import TokenLayout
+from diffusers_accel.layout import Segment, TokenLayout
 from diffusers_accel.methods import (
     BLOCK,
     DENSE,
@@ -487,6 +487,19 @@ def test_heads_in_the_order_of_the_model_are_not_moved(precision: str, layout: T
     a, b = (attend(each.methods, layout, (q, k, v)).out for each in (alone, mixed))
     assert close(a[:, :, ::2], b[:, :, ::2], 2e-6)
     assert close(b[:, :, 1], sdpa(q, k, v)[:, :, 1])
+
+
+def test_the_rows_of_a_launch_are_numbered_once() -> None:
+    heads = (Method(AxisOrder("hwf"), Band(0.4)), DENSE, Method(Patches(), Draft(0.4)))
+    history = TokenLayout.of(Segment("history", 20, queries=False), Segment.video((2, 12, 20)))
+    for layout in (LAYOUTS[3], history):
+        (launch,) = partition_of(heads, layout).launches
+        assert launch.rows is launch.rows and launch.rows.dtype == torch.int32
+        expected = [heads[place].order.query_index(layout) * 3 + place for place in launch.places]
+        assert torch.equal(launch.rows, torch.stack(expected, 1).flatten().int())
+    keys = launch.key_rows(layout.keys, 1)
+    assert keys is not None and keys.dtype == torch.int32 and launch.key_rows(layout.keys, 1) is keys
+    assert torch.equal(keys, torch.stack([heads[place].order.index(layout) for place in (0, 2)], 1).flatten().int())
 
 
 @few

@@ -86,9 +86,8 @@ def run(
         own = q.index_select(2, index), *(of_heads(x, partition.dense, q.shape[2]) for x in (k, v))
         out.index_copy_(2, index, call.dense(*own))
     for launch in partition.launches:
-        rows = launch.rows()
-        output = _attend(launch, partition.tensors, call, q, k, v, rows, cache)
-        out.view(out.shape[0], -1, out.shape[-1]).index_copy_(1, rows, output.out.flatten(1, 2))
+        output = _attend(launch, partition.tensors, call, q, k, v, launch.rows, cache)
+        out.view(out.shape[0], -1, out.shape[-1]).index_copy_(1, launch.rows.long(), output.out.flatten(1, 2))
         density, reused = density + output.density * len(launch.places), reused + output.reused
         kernels, read = kernels + output.kernels, read + output.read
     return Output(out, density / len(partition.methods), reused, kernels, read)
