@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from diffusers_accel.kernels.attention.epilogue import Epilogue
 from diffusers_accel.kernels.cpu_workers import run_all
 from diffusers_accel.kernels.grouped import each_query_head
 from diffusers_accel.kernels.pattern import BlockPattern
@@ -158,20 +159,31 @@ def gather(
     return Gather(*key[:4], [query for query, _ in rows], blocks, None if whole else existing)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float, end: Epilogue | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention over the blocks of the pattern; the arguments have been checked by the caller."""
-    return attend_pattern(q, k, v, pattern, scale, fused_attention)
+    return attend_pattern(q, k, v, pattern, scale, fused_attention, end)
 
 
-def quantized_attention(x: Quantized, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
+def quantized_attention(
+    x: Quantized, pattern: BlockPattern | None, scale: float, end: Epilogue | None = None
+) -> tuple[Tensor, Tensor]:
     """A simulation in fp32 that skips as `attention` does: for its numbers, not for its speed."""
     attend = fused_attention if x.precision == "int8" else fp8_attention
     out, lse = attend_pattern(*x.dequantize(), pattern, scale, attend)
-    return out.to(x.dtype), lse + scale * x.offset
+    out, lse = out.to(x.dtype), lse + scale * x.offset
+    return (out, lse) if end is None else end.apply(out, lse)
 
 
 def attend_pattern(
-    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float, attend: Attend
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern | None,
+    scale: float,
+    attend: Attend,
+    end: Epilogue | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Calls `attend` for the rows of the pattern, with the keys that they read."""
     batch, queries, heads, dim = q.shape
@@ -181,29 +193,90 @@ def attend_pattern(
         plan, period = CallSchedule([(0, 0, heads, Sweep(0, queries, 0, k.shape[1]))], [], covered=True), 1
     else:
         plan, period = pattern.derived(schedule), pattern.blocks.shape[0]
-    out = q.new_empty(batch, queries, heads, dim)
-    lse = q.new_empty(batch, queries, heads, dtype=torch.float32)
+    results = Results.of(q, end)
     if not plan.covered:
-        out.zero_()
-        lse.fill_(-torch.inf)
+        results.read_nothing()
     for repeat in range(0, batch, period):
         for row, head, count, sweep in plan.sweeps:
             part = slice(head, head + count)
             inputs = q[repeat + row, :, part], k[repeat + row, :, part], v[repeat + row, :, part]
-            run_sweep(*inputs, out[repeat + row, :, part], lse[repeat + row, :, part, None], sweep, scale, attend)
+            run_sweep(*inputs, results.take(repeat + row, part), sweep, scale, attend)
         if pattern is not None:
             calls: list[Callable[[], None]] = []
             for rows in plan.gathers:
                 place = repeat + rows.batch, slice(None), rows.head
-                one = Head(q[place], k[place], v[place], out[place], lse[place], pattern.block_k)
+                to = results.take(repeat + rows.batch, slice(rows.head, rows.head + 1))
+                one = Head(q[place], k[place], v[place], to, pattern.block_k)
                 calls += gather_calls(one, rows, scale, attend)
             run_all(calls)
-    return out, lse.transpose(1, 2).contiguous()
+    out = results.out if end is None or end.out is None else end.out
+    return out, results.lse[..., 0].transpose(1, 2).contiguous()
 
 
-def run_sweep(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sweep: Sweep, scale: float, attend: Attend
-) -> None:
+class Results(NamedTuple):
+    """Where results go, of all batch rows, or of some heads of one, without the first dimension.
+
+    out: `[B, S, H, D]`, or with `rows` the `[B, S * heads, D]` rows that these number, int64 `[S, H, 1]`; lse: `[B, S, H, 1]`.
+    part_out, part_lse: laid out as these without `rows`, a part over other keys that results are merged with, or None.
+    """
+
+    out: Tensor
+    lse: Tensor
+    rows: Tensor | None
+    part_out: Tensor | None
+    part_lse: Tensor | None
+
+    @classmethod
+    def of(cls, q: Tensor, end: Epilogue | None) -> Results:
+        part, out, rows = end or Epilogue(None, None, None)
+        return cls(
+            q.new_empty(q.shape) if out is None else out.flatten(1, 2),
+            q.new_empty(*q.shape[:3], 1, dtype=torch.float32),
+            None if rows is None else rows.long().view(*q.shape[1:3], 1),
+            None if part is None else part[0],
+            None if part is None else part[1].transpose(1, 2)[..., None],
+        )
+
+    def take(self, row: int, heads: slice) -> Results:
+        """Those of some heads of a batch row."""
+        lse, part_out, part_lse = (
+            None if x is None else x[row, :, heads] for x in (self.lse, self.part_out, self.part_lse)
+        )
+        assert lse is not None
+        if self.rows is None:
+            return Results(self.out[row, :, heads], lse, None, part_out, part_lse)
+        return Results(self.out[row], lse, self.rows[:, heads], part_out, part_lse)
+
+    def put(self, out: Tensor, lse: Tensor, queries: Callable[[Tensor], Tensor]) -> None:
+        """Writes out `[..., D]` and lse `[..., 1]` of some queries, of whom `queries` gives a view of one of these tensors."""
+        if self.part_out is not None and self.part_lse is not None:
+            out, lse = joined(out, lse, queries(self.part_out), queries(self.part_lse))
+        queries(self.lse).copy_(lse)
+        if self.rows is None:
+            queries(self.out).copy_(out)
+        else:
+            self.out.index_copy_(0, queries(self.rows).flatten(), out.flatten(0, -2))
+
+    def read_nothing(self) -> None:
+        """Writes what queries have that read no key: the part alone, or 0 and -inf."""
+        out = self.out.new_zeros(()) if self.part_out is None else self.part_out
+        self.lse.copy_(self.lse.new_tensor(-torch.inf) if self.part_lse is None else self.part_lse)
+        if self.rows is None:
+            self.out.copy_(out)
+        else:
+            rows = self.rows.flatten()
+            self.out.index_copy_(
+                1, rows, out.expand(len(self.out), *self.rows.shape[:2], self.out.shape[2]).flatten(1, 2)
+            )
+
+
+def joined(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """As `merge` of two parts, `[..., D]` and `[..., 1]`, of which the first has read something."""
+    weight = torch.sigmoid(other_lse - lse)
+    return torch.lerp(out.float(), other.float(), weight).to(out.dtype), torch.logaddexp(lse, other_lse)
+
+
+def run_sweep(q: Tensor, k: Tensor, v: Tensor, results: Results, sweep: Sweep, scale: float, attend: Attend) -> None:
     """One call for all groups and heads of a sweep; the views of the keys overlap. All tensors are `[S, H, D|1]`."""
 
     def groups(x: Tensor, token: int, tokens: int, step: int) -> Tensor:
@@ -213,18 +286,16 @@ def run_sweep(
     queries = (sweep.query, sweep.query_tokens, sweep.query_step)
     keys = (sweep.key, sweep.key_tokens, sweep.key_step)
     part, part_lse = attend(groups(q, *queries), groups(k, *keys), groups(v, *keys), scale=scale)
-    groups(out, *queries).copy_(part)
-    groups(lse, *queries).copy_(part_lse[..., None])
+    results.put(part, part_lse[..., None], lambda x: groups(x, *queries))
 
 
 class Head(NamedTuple):
-    """One head's q, k, v and the results out `[S, D]` and lse `[S]`, as strided views, and the tokens of a key block."""
+    """One head's q, k, v `[S, D]`, as strided views, its results, and the tokens of a key block."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    out: Tensor
-    lse: Tensor
+    results: Results
     block_k: int
 
 
@@ -251,9 +322,14 @@ def run_gather(head: Head, rows: Gather, part: slice, scale: float, attend: Atte
     out, lse = attend((q[0] if len(q) == 1 else torch.cat(q))[:, None], k, v, scale=scale)
     done = 0
     for tokens, count in queries:
-        head.out[tokens] = out[done : done + count].flatten(0, 2)
-        head.lse[tokens] = lse[done : done + count].flatten()
+        some = slice(done, done + count)
+        head.results.put(out[some].flatten(0, 2), lse[some].reshape(-1, 1), functools.partial(of_queries, tokens))
         done += count
+
+
+def of_queries(tokens: slice, x: Tensor) -> Tensor:
+    """`[n, D|1]` of `[S, 1, D|1]`, of one head."""
+    return x[tokens, 0]
 
 
 def groups_of(first: list[int], tokens: int) -> list[tuple[slice, int]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from diffusers_accel.kernels import hardware
+from diffusers_accel.kernels.attention.epilogue import Epilogue
 from diffusers_accel.kernels.attention.launch_order import launch_order, placed_program
 from diffusers_accel.kernels.attention.softmax import LOG2_E, P_LOG2, softmax_tile, store_rows
 from diffusers_accel.kernels.pattern import BlockPattern
@@ -72,15 +73,19 @@ def refuses(
     return None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float, end: Epilogue | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention over the blocks of the pattern; the arguments have been checked by the caller."""
-    return attend_pattern(loadable(q), loadable(k), loadable(without_holes(v, pattern)), pattern, scale, None)
+    return attend_pattern(loadable(q), loadable(k), loadable(without_holes(v, pattern)), pattern, scale, None, end)
 
 
-def quantized_attention(x: Quantized, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
+def quantized_attention(
+    x: Quantized, pattern: BlockPattern | None, scale: float, end: Epilogue | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of codes; the arguments have been checked by the caller."""
     v = x.v if x.precision == "int8_fp8" else loadable(without_holes(x.v, pattern))  # no code stands for a hole
-    return attend_pattern(loadable(x.q), loadable(x.k), v, pattern, scale, x)
+    return attend_pattern(loadable(x.q), loadable(x.k), v, pattern, scale, x, end)
 
 
 def without_holes(v: Tensor, pattern: BlockPattern | None) -> Tensor:
@@ -105,13 +110,20 @@ def padded_dim(head_dim: int) -> int:
 
 
 def attend_pattern(
-    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float, scales: Quantized | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern | None,
+    scale: float,
+    scales: Quantized | None,
+    end: Epilogue | None,
 ) -> tuple[Tensor, Tensor]:
     """One launch for all rows of the pattern; `scales` None says that q, k, v are values."""
     batch, queries, heads, dim = q.shape
     keys = k.shape[1]
     dtype, precision = (q.dtype, "input") if scales is None else (scales.dtype, scales.precision)
-    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    part, out, rows = end or Epilogue(None, None, None)
+    out = torch.empty(q.shape, dtype=dtype, device=q.device) if out is None else out
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     # Each head's begin at whole 16 bytes.
     q_scale = None if scales is None else torch.nn.functional.pad(scales.q_scale, (0, -queries % 4))
@@ -142,6 +154,9 @@ def attend_pattern(
             None if scales is None else scales.k_scale,
             None if scales is None else scales.v_scale,
             None if scales is None else scales.offset,
+            None if part is None else part[0].contiguous(),
+            None if part is None else part[1].contiguous(),
+            rows,
             blocks,
             counts,
             valid,
@@ -153,6 +168,7 @@ def attend_pattern(
             keys,
             list_rows,
             capacity,
+            out.shape[1] * out.shape[2],
             scale * LOG2_E,
             DIM=dim,
             PADDED_DIM=padded,
@@ -177,8 +193,9 @@ def attend_pattern(
 @triton.jit
 def attention_kernel(
     q_ptr, k_rows, v_rows, out_ptr, lse_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, offset_ptr,
+    part_out_ptr, part_lse_ptr, rows_ptr,
     blocks_ptr, counts_ptr, valid_ptr, order_ptr, q_stride_b, q_stride_s, q_stride_h, q_scale_stride,
-    heads, queries, keys, list_rows, capacity, qk_scale,
+    heads, queries, keys, list_rows, capacity, out_rows, qk_scale,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     KEY_GROUP: tl.constexpr, P_LOG2: tl.constexpr, MASKED: tl.constexpr,
@@ -248,6 +265,6 @@ def attention_kernel(
             acc += tl.dot(p.to(v.dtype), v.T)
 
     store_rows(
-        acc, total, top, out_ptr, lse_ptr, v_scale_ptr, offset_ptr, batch, row, head, queries, heads, qk_scale,
-        DIM, PADDED_DIM, P_LOG2, HEAD_GROUP,
+        acc, total, top, out_ptr, lse_ptr, v_scale_ptr, offset_ptr, part_out_ptr, part_lse_ptr, rows_ptr,
+        batch, row, head, queries, heads, out_rows, qk_scale, DIM, PADDED_DIM, P_LOG2, HEAD_GROUP,
     )  # fmt: skip

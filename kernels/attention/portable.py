@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusers_accel.kernels import hardware
+from diffusers_accel.kernels.attention.epilogue import Epilogue
 from diffusers_accel.kernels.attention.launch_order import launch_order, placed_program
 from diffusers_accel.kernels.attention.softmax import LOG2_E, P_LOG2, softmax_tile, store_rows
 from diffusers_accel.kernels.pattern import BlockPattern
@@ -106,24 +107,35 @@ def refuses(
     return None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float, end: Epilogue | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention over the blocks of the pattern; the arguments have been checked by the caller."""
-    return attend_pattern(loadable(q), loadable(k), loadable(v), pattern, scale, None)
+    return attend_pattern(loadable(q), loadable(k), loadable(v), pattern, scale, None, end)
 
 
-def quantized_attention(x: Quantized, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
+def quantized_attention(
+    x: Quantized, pattern: BlockPattern | None, scale: float, end: Epilogue | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of codes; the arguments have been checked by the caller."""
     v = x.v if x.precision == "int8_fp8" else loadable(x.v)  # FP8 lies with the tokens beside each other
-    return attend_pattern(loadable(x.q), loadable(x.k), v, pattern, scale, x)
+    return attend_pattern(loadable(x.q), loadable(x.k), v, pattern, scale, x, end)
 
 
 def attend_pattern(
-    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float, scales: Quantized | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern | None,
+    scale: float,
+    scales: Quantized | None,
+    end: Epilogue | None,
 ) -> tuple[Tensor, Tensor]:
     """One launch for all rows of the pattern; `scales` None says that q, k, v are values."""
     batch, queries, heads, dim = q.shape
     dtype, precision = (q.dtype, "input") if scales is None else (scales.dtype, scales.precision)
-    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    part, out, rows = end or Epilogue(None, None, None)
+    out = torch.empty(q.shape, dtype=dtype, device=q.device) if out is None else out
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     blocks = counts = valid = order = None
     block_q, block_k, capacity, list_rows = 128, 128, 0, 1
@@ -146,6 +158,9 @@ def attend_pattern(
             None if scales is None else scales.k_scale,
             None if scales is None else scales.v_scale,
             None if scales is None else scales.offset,
+            None if part is None else part[0].contiguous(),
+            None if part is None else part[1].contiguous(),
+            rows,
             blocks,
             counts,
             valid,
@@ -158,6 +173,7 @@ def attend_pattern(
             k.shape[1],
             list_rows,
             capacity,
+            out.shape[1] * out.shape[2],
             scale * LOG2_E,
             DIM=dim,
             PADDED_DIM=padded_dim(dim, precision),
@@ -228,10 +244,11 @@ def attend_tile(
 @triton.jit
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, offset_ptr,
+    part_out_ptr, part_lse_ptr, rows_ptr,
     blocks_ptr, counts_ptr, valid_ptr, order_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h,
     v_stride_b, v_stride_s, v_stride_h, v_stride_d,
-    heads, queries, keys, list_rows, capacity, qk_scale,
+    heads, queries, keys, list_rows, capacity, out_rows, qk_scale,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     KEY_GROUP: tl.constexpr, P_LOG2: tl.constexpr, HEAD_GROUP: tl.constexpr,
@@ -319,6 +336,6 @@ def attention_kernel(
     tile, head, batch = placed_program(order_ptr, queries, heads, list_rows, BLOCK_Q, BLOCK_M)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     store_rows(
-        acc, total, top, out_ptr, lse_ptr, v_scale_ptr, offset_ptr, batch, row, head, queries, heads, qk_scale,
-        DIM, PADDED_DIM, P_LOG2, HEAD_GROUP,
+        acc, total, top, out_ptr, lse_ptr, v_scale_ptr, offset_ptr, part_out_ptr, part_lse_ptr, rows_ptr,
+        batch, row, head, queries, heads, out_rows, qk_scale, DIM, PADDED_DIM, P_LOG2, HEAD_GROUP,
     )  # fmt: skip

@@ -44,10 +44,15 @@ def softmax_tile(
 
 @triton.jit
 def store_rows(
-    acc, total, top, out_ptr, lse_ptr, v_scale_ptr, offset_ptr, batch, row, head, queries, heads, qk_scale,
+    acc, total, top, out_ptr, lse_ptr, v_scale_ptr, offset_ptr, part_out_ptr, part_lse_ptr, rows_ptr,
+    batch, row, head, queries, heads, out_rows, qk_scale,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, P_LOG2: tl.constexpr, HEAD_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Write the output `[B, S, H, DIM]` and the log-sum-exp `[B, H, S]` of the rows; 0 and -inf of those that read nothing."""
+    """Write the output `[B, S, H, DIM]` and the log-sum-exp `[B, H, S]` of the rows; 0 and -inf of those that read nothing.
+
+    Pointers that are None leave out what they are for. A part, laid out as these, is attention over other keys, with which the
+    rows are merged. `rows_ptr`: the output goes to these of the `out_rows` rows that each batch row has there.
+    """
     column = tl.arange(0, PADDED_DIM)
     line = (batch * heads + head) * queries + row
     seen = total != 0  # NaN included
@@ -63,6 +68,18 @@ def store_rows(
         lse += qk_scale * 0.6931471805599453 * offset
     acc = tl.where(seen[:, None], acc, 0.0)  # a scale that is not a number is not theirs
     lse = tl.where(seen, lse, float("-inf"))
-    out_at = out_ptr + ((batch * queries + row[:, None]) * heads + head) * DIM + column[None, :]
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(row[:, None] < queries) & (column[None, :] < DIM))
+    place = (batch * queries + row) * heads + head
+    inside = (row[:, None] < queries) & (column[None, :] < DIM)
+    if part_out_ptr is not None:
+        part = tl.load(part_out_ptr + place[:, None] * DIM + column[None, :], mask=inside, other=0.0)
+        part_lse = tl.load(part_lse_ptr + line, mask=row < queries, other=float("-inf"))
+        highest = tl.maximum(lse, part_lse)
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
+        own, other = tl.exp(lse - shift), tl.exp(part_lse - shift)
+        both = tl.where(own + other == 0, 1.0, own + other)
+        acc = acc * (own / both)[:, None] + part.to(tl.float32) * (other / both)[:, None]
+        lse = highest + tl.log(both)
+    if rows_ptr is not None:
+        place = tl.load(rows_ptr + row.to(tl.int64) * heads + head, mask=row < queries, other=0) + batch * out_rows
+    tl.store(out_ptr + place[:, None] * DIM + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(lse_ptr + line, lse, mask=row < queries)

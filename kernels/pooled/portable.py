@@ -136,6 +136,6 @@ def pooled_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
 
     store_rows(
-        acc, total, top, out_ptr, lse_ptr, None, None, batch, row, head, queries, heads, qk_scale, DIM, PADDED_DIM, 0.0,
-        HEAD_GROUP,
+        acc, total, top, out_ptr, lse_ptr, None, None, None, None, None, batch, row, head, queries, heads, 0, qk_scale,
+        DIM, PADDED_DIM, 0.0, HEAD_GROUP,
     )  # fmt: skip

@@ -111,10 +111,11 @@ def attention_binary(
     precision: str = "input",
     group: int = 1,
     ones: tuple[str, ...] = (),
+    end: bool = False,
 ) -> Any:
     """`ones`: integer arguments that are 1, which the launcher makes constants."""
     tile = attention.config(arch, dim, dtype, blocks, precision)
-    types, constants = attention_arguments(dim, dtype, blocks, absent, precision, group)
+    types, constants = attention_arguments(dim, dtype, blocks, absent, precision, group, end)
     constants |= {"PADDED_DIM": attention.padded_dim(dim, precision), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     constants |= dict.fromkeys(ones, 1)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
@@ -122,13 +123,22 @@ def attention_binary(
 
 
 def attention_arguments(
-    dim: int, dtype: torch.dtype, blocks: tuple[int, int], absent: tuple[str, ...], precision: str, group: int = 1
+    dim: int,
+    dtype: torch.dtype,
+    blocks: tuple[int, int],
+    absent: tuple[str, ...],
+    precision: str,
+    group: int = 1,
+    end: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Types and constants that both attention kernels share."""
+    """Types and constants that both attention kernels share. `end`: a part is merged, and rows have places of their own."""
     names, scales = ("q_ptr", "k_ptr", "v_ptr", "out_ptr"), ("q_scale_ptr", "k_scale_ptr", "v_scale_ptr", "offset_ptr")
     types = dict.fromkeys(names, "*" + NAMES[dtype]) | {"lse_ptr": "*fp32", "qk_scale": "fp32"}
     types |= dict.fromkeys(("blocks_ptr", "counts_ptr", "valid_ptr", "order_ptr"), "*i32")
+    types |= {"part_out_ptr": types["out_ptr"], "part_lse_ptr": "*fp32", "rows_ptr": "*i32"}
     constants: dict[str, Any] = dict.fromkeys(absent) | {"v_stride_d": 1}
+    if not end:
+        constants |= dict.fromkeys(("part_out_ptr", "part_lse_ptr", "rows_ptr"))
     if "blocks_ptr" in absent:
         constants["order_ptr"] = None
     if precision == "input":
@@ -169,6 +179,7 @@ LOOP = {
 LISTS, ALL, HOLES = ("valid_ptr",), ("blocks_ptr", "counts_ptr", "valid_ptr"), ()
 
 
+@pytest.mark.parametrize("end", [False, True], ids=["", "merged and moved"])
 @pytest.mark.parametrize("precision", ["input", "int8", "int8_fp8"])
 @pytest.mark.parametrize(
     ("dim", "dtype", "blocks", "absent", "masked", "group"),
@@ -194,8 +205,9 @@ def test_hopper_specialises_its_warps(
     masked: bool,
     group: int,
     precision: str,
+    end: bool,
 ) -> None:
-    types, constants = attention_arguments(dim, dtype, blocks, absent, precision, group)
+    types, constants = attention_arguments(dim, dtype, blocks, absent, precision, group, end)
     tile, padded = hopper.config(dim, blocks[1], precision), hopper.padded_dim(dim)
     constants |= {"PADDED_DIM": padded, "BLOCK_M": hopper.QUERIES, "BLOCK_N": tile.block_n}
     constants |= {"MASKED": masked, "STAGES": tile.stages}
@@ -308,6 +320,19 @@ def test_attention_of_grouped_queries(arch: int, dim: int, precision: str, dtype
     products = {"int8": INT8, "int8_fp8": FP8}.get(precision, MATRIX)[arch]
     assert bool(re.search(rf"\b{products}\b", code)) == (dtype != F32)
     assert len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code)) <= 8
+
+
+@every_arch
+@pytest.mark.parametrize("dim", [64, 72, 128])
+@pytest.mark.parametrize(("precision", "dtype"), [("input", BF16), ("input", F32), ("int8", BF16), ("int8_fp8", BF16)])
+def test_attention_that_merges_a_part_and_moves_its_rows(
+    arch: int, dim: int, precision: str, dtype: torch.dtype
+) -> None:
+    """Nothing spills; the part is read and the output is written 16 bytes at a time where the channels allow it."""
+    if precision == "int8_fp8" and arch not in FP8:
+        pytest.skip(f"compute capability {arch / 10} has no FP8")
+    plain, code = (attention_variant(arch, dim, dtype, precision=precision, end=end) for end in (False, True))
+    assert len(READ_16.findall(code)) > len(READ_16.findall(plain))
 
 
 def waits_in_loops(binary: Any) -> list[list[int]]:
