@@ -48,6 +48,8 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 READ_16 = re.compile(r"\b(?:LDG|LDGSTS)\.E\S*\.128\b")  # reads of 16 bytes
 
 every_arch = pytest.mark.parametrize("arch", SHARED)
+# Of variants that stand beside others: one architecture for each, in turn, and all with --every-arch.
+in_turn = pytest.mark.arch_in_turn
 
 
 def compiled(kernel: Any, arch: int, types: dict[str, Any], constants: dict[str, Any], **options: int) -> str:
@@ -308,6 +310,7 @@ def test_quantized_attention_variants(
     assert re.search(rf"\b{INT8[arch]}\b", attention_variant(arch, dim, BF16, blocks, absent, precision))
 
 
+@in_turn
 @every_arch
 @pytest.mark.parametrize("dim", [64, 96, 128])
 @pytest.mark.parametrize(
@@ -322,6 +325,7 @@ def test_attention_of_grouped_queries(arch: int, dim: int, precision: str, dtype
     assert len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code)) <= 8
 
 
+@in_turn
 @every_arch
 @pytest.mark.parametrize("dim", [64, 72, 128])
 @pytest.mark.parametrize(("precision", "dtype"), [("input", BF16), ("input", F32), ("int8", BF16), ("int8_fp8", BF16)])
@@ -365,6 +369,7 @@ SHIPPED = sorted(
 )
 
 
+@in_turn
 # Of the two head dims of a row above 128, the padded one is left out with holes: it has one loop less, and registers to spare.
 @pytest.mark.parametrize(
     ("arch", "dim", "kind", "absent"),
@@ -394,6 +399,7 @@ def test_every_row_of_the_table_is_compiled() -> None:
     assert taken == set(attention.CONFIGS)
 
 
+@in_turn
 @every_arch
 @pytest.mark.parametrize("dim", [40, 72])
 @pytest.mark.parametrize(("dtype", "precision"), [(BF16, "input"), (F32, "input"), (BF16, "int8"), (BF16, "int8_fp8")])
@@ -410,6 +416,7 @@ def test_head_dims_that_16_does_not_divide_are_read_16_bytes_at_a_time(
         assert len(re.findall(r"\bLDGSTS\.E\S*\.(?:64|128)\b", code)) >= 12 and len(narrow) <= 6
 
 
+@in_turn
 @every_arch
 @pytest.mark.parametrize("precision", ["input", "int8", "int8_fp8"])
 @pytest.mark.parametrize(
@@ -505,6 +512,7 @@ def prep_variant(
     return measure, compiled(prep.prep_kernel, arch, types, constants, num_warps=8)
 
 
+@in_turn
 @every_arch
 @pytest.mark.parametrize("precision", ["input", "int8", "int8_fp8"])
 @pytest.mark.parametrize(
@@ -594,6 +602,7 @@ def pooled_variant(
     return compiled(pooled.pooled_kernel, arch, types, constants, num_warps=tile.warps, num_stages=tile.stages)
 
 
+@in_turn
 # The products of Hopper and later want 64 rows, smaller tiles take the older instruction: head dims that are cut into other
 # tiles have one case of each.
 @every_arch
