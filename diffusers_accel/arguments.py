@@ -12,8 +12,9 @@ import msgspec
 
 from diffusers_accel.files import quoted
 from diffusers_accel.forwards import NAMED_FORWARDS, PREDICTORS, RULES, Forwards
-from diffusers_accel.methods import NAMED, SELECTS, Recipe
+from diffusers_accel.methods import NAMED, Recipe
 from diffusers_accel.methods.former import by_present_names, no_parameter
+from diffusers_accel.methods.stage import Stage
 from diffusers_accel.stage_names import stage_named, stage_names
 from diffusers_accel.support.suggest import closest
 
@@ -86,8 +87,8 @@ def plan_path(plan: str | os.PathLike[str]) -> Path:
 def wrong_plan(plan: object) -> TypeError:
     """The error for something that is no plan at all."""
     instead = _INSTEAD.get(type(plan).__name__, "")
-    if isinstance(plan, tuple(SELECTS.values())):
-        instead = "give it as Method(select=...)"
+    if isinstance(plan, Stage):
+        instead = f"give it as {plan.given_as}"
     if isinstance(plan, tuple(RULES.values())):
         instead = "give it as Forwards(rule)"
     if isinstance(plan, tuple(PREDICTORS.values())):

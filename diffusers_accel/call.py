@@ -23,7 +23,7 @@ class AttentionCall:
         layer: number of the self-attention layer in that model.
         heads: numbers in the model of the heads that are meant, in the order of the result: what a plan's tensors are indexed by.
             q and the output hold these and no others, at places 0, 1, ...
-        branch: the pass of guidance that runs, such as "cond": what is kept of an earlier step is that pass's alone.
+        branch: the pass of guidance that runs, such as "cond": what is kept of an earlier step is that branch's alone.
         rows: (start, stop) of the model's batch rows that q, k and v hold.
         now: (step, steps) of the running generation, of the steps that run; None where nobody says.
         sigma: noise level of that step in flow matching, from 1 (noise alone) to 0; None where nobody says, or the scheduler has
@@ -53,5 +53,5 @@ class AttentionCall:
 
     @cached_property
     def stream(self) -> tuple[str, tuple[int, int]]:
-        """Of which pass and batch rows: what is kept is theirs alone."""
+        """Of which branch and batch rows: what is kept is theirs alone."""
         return self.branch, self.rows

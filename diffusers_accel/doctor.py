@@ -50,7 +50,7 @@ class CallDiagnosis:
         models: transformer name -> layers, heads, head dim.
         layout: how the tokens of one self-attention call lie.
         steps: of the schedule that the call asks for.
-        step_ms: one denoising step, all its passes, measured dense.
+        step_ms: one denoising step, all its branches, measured dense.
         attention_ms: self-attention's part of that.
         dense_steps: share of the steps that `expected` leaves dense.
         expectations: one for each density; empty where no sparse kernel can run.

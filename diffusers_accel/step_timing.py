@@ -26,7 +26,7 @@ PROMPT = "a red fox runs through fresh snow"
 class StepTiming:
     """One denoising step, run dense, and what one layer's attention was given in it.
 
-    step_ms: the whole step, all its passes. attention_ms: self-attention's part. layout: how the tokens of a call lie.
+    step_ms: the whole step, all its branches. attention_ms: self-attention's part. layout: how the tokens of a call lie.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a measured time depends on besides the inputs: processor, versions, revision. Needs PyTorch alone."""
+"""What a measured time depends on besides the inputs: processor, versions, revision, clocks. Needs PyTorch alone."""
 
 from __future__ import annotations
 
@@ -62,17 +62,54 @@ def git_sha() -> str | None:
     return done.stdout.strip()
 
 
+def instruction_set() -> str:
+    """The vector instructions that PyTorch's own CPU kernels use here, such as AVX512: a container may hide some."""
+    return torch.backends.cpu.get_cpu_capability()
+
+
 def gpu_state(device: torch.device) -> dict[str, str]:
-    """Driver, SM clock (MHz), power (W) and temperature (C) at this moment; empty off CUDA or without nvidia-smi."""
+    """Driver, clocks of the SMs and the memory now and at most (MHz), power (W) and temperature (C) at this moment.
+
+    Empty off CUDA. By NVML where `nvidia-ml-py` is installed, which takes a millisecond; else by nvidia-smi, without what
+    limits the clocks (`clock_limits`, NVML's bits); empty where there is neither.
+    """
     if device.type != "cuda":
         return {}
-    fields = {
-        "driver": "driver_version", "sm_clock_mhz": "clocks.sm", "power_w": "power.draw", "temp_c": "temperature.gpu",
-    }  # fmt: skip
-    gpu = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
-    query = ["nvidia-smi", gpu, f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader,nounits"]
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    return _nvml_state(uuid) or _smi_state(uuid)
+
+
+def _nvml_state(uuid: str) -> dict[str, str]:
     try:
-        line = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
+        import pynvml as nvml
+    except ImportError:
+        return {}
+    try:
+        nvml.nvmlInit()
+        gpu = nvml.nvmlDeviceGetHandleByUUID(uuid)
+        driver = nvml.nvmlSystemGetDriverVersion()
+        found = {
+            "driver": driver.decode() if isinstance(driver, bytes) else driver,  # bytes in its earlier versions
+            "sm_clock_mhz": nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
+            "sm_clock_max_mhz": nvml.nvmlDeviceGetMaxClockInfo(gpu, nvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
+            "clock_limits": nvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu),
+            "power_w": nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+            "temp_c": nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
+        }
+    except nvml.NVMLError:  # such as one that this GPU does not tell
+        return {}
+    return {name: str(value) for name, value in found.items()}
+
+
+def _smi_state(uuid: str) -> dict[str, str]:
+    fields = {
+        "driver": "driver_version", "sm_clock_mhz": "clocks.sm", "sm_clock_max_mhz": "clocks.max.sm",
+        "memory_clock_mhz": "clocks.mem", "power_w": "power.draw", "temp_c": "temperature.gpu",
+    }  # fmt: skip
+    query = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader,nounits"]
+    try:
+        line = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
         return {}
     return dict(zip(fields, (value.strip() for value in line.split(","))))

@@ -104,7 +104,7 @@ def find_plans(scores: Scores, cost: Cost, speedups: Mapping[str, float]) -> tup
 
 def alone(scores: Scores, name: str) -> tuple[Any, ...]:
     """The candidates of one method, at whatever densities were searched."""
-    densities = sorted({getattr(method.select, "density", None) or 1.0 for method in scores.candidates})
+    densities = sorted({method.select.expected_density(method.order) or 1.0 for method in scores.candidates})
     quantized = any(method.precision != "input" for method in scores.candidates)
     every = {each for density in densities for each in candidates([density], methods=[name], quantized=quantized)}
     return tuple(method for method in scores.candidates if method in every)

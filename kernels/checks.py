@@ -49,6 +49,27 @@ def check_pattern(pattern: BlockPattern | None, q: Tensor, keys: int) -> None:
         pattern.check()
 
 
+def check_row_numbers(
+    name: str, rows: Tensor, places: int, heads: int, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    """Numbers of rows, of one of these dtypes, `[places * heads]`."""
+    if rows.shape != (places * heads,) or rows.dtype not in dtypes or rows.device != device:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(
+            f"{name} must be {wanted} [{places * heads}] on {device} ({places} places of {heads} heads), "
+            f"found {rows.dtype} {list(rows.shape)} on {rows.device}"
+        )
+
+
+def check_rows(name: str, rows: Tensor, size: int) -> None:
+    """Rows within the `size` rows of a tensor, where the environment asks for it: that waits for the device."""
+    if os.environ.get("DIFFUSERS_ACCEL_CHECKS") != "1":
+        return
+    lowest, highest = (int(end) for end in torch.aminmax(rows))
+    if lowest < 0 or highest >= size:
+        raise ValueError(f"rows of {name} must lie in 0..{size - 1}, found {lowest}..{highest}")
+
+
 def check_k_mean(k_mean: Tensor | None, shape: tuple[int, int, int], device: torch.device) -> None:
     """k_mean fp32 `[B, H, D]`, or None."""
     if k_mean is not None and (k_mean.shape, k_mean.dtype, k_mean.device) != (shape, torch.float32, device):

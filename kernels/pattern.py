@@ -209,11 +209,6 @@ class BlockPattern:
         """Share of the block pairs that is computed, 0..1."""
         return self.computed_blocks / max(self.counts.numel() * self.key_blocks, 1)
 
-    @cached_property
-    def per_head_density(self) -> list[float]:
-        """Density of each head, mean over batch rows and query blocks."""
-        return (self.counts.double().mean((0, 2)) / self.key_blocks).tolist()
-
     def key_lengths(self) -> Tensor:
         """How many tokens of each key block exist: int32 `[K]`; the last block ends with the sequence."""
         return block_lengths(self.keys, self.block_k, self.valid, self.device)
@@ -238,7 +233,7 @@ class BlockPattern:
             return self
         valid = None if self.valid is None else self.valid.to(device)
         moved = replace(self, blocks=self.blocks.to(device), counts=self.counts.to(device), valid=valid)
-        for name in ("computed_blocks", "density", "per_head_density"):
+        for name in ("computed_blocks", "density"):
             if name in self.__dict__:
                 moved.__dict__[name] = self.__dict__[name]
         return moved

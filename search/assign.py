@@ -70,8 +70,8 @@ def assign(
         OutOfReach: no plan keeps the budget.
         ValueError: an argument does not fit.
     """
-    if not scores.passes:
-        raise ValueError("the scores hold no finished pass: probe at least one prompt first")
+    if not scores.runs:
+        raise ValueError("the scores hold no finished calibration run: probe at least one prompt first")
     weights = _span_weights(scores, span_weights)
     open_spans = _open_spans(scores, dense_steps)
     taken = np.array(

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_accel.attach.site import Engine, Site
 from diffusers_accel.block_external.drift import Calibration
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.files import quoted
@@ -41,7 +40,7 @@ from diffusers_accel.plan import Plan
 from diffusers_accel.run.engine import running_span
 from diffusers_accel.search.arguments import check_call, check_pipeline, check_prompts
 from diffusers_accel.search.checks import whole_number
-from diffusers_accel.search.running import Prompt, SiteEngine, now, prompt_label, run_pipeline
+from diffusers_accel.search.running import Prompt, now, prompt_label, run_pipeline
 from diffusers_accel.search.screen import Screen
 from diffusers_accel.support.identity import plain
 from diffusers_accel.support.interrupted import Interrupted
@@ -64,7 +63,7 @@ def calibrate_gates(
     """Runs each prompt once, densely, and returns the plan with a gate in place of every interval of refreshes.
 
     The pipeline is used as it is (LoRA, offload, quantisation, attention backend) and left as it was, also after Ctrl-C.
-    All passes of guidance and all prompts count as samples, by their mean. A head refreshes at the first step of each span of
+    All branches of guidance and all prompts count as samples, by their mean. A head refreshes at the first step of each span of
     the plan, because other heads may share its method there, and wherever nothing was compared: a transformer that did not
     run at a step, a head that reuses nothing at it.
 
@@ -72,8 +71,8 @@ def calibrate_gates(
         pipe: a loaded diffusers video pipeline.
         plan: some of its heads reuse; a gate that it has is calibrated anew.
         prompts: calibration prompts, one generation each; a mapping gives other arguments, such as prompt_embeds.
-        call: all further arguments of `pipe(...)`: size, frames, steps, guidance; None: the pipeline's own. The gate gets a part
-            for each step of it, and a call of another number of steps refreshes at the same shares of the schedule.
+        call: all further arguments of `pipe(...)`: size, frames, steps, guidance; None: the pipeline's own. The gate gets a
+            segment for each step of it, and a call of another number of steps refreshes at the same shares of the schedule.
         seed: of the noise of prompt i (seed + i).
         gamma: smallest mean cosine, between what is kept and what it stands for, at which a head reuses, in -1..1, or one for
             each step of the call. The paper's 0.85.
@@ -100,7 +99,7 @@ def calibrate_gates(
         with Screen(progress).bar("gates", 100 * len(prompts)) as advance:
             for number, prompt in enumerate(prompts):
                 watch.begin(partial(_advance, advance, number))
-                run_pipeline(pipe, watch.engine, prompt, arguments, seed + number)
+                run_pipeline(pipe, lambda site: watch, prompt, arguments, seed + number)
                 _advance(advance, number, 1.0)
     except KeyboardInterrupt as error:
         kept = "nothing is kept, as a calibration takes all prompts in one go"
@@ -168,7 +167,7 @@ class Members:
 
 
 class Watch:
-    """What generations show of what heads leave unread. `attend` is the engine of all their sites.
+    """What generations show of what heads leave unread: the engine of all their sites.
 
     Args:
         plan: fits the pipeline that runs.
@@ -191,10 +190,7 @@ class Watch:
         self._on_share = on_share
         self._forget()
 
-    def engine(self, site: Site) -> Engine:
-        return SiteEngine(self, site)
-
-    def attend(self, site: Site, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The dense result; watches all heads that reuse at this step."""
         step, steps = now(call)
         if steps != (self.steps or steps):

@@ -62,14 +62,14 @@ def check_same_search(
                 f"{where} was measured with {what} = {quoted(other)}, this search has {quoted(own)}: their scores cannot "
                 f"be mixed. Give the search another scores_path, or the same {what}"
             )
-    for number, (done, prompt) in enumerate(zip(scores.passes, prompts)):
+    for number, (done, prompt) in enumerate(zip(scores.runs, prompts)):
         if done.prompt != prompt:
             raise ValueError(
                 f"{where}: prompt {number} was {quoted(done.prompt)}, this search has {quoted(prompt)}; prompts can be added "
                 "at the end only. Give the search another scores_path"
             )
-    if len(scores.passes) > len(prompts):
-        found = f"{where} holds {len(scores.passes)} prompts, this search has {len(prompts)}"
+    if len(scores.runs) > len(prompts):
+        found = f"{where} holds {len(scores.runs)} prompts, this search has {len(prompts)}"
         raise ValueError(f"{found}: give it all of them")
 
 

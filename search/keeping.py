@@ -1,4 +1,4 @@
-"""Where a search keeps what it has measured, so that neither an interruption nor another search loses a finished pass."""
+"""Where a search keeps what it has measured, so that neither an interruption nor another search loses a finished run."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def cached_scores(identity: Mapping[str, Any]) -> Path:
 
 
 class Keeper:
-    """The scores file of one search. Saving never leaves fewer finished passes in it than it held.
+    """The scores file of one search. Saving never leaves fewer finished calibration runs in it than it held.
 
     Args:
         path: of the file.
@@ -147,7 +147,7 @@ class Keeper:
 
 
 def _extent(scores: Scores) -> tuple[int, int]:
-    return len(scores.passes), len(scores.impacts)
+    return len(scores.runs), len(scores.impacts)
 
 
 def _mark(path: Path) -> tuple[int, ...] | None:

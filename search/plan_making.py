@@ -90,7 +90,7 @@ def _provenance(scores: Scores, cost: Cost, assignment: Assignment) -> dict[str,
     return {
         "search": scores.config,
         **scores.provenance,
-        "prompts": [done.prompt for done in scores.passes],
+        "prompts": [done.prompt for done in scores.runs],
         "cost": {"device": cost.device, "tokens": cost.tokens, "batch": cost.batch, "rounds": cost.rounds},
         "span_impacts": list(scores.impacts),
         "predicted": {

@@ -44,7 +44,7 @@ from diffusers_accel.search.identity import (
 from diffusers_accel.search.keeping import Keeper, cached_scores, check_places, cost_file
 from diffusers_accel.search.plan_making import make_plan
 from diffusers_accel.search.predicted import span_errors
-from diffusers_accel.search.probe import PassProbe, measuring_bytes
+from diffusers_accel.search.probe import RunProbe, measuring_bytes
 from diffusers_accel.search.running import Prompt, now, prompt_label, run_pipeline
 from diffusers_accel.search.schedule import ProbeSchedule, ProbeSettings, open_share
 from diffusers_accel.search.scores import Scores
@@ -142,7 +142,7 @@ def search_plan(
     path = scores_file or cached_scores(search.identity())
     keeper = Keeper(path, partial(search.check, str(path)), len(prompts), len(edges))
     with only_writer(path, "another search measures into it"), _telling(keeper):
-        screen.say(f"measured passes are kept in {path}")
+        screen.say(f"calibration runs are kept in {path}")
         plan = search.plan(keeper)
         if plan_file is not None:
             plan.save(plan_file)
@@ -232,9 +232,9 @@ class _Search:
         return plan
 
     def probe(self, keeper: Keeper) -> Scores:
-        """The scores of all prompts; passes that were kept are not run again."""
+        """The scores of all prompts; runs that were kept are not repeated."""
         scores = keeper.load()
-        done = len(scores.passes) if scores else 0
+        done = len(scores.runs) if scores else 0
         if scores and done >= len(self.prompts):
             self.screen.say(f"probe: all {done} prompts were finished before")
             return scores
@@ -249,9 +249,9 @@ class _Search:
                 "stored masks cannot be chosen: the first prompt makes them, it takes a second one to judge them"
             )
         with self.screen.bar("probe", trial.steps * (len(self.prompts) - done)) as advance:
-            while (number := len(scores.passes)) < len(self.prompts):
+            while (number := len(scores.runs)) < len(self.prompts):
                 on_step = partial(_advance, advance, trial.steps * (number - done))
-                scores = keeper.save(self._pass(scores, trial, number, on_step))
+                scores = keeper.save(self._run(scores, trial, number, on_step))
                 self._check_reach(scores.attention_share, trial.steps, "a generation")
         return scores
 
@@ -297,8 +297,8 @@ class _Search:
         run_pipeline(self.pipe, make_engine, self.prompts[0], self.call, self.settings.seed, last)
         return last.latents
 
-    def _pass(self, scores: Scores, trial: Trial, number: int, on_step: Callable[[int], None]) -> Scores:
-        probe = PassProbe(
+    def _run(self, scores: Scores, trial: Trial, number: int, on_step: Callable[[int], None]) -> Scores:
+        probe = RunProbe(
             self.settings,
             self.models,
             trial.layout,
@@ -317,8 +317,8 @@ class _Search:
         return scores.plus(probe.finished(prompt_label(self.prompts[number]), seconds), probe.sums)
 
     def _trial(self) -> Trial:
-        def make_probe(layout: TokenLayout, steps: int) -> PassProbe:
-            return PassProbe(self.settings, self.models, layout, steps, self._empty(layout, steps).sums, 0)
+        def make_probe(layout: TokenLayout, steps: int) -> RunProbe:
+            return RunProbe(self.settings, self.models, layout, steps, self._empty(layout, steps).sums, 0)
 
         stopwatch = Stopwatch(make_probe, self._out_of_reach)
         run_pipeline(self.pipe, stopwatch.engine, self.prompts[0], self.call, self.settings.seed)
@@ -336,16 +336,16 @@ class _Search:
             segments=segments,
             config=self.config,
             provenance=versions(self.pipe, layout),
-            passes=(),
+            runs=(),
             sums=Scores.zeros(self.models, len(spans), methods, layout, segments),
         )
 
     def _estimate(self, trial: Trial, done: int) -> None:
         schedule = ProbeSchedule.of(self.settings, trial.steps)
         layers = max(model.layers for model in self.models.values())
-        passes = len(self.prompts) - done
+        runs = len(self.prompts) - done
         generation = trial.steps * trial.step_seconds
-        per_pass = generation + schedule.observed * trial.calls * layers * trial.measure_seconds
+        per_run = generation + schedule.observed * trial.calls * layers * trial.measure_seconds
         # At most: the orders, which the trial has chosen too, are chosen only once.
         masks = len(schedule.segments) * layers * trial.calibrate_seconds if done == 0 else 0.0
         spans = len(self.settings.spans) * generation if self.measures_spans else 0.0
@@ -353,7 +353,7 @@ class _Search:
         memory = measuring_bytes(trial.layout.tokens, model, self.settings)
         self.screen.say(
             f"search: {trial.layout.tokens:,} tokens, {len(self.settings.candidates)} candidates; {done} of {len(self.prompts)} "
-            f"prompts finished before; about {clock(passes * per_pass + masks + spans + 1.5 * COST_SECONDS)} to go, "
+            f"prompts finished before; about {clock(runs * per_run + masks + spans + 1.5 * COST_SECONDS)} to go, "
             f"and {memory / 2**20:,.0f} MiB beside the pipeline's own memory"
         )
 

@@ -2,7 +2,8 @@
 
 The dense result is what goes on to the next layer, at every call. Sparse-vDiT's Algorithm 1 instead feeds each decision's
 error forward, which ties the measurement to one budget; here the scores know nothing of a budget, so that one probe serves
-all of them, and interactions between layers go unseen. One prompt is one pass, the unit in which a probe can be resumed.
+all of them, and interactions between layers go unseen. One prompt is one calibration run, the unit in which a probe can be
+resumed.
 
 What a candidate that keeps something would have kept is recorded some steps before a measured one, for the rows that are
 sampled there. Both are done by the stages that are at work in a patched pipeline, on rows instead of whole calls.
@@ -53,8 +54,8 @@ def measuring_bytes(tokens: int, model: ModelShape, settings: ProbeSettings) -> 
     return max(one, min(CHUNK_BYTES, model.heads * one)) + 3 * projections
 
 
-class PassProbe:
-    """What one pass has seen. `attend` is the engine of all its sites."""
+class RunProbe:
+    """What one calibration run has seen. `attend` is the engine of all its sites."""
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class PassProbe:
         number: int,
         on_call: Callable[[AttentionCall], None] = lambda call: None,
     ) -> None:
-        """`before`: the sums of earlier passes (stripes' running mean, stored masks); `number`: of this pass, from 0."""
+        """`before`: the sums of earlier runs (stripes' running mean, stored masks); `number`: of this run, from 0."""
         self.settings = settings
         self.models = models
         self.layout = layout
@@ -141,7 +142,7 @@ class PassProbe:
                 recorder.add_call(call, segment, q, k, v, self._chunks(call.layout.tokens, *q.shape[2:]))
 
     def finished(self, prompt: str, seconds: float) -> CalibrationRun:
-        """The record of this pass, which took `seconds` of wall time, measuring included."""
+        """The record of this run, which took `seconds` of wall time, measuring included."""
         spans = range(len(self.settings.spans))
         calls = {name: tuple(int(count) for count in counts) for name, counts in self.calls.items()}
         steps = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
+from diffusers_accel.kernels.merge import merge
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.methods import Method, Order
 from diffusers_accel.methods.rest import Read, RefreshDecision
@@ -86,10 +87,10 @@ class RowProbe:
         for place, (index, (decision, pattern, _)) in enumerate(zip(owners, found, strict=True)):
             if index == DENSE:
                 chunk.dense.copy_(out[:, place])
-            read = Read(as_partial(out[:, place], lse[:, place]), pattern, shared=False)
-            partial, _ = self._candidates[index].rest.complete(read, decision, reader)
-            if partial is not read.partial:
-                out[:, place] = partial[0][0].transpose(0, 1)
+            unread, _ = self._candidates[index].rest.unread(Read(pattern, shared=False), decision, reader)
+            if unread is not None:
+                merged, _ = merge([as_partial(out[:, place], lse[:, place]), unread])
+                out[:, place] = merged[0].transpose(0, 1)
         off = deviations(out, chunk.dense, chunk.grams)
         for place, (index, own) in enumerate(owners.items()):
             here = own[where]
@@ -131,8 +132,8 @@ def keep(
     assert call.now is not None
     decision = decide(method, len(call.heads), None, call.now, None, None)
     rows = selections.rows(method, call, sampled)
-    read = Read(reader.attend(rows.pattern), rows.pattern, shared=False)
-    return KeptRows.of(method.rest.complete(read, decision, reader)[1], rows.density, sampled.q.dtype)
+    _, held = method.rest.unread(Read(rows.pattern, shared=False), decision, reader)
+    return KeptRows.of(held, rows.density, sampled.q.dtype)
 
 
 def grouped(candidates: Sequence[Method], members: Iterable[int]) -> dict[tuple[Order, str], list[int]]:

@@ -14,7 +14,7 @@ from diffusers_accel.search.stored_masks import USUAL_MASKS, MaskSettings
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What a pass measures.
+    """What a calibration run measures.
 
     Args:
         candidates: the first is dense.
@@ -45,7 +45,7 @@ class ProbeSettings:
 
     @property
     def in_segments(self) -> bool:
-        """Whether the first pass chooses something for each segment of the schedule."""
+        """Whether the first calibration run chooses something for each segment of the schedule."""
         return any(each.in_segments for each in recorders(self.candidates))
 
 
@@ -104,7 +104,7 @@ def open_share(spans: Sequence[tuple[float, float]], steps: int, dense_steps: fl
 
 
 def chosen_steps(spans: Sequence[tuple[float, float]], steps: int, per_span: int) -> frozenset[int]:
-    """The steps at which a pass measures: up to `per_span` of each span, evenly spread."""
+    """The steps at which a calibration run measures: up to `per_span` of each span, evenly spread."""
     chosen: set[int] = set()
     for span in range(len(spans)):
         inside = [step for step in range(steps) if span_index(spans, step, steps) == span]

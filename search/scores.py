@@ -1,7 +1,7 @@
 """Scores: what a probe measured, in one file that is worth keeping, because it holds the GPU hours of a search.
 
-The file (`search.scores_file`) is written whole or not at all, so that a kill leaves the passes that were finished before.
-It holds sums, not means, so that a search can go on where it stopped with the very same result.
+The file (`search.scores_file`) is written whole or not at all, so that a kill leaves the calibration runs that were finished
+before. It holds sums, not means, so that a search can go on where it stopped with the very same result.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Scores(ScoresData):
         spans: (start, stop) fractions of the schedule, ascending, covering [0, 1].
         segments: equal segments of the schedule that have stored masks of their own; 0 without such candidates.
         config: what a resumed search must agree with (model, call, seed, rows ...).
-        provenance: what is worth knowing but may change between passes (versions, device).
-        passes: the finished generations.
+        provenance: what is worth knowing but may change between runs (versions, device).
+        runs: the finished calibration runs, one generation each.
         sums: arrays per transformer `t`, fp64 unless said otherwise, with S spans, L layers, H heads, C candidates:
             `samples/t` (int64), `error/t`, `error_square/t`, `mse/t`, `density/t` [S, L, H, C]; `energy/t` [S, L, H];
             `mass/t` [L, H, frames, rows]; `mass_samples/t` (int64) [L]. With stored candidates of O orders also the
-            calibration of the first pass: `order_sparse/t`, `order_quant/t` [L, H, O] and `levels/t` (uint8)
+            calibration of the first run: `order_sparse/t`, `order_quant/t` [L, H, O] and `levels/t` (uint8)
             [segments, L, H, blocks, blocks], see `search.stored_masks`.
         impacts: per span, as far as measured, the relative squared error of the final latents per unit of summed error
             (`search.sensitivity`); 1 for a span without a call.
@@ -70,9 +70,9 @@ class Scores(ScoresData):
         return {name: np.zeros(shape, kind) for name, (shape, kind) in arrays.items()}
 
     def plus(self, done: CalibrationRun, sums: Mapping[str, Array]) -> Scores:
-        """These scores and one more pass."""
+        """These scores and one more calibration run."""
         total = {name: old + sums[name] for name, old in self.sums.items()}
-        return replace(self, passes=(*self.passes, done), sums=total)
+        return replace(self, runs=(*self.runs, done), sums=total)
 
     def samples(self, transformer: str) -> Array:
         """[spans, layers, heads, candidates]: attention calls in which that candidate was measured."""
@@ -109,7 +109,7 @@ class Scores(ScoresData):
 
     def steps(self, transformer: str) -> Array:
         """int [spans]: steps of a generation at which the transformer runs."""
-        return np.max([done.steps[transformer] for done in self.passes], axis=0)
+        return np.max([done.steps[transformer] for done in self.runs], axis=0)
 
     def refreshed(self, transformer: str) -> Array:
         """[spans, candidates]: share of the steps at which a candidate makes anew what it uses again; 0 for one that does not."""
@@ -134,8 +134,8 @@ class Scores(ScoresData):
         return np.array(rows)
 
     def calls(self, transformer: str) -> Array:
-        """[spans]: self-attention calls of each layer in one generation, mean over passes."""
-        return np.mean([done.calls[transformer] for done in self.passes], axis=0)
+        """[spans]: self-attention calls of each layer in one generation, mean over runs."""
+        return np.mean([done.calls[transformer] for done in self.runs], axis=0)
 
     def span_weights(self) -> Array:
         """[spans]: how much an error in each span matters: the measured impacts; all 1 until every span has one.
@@ -148,8 +148,8 @@ class Scores(ScoresData):
 
     @property
     def attention_share(self) -> float:
-        """Share of a dense generation's wall time that goes to self-attention: median over passes, 0..1."""
-        return float(np.median([done.attention_seconds / done.seconds for done in self.passes]))
+        """Share of a dense generation's wall time that goes to self-attention: median over runs, 0..1."""
+        return float(np.median([done.attention_seconds / done.seconds for done in self.runs]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file whole or not at all, so that a failed save leaves the old one; makes its folder.

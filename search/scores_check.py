@@ -29,8 +29,8 @@ def check_scores(scores: ScoresData, arrays: Mapping[str, tuple[tuple[int, ...],
     _check_spans(scores)
     for name in ("config", "provenance"):
         check_json(getattr(scores, name), name, 1)
-    for index, done in enumerate(scores.passes):
-        _check_pass(scores, done, f"passes[{index}]")
+    for index, done in enumerate(scores.runs):
+        _check_run(scores, done, f"passes[{index}]")  # as files call it
     _check_impacts(scores)
     _check_names(scores, arrays)
     for name, (shape, kind) in arrays.items():
@@ -49,7 +49,9 @@ def check_size(scores: ScoresData) -> None:
     if layout.tokens > MOST_TOKENS:
         raise FileError(f"layout: expected at most {MOST_TOKENS:,} tokens, found {layout.tokens:,}")
     if not isinstance(scores.segments, int) or not 0 <= scores.segments <= MOST_STEPS:
-        raise FileError(f"parts: expected 0 to {MOST_STEPS:,}, found {quoted(scores.segments)}")
+        raise FileError(
+            f"parts: expected 0 to {MOST_STEPS:,} segments of the schedule, found {quoted(scores.segments)}"
+        )
 
 
 def _check_shapes(scores: ScoresData) -> None:
@@ -81,7 +83,7 @@ def _check_spans(scores: ScoresData) -> None:
         raise FileError(f"spans: expected an end at 1, found {edge:g}")
 
 
-def _check_pass(scores: ScoresData, done: CalibrationRun, path: str) -> None:
+def _check_run(scores: ScoresData, done: CalibrationRun, path: str) -> None:
     for what in ("seconds", "attention_seconds"):
         value = getattr(done, what)
         if not math.isfinite(value) or value <= 0:

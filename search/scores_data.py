@@ -23,6 +23,6 @@ class ScoresData:
     segments: int
     config: dict[str, Any]
     provenance: dict[str, Any]
-    passes: tuple[CalibrationRun, ...]
+    runs: tuple[CalibrationRun, ...]
     sums: dict[str, Array]
     impacts: tuple[float, ...] = ()

@@ -90,7 +90,8 @@ class _Layout(Schema, frozen=True):
 
 
 class Header(Schema, frozen=True):
-    """What a file of scores holds beside its arrays; the fields are those of `search.scores.Scores`."""
+    """What a file of scores holds beside its arrays; the fields are those of `search.scores.Scores`, two of which have
+    their former names in the file."""
 
     family: str
     models: dict[str, _Shape]
@@ -100,7 +101,7 @@ class Header(Schema, frozen=True):
     segments: int = msgspec.field(name="parts")
     config: dict[str, Any]
     provenance: dict[str, Any]
-    passes: tuple[CalibrationRun, ...]
+    runs: tuple[CalibrationRun, ...] = msgspec.field(name="passes")
     impacts: tuple[float, ...]
 
 
@@ -108,7 +109,7 @@ def write(path: Path, fields: dict[str, Any]) -> None:
     """Writes the fields of scores, whole or not at all; makes the folder."""
     header = Header(
         **{
-            **{name: fields[name] for name in ("family", "segments", "config", "provenance", "passes")},
+            **{name: fields[name] for name in ("family", "segments", "config", "provenance", "runs")},
             "models": {name: _Shape(**vars(shape)) for name, shape in fields["models"].items()},
             "layout": _Layout.told(fields["layout"]),
             "candidates": tuple(method.to_json() for method in fields["candidates"]),

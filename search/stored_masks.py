@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from diffusers_accel.methods.arrangement import arrangement
 from diffusers_accel.methods.blocks import BLOCK
 from diffusers_accel.methods.orders import AxisOrder, parse_order
 from diffusers_accel.search.scores_file import Array
-from diffusers_accel.support.former import warn_former
 
 TILE = 64  # tokens of a tile's side, as in the paper
 ORDER_TILES = 4  # orders are judged by every fourth row of tiles
@@ -42,21 +41,14 @@ class MaskSettings:
         sigma: share of small weights from which on a tile counts as empty, in (0, 1].
         segments: equal segments of the schedule that have masks of their own, 1 or more. The paper's code has between 4
             and 30.
-        parts: the former name of `segments`.
     """
 
     alpha: float = 0.5
     epsilon: float = 1e-3
     sigma: float = 0.9
     segments: int = 3
-    parts: InitVar[int | None] = None
 
-    def __post_init__(self, parts: int | None) -> None:
-        if parts is not None:
-            if self.segments != MaskSettings.segments:
-                raise ValueError("masks: 'parts' is the former name of 'segments', found both: leave 'parts' out")
-            warn_former("parts", "segments", "masks")
-            object.__setattr__(self, "segments", parts)
+    def __post_init__(self) -> None:
         if not (0 <= self.alpha <= 1 and 0 < self.epsilon < 1 and 0 < self.sigma <= 1):
             raise ValueError(
                 f"masks: expected alpha in [0, 1], epsilon in (0, 1) and sigma in (0, 1], found {self.alpha}, "

@@ -15,7 +15,7 @@ from diffusers_accel.call import AttentionCall
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.search.cost import Cost, alike, describe_device, launch_all, time_candidates
 from diffusers_accel.search.identity import check_layout
-from diffusers_accel.search.probe import PassProbe
+from diffusers_accel.search.probe import RunProbe
 from diffusers_accel.search.recorders import RECORDERS
 from diffusers_accel.search.running import Enough, SiteEngine, now
 from diffusers_accel.search.scores import Scores
@@ -57,7 +57,7 @@ class Stopwatch:
 
     def __init__(
         self,
-        make_probe: Callable[[TokenLayout, int], PassProbe],
+        make_probe: Callable[[TokenLayout, int], RunProbe],
         doubt: Callable[[Trial], bool] = lambda trial: False,
     ) -> None:
         self._make_probe = make_probe

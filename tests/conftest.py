@@ -6,6 +6,10 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-arch", action="store_true", help="compile every variant for every compute capability")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped, with the reason, where torch sees no GPU."""
     if torch.cuda.is_available():

@@ -59,6 +59,8 @@ class Budget:
         ("draft", {"cache_memory_fraction": True}, ValueError, r"cache_memory_fraction .* found True"),
         (Budget(), {}, TypeError, r"found a Budget: a budget is what a search is asked for"),
         (Draft(0.3), {}, TypeError, r"found a Draft: give it as Method\(select=\.\.\.\)"),
+        (Kept(), {}, TypeError, r"found a Kept: give it as Method\(select=\.\.\., rest=\.\.\.\)"),
+        (AxisOrder("hwf"), {}, TypeError, r"found an AxisOrder: give it as Method\(order=\.\.\., select=\.\.\.\)"),
         ({}, {}, TypeError, r"found a dict: write it as a plan file"),
         ("draft", {"dense_layers": 99}, ValueError, rf"=99 .* {LAYERS} self-attention layers: give at most {LAYERS - 1}"),
         ("draft", {"dense_layers": LAYERS}, ValueError, rf"dense_layers={LAYERS} leaves nothing"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,33 @@ def test_steps_said_by_the_pipeline_itself_are_those_that_run() -> None:
             )
 
     assert watched(pipe, run) == [((1, 4), "cond")]
+
+
+def test_what_is_said_in_one_thread_is_not_heard_in_another() -> None:
+    """Two threads that share a transformer, each inside a `cache_context` of its own: branch and step are those of the thread."""
+    transformer = tiny_wan_transformer()
+    said = {"cond": (0, 4), "uncond": (2, 4)}
+    inside = threading.Barrier(len(said), timeout=60)
+
+    def work(branch: str) -> None:
+        step, steps = said[branch]
+        with torch.no_grad(), transformer.cache_context(branch, step_index=step, num_inference_steps=steps):
+            inside.wait()
+            transformer(
+                hidden_states=torch.zeros(1, 4, 3, 16, 16),
+                timestep=torch.tensor([500]),
+                encoder_hidden_states=torch.zeros(1, 8, TEXT_DIM),
+            )
+            inside.wait()
+
+    def run() -> None:
+        threads = [threading.Thread(target=work, args=(branch,)) for branch in said]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    assert {branch: now for now, branch in watched(transformer, run)} == said
 
 
 def test_a_scheduler_of_second_order_repeats_timesteps() -> None:

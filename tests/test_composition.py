@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusers_accel import patch
-from diffusers_accel.layout import TokenLayout
+from diffusers_accel.layout import Segment, TokenLayout
 from diffusers_accel.methods import (
     BLOCK,
     DENSE,
@@ -32,6 +32,7 @@ from diffusers_accel.methods import (
     Stripe,
 )
 from diffusers_accel.methods.selects.stored import packed
+from diffusers_accel.run import launch as launch_module
 from diffusers_accel.run.launch import Output
 from diffusers_accel.run.memory import LayerCache
 from tests.stages import attend, mask_of, partition_of, pattern_of, sdpa
@@ -487,6 +488,50 @@ def test_heads_in_the_order_of_the_model_are_not_moved(precision: str, layout: T
     a, b = (attend(each.methods, layout, (q, k, v)).out for each in (alone, mixed))
     assert close(a[:, :, ::2], b[:, :, ::2], 2e-6)
     assert close(b[:, :, 1], sdpa(q, k, v)[:, :, 1])
+
+
+def test_the_rows_of_a_launch_are_numbered_once() -> None:
+    heads = (Method(AxisOrder("hwf"), Band(0.4)), DENSE, Method(Patches(), Draft(0.4)))
+    history = TokenLayout.of(Segment("history", 20, queries=False), Segment.video((2, 12, 20)))
+    for layout in (LAYOUTS[3], history):
+        (launch,) = partition_of(heads, layout).launches
+        assert launch.rows is launch.rows and launch.rows.dtype == torch.int32
+        expected = [heads[place].order.query_index(layout) * 3 + place for place in launch.places]
+        assert torch.equal(launch.rows, torch.stack(expected, 1).flatten().int())
+    keys = launch.key_rows(layout.keys, 1)
+    assert keys is not None and keys.dtype == torch.int32 and launch.key_rows(layout.keys, 1) is keys
+    assert torch.equal(keys, torch.stack([heads[place].order.index(layout) for place in (0, 2)], 1).flatten().int())
+
+
+@pytest.mark.parametrize("precision", ["input", "int8"])
+def test_the_kernel_merges_what_is_not_read_and_writes_the_output(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One launch at a step that reuses, whose output is the layer's; heads without a rest are merged with nothing."""
+    layout = LAYOUTS[3]
+    drop = Method(AxisOrder("hwf"), Band(0.4), precision)
+    kept, pooled = (replace(drop, rest=rest) for rest in (Kept(3), Pooled()))
+    launched: list[dict[str, Any]] = []
+    for name in ("attention", "quantized_attention"):
+        real = getattr(launch_module, name)
+
+        def spy(*args: Any, real: Any = real, **options: Any) -> Any:
+            launched.append(options)
+            return real(*args, **options)
+
+        monkeypatch.setattr(launch_module, name, spy)
+    for heads, empty in (((drop,) * 2, None), ((kept, drop, DENSE, pooled), [False, True, False]), ((kept,), [False])):
+        memory = LayerCache()
+        for step in range(2):
+            launched.clear()
+            out = attend(heads, layout, inputs(layout, len(heads)), memory=memory, now=(step, 9)).out
+        (last,) = launched
+        assert last["out"] is out and last["rows"] is not None
+        if empty is None:
+            assert last["merged_with"] is None
+        else:
+            nothing = (last["merged_with"][1] == -torch.inf).all(2)[0]
+            assert nothing.tolist() == empty
 
 
 @few

@@ -371,7 +371,7 @@ def test_a_layout_counts_existing_text_only_behind_the_video() -> None:
         TokenLayout(3, 16, 16, text_valid=0)
 
 
-# Steps and passes
+# Steps and branches
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ def test_clock_reads_step_and_branch_in_two_calls(name: str, scheduler: Any, bra
     assert [(call["now"], call["branch"]) for call in seen if call["layer"] == 0] == expected
 
 
-def test_passes_that_the_pipeline_does_not_name_are_told_apart_by_their_text() -> None:
+def test_branches_that_the_pipeline_does_not_name_are_told_apart_by_their_text() -> None:
     transformer = tiny_hunyuan_transformer()
     attachment, seen = watched(transformer)
     with attachment:
@@ -409,8 +409,8 @@ def test_passes_that_the_pipeline_does_not_name_are_told_apart_by_their_text() -
         del uncond
         gc.collect()
         sample(transformer, hunyuan_inputs(4, seed=5))
-    passes = [call["branch"] for call in seen[::LAYERS]]
-    assert passes[:2] == passes[2:4] and len(set(passes)) == 3, "a new text never takes the place of an old one"
+    branches = [call["branch"] for call in seen[::LAYERS]]
+    assert branches[:2] == branches[2:4] and len(set(branches)) == 3, "a new text never takes the place of an old one"
 
 
 def test_two_threads_with_other_prompts_share_a_model() -> None:

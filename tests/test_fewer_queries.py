@@ -42,7 +42,7 @@ from diffusers_accel.run.memory import CacheManager, LayerCache
 from diffusers_accel.run.partition import Partitions, partition
 from diffusers_accel.search.gates import Watch
 from diffusers_accel.search.measure import SampledHeads, deviations, head_grams, layer_energy
-from diffusers_accel.search.probe import PassProbe
+from diffusers_accel.search.probe import RunProbe
 from diffusers_accel.search.row import Chunk, RowProbe
 from diffusers_accel.search.running import SiteEngine
 from diffusers_accel.search.schedule import ProbeSettings
@@ -423,7 +423,7 @@ def test_a_probe_measures_grouped_queries_as_if_repeated(layout: TokenLayout) ->
     models = {"transformer": ModelShape(1, HEADS, HEAD_DIM)}
 
     def measured(key_heads: int, repeat: bool) -> dict[str, Any]:
-        probe = PassProbe(settings, models, layout.whole, 4, {}, 1)
+        probe = RunProbe(settings, models, layout.whole, 4, {}, 1)
         site = site_of(layout)
         torch.nn.init.eye_(cast(Any, site.model.module).weight)
         for step in range(4):

@@ -790,10 +790,11 @@ def test_wrong_recipes(arguments: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("precision", "head_dim", "dtype", "reason"),
     [
-        ("input", 136, torch.bfloat16, "head dims up to 128 in multiples of 8, found 136"),
-        ("int8", 20, torch.bfloat16, "head dims up to 128 in multiples of 8, found 20"),
+        ("input", 264, torch.bfloat16, "head dims up to 256 in multiples of 8, found 264"),
+        ("int8", 20, torch.bfloat16, "head dims up to 256 in multiples of 8, found 20"),
         ("int8", 64, torch.float32, "int8 takes float16 and bfloat16, found torch.float32"),
         ("int8", 64, torch.bfloat16, None),
+        ("input", 256, torch.bfloat16, None),
         ("int8_fp8", 64, torch.bfloat16, None),
     ],
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffusers_accel import patch
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.evals import toy
+from diffusers_accel.kernels.merge import merge
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, DENSE, AxisOrder, Band, Draft, Drop, Method, Patches, Pooled, Skip, Stripe
 from diffusers_accel.methods.rest import Read
@@ -68,7 +69,8 @@ def on_rows(method: Method, layout: TokenLayout, qkv: Qkv, rows: Tensor) -> Tens
     reader = RowReader(sampled, method.order, method.precision)
     pattern = Selections({}).rows(method, call, sampled).pattern
     decision = decide(method, len(call.heads), None, (0, 1), None, None)
-    part, _ = method.rest.complete(Read(reader.attend(pattern), pattern, shared=False), decision, reader)
+    unread, _ = method.rest.unread(Read(pattern, shared=False), decision, reader)
+    part = merge([each for each in (reader.attend(pattern), unread) if each is not None])
     return part[0][0]
 
 

@@ -1,19 +1,28 @@
-"""Stages and recorders: one file each and one line in a registry, found again by their names."""
+"""What is listed by its folder (stages, recorders, rules, predictors, families, metrics): one file each, none forgotten."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import json
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 
+from diffusers_accel import families as families_folder
 from diffusers_accel import forwards as forwards_room
 from diffusers_accel import methods as methods_room
-from diffusers_accel.forwards import PREDICTORS, RULES
+from diffusers_accel.evals import metrics as metrics_folder
+from diffusers_accel.evals.metrics import METRICS, ClipMetric, FrameMetric, SetMetric
+from diffusers_accel.families import FAMILIES, Family
+from diffusers_accel.forwards import PREDICTORS, RULES, Predictor, Rule
+from diffusers_accel.forwards import predictors as predictors_folder
+from diffusers_accel.forwards import rules as rules_folder
 from diffusers_accel.methods import RESTS, SELECTS, Band, Draft, Method, Order, Rest, Select
 from diffusers_accel.methods import orders as orders_folder
 from diffusers_accel.methods import rests as rests_folder
@@ -32,6 +41,28 @@ REGISTRIES: dict[str, tuple[Any, type, tuple[type, ...]]] = {  # folder, interfa
 }
 PARTS: tuple[type, ...] = (*RULES.values(), *PREDICTORS.values())
 BESIDE = {"stored_check.py", "recorder.py", "__init__.py"}  # of these folders what is no member
+
+
+class Listed(NamedTuple):
+    """A folder whose members follow a protocol, or are objects: what its list has, and which files hold no member."""
+
+    folder: ModuleType
+    kinds: tuple[type, ...]
+    members: Collection[Any]
+    beside: frozenset[str] = frozenset()
+
+
+LISTED = {
+    "rules": Listed(rules_folder, (Rule,), RULES.values()),
+    "predictors": Listed(predictors_folder, (Predictor,), PREDICTORS.values(), frozenset({"quantity"})),
+    "families": Listed(families_folder, (Family,), FAMILIES.values(), frozenset({"family"})),
+    "metrics": Listed(
+        metrics_folder,
+        (FrameMetric, ClipMetric, SetMetric),
+        METRICS.values(),
+        frozenset({"clip_metric", "clip_set", "frame_metric", "lpips_weights", "metric", "set_metric"}),
+    ),
+}
 
 
 def made(kind: type, **fields: Any) -> Any:
@@ -71,7 +102,34 @@ def test_members_have_a_file_each_and_none_is_forgotten(name: str) -> None:
     assert all(inspect.getdoc(member) and not inspect.isabstract(member) for member in members)
 
 
+def public(protocol: type) -> set[str]:
+    return {name for name in (*vars(protocol), *protocol.__annotations__) if not name.startswith("_")}
+
+
+def is_member(value: Any, kinds: tuple[type, ...], module: str) -> bool:
+    """A class of `module` that has what a protocol asks for, or an object of one of the kinds."""
+    if kinds[0] not in (Rule, Predictor):
+        return isinstance(value, kinds)
+    return isinstance(value, type) and value.__module__ == module and public(kinds[0]) <= set(dir(value))
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_every_file_of_a_folder_holds_one_member_of_its_list(name: str) -> None:
+    folder, kinds, members, beside = LISTED[name]
+    files = {path.stem for path in Path(inspect.getfile(folder)).parent.glob("*.py")} - {"__init__"}
+    assert beside < files, "a helper that is no more"
+    found = []
+    for file in sorted(files - beside):
+        module = importlib.import_module(f"{folder.__name__}.{file}")
+        own = [value for value in vars(module).values() if is_member(value, kinds, module.__name__)]
+        assert len(own) == 1, f"{module.__name__}: expected one member and nothing else, found {own}"
+        assert own[0] in members, f"{module.__name__}: {own[0]} is not listed in {folder.__name__}"
+        found += own
+    assert len(found) == len(set(map(id, found))) == len(members), "a member of the list has no file here"
+
+
 def test_members_are_exported_beside_their_interfaces() -> None:
+    """By the lists of their folders, so that no further line is needed."""
     for room, members in ((methods_room, (*ORDERS, *SELECTS.values(), *RESTS.values())), (forwards_room, PARTS)):
         for member in members:
             assert member.__name__ in room.__all__ and getattr(room, member.__name__) is member

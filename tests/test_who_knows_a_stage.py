@@ -14,14 +14,24 @@ from diffusers_accel.methods.orders import ORDERS
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("diffusers_accel", "search", "evals", "kernels")
 STAGES: dict[str, str] = {each.__name__: each.__module__ for each in (*ORDERS, *SELECTS.values(), *RESTS.values())}
+REGISTRIES = ("SELECTS", "RESTS", "ORDERS")
 INTERFACES = ("Order", "Select", "StaticSelect", "Rest")  # to ask for these is to ask what kind of stage it is
-KINDS = {*SELECTS, *RESTS}
-# Files that belong to a stage beside its own one: they check or record what it reads of a plan, and nothing else.
-COMPANIONS = {
-    "Stored": {"diffusers_accel/methods/selects/stored_check.py", "search/recorders/stored_masks.py"},
-    "Stripe": {"search/recorders/column_mass.py"},
-}
+NAMES = {*SELECTS, *RESTS, *STAGES}
+# Files that may ask for a stage's type beside its own one: what records it for a plan.
+COMPANIONS = {"Stored": {"search/recorders/stored_masks.py"}}
 ROLES = ("select", "rest", "order")  # what holds a stage
+TELLING = ("kind", "name", "label", "__name__", "__qualname__")  # what tells one stage from another
+READERS = (
+    "startswith",
+    "endswith",
+    "removeprefix",
+    "removesuffix",
+    "split",
+    "partition",
+    "rpartition",
+    "find",
+    "index",
+)
 
 
 def own_files(stage: str) -> set[str]:
@@ -44,15 +54,19 @@ def asked(text: str, name: str) -> Iterator[tuple[int, str]]:
     """(line, why) of each place of a file `name` at which it asks what a stage is."""
     tree = ast.parse(text)
     stages = _stages_of(tree, name)
-    inside = name.startswith(("diffusers_accel/methods/", "kernels/"))
+    holders = {*ROLES, *_aliases(tree)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr == "reuse":
             yield node.lineno, "reads .reuse"
         for stage in _types_asked(node, stages):
             if name not in own_files(stage):
                 yield node.lineno, f"asks for the type {stage}"
-        if not inside and _compares_kind(node):
-            yield node.lineno, "compares the kind of a stage"
+        if _asks_registry(node):
+            yield node.lineno, "asks whether something is of any kind of stage"
+        if _compares_name(node, holders):
+            yield node.lineno, "compares the name of a stage"
+        if _looks_for_attribute(node, holders):
+            yield node.lineno, "looks for an attribute that some stages have"
 
 
 def _stages_of(tree: ast.Module, name: str) -> dict[str, str]:
@@ -97,20 +111,79 @@ def _classes(node: ast.AST, stages: dict[str, str]) -> Iterator[str]:
         yield from (stage for each in (node.left, node.right) for stage in _classes(each, stages))
 
 
-def _compares_kind(node: ast.AST) -> bool:
+def _aliases(tree: ast.Module) -> set[str]:
+    """Local names that are given what holds a stage, as in `s = method.select`."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            targets, value = node.targets, node.value
+        elif isinstance(node, (ast.AnnAssign, ast.NamedExpr)) and node.value is not None:
+            targets, value = [node.target], node.value
+        else:
+            continue
+        if isinstance(value, ast.Attribute) and value.attr in ROLES:
+            found |= {each.id for each in targets if isinstance(each, ast.Name)}
+    return found
+
+
+def _asks_registry(node: ast.AST) -> bool:
+    """`isinstance(x, tuple(SELECTS.values()))`, `type(x) in SELECTS.values()`."""
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+        return any(_registry(each) for each in node.args[1:])
+    return isinstance(node, ast.Compare) and _types(node) and any(_registry(each) for each in _sides(node))
+
+
+def _registry(node: ast.AST) -> bool:
+    return any(
+        getattr(each, "id", "") in REGISTRIES or getattr(each, "attr", "") in REGISTRIES for each in ast.walk(node)
+    )
+
+
+def _types(node: ast.Compare) -> bool:
+    """Whether a side is the type of something."""
+    called = [each.func for each in _sides(node) if isinstance(each, ast.Call)]
+    return any(getattr(each, "id", "") == "type" for each in called) or any(
+        getattr(each, "attr", "") == "__class__" for each in _sides(node)
+    )
+
+
+def _sides(node: ast.Compare) -> list[ast.expr]:
+    return [node.left, *node.comparators]
+
+
+def _compares_name(node: ast.AST, holders: set[str]) -> bool:
+    """`s.kind == "draft"`, `type(s).__name__ == "Draft"`, `rest.label.startswith(...)`, `match select.kind: ...`."""
     if isinstance(node, ast.Match):
-        subject = node.subject
-        return isinstance(subject, ast.Attribute) and subject.attr == "kind" and _role(subject.value)
+        return _name_of(node.subject, holders)
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Attribute) and node.func.attr in READERS and _name_of(node.func.value, holders)
     if not isinstance(node, ast.Compare):
         return False
-    sides = [node.left, *node.comparators]
-    kinds = [each for each in sides if isinstance(each, ast.Attribute) and each.attr == "kind"]
-    texts = {each.value for side in sides for each in ast.walk(side) if isinstance(each, ast.Constant)}
-    return bool(kinds) and (any(_role(each.value) for each in kinds) or bool(texts & KINDS))
+    texts = {each.value for side in _sides(node) for each in ast.walk(side) if isinstance(each, ast.Constant)}
+    telling = any(isinstance(each, ast.Attribute) and each.attr in TELLING for each in _sides(node))
+    return any(_name_of(each, holders) for each in _sides(node)) or (telling and bool(texts & NAMES))
 
 
-def _role(node: ast.AST) -> bool:
-    return (node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")) in ROLES
+def _name_of(node: ast.AST, holders: set[str]) -> bool:
+    """Whether an expression is the name of what holds a stage, or of its type."""
+    if not isinstance(node, ast.Attribute) or node.attr not in TELLING:
+        return False
+    value = node.value
+    if isinstance(value, ast.Call) and getattr(value.func, "id", "") == "type" and value.args:
+        value = value.args[0]
+    elif isinstance(value, ast.Attribute) and value.attr == "__class__":
+        value = value.value
+    return _holds(value, holders)
+
+
+def _looks_for_attribute(node: ast.AST, holders: set[str]) -> bool:
+    """`hasattr(method.select, "density")`, and `getattr` likewise."""
+    called = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
+    return isinstance(node, ast.Call) and called in ("hasattr", "getattr") and _holds(node.args[0], holders)
+
+
+def _holds(node: ast.AST, holders: set[str]) -> bool:
+    return (node.attr in ROLES) if isinstance(node, ast.Attribute) else getattr(node, "id", "") in holders
 
 
 def test_nobody_asks_for_the_type_of_a_stage() -> None:
@@ -144,10 +217,26 @@ IMPORT = "from diffusers_accel.methods import Band, Draft, Drop, Kept, Method, S
         "x = rest.kind != other",
         "x = some.kind in ('kept', 'pooled')",
         "match method.rest.kind:\n    case other: pass",
+        "x = isinstance(y, tuple(SELECTS.values()))",
+        "x = issubclass(y, (*methods.ORDERS, int))",
+        "x = type(y) in RESTS.values()",
+        "x = y.__class__ in ORDERS",
+        "x = type(s).__name__ == 'Draft'",
+        "x = type(method.rest).__name__ == other",
+        "x = method.order.__class__.__qualname__ in other",
+        "x = hasattr(method.select, 'density')",
+        "x = getattr(method.select, 'density', None) or 1.0",
+        "s = method.select\nx = getattr(s, 'density')",
+        "x = (s := method.rest) and hasattr(s, 'refresh_every')",
+        "x = s.kind == 'draft'",
+        "x = rest.label.startswith('cached')",
+        "x = method.order.label == '8x16'",
+        "x = method.select.name in ('band', 'stripe')",
     ],
 )
 def test_what_is_asking(line: str) -> None:
-    assert list(asked(IMPORT + line, "search/other.py"))
+    for name in ("search/other.py", "diffusers_accel/methods/other.py", "kernels/other.py"):
+        assert list(asked(IMPORT + line, name))
 
 
 @pytest.mark.parametrize(
@@ -160,6 +249,12 @@ def test_what_is_asking(line: str) -> None:
         "x = budget.kind == 'density'",
         "x = f'{method.rest.kind}'",
         "x = method.select.records != 'column mass'",
+        "x = SELECTS[name](0.3)",
+        "x = name in SELECTS",
+        "x = type(pipe).__name__ == 'WanPipeline'",
+        "x = getattr(method, 'precision')",
+        "x = metric.name == 'psnr'",
+        "x = labels.index(method.order.label)",
     ],
 )
 def test_what_is_not(line: str) -> None:

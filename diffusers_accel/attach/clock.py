@@ -37,9 +37,10 @@ class _Context(NamedTuple):
 
 
 class _Running(threading.local):
-    """The pipeline that runs in this thread; no reference, so that a sibling is not kept alive."""
+    """What runs in this thread: the pipeline (no reference, so that a sibling is not kept alive), and what it says."""
 
     pipe: Callable[[], Any] | None = None
+    context: _Context | None = None
 
 
 class Clock:
@@ -48,7 +49,6 @@ class Clock:
     def __init__(self, pipe: Any = None) -> None:
         self._pipe = pipe
         self._running = _Running()
-        self._context: _Context | None = None
         self._set: tuple[int, int] | None = None
         self._set_sigma: float | None = None
         self._levels: tuple[weakref.ref[torch.Tensor], tuple[float, ...] | None] | None = None
@@ -63,9 +63,9 @@ class Clock:
 
     @property
     def branch(self) -> str:
-        """The pipeline's name for the running pass, such as "cond" or "uncond"; "" where it has none."""
-        if self._context:
-            return self._context.name
+        """The pipeline's name for the running branch, such as "cond" or "uncond"; "" where it has none."""
+        if self._running.context:
+            return self._running.context.name
         guider = _running_guider(self._running_pipe)
         return f"guided {guider._count_prepared}" if guider is not None else ""
 
@@ -80,7 +80,8 @@ class Clock:
             return self._set_sigma
         pipe = self._running_pipe
         given = getattr(getattr(pipe, "scheduler", None), "sigmas", None)
-        said = _number(self._context.sigma) if self._context else None
+        context = self._running.context
+        said = _number(context.sigma) if context else None
         if not isinstance(given, torch.Tensor):
             known = pipe is not None and hasattr(pipe, "scheduler")  # which has none
             return said if not known and said is not None and 0 <= said <= 1 else None
@@ -118,9 +119,10 @@ class Clock:
         return _timesteps(self._running_pipe)
 
     def _from_context(self) -> tuple[int, int] | None:
-        if self._context is None:
+        context = self._running.context
+        if context is None:
             return None
-        step, steps = self._context.step, self._context.steps
+        step, steps = context.step, context.steps
         return None if step is None or steps is None else (step, steps)
 
     def _from_timestep(self) -> tuple[int, int] | None:
@@ -157,11 +159,11 @@ class Clock:
 
     @contextmanager
     def _hear(self, context: _Context) -> Iterator[None]:
-        before, self._context = self._context, context
+        before, self._running.context = self._running.context, context
         try:
             yield
         finally:
-            self._context = before
+            self._running.context = before
 
 
 def tells_steps(pipe: Any) -> bool:

@@ -13,7 +13,7 @@ CACHES = {
     "sea_cache": ("SeaCache", _BLOCKS),
     "taylorseer_cache": ("TaylorSeer", "predicts the output of modules instead of computing it"),
     "pyramid_attention_broadcast": ("PyramidAttentionBroadcast", _ATTENTION),
-    "faster_cache": ("FasterCache", f"{_ATTENTION} and leaves out passes"),
+    "faster_cache": ("FasterCache", f"{_ATTENTION} and leaves out branches"),
 }
 
 

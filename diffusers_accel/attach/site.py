@@ -43,7 +43,7 @@ class Rows:
 
 
 class _Forward(threading.local):
-    """What the forward that runs in this thread has shown: sizes, which pass, its noise level, existing text of each row."""
+    """What the forward that runs in this thread has shown: sizes, which branch, its noise level, existing text of each row."""
 
     sizes: tuple[int, ...] | None = None
     branch: str = ""
@@ -64,7 +64,7 @@ class AttachedModel:
         self._expected: set[tuple[int, ...]] = set()
         self._forward = _Forward()
         self._layouts: dict[tuple[tuple[int, ...], int | None], TokenLayout] = {}
-        self._passes = WeakTensorKeyDictionary()  # text embeddings -> a name for the pass that they belong to
+        self._branches = WeakTensorKeyDictionary()  # text embeddings -> a name for the branch that they belong to
         self._numbers = count()
         self._counts = WeakTensorKeyDictionary()  # mask -> (its version, existing text tokens of each row)
 
@@ -75,7 +75,7 @@ class AttachedModel:
         if self.expects is not None and self._forward.sizes not in self._expected:
             self.expects(self.family.layout(self.module.config, self._forward.sizes))
             self._expected.add(self._forward.sizes)
-        self._forward.branch = self.clock.branch or self._pass(self.family.text(args, kwargs))
+        self._forward.branch = self.clock.branch or self._unnamed(self.family.text(args, kwargs))
         self._forward.sigma = self.clock.sigma()
         self._forward.text = None
         if self.family.text_mask is not None:
@@ -83,7 +83,7 @@ class AttachedModel:
 
     @property
     def branch(self) -> str:
-        """The running pass: the pipeline's name for it, such as "cond", else one by its text embeddings; "" before any."""
+        """The running branch: the pipeline's name for it, such as "cond", else one by its text embeddings; "" before any."""
         return self._forward.branch
 
     @property
@@ -117,11 +117,11 @@ class AttachedModel:
             self._layouts[sizes, text_valid] = layout if all_exist else layout.with_text(text_valid)
         return self._layouts[sizes, text_valid]
 
-    def _pass(self, text: Tensor) -> str:
-        """A name by the identity of the embeddings; none is used twice, so that one pass is never taken for another."""
-        if text not in self._passes:
-            self._passes[text] = f"pass {next(self._numbers)}"
-        name: str = self._passes[text]
+    def _unnamed(self, text: Tensor) -> str:
+        """A name by the identity of the embeddings; none is used twice, so that one branch is never taken for another."""
+        if text not in self._branches:
+            self._branches[text] = f"branch {next(self._numbers)}"
+        name: str = self._branches[text]
         return name
 
     def _count(self, mask: Tensor) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""CogVideoX 1.0 and 1.5: text in front of the video in one sequence, all of it read, CFG as one pass over both branches."""
+"""CogVideoX 1.0 and 1.5: text in front of the video in one sequence, all of it read, both branches of CFG in one forward."""
 
 from __future__ import annotations
 

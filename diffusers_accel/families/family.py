@@ -50,8 +50,8 @@ class Family:
         attention_call: how the code of the stock processor spells its call of attention.
         observe: (args, kwargs) of the transformer's forward -> the sizes that `layout` needs.
         layout: (transformer's config, observation) -> TokenLayout, as if all text existed.
-        text: (args, kwargs) of the transformer's forward -> the text embeddings, by which passes are told apart where the
-            pipeline does not name them: each pass has its own, the same at every step.
+        text: (args, kwargs) of the transformer's forward -> the text embeddings, by which branches are told apart where the
+            pipeline does not name them: each branch has its own, the same at every step.
         self_attention: transformer -> its self-attention modules with their names, in layer order.
         shape: transformer -> layers, heads and head dim.
         output_projection: (transformer, name of a self-attention module) -> the linear map that its output goes through,

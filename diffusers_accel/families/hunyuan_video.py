@@ -1,6 +1,6 @@
 """HunyuanVideo: text behind the video in one sequence, padded, through dual-stream and then single-stream blocks.
 
-Guidance is distilled into the model: one pass a step, or two with true CFG. The image-to-video checkpoints (`latent_concat`
+Guidance is distilled into the model: one forward a step, or two with true CFG. The image-to-video checkpoints (`latent_concat`
 and `token_replace`) are the same class with the same processor, and so are covered.
 """
 

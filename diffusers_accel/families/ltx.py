@@ -1,4 +1,4 @@
-"""LTX-Video: packed latents whose sizes are arguments of the forward, text by cross-attention, guidance as one pass."""
+"""LTX-Video: packed latents whose sizes are arguments of the forward, text by cross-attention, guidance in one forward."""
 
 from __future__ import annotations
 

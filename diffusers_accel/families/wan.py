@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 text-to-video: text by cross-attention only, CFG as two passes, and in 2.2 two transformers."""
+"""Wan 2.1 and 2.2 text-to-video: text by cross-attention only, CFG as two branches, and in 2.2 two transformers."""
 
 from __future__ import annotations
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from diffusers_accel.forwards.easycache import EasyCache
-from diffusers_accel.forwards.forwards import RULES, Forwards
-from diffusers_accel.forwards.magcache import MagCache
+from diffusers_accel.forwards import predictors, rules
+from diffusers_accel.forwards.forwards import Forwards
 from diffusers_accel.forwards.named import NAMED_FORWARDS, NAMED_PREDICTORS, easycache, schedule
-from diffusers_accel.forwards.predictors import PREDICTORS, Last, Predictor, Taylor
+from diffusers_accel.forwards.predictor import Predictor
+from diffusers_accel.forwards.predictors import *  # noqa: F403  # the members, which their folder lists
+from diffusers_accel.forwards.predictors import PREDICTORS
 from diffusers_accel.forwards.rule import Computed, Decision, Now, Rule
-from diffusers_accel.forwards.schedule import Schedule
+from diffusers_accel.forwards.rules import *  # noqa: F403
+from diffusers_accel.forwards.rules import RULES
 
 __all__ = [
     "NAMED_FORWARDS",
@@ -17,15 +19,12 @@ __all__ = [
     "RULES",
     "Computed",
     "Decision",
-    "EasyCache",
     "Forwards",
-    "Last",
-    "MagCache",
     "Now",
     "Predictor",
     "Rule",
-    "Schedule",
-    "Taylor",
     "easycache",
     "schedule",
+    *predictors.__all__,
+    *rules.__all__,
 ]

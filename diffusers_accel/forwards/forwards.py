@@ -9,18 +9,10 @@ from typing import Any, Union
 import msgspec
 
 from diffusers_accel.files import Schema, built, printable, quoted, shaped, tagged
-from diffusers_accel.forwards.easycache import EasyCache
-from diffusers_accel.forwards.magcache import MagCache
-from diffusers_accel.forwards.predictors import PREDICTORS, Last, Predictor
+from diffusers_accel.forwards.predictor import Predictor
+from diffusers_accel.forwards.predictors import PREDICTORS, Last
 from diffusers_accel.forwards.rule import Rule
-from diffusers_accel.forwards.schedule import Schedule
-
-_RULES: tuple[type[Rule], ...] = (
-    EasyCache,
-    Schedule,
-    MagCache,
-)
-RULES: dict[str, type[Rule]] = {cls.kind: cls for cls in _RULES}
+from diffusers_accel.forwards.rules import RULES
 
 # Forwards as they stand in a file.
 ForwardsData: Any = msgspec.defstruct(
@@ -45,7 +37,7 @@ class Forwards:
     Args:
         rule: decides once a step; all branches of the step follow.
         predictor: gives the output of a step that is not computed.
-        branches: the passes of guidance that may be predicted, by the pipeline's names for them ("cond", "uncond", and
+        branches: those of guidance that may be predicted, by the pipeline's names for them ("cond", "uncond", and
             "cond_uncond" where both are one batch); the others always compute. None: all of them.
 
     Raises:

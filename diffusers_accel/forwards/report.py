@@ -10,7 +10,7 @@ from diffusers_accel.forwards.scope import Scope
 
 @dataclass(frozen=True)
 class ForwardsReport:
-    """A row per transformer: transformer, computed and predicted (forwards, so passes of guidance count each), why {reason to
+    """A row per transformer: transformer, computed and predicted (forwards, so branches of guidance count each), why {reason to
     compute: forwards}, steps (those of the last generation that were computed on some branch), cache_bytes (most that was
     kept at once), notes. `label` names rule and predictor.
     """
@@ -67,4 +67,4 @@ class ForwardsReport:
 
 def _notes(named: tuple[str, ...] | None, ran: set[str]) -> list[str]:
     missing = sorted(set(named or ()) - ran) if ran else []
-    return [f"no pass named {name!r} has run, only {', '.join(sorted(ran))}" for name in missing]
+    return [f"no branch named {name!r} has run, only {', '.join(sorted(ran))}" for name in missing]

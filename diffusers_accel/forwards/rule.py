@@ -32,7 +32,7 @@ class Now:
     Args:
         step, steps: index of the step in a schedule of that many steps.
         run: how many steps of this generation have run before this one.
-        branch: the pass of guidance, such as "cond".
+        branch: of guidance, such as "cond".
         timestep, x: as of `Computed`.
         before: x of the last step at which this branch ran, computed or predicted.
         computed: the last forwards of this branch that were computed, oldest first, at least one.

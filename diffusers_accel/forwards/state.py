@@ -14,7 +14,7 @@ from diffusers_accel.forwards.rule import Computed
 
 @dataclass
 class Branch:
-    """One pass of guidance: its last computed forwards (oldest first) and the latents of the last step that ran."""
+    """One branch of guidance: its last computed forwards (oldest first) and the latents of the last step that ran."""
 
     computed: tuple[Computed, ...] = ()
     before: Tensor | None = None

@@ -1,14 +1,17 @@
 """Methods: short pipelines of stages, and the named recipes made of them."""
 
+from diffusers_accel.methods import orders, rests, selects
 from diffusers_accel.methods.blocks import BLOCK
 from diffusers_accel.methods.method import AUTO, DENSE, Method
 from diffusers_accel.methods.named import NAMED, Recipe
 from diffusers_accel.methods.order import Order
-from diffusers_accel.methods.orders import AxisOrder, Patches
+from diffusers_accel.methods.orders import *  # noqa: F403  # the members, which their folder lists
 from diffusers_accel.methods.rest import Rest
-from diffusers_accel.methods.rests import RESTS, Drop, Kept, Pooled
+from diffusers_accel.methods.rests import *  # noqa: F403
+from diffusers_accel.methods.rests import RESTS
 from diffusers_accel.methods.select import Select
-from diffusers_accel.methods.selects import SELECTS, All, Band, Draft, Radial, Skip, Stored, Stripe, SubBlock
+from diffusers_accel.methods.selects import *  # noqa: F403
+from diffusers_accel.methods.selects import SELECTS
 
 __all__ = [
     "AUTO",
@@ -17,22 +20,12 @@ __all__ = [
     "NAMED",
     "RESTS",
     "SELECTS",
-    "All",
-    "AxisOrder",
-    "Band",
-    "Draft",
-    "Drop",
-    "Kept",
     "Method",
     "Order",
-    "Patches",
-    "Pooled",
-    "Radial",
     "Recipe",
     "Rest",
     "Select",
-    "Skip",
-    "Stored",
-    "Stripe",
-    "SubBlock",
+    *orders.__all__,
+    *rests.__all__,
+    *selects.__all__,
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from diffusers_accel.methods.stage import Stage
 
 class Order(Stage, ABC):
     """How the tokens of a call are sorted before blocks are cut. Members are frozen dataclasses, each in a file of `orders/`."""
+
+    given_as: ClassVar[str] = "Method(order=..., select=...)"
 
     @property
     def identity(self) -> bool:

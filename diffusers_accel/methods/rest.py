@@ -1,7 +1,7 @@
 """The rest stage: what happens to the keys that are not read?
 
-The rest of a head gets what was read, attention over the selected blocks with its log-sum-exp, and makes of it the output. It
-may ask a `Reader` for attention over other blocks, and hold something for later steps.
+The rest of a head is told which blocks are read and says what the others give: attention over them, with its log-sum-exp, from
+a `Reader` that attends, or held since an earlier step. Attention over the selected blocks is merged with that.
 """
 
 from __future__ import annotations
@@ -63,14 +63,13 @@ class RefreshDecision(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What a group has read at a step.
+    """What a group reads at a step.
 
     Args:
-        partial: attention over the pattern's blocks.
+        pattern: its blocks.
         shared: whether the pattern stays with the layer, so that what is derived of it is worth keeping.
     """
 
-    partial: Partial
     pattern: BlockPattern
     shared: bool
 
@@ -83,9 +82,10 @@ class Rest(Stage, ABC):
         kind: the name in plan files.
         remembers: an output and its log-sum-exp are kept from step to step, which takes memory.
         reads: it asks its reader for more than what was selected.
-        changes_nothing: what was read is the output as it is.
+        changes_nothing: unread keys give nothing, so that what was read is the output as it is.
     """
 
+    given_as: ClassVar[str] = "Method(select=..., rest=...)"
     kind: ClassVar[str]
     remembers: ClassVar[bool] = False
     reads: ClassVar[bool] = False
@@ -160,5 +160,5 @@ class Rest(Stage, ABC):
         return []
 
     @abstractmethod
-    def complete(self, read: Read, decision: RefreshDecision, reader: Reader) -> tuple[Partial, CacheEntry]:
-        """The output of the group's heads, and what they remember."""
+    def unread(self, read: Read, decision: RefreshDecision, reader: Reader) -> tuple[Partial | None, CacheEntry]:
+        """Attention of the group's heads over what they do not read, None where that is nothing, and what they remember."""

@@ -52,6 +52,7 @@ class Select(Stage, ABC):
         reads_nothing: no query reads anything.
     """
 
+    given_as: ClassVar[str] = "Method(select=...)"
     kind: ClassVar[str]
     wants: ClassVar[Wants] = ""
     reads_all: ClassVar[bool] = False

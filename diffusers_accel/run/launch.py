@@ -86,9 +86,7 @@ def run(
         own = q.index_select(2, index), *(of_heads(x, partition.dense, q.shape[2]) for x in (k, v))
         out.index_copy_(2, index, call.dense(*own))
     for launch in partition.launches:
-        rows = launch.rows()
-        output = _attend(launch, partition.tensors, call, q, k, v, rows, cache)
-        out.view(out.shape[0], -1, out.shape[-1]).index_copy_(1, rows, output.out.flatten(1, 2))
+        output = _attend(launch, partition.tensors, call, q, k, v, out, cache)
         density, reused = density + output.density * len(launch.places), reused + output.reused
         kernels, read = kernels + output.kernels, read + output.read
     return Output(out, density / len(partition.methods), reused, kernels, read)
@@ -101,11 +99,10 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rows: Tensor | None,
+    into: Tensor | None,
     cache: LayerCache,
 ) -> Output:
-    """One launch on the model's q, k, v; the output has its heads, each in its own order. rows: as of `Launch.rows`, or None
-    where the launch is `whole`."""
+    """One launch on the model's q, k, v. Its heads go to their rows of `into` [B, queries, H, D]; None: it is `whole`."""
     now = call.now or (0, 1)
     decisions = [
         decide(group.method, len(group.heads), cache.held.get(group.key), now, group.gate, cache.before)
@@ -113,17 +110,14 @@ def _attend(
     ]
     both = list(zip(launch.groups, decisions, strict=True))
     means = any(group.method.select.wants == "means" and selects(group.method, decision) for group, decision in both)
+    rows = None if into is None else launch.rows
     prepared = _prepare(launch, q, k, v, rows, means)
     patterns = [_pattern(group, decision, tensors, call, prepared) for group, decision in both]
     kernel = chosen(q.device, q.dtype, q.shape[3], (BLOCK, BLOCK), launch.precision)
-    together = _together(launch, patterns)
-    if isinstance(prepared.operands, Quantized):
-        out, lse = quantized_attention(prepared.operands, together, impl=kernel)
-    else:
-        out, lse = attention(*prepared.operands, together, precision=launch.precision, impl=kernel)
     density: float | Tensor = 0.0
     read: tuple[GroupRead, ...] = ()
     reused = 0
+    partials: list[Partial | None] = []
     for group, decision, pattern in zip(launch.groups, decisions, patterns, strict=True):
         share = _density(pattern, decision.refresh)
         density = density + share * len(group.heads)
@@ -131,18 +125,47 @@ def _attend(
             starved = group.method.select.starved(pattern, group.method.order, call.layout)
             read += (GroupRead(group.method, len(group.heads), share, starved),)
         if group.method.rest.changes_nothing and not group.method.timed:
+            partials.append(None)
             continue  # at every call of most layers: nothing is made for it
-        place = group.place
-        mine = Read((out[:, :, place], lse[:, place]), pattern, pattern is group.pattern)
-        k_means = prepared.means[1][:, :, place] if prepared.means else None
-        reader = _Kernels(prepared.operands, place, launch.precision, kernel, k_means)
-        partial, held = group.method.rest.complete(mine, decision, reader)
-        if partial is not mine.partial:
-            out[:, :, place] = partial[0]
+        k_means = prepared.means[1][:, :, group.place] if prepared.means else None
+        reader = _Kernels(prepared.operands, group.place, launch.precision, kernel, k_means)
+        part, held = group.method.rest.unread(Read(pattern, pattern is group.pattern), decision, reader)
+        partials.append(part)
         if group.method.timed:
             cache.held[group.key] = held
         reused += len(decision.refresh) - sum(decision.refresh)
+    together, unread = _together(launch, patterns), _side_by_side(launch, partials)
+    if isinstance(prepared.operands, Quantized):
+        out, _ = quantized_attention(prepared.operands, together, impl=kernel, merged_with=unread, out=into, rows=rows)
+    else:
+        out, _ = attention(
+            *prepared.operands,
+            together,
+            precision=launch.precision,
+            impl=kernel,
+            merged_with=unread,
+            out=into,
+            rows=rows,
+        )
     return Output(out, density / len(launch.places), reused, (_named(kernel, launch.precision, q.device),), read)
+
+
+def _side_by_side(launch: Launch, partials: list[Partial | None]) -> Partial | None:
+    """What the groups of a launch do not read as one part, which is empty for heads that have none."""
+    some = next((part for part in partials if part is not None), None)
+    if some is None or len(partials) == 1:
+        return some
+    batch, queries, _, dim = some[0].shape
+    zero, nothing = some[0].new_zeros(()), some[1].new_full((), -torch.inf)
+    outs, lses = zip(
+        *(
+            part
+            or (zero.expand(batch, queries, len(group.heads), dim), nothing.expand(batch, len(group.heads), queries))
+            for group, part in zip(launch.groups, partials, strict=True)
+        ),
+        strict=True,
+    )
+    return torch.cat(outs, 2), torch.cat(lses, 1)
 
 
 @dataclass(frozen=True)

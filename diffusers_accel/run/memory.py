@@ -16,7 +16,7 @@ LSE_BYTES = 4
 CACHE_MEMORY_FRACTION = 0.2  # of the free memory
 
 Layer = tuple[str, int]  # name of the transformer, number of the layer
-Stream = tuple[str, tuple[int, int]]  # pass of guidance, and which batch rows
+Stream = tuple[str, tuple[int, int]]  # branch of guidance, and which batch rows
 
 
 @dataclass
@@ -143,11 +143,11 @@ class CacheManager:
             del self._kept[key]
 
     def carry(self, transformer: str, branch: str, now: tuple[int, int]) -> None:
-        """The forward of a pass at this step is predicted: what its layers keep outlives the step."""
+        """The forward of a branch at this step is predicted: what its layers keep outlives the step."""
         if self._kept:
             self.at(transformer, now)
-        for (layer, (passing, _)), cache in self._kept.items():
-            if layer[0] == transformer and passing == branch:
+        for (layer, (running, _)), cache in self._kept.items():
+            if layer[0] == transformer and running == branch:
                 cache.carry(now)
 
     def of(self, layer: Layer, stream: Stream) -> LayerCache:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -56,8 +56,8 @@ class Launch:
 
     Args:
         groups: of these heads, by method.
-        orders: int64 [distinct orders, tokens], the token orders that the heads use.
-        query_orders: int64 [distinct orders, queries], which row of q stands at each place of these; `orders` itself where
+        orders: int32 [distinct orders, tokens], the token orders that the heads use.
+        query_orders: int32 [distinct orders, queries], which row of q stands at each place of these; `orders` itself where
             every token queries.
         order_of: int64 [heads], which of these orders each head uses.
         all_heads: number of heads of q.
@@ -71,6 +71,7 @@ class Launch:
     order_of: Tensor
     all_heads: int
     moves: bool
+    _key_rows: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False)
 
     @cached_property
     def places(self) -> tuple[int, ...]:
@@ -93,16 +94,21 @@ class Launch:
         """Whether some stage looks at q, k and v themselves, whose codes would not do."""
         return any(group.method.rest.reads or group.method.select.wants == "tokens" for group in self.groups)
 
+    @cached_property
     def rows(self) -> Tensor:
-        """int64 [queries * heads]: where each of the launch's queries stands in the [queries * H] rows of q."""
+        """int32 [queries * heads]: where each of the launch's queries stands in the [queries * H] rows of q. Kept with the
+        launch, as its block lists are, which are about as large."""
         return _rows(self.query_orders[self.order_of], self.places, self.all_heads)
 
     def key_rows(self, keys: int, heads: int) -> Tensor | None:
-        """int64 [keys * heads of the launch]: where each of the launch's keys stands in the [keys * heads] rows of k; None
+        """int32 [keys * heads of the launch]: where each of the launch's keys stands in the [keys * heads] rows of k; None
         where that follows from `rows`, as every token queries."""
         if self.query_orders is self.orders:
             return None
-        return _rows(self.orders[self.order_of, :keys], key_heads(self.places, self.all_heads, heads), heads)
+        if (keys, heads) not in self._key_rows:
+            of = key_heads(self.places, self.all_heads, heads)
+            self._key_rows[keys, heads] = _rows(self.orders[self.order_of, :keys], of, heads)
+        return self._key_rows[keys, heads]
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,8 +240,8 @@ class Partitions:
 
 
 def _rows(orders: Tensor, heads: tuple[int, ...], of: int) -> Tensor:
-    """Of orders [heads, places], the rows place by place, in [S * of] rows."""
-    return (orders * of + head_index(heads, orders.device)[:, None]).T.flatten()
+    """Of orders [heads, places], the rows place by place, in [S * of] rows: 2^31 of them would be 256 GiB of q alone."""
+    return (orders * of + head_index(heads, orders.device).int()[:, None]).T.flatten()
 
 
 def partition(methods: tuple[Method, ...], call: AttentionCall, tensors: Tensors, device: torch.device) -> Partition:
@@ -266,13 +272,15 @@ def _launch(
         gate = method.rest.gate(call.place, here.heads, tensors)
         groups.append(Group(method, here.heads, tuple(places), start, pattern, gate))
     order_of = [used.index(group.method.order) for group in groups for _ in group.heads]
-    orders = torch.stack([order.index(call.layout) for order in used]).to(device)
-    all_query = call.layout.queries == call.layout.tokens
+    orders = torch.stack([order.index(call.layout) for order in used]).to(device, torch.int32)
+    query_orders = orders
+    if call.layout.queries != call.layout.tokens:
+        query_orders = torch.stack([order.query_index(call.layout) for order in used]).to(device, torch.int32)
     return Launch(
         precision=precision,
         groups=tuple(groups),
         orders=orders,
-        query_orders=orders if all_query else torch.stack([each.query_index(call.layout) for each in used]).to(device),
+        query_orders=query_orders,
         order_of=torch.tensor(order_of, dtype=torch.int64, device=device),
         all_heads=len(call.heads),
         moves=any(order.moves(call.layout) for order in used),

@@ -1,8 +1,9 @@
 """Times the attention kernels on this device against its best dense attention: `diffusers-accel bench`.
 
 `points`: what is measured, and in which order. `inputs`: on which tokens and patterns. `works`: what each operator does,
-and how its result is checked. `peers`: attention by others. `timing` and `worker`: how it is measured. `watch`: the
-process that survives a kernel that hangs. `rows`: the file of what was measured. `report`: its tables and plot.
+and how its result is checked. `peers`: attention by others. `tiles`: the sweep of tile sizes. `timing` and `worker`: how it
+is measured. `watch`: the process that survives a kernel that hangs. `rows`: the file of what was measured. `report`: its
+tables and plot. `once`: points without times, for a profiler or a sanitizer.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 
 from diffusers_accel.evals.kernel_bench import report, rows
-from diffusers_accel.evals.kernel_bench.points import BenchSettings, Row, settings
+from diffusers_accel.evals.kernel_bench.points import BenchSettings, Row, given_up, key, left, processes, settings
 from diffusers_accel.evals.kernel_bench.watch import watched
 from diffusers_accel.files import WriteError, prepare_file, prepare_folder, printable
 from diffusers_accel.support.device import not_there
@@ -29,7 +30,7 @@ from diffusers_accel.support.suggest import did_you_mean, did_you_mean_file
 
 MINUTES = 9.0  # leaves one of ten for what is around it
 # Seconds in which a point has to be done, its compilation included.
-TIMEOUT = {"cuda": 60.0, "cpu": 600.0}
+TIMEOUT = {"cuda": 20.0, "cpu": 600.0}
 
 
 def run(
@@ -46,7 +47,7 @@ def run(
     Args:
         device: where to run.
         minutes: stop after so long, wherever it is; 0 only reads what is in `out`.
-        timeout: seconds after which a point that says nothing counts as hung; None is 60 on a GPU and 600 on a CPU. Peers
+        timeout: seconds after which a point that says nothing counts as hung; None is 20 on a GPU and 600 on a CPU. Peers
             that compile their own kernels have at least `Peer.seconds`.
         out: a file of JSON lines. Rows that it holds are not measured again, others are appended when they are done.
         on_row: called with each row as it is done.
@@ -91,6 +92,14 @@ def run(
             found.append(row)
             on_row(row)
     return rows.latest(found)
+
+
+def left_over(device: torch.device | str, out: Path, **asked: Any) -> int:
+    """How many points of such a run have no row in `out`, and are not given up for one that has."""
+    found, asked_for = rows.latest(rows.read(out)), settings(device, **asked)
+    avoid = {lost for row in found for lost in given_up(row)}
+    done = {key(row) for row in found}
+    return sum(1 for process in processes(asked_for) for _ in left(asked_for, process, done, avoid))
 
 
 def _measured(out: Path | None) -> list[Row]:
@@ -163,10 +172,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="stop after so long; 0 shows what is in --out")
     parser.add_argument(
-        "--timeout", type=float, help="seconds until a point counts as hung: 60 on a GPU, 600 on a CPU, if not given"
+        "--timeout", type=float, help="seconds until a point counts as hung: 20 on a GPU, 600 on a CPU, if not given"
     )
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append each row when done; go on behind them")
-    parser.add_argument("--report", type=Path, metavar="FOLDER", help="write kernels.md and kernels.png there")
+    parser.add_argument(
+        "--report", type=Path, metavar="FOLDER", help="write kernels.md, kernels.png and tiles.json there"
+    )
     return parser
 
 

@@ -10,6 +10,10 @@ implementations of `kernels.dense`.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +31,7 @@ Call = Callable[[], Any]
 
 GIB = 2**30
 TRIAL = 128  # tokens on which a backend is asked whether it runs at all
+TUNING = 150.0  # seconds in which a peer tries its own tiles
 CPU_SCORES = GIB  # that an attention which holds all scores may take on a CPU
 
 
@@ -44,6 +49,7 @@ class Peer:
         precision: in which it computes the products.
         seconds: that a point of it may take where it compiles its kernel first, if that is more than others may.
         traced: whether torch.compile makes it, which would make another one for the setting under which calls are checked.
+        apart: the package that may spoil the process that imports it, so that its points have one of their own.
     """
 
     make: Callable[..., Call]
@@ -51,6 +57,7 @@ class Peer:
     precision: str = "input"
     seconds: float = 0.0
     traced: bool = False
+    apart: str | None = None
 
     @property
     def version(self) -> str | None:
@@ -74,6 +81,12 @@ def peer(
         return make
 
     return add
+
+
+def process_of(operator: str, impl: str) -> str:
+    """The peer in whose process a point has to be measured; "" is everybody's, also where its package is not installed."""
+    found = PEERS.get(operator, {}).get(impl)
+    return impl if found and found.apart and importlib.util.find_spec(found.apart) else ""
 
 
 def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -114,7 +127,7 @@ def _fa3(q: Tensor, k: Tensor, v: Tensor) -> Call:
     return lambda: _first(flash.flash_attn_func(q, k, v))
 
 
-@peer("dense", "fa4", "flash-attn-4", seconds=120)
+@peer("dense", "fa4", "flash-attn-4", seconds=60)
 def _fa4(q: Tensor, k: Tensor, v: Tensor) -> Call:
     """FlashAttention's kernels in CuTe."""
     flash = _gpu_module("flash_attn.cute", q)
@@ -139,21 +152,47 @@ def _sage_call(precision: str, q: Tensor, k: Tensor, v: Tensor) -> Call:
     has_fp8 = hasattr(sage, "sageattn_qk_int8_pv_fp8_cuda") and hardware.capability(q.device) >= 89
     if (precision == "int8_fp8") != has_fp8:
         raise Missing(f"sageattn computes in {'int8_fp8' if has_fp8 else 'int8'} here")
+    k = k.clone()  # it subtracts the mean in place (1.0.6), and the other kernels of this run need the keys as they are
     return lambda: sage.sageattn(q, k, v, tensor_layout="NHD", is_causal=False)
 
 
-@peer("attention", "flex", "torch", seconds=120, traced=True)
+@peer("attention", "flex", "torch", seconds=60, traced=True)
 def _flex(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> Call:
     """FlexAttention (Dong et al. 2024, arXiv 2412.05496), compiled, with the same blocks, all of them without a mask."""
+    if q.device.type == "cpu":
+        _needs_a_compiler()
+    return _flex_call(q, k, v, pattern)
+
+
+@peer("attention", "flex-tuned", "torch", seconds=TUNING, traced=True)
+def _flex_tuned(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> Call:
+    """The same with the tiles that torch.compile finds fastest for these inputs, among those that it knows."""
     if q.device.type != "cuda":
-        raise Missing("compiled FlexAttention is compared on GPUs only")
+        raise Missing(f"torch.compile tunes it on CUDA only, found {q.device.type}: see flex")
+    return _flex_call(q, k, v, pattern, mode="max-autotune-no-cudagraphs")
+
+
+def _flex_call(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, **options: Any) -> Call:
     from torch.nn.attention.flex_attention import flex_attention
 
     # A full graph fails where too many shapes have been compiled; without it, all scores would be computed eagerly.
-    compiled: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    compiled: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True, **options)
     mask = flex_mask(pattern)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return lambda: compiled(q, k, v, block_mask=mask).transpose(1, 2)
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        out: Tensor = compiled(q, k, v, block_mask=mask)
+        return out.transpose(1, 2)
+
+    return call
+
+
+def _needs_a_compiler() -> None:
+    """Raises Missing where torch.compile would find no C++ compiler for a CPU's kernels."""
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise Missing(f"torch.compile needs a C++ compiler on a CPU, and {compiler!r} is not found; set CXX to one")
 
 
 def flex_mask(pattern: BlockPattern) -> Any:
@@ -172,9 +211,12 @@ def flex_mask(pattern: BlockPattern) -> Any:
     )
 
 
-@peer("attention", "vsa", "fastvideo-kernel")
+@peer("attention", "vsa", "fastvideo-kernel", apart="fastvideo_kernel")
 def _vsa(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern) -> Call:
-    """VSA's kernel (Zhang et al. 2025, arXiv 2505.13389) on the same pairs, cut into its blocks of 64 x 64."""
+    """VSA's kernel (Zhang et al. 2025, arXiv 2505.13389) on the same pairs, cut into its blocks of 64 x 64.
+
+    Its wheel loads a driver library of its own (libcuda 580.173 in 0.3.2), beside that of the machine.
+    """
     operators = _gpu_module("fastvideo_kernel._C.fastvideo_kernel_ops", q)
     tokens, block = q.shape[1], 64
     padding = -tokens % block

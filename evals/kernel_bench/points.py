@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import product
 from typing import Any, TypeAlias
@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 
 from diffusers_accel.evals.kernel_bench.inputs import BLOCK, FORMER_SHAPES, INPUTS, PATTERNS, SHAPES
-from diffusers_accel.evals.kernel_bench.peers import PEERS
+from diffusers_accel.evals.kernel_bench.peers import PEERS, process_of
 from diffusers_accel.files import quoted
 from diffusers_accel.kernels import dense
 from diffusers_accel.kernels.attention import IMPLEMENTATIONS, PRECISIONS
@@ -22,14 +22,28 @@ from diffusers_accel.support.suggest import did_you_mean
 Row: TypeAlias = dict[str, Any]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# `selected` is a whole call of a method: prep, select and attention, one after the other.
-OPERATORS = ("attention", "dense", "selected", "pool", "select", "prep", "quantize", "merge", "block_stats")
+# `selected` is a whole call of a method: prep, select, attention and the way back into the model's order. `sweep` is
+# attention with other tiles than its own.
+OPERATORS = ("sweep", "attention", "dense", "selected", "pool", "select", "prep", "quantize", "merge", "block_stats")
+BESIDE = OPERATORS[4:]
 # Densities that are measured before all others, if they are asked for at all.
 HEADLINE = (0.1, 0.3, 1.0)
 MOST_MS, MOST_THREADS = 3_600_000, 4096
-REST = 7  # the first tier that is left out unless it is asked for
+# What is asked of a device first: (implementation, tiles), each as the fields of the implementation's `Config`. The first of
+# each is the table's own for Hopper, as a time to compare with.
+TILES = {
+    "portable": (
+        "128x64x8x3", "128x64x8x2", "128x64x8x4", "128x128x8x2", "128x128x8x3", "128x32x8x3", "128x32x8x4", "64x64x4x3",
+        "64x128x4x2",
+    ),
+    "hopper": ("128x2", "128x3", "64x3", "64x4", "64x2", "64x5"),
+}  # fmt: skip
+SWEEP_DENSITY = 0.2
+SWEPT_SHAPES = 2  # of those asked for: the first ones have one head dim each
+LONG = 120.0  # seconds of a peer's first call above which it comes after what takes less
+REST = 8  # the first tier that is left out unless it is asked for
 # What two rows of one measurement have in common.
-KEY = ("operator", "impl", "precision", "dtype", "shape", "input_kind", "seed", "pattern", "density_requested")
+KEY = ("operator", "impl", "precision", "dtype", "shape", "input_kind", "seed", "pattern", "density_requested", "tile")
 
 
 def _option(
@@ -83,6 +97,7 @@ class Point:
     precision: str = "input"
     pattern: str | None = None
     density: float | None = None
+    tile: str | None = None  # of a sweep
 
     @property
     def row(self) -> Row:
@@ -93,7 +108,7 @@ class Point:
             "shape": self.shape, "B": 1, "H": shape.heads, "N": shape.tokens, "D": shape.dim,
             "input_kind": self.inputs, "seed": self.seed, "pattern": self.pattern,
             "density_requested": self.density, "block_m": BLOCK, "block_n": BLOCK,
-        }  # fmt: skip
+        } | ({} if self.tile is None else {"tile": self.tile})  # fmt: skip
 
 
 def key(row: Row) -> str:
@@ -111,13 +126,17 @@ def family(row: Row, within: str) -> str:
     return "|".join(str(row.get(name)) for name in ("operator", "impl", "precision", "dtype", within))
 
 
-def given_up(row: Row) -> str | None:
-    """The family of which no more is tried after this row; None after most rows.
+def given_up(row: Row) -> set[str]:
+    """The families of which no more is tried after this row; none after most rows.
 
-    Who hung or crashed would cost as much on another shape of that head dim; who failed, or refused, may take it.
+    Who hung or crashed would cost as much on another shape of that head dim, and so would the whole call that attends by it;
+    who failed, or refused, may take another shape. A tile that fails says nothing of the others.
     """
     within = {"hung": "D", "crashed": "D", "failed": "shape", "missing": "shape"}.get(status_word(row))
-    return family(row, within) if within else None
+    if within is None or (row["operator"], status_word(row)) == ("sweep", "failed"):
+        return set()
+    also = {family(row | {"operator": "selected"}, "D")} if row["operator"] == "attention" and within == "D" else set()
+    return {family(row, within)} | also
 
 
 def settings(device: torch.device | str, **asked: Any) -> BenchSettings:
@@ -166,6 +185,27 @@ def _present_shape(name: str) -> str:
     return present
 
 
+def left(asked: BenchSettings, process: str, done: Collection[str], avoid: Iterable[str]) -> Iterator[Point]:
+    """The points of one process (`peers.process_of`) that are not done, in the order of the plan.
+
+    Args:
+        done: keys of rows.
+        avoid: families of which nothing is tried; a set that grows meanwhile counts.
+    """
+    lost = avoid if isinstance(avoid, set) else set(avoid)
+    for point in plan(asked):
+        families = (family(point.row, within) for within in ("D", "shape"))
+        here = process_of(point.operator, point.impl) == process and key(point.row) not in done
+        if here and lost.isdisjoint(families):
+            yield point
+
+
+def processes(asked: BenchSettings) -> list[str]:
+    """Whose processes the points have to be measured in, everybody's first."""
+    found = dict.fromkeys(process_of(point.operator, point.impl) for point in plan(asked))
+    return ["", *(name for name in found if name)]
+
+
 def plan(asked: BenchSettings) -> list[Point]:
     """Every point, the most telling first. It follows from the settings alone, so that a second run can go on with it."""
     points = [point for shape, kind in product(asked.shapes, asked.inputs) for point in _points(asked, shape, kind)]
@@ -180,6 +220,9 @@ def _points(asked: BenchSettings, shape: str, kind: str) -> Iterator[Point]:
     impls = asked.impls or [*(x for x in IMPLEMENTATIONS if x not in skipped), *PEERS["attention"]]
     ours = [name for name in IMPLEMENTATIONS if name in impls]
     peers = [name for name in PEERS["attention"] if name in impls]
+    if "sweep" in asked.operators and shape in asked.shapes[:SWEPT_SHAPES] and kind == asked.inputs[0]:
+        usual = at("sweep", "", precision=asked.precisions[0], pattern=asked.patterns[0], density=SWEEP_DENSITY)
+        yield from (replace(usual, impl=name, tile=tile) for name in TILES if name in ours for tile in TILES[name])
     if {"dense", "attention", "selected"} & set(asked.operators):
         yield from (at("dense", name, precision=peer.precision) for name, peer in PEERS["dense"].items())
         yield from (at("dense", name) for name in dense.IMPLEMENTATIONS if name not in skipped)
@@ -200,7 +243,7 @@ def _points(asked: BenchSettings, shape: str, kind: str) -> Iterator[Point]:
 def _beside(asked: BenchSettings, at: partial[Point], usual: str) -> Iterator[Point]:
     """The operators beside attention. None has a fast implementation for a CPU, where the reference is what runs."""
     names = [usual] if asked.impls is None else [name for name in ("portable", "reference") if name in asked.impls]
-    for operator, name in product(OPERATORS[3:], names):
+    for operator, name in product(BESIDE, names):
         if operator not in asked.operators:
             continue
         if operator in ("prep", "quantize"):
@@ -211,20 +254,24 @@ def _beside(asked: BenchSettings, at: partial[Point], usual: str) -> Iterator[Po
 
 
 def _tier(asked: BenchSettings, point: Point) -> int:
-    """0 is what a reader asks first: the dense kernels, and ours at three densities; the higher, the sooner left out."""
+    """Tiles first; then what a reader asks first: the dense kernels, and ours at three densities. The last is left out first."""
+    if point.operator == "sweep":
+        return -1
     headline = [x for x in HEADLINE if x in asked.densities] or list(asked.densities)
     usual = point.pattern in (None, asked.patterns[0])
     first = usual and (point.density is None or point.density in headline)
     sparse_peer = point.operator == "attention" and point.impl in PEERS["attention"]
     exact = point.precision == "input"
     if point.inputs != asked.inputs[0]:
-        return 6 if first and not sparse_peer else REST + 1
-    if point.operator in OPERATORS[3:]:
+        return 7 if first and not sparse_peer else REST + 1
+    if point.operator in BESIDE:
         return 4
     if sparse_peer or (point.operator == "dense" and not exact):
+        if sparse_peer and PEERS["attention"][point.impl].seconds > LONG:
+            return 5 if first else REST
         return 3 if first else REST
     if not first:
-        return 5 if usual else REST
+        return 6 if usual else REST
     if not exact:
         return 2
     return 1 if point.operator == "selected" else 0

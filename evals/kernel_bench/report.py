@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from diffusers_accel.evals.kernel_bench import tiles
 from diffusers_accel.evals.kernel_bench.points import Row, given_up, status_word
 from diffusers_accel.evals.kernel_bench.rows import latest
 from diffusers_accel.files import prepare_folder, write_whole
@@ -52,10 +53,12 @@ TABLES: tuple[tuple[str, tuple[str, ...], tuple[Column, ...]], ...] = (
         "Prep, selection and attention",
         ("selected",),
         (SHAPE, DENSITY, IMPL, _number("prep", "t_prep_ms", ".3g"), _number("select", "t_select_ms", ".3g"))
+        + (_number("back", "t_scatter_ms", ".3g"),)
         + (_number("attend", "t_kernel_ms", ".4g"), _number("share %", "overhead_share", ".1f", 100.0), *TIMES)
         + (_number("graph", "t_graph_ms", ".4g"), *DENSE, SPEED, END[-1]),
     ),
     ("Dense attention", ("dense",), (SHAPE, IMPL, *TIMES, TFLOPS, *END)),
+    ("Tiles", ("sweep",), (SHAPE, DENSITY, IMPL, ("tile", lambda row: str(row.get("tile"))), *TIMES, TFLOPS, *END)),
     (
         "Operators beside attention",
         ("pool", "select", "prep", "quantize", "merge", "block_stats"),
@@ -79,13 +82,18 @@ def markdown(rows: Sequence[Row], picture: str | None = None) -> str:
     lines = ["# Attention kernels", "", "; ".join(facts) + f". {len(last)} rows.", ""]
     if picture:
         lines += [f"![Sparse efficiency over density]({picture})", ""]
-    for title, operators, columns in TABLES:
-        part = [row for row in last if row["operator"] in operators and not given_up(row)]
-        if part:
-            lines += [f"## {title}", "", *_table(columns, part), ""]
+    for title, *_ in TABLES:
+        lines += section(title, last)
     if reasons := not_measured(last):
         lines += ["## Not measured", "", *(f"- {reason}" for reason in reasons), ""]
     return "\n".join(lines)
+
+
+def section(title: str, rows: Sequence[Row]) -> list[str]:
+    """The lines of one table of the page, without the rows of others and those that say why there is no time."""
+    operators, columns = next((names, columns) for name, names, columns in TABLES if name == title)
+    part = [row for row in rows if row["operator"] in operators and not given_up(row)]
+    return [f"## {title}", "", *_table(columns, part), ""] if part else []
 
 
 def not_measured(rows: Sequence[Row]) -> list[str]:
@@ -132,13 +140,18 @@ def plot(rows: Sequence[Row]) -> bytes | None:
 
 
 def save(rows: Sequence[Row], folder: Path) -> Path:
-    """Writes `kernels.md`, and `kernels.png` where matplotlib is installed, into a folder that is made; returns the page.
+    """Writes `kernels.md`, `tiles.json` of a sweep, and `kernels.png` where matplotlib is installed, into a folder that is made.
+
+    Returns:
+        The path of the page.
 
     Raises:
         WriteError: they cannot be written; each is whole or as it was.
     """
     prepare_folder(folder)
     picture, page = plot(rows), folder / "kernels.md"
+    if any(row["operator"] == "sweep" for row in rows):
+        tiles.save(rows, folder / "tiles.json")
     if picture is not None:
         write_whole(folder / "kernels.png", picture)
     write_whole(page, markdown(rows, "kernels.png" if picture else None).encode())

@@ -7,89 +7,31 @@ new worker goes on behind it. The same when it dies ("crashed"). This process ne
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import queue
-import re
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from diffusers_accel.evals.kernel_bench.peers import PEERS
-from diffusers_accel.evals.kernel_bench.points import BenchSettings, Row, family, given_up, key, status_word
+from diffusers_accel.evals.kernel_bench.points import (
+    BenchSettings,
+    Row,
+    family,
+    given_up,
+    key,
+    left,
+    processes,
+    status_word,
+)
 from diffusers_accel.evals.kernel_bench.rows import latest
+from diffusers_accel.evals.worker_process import Worker
 
 COMMAND = (sys.executable, "-m", "diffusers_accel.evals.kernel_bench.worker")
 START_SECONDS = 120.0  # to import PyTorch, open the device and measure what it reaches
-KILL_SECONDS = 20.0  # that a killed process may take to be gone
-
-
-class Worker:
-    """A child process that is given a job and answers in lines of JSON, of which the last is None. It has to be killed."""
-
-    def __init__(self, job: Row) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="kernel_bench_")
-        folder = Path(self._folder.name)
-        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        self._errors = folder / "errors.txt"
-        with self._errors.open("wb") as errors:
-            self._process = subprocess.Popen(
-                [*COMMAND, str(folder / "job.json")],
-                stdin=subprocess.PIPE,  # never written to: the worker ends when this end of it is gone
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                start_new_session=True,
-            )
-        self.answers: queue.Queue[Row | None] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def _listen(self) -> None:
-        assert self._process.stdout is not None
-        with contextlib.suppress(ValueError):  # a line that was cut off by a death
-            for line in self._process.stdout:
-                self.answers.put(json.loads(line))
-        self.answers.put(None)
-
-    def last_words(self) -> str:
-        """How it ended, with the last exception of its errors, or their last line."""
-        try:
-            how = f"exit code {self._process.wait(KILL_SECONDS)}"
-        except subprocess.TimeoutExpired:
-            how = "closed its answers and went on"
-        lines = [line for line in self._errors.read_text(errors="replace").splitlines() if line.strip()]
-        # CUDA's exceptions are followed by advice.
-        raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
-        return f"{how}: {(raised or lines)[-1].strip()[:300]}" if lines else how
-
-    def kill(self) -> str | None:
-        """Kills the process group, if anything of it is left; why that failed, or None."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.name == "posix":
-                os.killpg(self._process.pid, signal.SIGKILL)
-            else:
-                self._process.kill()
-        try:
-            self._process.wait(KILL_SECONDS)
-        except subprocess.TimeoutExpired:
-            return (
-                f"the benchmark's worker (process {self._process.pid}) was killed {KILL_SECONDS:g} s ago and is still "
-                "there: the device's driver holds it. Run again with the same --out when it lets go"
-            )
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                stream.close()
-        self._folder.cleanup()
-        return None
 
 
 def watched(
@@ -110,18 +52,19 @@ def watched(
     there = {key(row): row["status"] for row in rows}
     done, run_id = list(rows), uuid.uuid4().hex[:12]
     # Who hung or crashed in an earlier run would cost as much in this one. What is missing may have come since.
-    avoid = {given_up(row) for row in latest(rows) if status_word(row) in ("hung", "crashed")}
+    avoid = {lost for row in latest(rows) if status_word(row) in ("hung", "crashed") for lost in given_up(row)}
+    order = processes(settings)
     while time.monotonic() < end:
         lost: Row | None = None  # the point that it is at
         environment: Row | None = None
         status: str | None = None  # of that point, if it ends there
-        finished = False
-        worker = Worker(_job(settings, done, avoid))
+        finished, over = False, False
+        worker = Worker(_job(settings, done, avoid) | {"process": order[0]}, COMMAND)
         try:
             while True:
                 limit = START_SECONDS if environment is None else max(timeout, _compilation(lost))
-                left = max(0.0, end - time.monotonic())
-                message = worker.answers.get(timeout=min(limit, left))
+                remaining = max(0.0, end - time.monotonic())
+                message = worker.answers.get(timeout=min(limit, remaining))
                 if message is None:
                     status = f"crashed: {worker.last_words()}"
                     break
@@ -133,31 +76,42 @@ def watched(
                 elif "row" in message:
                     row, lost = _stamped(message["row"], environment, run_id), None
                     done.append(row)
-                    avoid.add(given_up(row))
+                    avoid |= given_up(row)
                     if status_word(row) != "missing" or there.get(key(row)) != row["status"]:
                         yield row
                 else:
                     finished = message["end"]
                     break
         except queue.Empty:
-            finished = left < limit  # the time is over; the point may need less next time
-            status = None if finished else f"hung: silent for {limit:g} s, killed"
+            over = remaining < limit  # the time is over; the point may need less next time
+            status = None if over else f"hung: silent for {limit:g} s, killed"
         finally:
             held = worker.kill()
         if status and lost:
             done.append(_stamped(lost | {"status": status}, environment, run_id))
-            avoid.add(given_up(done[-1]))
+            avoid |= given_up(done[-1])
             yield done[-1]
         if held:
             raise RuntimeError(held)
         if status and not lost:
             where = "between two points" if environment else "before it could use the device; look at that first"
             raise RuntimeError(f"the benchmark's worker went {where}. It {status}")
-        if finished:
+        if over:
             return
+        if finished:
+            while order := order[1:]:  # a worker is not begun for nothing
+                if any(left(settings, order[0], set(_done(latest(done))), avoid)):
+                    break
+            else:
+                return
 
 
-def _job(settings: BenchSettings, rows: Sequence[Row], avoid: set[str | None]) -> Row:
+def _done(rows: Sequence[Row]) -> list[str]:
+    """The points that are not tried again. Who is missing may have come since."""
+    return [key(row) for row in rows if status_word(row) != "missing"]
+
+
+def _job(settings: BenchSettings, rows: Sequence[Row], avoid: set[str]) -> Row:
     """What a worker has to know: what is asked for, what is there, and the times of dense attention among that."""
     last = latest(rows)
     dense: list[tuple[Any, ...]] = [
@@ -169,8 +123,8 @@ def _job(settings: BenchSettings, rows: Sequence[Row], avoid: set[str | None]) -
     ]
     return {
         "settings": asdict(settings),
-        "done": [key(row) for row in last if status_word(row) != "missing"],
-        "avoid": sorted(avoid - {None}, key=str),
+        "done": _done(last),
+        "avoid": sorted(avoid),
         "dense": dense,
         "graphs": not any(str(row.get("graph")).startswith("not captured") for row in last),
     }

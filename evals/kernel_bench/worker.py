@@ -20,11 +20,12 @@ from typing import Any, TypeVar
 import torch
 
 from diffusers_accel.evals.kernel_bench.peers import PEERS, Missing
-from diffusers_accel.evals.kernel_bench.points import DTYPES, BenchSettings, Point, Row, family, given_up, key, plan
+from diffusers_accel.evals.kernel_bench.points import DTYPES, BenchSettings, Point, Row, given_up, left
 from diffusers_accel.evals.kernel_bench.points import settings as make_settings
 from diffusers_accel.evals.kernel_bench.timing import ceilings, graphed, poisoned, timed
 from diffusers_accel.evals.kernel_bench.works import Case, Work, work
-from diffusers_accel.evals.machine import git_sha, gpu_state, machine, versions
+from diffusers_accel.evals.machine import git_sha, gpu_state, instruction_set, machine, versions
+from diffusers_accel.evals.worker_process import end_with_parent
 from diffusers_accel.kernels import attention as kernel_attention
 
 T = TypeVar("T")
@@ -34,19 +35,20 @@ DRIFT = {"cuda": 0.03, "cpu": 0.10}
 # Operators that are compared with dense attention.
 COMPARED = ("attention", "selected")
 # What in this folder decides what a row says, beside the kernels.
-MEASURES = ("inputs", "peers", "timing", "worker", "works")
+MEASURES = ("inputs", "peers", "tiles", "timing", "worker", "works")
 
 
 def environment(asked: BenchSettings) -> Row:
     """What times depend on besides the point; `rows.SAME` says what of it rows must agree in to compare."""
     device = torch.device(asked.device)
+    place = {"device": device.type, "driver": gpu_state(device).get("driver"), "cpu_capability": instruction_set()}
     others = {"xformers"} | {peer.distribution for peers in PEERS.values() for peer in peers.values()}
     found = versions(("torch", "triton", "diffusers-accel"))
     return {
-        "machine": machine() | {"device": device.type, "driver": gpu_state(device).get("driver")},
+        "machine": machine() | place,
         "versions": found,
         "peers": {name: version for name, version in versions(sorted(others)).items() if name not in found},
-        "code": _code(),
+        "code": code(),
         "git_sha": git_sha(),
         "rep_ms": asked.rep_ms,
     }
@@ -61,6 +63,7 @@ class Bench:
         rates: what `ceilings` found.
         dense: (shape, inputs, implementation, ms) of dense attention that is known from earlier rows.
         graphs: whether CUDA graphs are tried.
+        process: whose points are measured here, as of `peers.process_of`.
     """
 
     def __init__(
@@ -70,8 +73,9 @@ class Bench:
         rates: dict[str, float],
         dense: Iterable[tuple[str, str, str, float]] = (),
         graphs: bool = True,
+        process: str = "",
     ) -> None:
-        self.asked, self.on_begin, self.rates, self.graphs = asked, on_begin, rates, graphs
+        self.asked, self.on_begin, self.rates, self.graphs, self.process = asked, on_begin, rates, graphs, process
         self.device = torch.device(asked.device)
         self.spoilt = False  # whether nothing more may be measured in this process
         self._case: tuple[tuple[str, str], Case] | None = None
@@ -84,12 +88,9 @@ class Bench:
     def rows(self, done: Collection[str] = (), avoid: Iterable[str] = ()) -> Iterator[Row]:
         """Every point whose key is not `done` and whose families are not to be avoided, until all are or this is spoilt."""
         lost = set(avoid)
-        for point in plan(self.asked):
-            if key(point.row) in done or not lost.isdisjoint(family(point.row, within) for within in ("D", "shape")):
-                continue
+        for point in left(self.asked, self.process, done, lost):
             row = self.row(point)
-            if after := given_up(row):
-                lost.add(after)
+            lost |= given_up(row)
             yield row
             if self.spoilt:
                 return
@@ -150,7 +151,8 @@ class Bench:
         if point.operator == "dense" and point.precision == "input":
             self._dense.setdefault((point.shape, point.inputs), {})[point.impl] = median
         if point.operator == "selected":
-            row["overhead_share"] = (row["t_prep_ms"] + row["t_select_ms"]) / kernel
+            around = sum(row[name] for name in ("t_prep_ms", "t_select_ms", "t_scatter_ms"))
+            row["overhead_share"] = around / kernel
         return row | {"gpu": gpu_state(self.device)}
 
     def _graph(self, point: Point, todo: Work) -> Row:
@@ -219,7 +221,7 @@ def _one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
-def _code() -> str:
+def code() -> str:
     """A fingerprint of what is measured and how: rows of two states of the kernels do not compare."""
     kernels = Path(str(kernel_attention.__file__)).resolve().parent.parent
     files = [*kernels.rglob("*.py"), *(Path(__file__).resolve().with_name(f"{name}.py") for name in MEASURES)]
@@ -227,12 +229,6 @@ def _code() -> str:
     for file in sorted(files, key=lambda path: path.as_posix()):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _die_with_parent() -> None:
-    """The parent holds the other end of stdin: when it is gone, however it went, nobody reads what is measured here."""
-    sys.stdin.buffer.read()
-    os._exit(1)
 
 
 def main() -> None:
@@ -245,7 +241,7 @@ def main() -> None:
     asked = make_settings(**job["settings"])
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries print; their words go with the errors
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
     def say(**message: Any) -> None:
         answers.write(json.dumps(message, allow_nan=False) + "\n")
@@ -259,7 +255,7 @@ def main() -> None:
     # Before the first point: a device that is stuck is no kernel's fault.
     rates = ceilings(device, DTYPES[asked.dtype])
     say(hello=environment(asked))
-    bench = Bench(asked, lambda row: say(begin=row), rates, job["dense"], job["graphs"])
+    bench = Bench(asked, lambda row: say(begin=row), rates, job["dense"], job["graphs"], job["process"])
     for row in bench.rows(set(job["done"]), job["avoid"]):
         say(row=row)
     say(end=not bench.spoilt)

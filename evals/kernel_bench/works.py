@@ -17,6 +17,7 @@ from torch import Tensor
 from diffusers_accel.evals.kernel_bench.inputs import BLOCK, SHAPES, Shape, pattern, qkv
 from diffusers_accel.evals.kernel_bench.peers import PEERS, Missing
 from diffusers_accel.evals.kernel_bench.points import DTYPES, Point, Row
+from diffusers_accel.evals.kernel_bench.tiles import calling
 from diffusers_accel.evals.kernel_bench.timing import error_row, relative
 from diffusers_accel.kernels import hardware
 from diffusers_accel.kernels.attention import attention, quantized_attention
@@ -98,7 +99,7 @@ def work(point: Point, case: Case) -> Work:
 
 def _attend(point: Point, case: Case) -> Work:
     """Sparse or dense attention, ours or a peer's."""
-    peer = PEERS[point.operator].get(point.impl)
+    peer = PEERS.get(point.operator, {}).get(point.impl)
     q, k, v = case.qkv
     blocks: BlockPattern | None = None
     parts: dict[str, Call] = {}
@@ -114,6 +115,9 @@ def _attend(point: Point, case: Case) -> Work:
         coded = quantize(q, k, v, point.precision)
         parts["t_prep_ms"] = partial(quantize, q, k, v, point.precision)
         parts["t_kernel_ms"] = partial(quantized_attention, coded, blocks, impl=point.impl)
+    if point.tile is not None:
+        call = calling(point.impl, point.tile, call)
+        parts |= {name: calling(point.impl, point.tile, part) for name, part in parts.items()}
     some, name = (None, None) if point.density in (None, 1) else (blocks, (point.pattern, point.density))
     return Work(
         call,
@@ -127,7 +131,7 @@ def _attend(point: Point, case: Case) -> Work:
 
 
 def _selected(point: Point, case: Case) -> Work:
-    """A call of a method that selects: bring the tokens into an order, pool, choose the blocks, attend to them."""
+    """A call of a method that selects: bring the tokens into an order, pool, choose the blocks, attend to them, and back."""
     _check(point, case, case.shape.dim, (BLOCK, BLOCK), point.precision)
     tokens, rows = case.shape.tokens, _order(case)
     prepare = partial(prep, *case.qkv, rows, case.shape.heads, precision=point.precision)
@@ -141,9 +145,16 @@ def _selected(point: Point, case: Case) -> Work:
             return quantized_attention(prepared.operands, blocks, impl=point.impl)
         return attention(*prepared.operands, blocks, impl=point.impl)
 
+    def scatter(out: Tensor) -> Tensor:
+        """As a layer writes a launch's output into the model's order."""
+        back = torch.empty_like(out)
+        back.view(1, -1, case.shape.dim).index_copy_(1, rows, out.flatten(1, 2))
+        return back
+
     def call() -> tuple[Tensor, Tensor]:
         prepared = prepare()
-        return attend(prepared, choose(prepared))
+        out, lse = attend(prepared, choose(prepared))
+        return scatter(out), lse
 
     prepared = prepare()
     blocks = choose(prepared)
@@ -151,7 +162,8 @@ def _selected(point: Point, case: Case) -> Work:
     def exact() -> tuple[Tensor, Tensor]:
         order = rows.view(tokens, -1)[:, 0] // case.shape.heads
         q, k, v = (x[:, order].float() for x in case.qkv)
-        return attention(q, k, v, blocks, impl="reference")
+        out, lse = attention(q, k, v, blocks, impl="reference")
+        return out[:, order.argsort()], lse
 
     return Work(
         call,
@@ -163,6 +175,7 @@ def _selected(point: Point, case: Case) -> Work:
             "t_prep_ms": prepare,
             "t_select_ms": partial(choose, prepared),
             "t_kernel_ms": partial(attend, prepared, blocks),
+            "t_scatter_ms": partial(scatter, torch.empty_like(case.q)),
         },
     )
 
@@ -252,14 +265,14 @@ def _block_stats(point: Point, case: Case) -> Work:
 
 
 _WORKS: dict[str, Callable[[Point, Case], Work]] = {
-    "attention": _attend, "dense": _attend, "selected": _selected, "pool": _pool, "select": _select, "prep": _prep,
-    "quantize": _quantize, "merge": _merge, "block_stats": _block_stats,
+    "sweep": _attend, "attention": _attend, "dense": _attend, "selected": _selected, "pool": _pool, "select": _select,
+    "prep": _prep, "quantize": _quantize, "merge": _merge, "block_stats": _block_stats,
 }  # fmt: skip
 
 
 def _check(point: Point, case: Case, *inputs: object) -> None:
     """Raises Missing where the operator refuses this implementation; `inputs` of its `refuses` after device and dtype."""
-    name = "attention" if point.operator == "selected" else point.operator
+    name = "attention" if point.operator in ("selected", "sweep") else point.operator
     operator = importlib.import_module(f"diffusers_accel.kernels.{name}")._operator
     given = (case.device, *inputs) if name == "select" else (case.device, case.dtype, *inputs)
     try:
@@ -288,7 +301,9 @@ def _pattern_fields(blocks: BlockPattern | None) -> Row:
 
 
 def _implementation(point: Point, case: Case) -> Row:
-    """The version of a peer, or the tile that our kernel takes here."""
+    """The version of a peer, or the tile that our kernel takes here, if it is the kernel's own choice."""
+    if point.tile is not None:
+        return {}
     if peer := PEERS.get(point.operator, {}).get(point.impl):
         return {"impl_version": peer.version}
     if point.impl == "portable":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.kernels import ranking
+from diffusers_accel.kernels.attention.epilogue import Part, epilogue
 from diffusers_accel.kernels.checks import check_pattern, check_qkv, score_scale
 from diffusers_accel.kernels.choice import Choice, Operator
 from diffusers_accel.kernels.pattern import BlockPattern
@@ -98,6 +99,9 @@ def attention(
     scale: float | None = None,
     precision: str = "input",
     impl: str = "auto",
+    merged_with: Part | None = None,
+    out: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention that computes only the block pairs of `pattern`. Inference only: the outputs carry no gradient.
 
@@ -111,6 +115,11 @@ def attention(
             blocks that no query reads.
         impl: `auto` takes the fastest that can run, in the order of `kernels/ranking.py`; a name of `IMPLEMENTATIONS` is
             obeyed or refused.
+        merged_with: (out, lse) of attention over keys that the pattern does not read, as this function returns them; what is
+            returned is then of both, as `merge` has it, without the pass over out that it takes.
+        out: `[B, S, heads, D]`, contiguous, in the dtype of q: takes the output, and is returned for it.
+        rows: with `out`, int64 or int32 `[S_q * H]`: query s of head h goes to row `rows[s * H + h]` of out seen as
+            `[S * heads]` rows, each to one of its own. The log-sum-exp stays in its order.
 
     Returns:
         out `[B, S_q, H, D]` in the dtype of q, and the log-sum-exp of the scaled scores, fp32, natural log,
@@ -118,31 +127,40 @@ def attention(
 
     Raises:
         ValueError: shapes, dtypes, devices, scale, precision or pattern do not fit, or the implementation asked for
-            cannot run; with `DIFFUSERS_ACCEL_CHECKS=1` in the environment also when a value of the pattern is out of
-            range.
+            cannot run; with `DIFFUSERS_ACCEL_CHECKS=1` in the environment also when a value of the pattern or a row is
+            out of range.
     """
     _check_precision(precision)
     check_qkv(q, k, v)
     check_pattern(pattern, q, k.shape[1])
+    end = epilogue(q.shape, q.dtype, q.device, merged_with, out, rows)
     module = _chosen(impl, q.device, q.dtype, q.shape[3], _blocks(pattern), precision)
     with torch.no_grad():
         if precision == "input":
-            return module.attention(q, k, v, pattern, score_scale(scale, q.shape[3]))
+            return module.attention(q, k, v, pattern, score_scale(scale, q.shape[3]), end)
         block, valid = (pattern.block_k, pattern.valid) if pattern is not None else (128, None)
         by = "reference" if _meant(impl) == "reference" else "auto"
         operands = quantize(q, k, v, precision, block=block, valid=valid, impl=by)
-        return module.quantized_attention(operands, pattern, score_scale(scale, q.shape[3]))
+        return module.quantized_attention(operands, pattern, score_scale(scale, q.shape[3]), end)
 
 
 def quantized_attention(
-    operands: Quantized, pattern: BlockPattern | None = None, *, scale: float | None = None, impl: str = "auto"
+    operands: Quantized,
+    pattern: BlockPattern | None = None,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+    merged_with: Part | None = None,
+    out: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `attention`, of q, k, v that have been quantized; the output is in the dtype that they had."""
     x = operands
     check_pattern(pattern, x.q, x.k.shape[1])
+    end = epilogue(x.q.shape, x.dtype, x.q.device, merged_with, out, rows)
     module = _chosen(impl, x.q.device, x.dtype, x.q.shape[3], _blocks(pattern), x.precision)
     with torch.no_grad():
-        return module.quantized_attention(x, pattern, score_scale(scale, x.q.shape[3]))
+        return module.quantized_attention(x, pattern, score_scale(scale, x.q.shape[3]), end)
 
 
 def refusal(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.kernels.attention import products
+from diffusers_accel.kernels.attention.epilogue import Epilogue
 from diffusers_accel.kernels.cpu_workers import run_all
 from diffusers_accel.kernels.grouped import each_query_head
 from diffusers_accel.kernels.pattern import BlockPattern
@@ -167,16 +168,21 @@ def gather(
     return Gather(*key[:4], [query for query, _ in rows], blocks, None if whole else existing)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float, end: Epilogue | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention over the blocks of the pattern; the arguments have been checked by the caller."""
-    return attend_pattern(q, k, v, pattern, scale, exact_attention)
+    return attend_pattern(q, k, v, pattern, scale, exact_attention, end)
 
 
-def quantized_attention(x: Quantized, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
+def quantized_attention(
+    x: Quantized, pattern: BlockPattern | None, scale: float, end: Epilogue | None = None
+) -> tuple[Tensor, Tensor]:
     """A simulation in fp32 that skips as `attention` does: for its numbers, not for its speed."""
     attend = exact_attention if x.precision == "int8" else fp8_attention
     out, lse = attend_pattern(*x.dequantize(), pattern, scale, attend)
-    return out.to(x.dtype), lse + scale * x.offset
+    out, lse = out.to(x.dtype), lse + scale * x.offset
+    return (out, lse) if end is None else end.apply(out, lse)
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
@@ -186,7 +192,13 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[T
 
 
 def attend_pattern(
-    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float, attend: Attend
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern | None,
+    scale: float,
+    attend: Attend,
+    end: Epilogue | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Calls `attend` for the rows of the pattern, with the keys that they read."""
     batch, queries, heads, dim = q.shape
@@ -196,39 +208,103 @@ def attend_pattern(
         plan, period = CallSchedule([(0, 0, heads, Sweep(0, queries, 0, k.shape[1]))], [], covered=True), 1
     else:
         plan, period = pattern.derived(schedule), pattern.blocks.shape[0]
-    out = q.new_empty(batch, queries, heads, dim)
-    lse = q.new_empty(batch, queries, heads, dtype=torch.float32)
+    results = Results.of(q, end)
     if not plan.covered:
-        out.zero_()
-        lse.fill_(-torch.inf)
+        results.read_nothing()
     for repeat in range(0, batch, period):
         calls: list[Callable[[], None]] = []
         for row, head, count, sweep in plan.sweeps:
             part = slice(head, head + count)
             inputs = q[repeat + row, :, part], k[repeat + row, :, part], v[repeat + row, :, part]
-            tensors = *inputs, out[repeat + row, :, part], lse[repeat + row, :, part, None]
+            to = results.take(repeat + row, part)
             if not products.faster(sweep.query_tokens, q.dtype):
-                run_sweep(tensors, sweep, scale, attend)  # on all threads
+                run_sweep(inputs, to, sweep, scale, attend)  # on all threads
                 continue
             for one, piece in product(range(count), sweep.pieces()):
-                of_head = tuple(x[:, one, None] for x in tensors)
-                calls.append(functools.partial(run_sweep, of_head, piece, scale, attend))
+                of_head = tuple(x[:, one, None] for x in inputs)
+                its = results.take(repeat + row, slice(head + one, head + one + 1))
+                calls.append(functools.partial(run_sweep, of_head, its, piece, scale, attend))
 
         def head_of(rows: Gather, place: Any) -> Head:
             block_k = 0 if pattern is None else pattern.block_k
+            to = results.take(place[0], slice(rows.head, rows.head + 1))
             # Copies, in which the tokens of a block lie beside each other and not a model's width apart.
-            return Head(q[place], k[place].contiguous(), v[place].contiguous(), out[place], lse[place], block_k)
+            return Head(q[place], k[place].contiguous(), v[place].contiguous(), to, block_k)
 
         run_all(itertools.chain(calls, all_gather_calls(head_of, repeat, plan.gathers, scale, attend)))
-    return out, lse.transpose(1, 2).contiguous()
+    out = results.out if end is None or end.out is None else end.out
+    return out, results.lse[..., 0].transpose(1, 2).contiguous()
 
 
-def run_sweep(tensors: tuple[Tensor, ...], sweep: Sweep, scale: float, attend: Attend) -> None:
+class Results(NamedTuple):
+    """Where results go, of all batch rows, or of some heads of one, without the first dimension.
+
+    out: `[B, S, H, D]`, or with `rows` the `[B, S * heads, D]` rows that these number, int64 `[S, H, 1]`; lse: `[B, S, H, 1]`.
+    part_out, part_lse: laid out as these without `rows`, a part over other keys that results are merged with, or None.
+    """
+
+    out: Tensor
+    lse: Tensor
+    rows: Tensor | None
+    part_out: Tensor | None
+    part_lse: Tensor | None
+
+    @classmethod
+    def of(cls, q: Tensor, end: Epilogue | None) -> Results:
+        part, out, rows = end or Epilogue(None, None, None)
+        return cls(
+            q.new_empty(q.shape) if out is None else out.flatten(1, 2),
+            q.new_empty(*q.shape[:3], 1, dtype=torch.float32),
+            None if rows is None else rows.long().view(*q.shape[1:3], 1),
+            None if part is None else part[0],
+            None if part is None else part[1].transpose(1, 2)[..., None],
+        )
+
+    def take(self, row: int, heads: slice) -> Results:
+        """Those of some heads of a batch row."""
+        lse, part_out, part_lse = (
+            None if x is None else x[row, :, heads] for x in (self.lse, self.part_out, self.part_lse)
+        )
+        assert lse is not None
+        if self.rows is None:
+            return Results(self.out[row, :, heads], lse, None, part_out, part_lse)
+        return Results(self.out[row], lse, self.rows[:, heads], part_out, part_lse)
+
+    def put(self, out: Tensor, lse: Tensor, queries: Callable[[Tensor], Tensor]) -> None:
+        """Writes out `[..., D]` and lse `[..., 1]` of some queries, of whom `queries` gives a view of one of these tensors."""
+        if self.part_out is not None and self.part_lse is not None:
+            out, lse = joined(out, lse, queries(self.part_out), queries(self.part_lse))
+        queries(self.lse).copy_(lse)
+        if self.rows is None:
+            queries(self.out).copy_(out)
+        else:
+            self.out.index_copy_(0, queries(self.rows).flatten(), out.flatten(0, -2))
+
+    def read_nothing(self) -> None:
+        """Writes what queries have that read no key: the part alone, or 0 and -inf."""
+        out = self.out.new_zeros(()) if self.part_out is None else self.part_out
+        self.lse.copy_(self.lse.new_tensor(-torch.inf) if self.part_lse is None else self.part_lse)
+        if self.rows is None:
+            self.out.copy_(out)
+        else:
+            rows = self.rows.flatten()
+            self.out.index_copy_(
+                1, rows, out.expand(len(self.out), *self.rows.shape[:2], self.out.shape[2]).flatten(1, 2)
+            )
+
+
+def joined(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """As `merge` of two parts, `[..., D]` and `[..., 1]`, of which the first has read something."""
+    weight = torch.sigmoid(other_lse - lse)
+    return torch.lerp(out.float(), other.float(), weight).to(out.dtype), torch.logaddexp(lse, other_lse)
+
+
+def run_sweep(inputs: tuple[Tensor, ...], results: Results, sweep: Sweep, scale: float, attend: Attend) -> None:
     """One call for all groups and heads of a sweep; the views of the keys overlap.
 
-    tensors: q, k, v and the results out and lse, all `[S, H, D|1]`.
+    inputs: q, k, v, all `[S, H, D]`.
     """
-    q, k, v, out, lse = tensors
+    q, k, v = inputs
 
     def groups(x: Tensor, token: int, tokens: int, step: int) -> Tensor:
         s, h, d = x.stride()
@@ -237,18 +313,16 @@ def run_sweep(tensors: tuple[Tensor, ...], sweep: Sweep, scale: float, attend: A
     queries = (sweep.query, sweep.query_tokens, sweep.query_step)
     keys = (sweep.key, sweep.key_tokens, sweep.key_step)
     part, part_lse = attend(groups(q, *queries), groups(k, *keys), groups(v, *keys), scale=scale)
-    groups(out, *queries).copy_(part)
-    groups(lse, *queries).copy_(part_lse[..., None])
+    results.put(part, part_lse[..., None], lambda x: groups(x, *queries))
 
 
 class Head(NamedTuple):
-    """One head's q, k, v and the results out `[S, D]` and lse `[S]`, and the tokens of a key block; k and v contiguous."""
+    """One head's q, k, v `[S, D]`, its results, and the tokens of a key block; k and v contiguous."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    out: Tensor
-    lse: Tensor
+    results: Results
     block_k: int
 
 
@@ -288,8 +362,7 @@ def run_gather(head: Head, rows: Gather, part: slice, scale: float, attend: Atte
     out, lse, done = out.view(-1, dim), lse.view(-1), 0
     for tokens, count in queries:
         some = slice(done, done + count * rows.query_tokens)
-        head.out[tokens].copy_(out[some])
-        head.lse[tokens].copy_(lse[some])
+        head.results.put(out[some], lse[some, None], functools.partial(of_queries, tokens))
         done = some.stop
 
 
@@ -298,6 +371,11 @@ def gathered(name: str, x: Tensor, ids: Tensor, unit: int) -> Tensor:
     count, size = x.shape[0] // unit, unit * x.shape[1]
     pieces = x.as_strided((count, size), (size, 1))
     return torch.index_select(pieces, 0, ids, out=products.workspace(name, (ids.shape[0], size), x.dtype))
+
+
+def of_queries(tokens: slice, x: Tensor) -> Tensor:
+    """`[n, D|1]` of `[S, 1, D|1]`, of one head."""
+    return x[tokens, 0]
 
 
 def groups_of(first: list[int], tokens: int) -> list[tuple[slice, int]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffusers_accel.kernels import hardware
 from diffusers_accel.kernels.attention import reference
+from diffusers_accel.kernels.attention.epilogue import Epilogue
 from diffusers_accel.kernels.pattern import BlockPattern, block_lengths
 
 PACKAGE = "flash-attn-4"
@@ -90,14 +91,16 @@ def fails(device: torch.device, dtype: torch.dtype, head_dim: int, blocks: tuple
     return None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention over the blocks of the pattern; the arguments have been checked by the caller."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float, end: Epilogue | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over the blocks of the pattern, its end apart; the arguments have been checked by the caller."""
     from diffusers_accel.kernels.attention.hopper import loadable, without_holes  # which has Triton imported
 
     call = importlib.import_module("flash_attn.cute").flash_attn_func
     with hardware.on(q.device):
         out, lse = call(loadable(q), loadable(k), loadable(without_holes(v, pattern)), **options(pattern, scale))
-    return out, lse
+    return (out, lse) if end is None else end.apply(out, lse)
 
 
 def options(pattern: BlockPattern | None, scale: float) -> dict[str, Any]:

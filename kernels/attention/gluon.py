@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from diffusers_accel.kernels import hardware
+from diffusers_accel.kernels.attention.epilogue import Epilogue
 from diffusers_accel.kernels.attention.hopper import QUERIES, loadable, without_holes
 from diffusers_accel.kernels.attention.softmax import LOG2_E
 from diffusers_accel.kernels.pattern import BlockPattern
@@ -57,8 +58,10 @@ def refuses(
     return None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention over the blocks of the pattern; the arguments have been checked by the caller."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float, end: Epilogue | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over the blocks of the pattern, its end apart; the arguments have been checked by the caller."""
     # Imported here, as it needs the Gluon that `refuses` looks for.
     from diffusers_accel.kernels.attention.gluon_kernel import attention_kernel, rows
 
@@ -94,4 +97,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, sca
             HEAD_GROUP=heads // k.shape[2],
             num_warps=4,
         )
-    return out, lse
+    return (out, lse) if end is None else end.apply(out, lse)

@@ -20,11 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusers_accel.kernels import hardware
+from diffusers_accel.kernels.attention.epilogue import Epilogue
 from diffusers_accel.kernels.attention.launch_order import launch_order, placed_program
 from diffusers_accel.kernels.attention.softmax import LOG2_E, P_LOG2, softmax_tile, store_rows
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.quantize import portable as quantize
 from diffusers_accel.kernels.quantize.quantized import KEY_GROUP, Quantized
+from diffusers_accel.kernels.rows import in_eights, loadable
 
 
 class Config(NamedTuple):
@@ -38,7 +40,8 @@ class Config(NamedTuple):
 
 # (lowest compute capability, head dims up to, bytes per element or precision). 128 queries a tile halve the key traffic
 # of 64; the rest is what fits into shared memory and registers without spilling. Head dims that are padded need registers
-# for it. Of three stages two are on their way while one is computed; with two, k and v of a tile would be waited for at once.
+# for it, and so does reading every key, without a list. Of three stages two are on their way while one is computed; with
+# two, k and v of a tile would be waited for at once.
 CONFIGS: dict[tuple[int, int, int | str], Config] = {
     (80, 64, 2): Config(128, 64, 8, 3),
     (80, 127, 2): Config(128, 32, 8, 3),
@@ -46,13 +49,23 @@ CONFIGS: dict[tuple[int, int, int | str], Config] = {
     (80, 64, 4): Config(32, 32, 8, 3),
     (80, 127, 4): Config(16, 16, 8, 3),
     (80, 128, 4): Config(32, 16, 8, 3),
+    (80, 256, 2): Config(64, 32, 8, 3),
+    (80, 256, 4): Config(16, 16, 8, 3),
+    (89, 256, 2): Config(64, 16, 8, 3),
     (90, 127, 2): Config(128, 64, 8, 3),
     (90, 128, 4): Config(16, 16, 8, 3),
+    (90, 256, 2): Config(64, 32, 8, 3),
+    (100, 256, 2): Config(128, 32, 8, 3),
     (120, 127, 2): Config(128, 32, 8, 3),
+    (120, 256, 2): Config(64, 16, 8, 3),
     (80, 128, "int8"): Config(128, 64, 8, 3),
+    (80, 256, "int8"): Config(64, 32, 8, 3),
+    (90, 256, "int8"): Config(128, 32, 8, 3),
+    (120, 256, "int8"): Config(64, 32, 8, 3),
     (89, 64, "int8_fp8"): Config(128, 64, 8, 3),
     (89, 127, "int8_fp8"): Config(128, 64, 8, 3),
     (89, 128, "int8_fp8"): Config(128, 64, 8, 3),
+    (89, 256, "int8_fp8"): Config(64, 64, 8, 3),
     (120, 127, "int8_fp8"): Config(128, 32, 8, 3),
 }
 
@@ -83,8 +96,8 @@ def refuses(
     reason = hardware.refuses(device, dtype) if precision == "input" else quantize.refuses(device, dtype, precision)
     if reason is not None:
         return reason
-    if head_dim > 128 or head_dim % 8:
-        return f"takes head dims up to 128 in multiples of 8, found {head_dim}"
+    if head_dim > 256 or head_dim % 8:
+        return f"takes head dims up to 256 in multiples of 8, found {head_dim}"
     if blocks[0] % 16 or blocks[1] % 16:
         return f"takes pattern blocks in multiples of 16, found {blocks[0]} queries x {blocks[1]} keys"
     if precision != "input" and dtype == torch.float32:
@@ -94,32 +107,35 @@ def refuses(
     return None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float, end: Epilogue | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention over the blocks of the pattern; the arguments have been checked by the caller."""
-    return attend_pattern(loadable(q), loadable(k), loadable(v), pattern, scale, None)
+    return attend_pattern(loadable(q), loadable(k), loadable(v), pattern, scale, None, end)
 
 
-def quantized_attention(x: Quantized, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
+def quantized_attention(
+    x: Quantized, pattern: BlockPattern | None, scale: float, end: Epilogue | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of codes; the arguments have been checked by the caller."""
     v = x.v if x.precision == "int8_fp8" else loadable(x.v)  # FP8 lies with the tokens beside each other
-    return attend_pattern(loadable(x.q), loadable(x.k), v, pattern, scale, x)
-
-
-def loadable(x: Tensor) -> Tensor:
-    """`x`, copied unless its channels lie beside each other and all other strides are multiples of 8, as the kernel is told."""
-    fits = x.stride(3) == 1 and all(stride % 8 == 0 for stride in x.stride()[:3])
-    return (
-        x if fits else x.clone(memory_format=torch.contiguous_format)
-    )  # also where only a stride that is never taken is odd
+    return attend_pattern(loadable(x.q), loadable(x.k), v, pattern, scale, x, end)
 
 
 def attend_pattern(
-    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float, scales: Quantized | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern | None,
+    scale: float,
+    scales: Quantized | None,
+    end: Epilogue | None,
 ) -> tuple[Tensor, Tensor]:
     """One launch for all rows of the pattern; `scales` None says that q, k, v are values."""
     batch, queries, heads, dim = q.shape
     dtype, precision = (q.dtype, "input") if scales is None else (scales.dtype, scales.precision)
-    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    part, out, rows = end or Epilogue(None, None, None)
+    out = torch.empty(q.shape, dtype=dtype, device=q.device) if out is None else out
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     blocks = counts = valid = order = None
     block_q, block_k, capacity, list_rows = 128, 128, 0, 1
@@ -142,6 +158,9 @@ def attend_pattern(
             None if scales is None else scales.k_scale,
             None if scales is None else scales.v_scale,
             None if scales is None else scales.offset,
+            None if part is None else part[0].contiguous(),
+            None if part is None else part[1].contiguous(),
+            rows,
             blocks,
             counts,
             valid,
@@ -154,6 +173,7 @@ def attend_pattern(
             k.shape[1],
             list_rows,
             capacity,
+            out.shape[1] * out.shape[2],
             scale * LOG2_E,
             DIM=dim,
             PADDED_DIM=padded_dim(dim, precision),
@@ -222,18 +242,13 @@ def attend_tile(
 
 
 @triton.jit
-def in_eights(stride):
-    """The same number, which the compiler then sees to be a multiple of 8 (`tl.multiple_of` is lost on an argument)."""
-    return stride // 8 * 8
-
-
-@triton.jit
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, offset_ptr,
+    part_out_ptr, part_lse_ptr, rows_ptr,
     blocks_ptr, counts_ptr, valid_ptr, order_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h,
     v_stride_b, v_stride_s, v_stride_h, v_stride_d,
-    heads, queries, keys, list_rows, capacity, qk_scale,
+    heads, queries, keys, list_rows, capacity, out_rows, qk_scale,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     KEY_GROUP: tl.constexpr, P_LOG2: tl.constexpr, HEAD_GROUP: tl.constexpr,
@@ -321,6 +336,6 @@ def attention_kernel(
     tile, head, batch = placed_program(order_ptr, queries, heads, list_rows, BLOCK_Q, BLOCK_M)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     store_rows(
-        acc, total, top, out_ptr, lse_ptr, v_scale_ptr, offset_ptr, batch, row, head, queries, heads, qk_scale,
-        DIM, PADDED_DIM, P_LOG2, HEAD_GROUP,
+        acc, total, top, out_ptr, lse_ptr, v_scale_ptr, offset_ptr, part_out_ptr, part_lse_ptr, rows_ptr,
+        batch, row, head, queries, heads, out_rows, qk_scale, DIM, PADDED_DIM, P_LOG2, HEAD_GROUP,
     )  # fmt: skip

@@ -7,6 +7,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from diffusers_accel.kernels.attention.epilogue import Epilogue
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.quantize import Quantized
 
@@ -18,7 +19,9 @@ def refuses(
     return None if dtype.is_floating_point else f"needs a floating-point dtype, found {dtype}"
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, scale: float, end: Epilogue | None = None
+) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query block over the existing tokens of its key blocks, in fp32 (fp64 for fp64)."""
     batch, queries, heads, dim = q.shape
     if pattern is None:
@@ -38,10 +41,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern | None, sca
         scores = scale * (q[b, rows, h].to(wide) @ k[b, seen, h // group].to(wide).T)
         out[b, rows, h] = (scores.softmax(-1) @ v[b, seen, h // group].to(wide)).to(q.dtype)
         lse[b, h, rows] = scores.logsumexp(-1).float()
-    return out, lse
+    return (out, lse) if end is None else end.apply(out, lse, impl="reference")
 
 
-def quantized_attention(x: Quantized, pattern: BlockPattern | None, scale: float) -> tuple[Tensor, Tensor]:
+def quantized_attention(
+    x: Quantized, pattern: BlockPattern | None, scale: float, end: Epilogue | None = None
+) -> tuple[Tensor, Tensor]:
     """Exact attention of the dequantized q, k, v. Its log-sum-exp is that of the true keys: their mean is added back."""
     out, lse = attention(*x.dequantize(), pattern, scale)
-    return out.to(x.dtype), lse + scale * x.offset
+    out, lse = out.to(x.dtype), lse + scale * x.offset
+    return (out, lse) if end is None else end.apply(out, lse, impl="reference")

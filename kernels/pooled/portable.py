@@ -17,6 +17,7 @@ from torch import Tensor
 from diffusers_accel.kernels import hardware
 from diffusers_accel.kernels.attention.softmax import LOG2_E, softmax_tile, store_rows
 from diffusers_accel.kernels.pattern import BlockPattern
+from diffusers_accel.kernels.rows import loadable, rows_at
 
 
 class Config(NamedTuple):
@@ -28,20 +29,26 @@ class Config(NamedTuple):
     stages: int
 
 
-# (lowest compute capability, bytes per element): tiles for which nothing spills at any head dim. Larger tiles of queries
-# read the means less often, where there are registers for them.
-CONFIGS: dict[tuple[int, int], Config] = {
-    (80, 2): Config(64, 32, 4, 3),
-    (90, 2): Config(128, 64, 8, 2),
-    (120, 2): Config(64, 32, 4, 3),
-    (80, 4): Config(16, 16, 4, 2),
+# (lowest compute capability, head dims up to, bytes per element): tiles for which nothing spills at any such head dim. Larger
+# tiles of queries read the means less often, where there are registers for them.
+CONFIGS: dict[tuple[int, int, int], Config] = {
+    (80, 128, 2): Config(64, 32, 4, 3),
+    (90, 128, 2): Config(128, 64, 8, 2),
+    (120, 128, 2): Config(64, 32, 4, 3),
+    (80, 128, 4): Config(16, 16, 4, 2),
+    (80, 256, 2): Config(64, 32, 8, 3),
+    (90, 256, 2): Config(64, 64, 8, 2),
+    (120, 256, 2): Config(64, 32, 8, 3),
+    (80, 256, 4): Config(32, 16, 8, 2),
 }
 
 
-def config(capability: int, dtype: torch.dtype, block_q: int) -> Config:
+def config(capability: int, head_dim: int, dtype: torch.dtype, block_q: int) -> Config:
     """The table's row for a compute capability (90 for Hopper), its tile cut to the queries of a pattern's block."""
-    arch = max(arch for arch, size in CONFIGS if size == dtype.itemsize and arch <= capability)
-    best = CONFIGS[arch, dtype.itemsize]
+    size = dtype.itemsize
+    rows = [(dim, -arch) for arch, dim, of in CONFIGS if of == size and arch <= capability and dim >= head_dim]
+    dim, arch = min(rows)  # the fewest channels that suffice, and of these the newest that the GPU reaches
+    best = CONFIGS[-arch, dim, size]
     # A tile is a power of two and never crosses the border of a block.
     return best._replace(block_m=min(best.block_m, block_q & -block_q))
 
@@ -51,8 +58,8 @@ def refuses(device: torch.device, dtype: torch.dtype, head_dim: int, block_q: in
     reason = hardware.refuses(device, dtype)
     if reason is not None:
         return reason
-    if head_dim > 128 or head_dim % 8:
-        return f"takes head dims up to 128 in multiples of 8, found {head_dim}"
+    if head_dim > 256 or head_dim % 8:
+        return f"takes head dims up to 256 in multiples of 8, found {head_dim}"
     if block_q % 16:
         return f"takes pattern blocks of queries in multiples of 16, found {block_q}"
     return None
@@ -61,12 +68,12 @@ def refuses(device: torch.device, dtype: torch.dtype, head_dim: int, block_q: in
 def pooled(q: Tensor, k_means: Tensor, v_means: Tensor, pattern: BlockPattern, scale: float) -> tuple[Tensor, Tensor]:
     """Attention to the means of the blocks that are not listed; the arguments have been checked by the caller."""
     batch, queries, heads, dim = q.shape
-    q = q if q.stride(3) == 1 else q.contiguous()
+    q = loadable(q)
     k_means, v_means = (x.to(q.dtype).contiguous() for x in (k_means, v_means))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     read = pattern.mask().contiguous().view(torch.uint8)
-    tile = config(hardware.capability(q.device), q.dtype, pattern.block_q)
+    tile = config(hardware.capability(q.device), dim, q.dtype, pattern.block_q)
     with hardware.on(q.device):
         pooled_kernel[(triton.cdiv(queries, tile.block_m) * heads * batch,)](
             q, k_means, v_means, read, pattern.key_lengths(), out, lse, *q.stride()[:3],
@@ -97,8 +104,8 @@ def pooled_kernel(
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, PADDED_DIM)
     inside = (row[:, None] < queries) & (column[None, :] < DIM)
-    q_at = q_ptr + batch * q_stride_b + head * q_stride_h + row[:, None].to(tl.int64) * q_stride_s + column[None, :]
-    q = tl.load(q_at, mask=inside, other=0.0)
+    q_at = rows_at(q_ptr, batch, row[:, None].to(tl.int64), head, q_stride_b, q_stride_s, q_stride_h, True)
+    q = tl.load(q_at + column[None, :], mask=inside, other=0.0)
 
     key_heads = heads // HEAD_GROUP
     first = (batch * key_blocks * key_heads + head // HEAD_GROUP) * DIM
@@ -129,6 +136,6 @@ def pooled_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
 
     store_rows(
-        acc, total, top, out_ptr, lse_ptr, None, None, batch, row, head, queries, heads, qk_scale, DIM, PADDED_DIM, 0.0,
-        HEAD_GROUP,
+        acc, total, top, out_ptr, lse_ptr, None, None, None, None, None, batch, row, head, queries, heads, 0, qk_scale,
+        DIM, PADDED_DIM, 0.0, HEAD_GROUP,
     )  # fmt: skip

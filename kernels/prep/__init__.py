@@ -6,14 +6,13 @@ products want codes in it. Done apart, each of these reads and writes q, k and v
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diffusers_accel.kernels.attention import PRECISIONS
-from diffusers_accel.kernels.checks import check_k_mean, check_qkv
+from diffusers_accel.kernels.checks import check_k_mean, check_qkv, check_row_numbers, check_rows
 from diffusers_accel.kernels.choice import Operator
 from diffusers_accel.kernels.quantize import KEY_GROUP, Quantized
 
@@ -83,35 +82,15 @@ def prep(
         )
     if block < 1 or block % KEY_GROUP:
         raise ValueError(f"block must be a multiple of {KEY_GROUP} tokens, found {block}")
-    _check_table("rows", rows, queries, heads, (torch.int64, torch.int32), q.device)
+    check_row_numbers("rows", rows, queries, heads, (torch.int64, torch.int32), q.device)
     if key_rows is not None:
-        _check_table("key_rows", key_rows, k.shape[1], heads, (rows.dtype,), q.device)
+        check_row_numbers("key_rows", key_rows, k.shape[1], heads, (rows.dtype,), q.device)
     check_k_mean(k_mean, (batch, heads, dim), q.device)
-    if os.environ.get("DIFFUSERS_ACCEL_CHECKS") == "1":
-        _check_rows("q", q, rows, heads, q.shape[2])
-        if key_rows is None:
-            _check_rows("k", k, rows, heads, q.shape[2])
-        else:
-            _check_rows("k", k, key_rows, heads, k.shape[2])
+    check_rows("q", rows, queries * q.shape[2])
+    if key_rows is None:
+        check_rows("k", rows[: k.shape[1] * heads], k.shape[1] * q.shape[2])
+    else:
+        check_rows("k", key_rows, k.shape[1] * k.shape[2])
     with torch.no_grad():
         module = _operator.choose(impl, q.device, q.dtype, precision)
         return module.prep(q, k, v, rows, key_rows, heads, precision, pooled, block, k_mean)
-
-
-def _check_table(
-    name: str, rows: Tensor, places: int, heads: int, dtypes: tuple[torch.dtype, ...], device: torch.device
-) -> None:
-    if rows.shape != (places * heads,) or rows.dtype not in dtypes or rows.device != device:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(
-            f"{name} must be {wanted} [{places * heads}] on {device} ({places} places of {heads} heads), "
-            f"found {rows.dtype} {list(rows.shape)} on {rows.device}"
-        )
-
-
-def _check_rows(name: str, x: Tensor, rows: Tensor, heads: int, model_heads: int) -> None:
-    """Reads the values. Synchronises the device."""
-    size = x.shape[1] * model_heads
-    lowest, highest = (int(end) for end in torch.aminmax(rows[: x.shape[1] * heads]))
-    if lowest < 0 or highest >= size:
-        raise ValueError(f"rows of {name} must lie in 0..{size - 1}, found {lowest}..{highest}")

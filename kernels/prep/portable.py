@@ -19,6 +19,7 @@ from diffusers_accel.kernels.quantize.portable import (
     store_values,
 )
 from diffusers_accel.kernels.quantize.quantized import INT8_MAX, KEY_GROUP, SMALLEST, Quantized, mean_of_blocks
+from diffusers_accel.kernels.rows import rows_at, rows_in_eights
 
 __all__ = ["prep", "refuses"]
 
@@ -53,6 +54,7 @@ def prep(
     # Rows of their own count the key heads; those that queries take count the heads, of which some share a key head.
     key_heads = model_heads if key_rows is None else k.shape[2]
     sizes["HEAD_GROUP"] = key_heads // k.shape[2]
+    sizes["EIGHTS"] = rows_in_eights(q) and rows_in_eights(k) and rows_in_eights(v)
     with hardware.on(q.device):
         if measured or largest is not None:
             measure_kernel[(triton.cdiv(keys, block) * heads * batch,)](
@@ -82,7 +84,7 @@ def prep(
 @triton.jit
 def gathered(
     x_ptr, row, exists, model_heads, batch, stride_b, stride_s, stride_h, stride_d,
-    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, HEAD_GROUP: tl.constexpr,
+    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, HEAD_GROUP: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """The rows of x, seen as `[S * model_heads]` rows, of which those that do not exist are 0.
 
@@ -94,7 +96,7 @@ def gathered(
         (row.to(tl.int32) // model_heads).to(tl.int64),
         (row.to(tl.int32) % model_heads // HEAD_GROUP).to(tl.int64),
     )
-    at = x_ptr + batch * stride_b + token * stride_s + head * stride_h
+    at = rows_at(x_ptr, batch, token, head, stride_b, stride_s, stride_h, EIGHTS)
     inside = exists[:, None] & (column[None, :] < DIM)
     return tl.load(at[:, None] + column[None, :] * stride_d, mask=inside, other=0.0)
 
@@ -105,7 +107,7 @@ def measure_kernel(
     k_stride_b, k_stride_s, k_stride_h, k_stride_d, v_stride_b, v_stride_s, v_stride_h, v_stride_d,
     keys, heads, model_heads,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
-    HEAD_GROUP: tl.constexpr,
+    HEAD_GROUP: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """One block of one head of the launch: the mean of its keys, the largest size in each channel of its values.
 
@@ -124,13 +126,13 @@ def measure_kernel(
         if k_means_ptr is not None:
             k = gathered(
                 k_ptr, row, token < keys, model_heads, batch, k_stride_b, k_stride_s, k_stride_h, k_stride_d,
-                DIM, PADDED_DIM, HEAD_GROUP,
+                DIM, PADDED_DIM, HEAD_GROUP, EIGHTS,
             )  # fmt: skip
             total += tl.sum(k.to(tl.float32), 0)
         if largest_ptr is not None:
             v = gathered(
                 v_ptr, row, token < keys, model_heads, batch, v_stride_b, v_stride_s, v_stride_h, v_stride_d,
-                DIM, PADDED_DIM, HEAD_GROUP,
+                DIM, PADDED_DIM, HEAD_GROUP, EIGHTS,
             )  # fmt: skip
             largest = tl.maximum(largest, tl.max(size_of(v.to(tl.float32)), 0))
     line = ((batch * blocks + at) * heads + head) * DIM + column
@@ -148,7 +150,7 @@ def prep_kernel(
     v_stride_b, v_stride_s, v_stride_h, v_stride_d, v_out_stride_d,
     queries, keys, heads, model_heads, key_heads,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
-    INT8_MAX: tl.constexpr, SMALLEST: tl.constexpr, HEAD_GROUP: tl.constexpr,
+    INT8_MAX: tl.constexpr, SMALLEST: tl.constexpr, HEAD_GROUP: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """One block of one head of the launch: its queries, and its keys and values, where there are any.
 
@@ -170,7 +172,7 @@ def prep_kernel(
         if start < queries:
             q = gathered(
                 q_ptr, row, token < queries, model_heads, batch, q_stride_b, q_stride_s, q_stride_h, q_stride_d,
-                DIM, PADDED_DIM, 1,
+                DIM, PADDED_DIM, 1, EIGHTS,
             )  # fmt: skip
             if q_means_ptr is not None:
                 q_total += tl.sum(q.to(tl.float32), 0)
@@ -189,7 +191,7 @@ def prep_kernel(
             out_at = ((batch * keys + token[:, None]) * heads + head) * DIM + column[None, :]
             k = gathered(
                 k_ptr, row, token < keys, key_heads, batch, k_stride_b, k_stride_s, k_stride_h, k_stride_d,
-                DIM, PADDED_DIM, HEAD_GROUP,
+                DIM, PADDED_DIM, HEAD_GROUP, EIGHTS,
             )  # fmt: skip
             if k_means_ptr is not None:
                 k_total += tl.sum(k.to(tl.float32), 0)
@@ -202,7 +204,7 @@ def prep_kernel(
                 )  # fmt: skip
             v = gathered(
                 v_ptr, row, token < keys, key_heads, batch, v_stride_b, v_stride_s, v_stride_h, v_stride_d,
-                DIM, PADDED_DIM, HEAD_GROUP,
+                DIM, PADDED_DIM, HEAD_GROUP, EIGHTS,
             )  # fmt: skip
             if v_scale_ptr is None:
                 tl.store(v_out_ptr + out_at, v, mask=inside)

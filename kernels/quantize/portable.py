@@ -21,6 +21,7 @@ from diffusers_accel.kernels.quantize.quantized import (
     Quantized,
     mean_of_blocks,
 )
+from diffusers_accel.kernels.rows import rows_at, rows_in_eights
 
 TOKENS = KEY_GROUP  # of one program, so that a group of keys is in one place
 
@@ -48,20 +49,21 @@ def quantize(
     with hardware.on(q.device):
         quantize_queries_kernel[(triton.cdiv(queries, TOKENS) * heads * batch,)](
             q, result.k_mean, result.q, result.q_scale, result.offset, *q.stride(), queries, heads,
-            INT8_MAX=INT8_MAX, SMALLEST=SMALLEST, HEAD_GROUP=heads // key_heads, **sizes,
+            INT8_MAX=INT8_MAX, SMALLEST=SMALLEST, HEAD_GROUP=heads // key_heads, EIGHTS=rows_in_eights(q), **sizes,
         )  # fmt: skip
         quantize_keys_kernel[(chunks * key_heads * batch,)](
             k, result.k_mean, valid, result.k, result.k_scale, *k.stride(), keys, key_heads, block,
-            INT8_MAX=INT8_MAX, SMALLEST=SMALLEST, **sizes,
+            INT8_MAX=INT8_MAX, SMALLEST=SMALLEST, EIGHTS=rows_in_eights(k), **sizes,
         )  # fmt: skip
         if result.v_scale is not None:
             largest = torch.empty(batch, chunks, key_heads, dim, dtype=torch.float32, device=v.device)
             largest_values_kernel[(chunks * key_heads * batch,)](
-                v, valid, largest, *v.stride(), keys, key_heads, block, **sizes,
+                v, valid, largest, *v.stride(), keys, key_heads, block, EIGHTS=rows_in_eights(v), **sizes,
             )  # fmt: skip
             result.v_scale.copy_(fp8_scale(largest))
             quantize_values_kernel[(chunks * key_heads * batch,)](
-                v, valid, result.v_scale, result.v, *v.stride(), result.v.stride(3), keys, key_heads, block, **sizes,
+                v, valid, result.v_scale, result.v, *v.stride(), result.v.stride(3), keys, key_heads, block,
+                EIGHTS=rows_in_eights(v), **sizes,
             )  # fmt: skip
     return result
 
@@ -180,7 +182,7 @@ def store_values(
 def quantize_queries_kernel(
     q_ptr, mean_ptr, codes_ptr, scale_ptr, offset_ptr, stride_b, stride_s, stride_h, stride_d, queries, heads,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TOKENS: tl.constexpr,
-    INT8_MAX: tl.constexpr, SMALLEST: tl.constexpr, HEAD_GROUP: tl.constexpr,
+    INT8_MAX: tl.constexpr, SMALLEST: tl.constexpr, HEAD_GROUP: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """TOKENS queries of one head, of which HEAD_GROUP share one of the keys."""
     chunks = tl.cdiv(queries, TOKENS)
@@ -189,7 +191,7 @@ def quantize_queries_kernel(
     batch = (tl.program_id(0) // heads // chunks).to(tl.int64)
     column = tl.arange(0, PADDED_DIM)
     inside = (token[:, None] < queries) & (column[None, :] < DIM)
-    q_at = q_ptr + batch * stride_b + head * stride_h + token[:, None].to(tl.int64) * stride_s
+    q_at = rows_at(q_ptr, batch, token[:, None].to(tl.int64), head, stride_b, stride_s, stride_h, EIGHTS)
     q = tl.load(q_at + column[None, :] * stride_d, mask=inside, other=0.0).to(tl.float32)
     key_line = batch * (heads // HEAD_GROUP) + head // HEAD_GROUP
     mean = tl.load(mean_ptr + key_line * DIM + column, mask=column < DIM, other=0.0)
@@ -203,7 +205,7 @@ def quantize_queries_kernel(
 def quantize_keys_kernel(
     k_ptr, mean_ptr, valid_ptr, codes_ptr, scale_ptr, stride_b, stride_s, stride_h, stride_d, keys, heads, block,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TOKENS: tl.constexpr,
-    INT8_MAX: tl.constexpr, SMALLEST: tl.constexpr,
+    INT8_MAX: tl.constexpr, SMALLEST: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """A group of TOKENS keys of one head."""
     groups = tl.cdiv(keys, TOKENS)
@@ -213,7 +215,7 @@ def quantize_keys_kernel(
     token = group * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, PADDED_DIM)
     exists = existing(token, keys, block, valid_ptr)[:, None] & (column[None, :] < DIM)
-    k_at = k_ptr + batch * stride_b + head * stride_h + token[:, None].to(tl.int64) * stride_s
+    k_at = rows_at(k_ptr, batch, token[:, None].to(tl.int64), head, stride_b, stride_s, stride_h, EIGHTS)
     k = tl.load(k_at + column[None, :] * stride_d, mask=exists, other=0.0).to(tl.float32)
     mean = tl.load(mean_ptr + (batch * heads + head) * DIM + column, mask=column < DIM, other=0.0)
     store_keys(
@@ -225,7 +227,7 @@ def quantize_keys_kernel(
 @triton.jit
 def largest_values_kernel(
     v_ptr, valid_ptr, largest_ptr, stride_b, stride_s, stride_h, stride_d, keys, heads, block,
-    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TOKENS: tl.constexpr,
+    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TOKENS: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """The largest size in each channel of a chunk of TOKENS values of one head: `[B, chunks, H, DIM]`."""
     chunks = tl.cdiv(keys, TOKENS)
@@ -235,7 +237,7 @@ def largest_values_kernel(
     token = chunk * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, PADDED_DIM)
     exists = existing(token, keys, block, valid_ptr)[:, None] & (column[None, :] < DIM)
-    v_at = v_ptr + batch * stride_b + head * stride_h + token[:, None].to(tl.int64) * stride_s
+    v_at = rows_at(v_ptr, batch, token[:, None].to(tl.int64), head, stride_b, stride_s, stride_h, EIGHTS)
     v = tl.load(v_at + column[None, :] * stride_d, mask=exists, other=0.0).to(tl.float32)
     largest_at = largest_ptr + ((batch * chunks + chunk) * heads + head) * DIM + column
     tl.store(largest_at, tl.max(size_of(v), 0), mask=column < DIM)
@@ -244,7 +246,7 @@ def largest_values_kernel(
 @triton.jit
 def quantize_values_kernel(
     v_ptr, valid_ptr, scale_ptr, codes_ptr, stride_b, stride_s, stride_h, stride_d, codes_stride_d, keys, heads, block,
-    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TOKENS: tl.constexpr,
+    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TOKENS: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """TOKENS values of one head."""
     chunks = tl.cdiv(keys, TOKENS)
@@ -253,6 +255,6 @@ def quantize_values_kernel(
     batch = (tl.program_id(0) // heads // chunks).to(tl.int64)
     column = tl.arange(0, PADDED_DIM)
     exists = existing(token, keys, block, valid_ptr)[:, None] & (column[None, :] < DIM)
-    v_at = v_ptr + batch * stride_b + head * stride_h + token[:, None].to(tl.int64) * stride_s
+    v_at = rows_at(v_ptr, batch, token[:, None].to(tl.int64), head, stride_b, stride_s, stride_h, EIGHTS)
     v = tl.load(v_at + column[None, :] * stride_d, mask=exists, other=0.0).to(tl.float32)
     store_values(v, scale_ptr, codes_ptr, codes_stride_d, batch, token, head, heads, DIM, PADDED_DIM)

@@ -17,8 +17,9 @@ FP8_MAX = 448.0  # of e4m3
 # Largest weight of a value, where weights are in FP8. A power of two scales without rounding, and errs a little less than 448.
 P_MAX = 256.0
 FP8_TOKENS = 16  # of one channel are read at once
-# Groups of smaller values than this have the scale of this one: its inverse is finite, also for a group of zeros.
-SMALLEST = 1e-30
+# Groups of smaller values than this have the scale of this one, also those of zeros. Its inverse is finite, and the product
+# of two such scales with that of the softmax is above the least number of fp32: 0 times a masked score would not be one.
+SMALLEST = 1e-15
 
 
 @dataclass(frozen=True, eq=False)

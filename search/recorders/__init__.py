@@ -1,4 +1,4 @@
-"""What a search records for the selections that need it: one file each, and one line here."""
+"""What a search records for the selections that need it: one file each, imported and named here."""
 
 from collections.abc import Iterable
 

@@ -20,18 +20,18 @@ Kinds = dict[str, tuple[tuple[int, ...], str]]  # name of an array without its t
 
 
 class Recorder(ABC):
-    """What one kind of selection needs to know, seen in one pass of a probe and kept in the sums of its scores.
+    """What one kind of selection needs to know, seen in one calibration run and kept in the sums of its scores.
 
     Args:
         candidates: of the search, all of them.
-        sums: the arrays of this pass, to which it adds.
-        before: those of the earlier passes.
+        sums: the arrays of this run, to which it adds.
+        before: those of the earlier runs.
         models: the transformers.
         masks: how stored masks are chosen.
 
     Class attributes:
         splits_rows: it looks at half of the sampled rows, at which no errors are measured.
-        in_segments: it looks at whole calls of the first pass, in each segment of the schedule.
+        in_segments: it looks at whole calls of the first run, in each segment of the schedule.
     """
 
     splits_rows: ClassVar[bool] = False
@@ -72,7 +72,7 @@ class Recorder(ABC):
 
     @abstractmethod
     def found(self) -> dict[str, Tensor]:
-        """What the candidates read now, as of a plan; what is recorded later in the pass shows in these very tensors."""
+        """What the candidates read now, as of a plan; what is recorded later in the run shows in these very tensors."""
 
     def add_rows(self, call: AttentionCall, heads: slice, sampled: SampledHeads) -> None:
         """Looks at its half of the rows of one batch row of a measured call."""

@@ -1,6 +1,7 @@
 """Which order each head takes and which blocks get most of its attention, for stored masks.
 
-Masks are chosen in the first pass and measured in the others, so that no mask is judged by the sample that chose it.
+Masks are chosen in the first calibration run and measured in the others, so that no mask is judged by the sample that chose
+it.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ KIND = "stored masks"
 
 
 class StoredMasks(Recorder):
-    """PAROAttention's calibration (arXiv 2506.16054), by the last batch row of the first pass of a step: where guidance comes in
-    one batch that is the prompt's own row, and where it comes in two passes the prompt's pass is the first. Both share the masks,
-    as in the paper's code."""
+    """PAROAttention's calibration (arXiv 2506.16054), by the last batch row of the first branch of a step: where guidance comes
+    in one batch that is the prompt's own row, and where it comes in two branches the prompt's is the first. Both share the
+    masks, as in the paper's code."""
 
     in_segments: ClassVar[bool] = True
 

@@ -38,7 +38,7 @@ def plans(folder: Path) -> Any:
 
 def scores(folder: Path) -> Any:
     found = Scores.load(folder / "plan.scores.safetensors")
-    return picture_of_tensors(found.sums), found.impacts, [done.prompt for done in found.passes]
+    return picture_of_tensors(found.sums), found.impacts, [done.prompt for done in found.runs]
 
 
 def rows(folder: Path) -> Any:
@@ -115,8 +115,8 @@ def lost(work: str, folder: Path, first: Ending) -> list[str]:
     """What the killed run had said to be kept and is not there."""
     if work == "search":
         path = folder / "plan.scores.safetensors"
-        found = len(Scores.load(path).passes) if path.exists() else 0
-        return [f"lost {first.kept('passes') - found} passes"] * (found < first.kept("passes"))
+        found = len(Scores.load(path).runs) if path.exists() else 0
+        return [f"lost {first.kept('runs') - found} runs"] * (found < first.kept("runs"))
     if work == "report" and not (folder / "report").exists():
         found = len([ClipRecord.load(path) for path in folder.glob(f"report.clips/{CLIPS}")])
         return [f"lost {first.kept('clips') - found} clips"] * (found < first.kept("clips"))
@@ -125,7 +125,7 @@ def lost(work: str, folder: Path, first: Ending) -> list[str]:
 
 def repeated(work: str, first: Ending, again: Ending) -> list[str]:
     """What was kept and has been measured once more."""
-    what = {"search": "passes", "report": "clips"}.get(work)
+    what = {"search": "runs", "report": "clips"}.get(work)
     numbers = [int(note.split()[2]) for note in again.notes if what and note.startswith(f"kept {what} ")]
     kept = first.kept(what) if what else 0
     if not numbers or numbers[0] >= kept:

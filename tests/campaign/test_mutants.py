@@ -35,8 +35,8 @@ from diffusers_accel.evals.toy.training.nested import flatten
 from diffusers_accel.evals.toy.training.run_state import RunState
 from diffusers_accel.files import encode_tensors, load_document, side_file
 from diffusers_accel.forwards import PREDICTORS, RULES, Forwards, schedule
-from diffusers_accel.forwards.magcache import MagCache
-from diffusers_accel.forwards.predictors import Taylor
+from diffusers_accel.forwards.predictors.taylor import Taylor
+from diffusers_accel.forwards.rules.magcache import MagCache
 from diffusers_accel.plan import Plan, Span
 from diffusers_accel.plan.file import plain, signed
 from diffusers_accel.search import plan_search

@@ -103,7 +103,7 @@ def test_plans_of_two_processes(tmp_path: Path, warm: Forks, campaign: Campaign)
 def test_two_searches_on_one_file_of_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, campaign: Campaign
 ) -> None:
-    """Each pass that somebody measured is in the file in the end; who comes second is told so, before its work."""
+    """Each run that somebody measured is in the file in the end; who comes second is told so, before its work."""
     monkeypatch.setattr(plan_search, "COST_SECONDS", 0.02)
     path = tmp_path / "s.safetensors"
     texts = ["a red circle", "a blue square", "a green one"]
@@ -112,7 +112,7 @@ def test_two_searches_on_one_file_of_scores(
 
     def save(self: Scores, path: Any) -> None:
         stock(self, path)
-        kept.append(len(self.passes))
+        kept.append(len(self.runs))
 
     monkeypatch.setattr(Scores, "save", save)
     pipes = [reading_wan(), reading_wan()]
@@ -131,9 +131,9 @@ def test_two_searches_on_one_file_of_scores(
 
     raised = together(*(lambda pipe=pipe: search(pipe) for pipe in pipes))  # type: ignore[misc]
     assert len(raised) == 1 and isinstance(raised[0], FileError) and len(str(raised[0])) < 500, raised
-    passes = [number for number in kept if number]
-    assert passes == sorted(passes), "nobody puts fewer passes in the place of more"
-    assert [done.prompt for done in Scores.load(path).passes] == texts
+    runs = [number for number in kept if number]
+    assert runs == sorted(runs), "nobody puts fewer runs in the place of more"
+    assert [done.prompt for done in Scores.load(path).runs] == texts
     campaign.count("writers: scores", "tried", 2)
     campaign.count("writers: scores", "as before")
     campaign.count("writers: scores", "refused")

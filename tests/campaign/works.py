@@ -48,7 +48,7 @@ def search(folder: Path, note: Note) -> None:
 
     def save(self: Scores, path: Any) -> None:
         stock(self, path)
-        note(f"kept passes {len(self.passes)}")
+        note(f"kept runs {len(self.runs)}")
 
     Scores.save = save  # type: ignore[method-assign]
     plan_search.COST_SECONDS = 0.02

@@ -17,7 +17,7 @@ class TinyFamily:
         pipe: makes it, with the same weights each time.
         call: makes arguments for `pipe(**...)`, fresh ones each time, with overrides of some; output_type "np" and guidance.
         layout: what the tokens of that call are.
-        passes: of each step of that call, in order, as the pipeline names them.
+        branches: of each step of that call, in order, as the pipeline names them.
         bitwise: whether all-dense attention equals the stock code bit for bit, which holds where that masks nothing.
         alone: overrides under which the call has no guidance.
         size: overrides of another size.
@@ -27,7 +27,7 @@ class TinyFamily:
     pipe: Callable[[], Any]
     call: Callable[..., dict[str, Any]]
     layout: TokenLayout
-    passes: tuple[str, ...]
+    branches: tuple[str, ...]
     bitwise: bool = True
     alone: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
     size: dict[str, Any] = field(default_factory=lambda: {"width": 96})

@@ -49,7 +49,7 @@ def test_every_family_is_here() -> None:
 
 
 @every_family
-def test_each_layer_knows_step_pass_and_tokens(tiny: TinyFamily) -> None:
+def test_each_layer_knows_step_branch_and_tokens(tiny: TinyFamily) -> None:
     pipe, seen = tiny.pipe(), []
     module, _ = find(pipe)["transformer"]
     self_attention = {name for name, one in module.named_modules() if hasattr(one, "set_processor")}
@@ -57,9 +57,9 @@ def test_each_layer_knows_step_pass_and_tokens(tiny: TinyFamily) -> None:
         latents(pipe, tiny.call(num_inference_steps=3))
         assert {site.name for site in attachment.sites} <= self_attention
     layers = range(layers_of(pipe))
-    expected = [((step, 3), name, layer) for step in range(3) for name in tiny.passes for layer in layers]
+    expected = [((step, 3), name, layer) for step in range(3) for name in tiny.branches for layer in layers]
     assert [(call.now, call.branch, call.layer) for call in seen] == expected
-    assert {call.layout for call in seen if call.branch == tiny.passes[0]} == {tiny.layout}
+    assert {call.layout for call in seen if call.branch == tiny.branches[0]} == {tiny.layout}
 
 
 @every_family
@@ -69,7 +69,7 @@ def test_dense_gives_the_frames_of_the_stock_pipeline_and_unpatch_restores_it(ti
     processors = {name: id(one) for name, one in find(pipe)["transformer"][0].attn_processors.items()}
     with patch(pipe, "dense") as done:
         dense = pipe(**tiny.call()).frames
-        assert all(row["calls"] == 5 * len(tiny.passes) for row in done.report().rows)
+        assert all(row["calls"] == 5 * len(tiny.branches) for row in done.report().rows)
     assert np.array_equal(dense, stock) if tiny.bitwise else np.allclose(dense, stock, atol=1e-4)
     assert {name: id(one) for name, one in find(pipe)["transformer"][0].attn_processors.items()} == processors
     assert np.array_equal(pipe(**tiny.call()).frames, stock) and stock.std() > 0.01
@@ -98,7 +98,7 @@ def test_each_step_cache_skips_forwards(tiny: TinyFamily, name: str) -> None:
     with patch(pipe, name, **options) as done:
         out = latents(pipe, tiny.call())
         assert np.isfinite(out).all() and not np.array_equal(out, stock)
-        assert done.report().forwards.predicted >= len(tiny.passes)
+        assert done.report().forwards.predicted >= len(tiny.branches)
 
 
 @every_family

@@ -14,7 +14,7 @@ from diffusers import CogVideoXTransformer3DModel
 
 from diffusers_accel import patch
 from diffusers_accel.forwards import Forwards, Last, Taylor
-from diffusers_accel.forwards.magcache import MagCache
+from diffusers_accel.forwards.rules.magcache import MagCache
 from tests.forwards.toys import latents, toy, walk
 from tests.tiny import (
     TEXT_DIM,
@@ -116,11 +116,11 @@ def test_the_error_is_that_of_a_residual_whose_magnitude_is_known() -> None:
         assert off == pytest.approx(abs(1 - a ** (step - last)), abs=1e-5) and error < 0.2
 
 
-# Passes of guidance
+# Branches of guidance
 
 
-def passes(forwards: Forwards, names: Sequence[str], steps: int = 8) -> dict[str, list[int]]:
-    """Name -> steps at which the pass ran."""
+def ran_at(forwards: Forwards, names: Sequence[str], steps: int = 8) -> dict[str, list[int]]:
+    """Name -> steps at which the branch ran."""
     model = toy(lambda x, t: x)
     found: dict[str, list[int]] = {name: [] for name in names}
     with patch(model, forwards) as done, torch.no_grad():
@@ -137,30 +137,30 @@ def passes(forwards: Forwards, names: Sequence[str], steps: int = 8) -> dict[str
 
 
 @pytest.mark.parametrize("order", [("cond", "uncond"), ("uncond", "cond")])
-def test_a_step_is_predicted_where_every_pass_allows_it(order: tuple[str, ...]) -> None:
+def test_a_step_is_predicted_where_every_branch_allows_it(order: tuple[str, ...]) -> None:
     """In whichever order they run, all follow the one that changes most."""
     tables = {"cond": (1.0,) * 8, "uncond": (1.0, 1.0, 1.0, 0.7, 1.0, 1.0, 0.7, 1.0)}
-    found = passes(Forwards(MagCache(tables, 0.1, 9, 0.0)), order)
+    found = ran_at(Forwards(MagCache(tables, 0.1, 9, 0.0)), order)
     assert found["cond"] == found["uncond"] == computed(list(tables.values()), 8, 0.1, 9, 0.0) == [0, 3, 6, 7]
-    assert passes(Forwards(MagCache({"cond": tables["cond"], "uncond": ONES}, 0.1, 9, 0.0)), order)["cond"] == [0, 7]
+    assert ran_at(Forwards(MagCache({"cond": tables["cond"], "uncond": ONES}, 0.1, 9, 0.0)), order)["cond"] == [0, 7]
 
 
-def test_one_pass_alone() -> None:
+def test_one_branch_alone() -> None:
     rule = MagCache({"uncond": (1.0, 0.5)}, 0.2, 9, 0.0)
-    found = passes(Forwards(rule, branches=("uncond",)), ("cond", "uncond"))
+    found = ran_at(Forwards(rule, branches=("uncond",)), ("cond", "uncond"))
     assert (
         found["cond"] == list(range(8)) and found["uncond"] == computed([[1.0, 0.5]], 8, 0.2, 9, 0.0) != found["cond"]
     )
     with pytest.raises(
-        ValueError, match="a table for the pass 'cond', which is to be predicted, found those of \\['uncond'"
+        ValueError, match="a table for the branch 'cond', which is to be predicted, found those of \\['uncond'"
     ):
-        passes(Forwards(rule), ("cond", "uncond"))
+        ran_at(Forwards(rule), ("cond", "uncond"))
 
 
 # Real pipelines
 
 STEPS = 8
-PIPELINES: dict[str, tuple[Any, Any, int]] = {  # with the passes of a step
+PIPELINES: dict[str, tuple[Any, Any, int]] = {  # with the branches of a step
     "wan": (tiny_wan, tiny_wan_call, 2),
     "wan 2.2": (lambda: tiny_wan(2), tiny_wan_call, 2),
     "hunyuan_video with true cfg": (tiny_hunyuan, lambda **given: tiny_hunyuan_call(true_cfg=True, **given), 2),
@@ -174,7 +174,7 @@ def run(pipe: Any, call: Any = tiny_wan_call, **overrides: Any) -> np.ndarray:
 
 
 def ratios(pipe: Any, call: Any, number: int) -> list[list[float]]:
-    """The recipe of docs/magcache.md: a table for each pass, from one call of the unpatched pipeline."""
+    """The recipe of docs/magcache.md: a table for each branch, from one call of the unpatched pipeline."""
     sizes: list[float] = []
 
     def note(module: Any, args: Any, given: Any, output: Any) -> None:
@@ -285,8 +285,8 @@ def test_a_table_may_be_any_list() -> None:
         ({"ratios": [1.0, -1.0]}, "numbers above 0"),
         ({"ratios": [1.0, math.nan]}, "numbers above 0"),
         ({"ratios": [True]}, "numbers above 0"),
-        ({"ratios": {}}, "a table for each pass by its name"),
-        ({"ratios": {1: [1.0]}}, "a table for each pass by its name"),
+        ({"ratios": {}}, "a table for each branch by its name"),
+        ({"ratios": {1: [1.0]}}, "a table for each branch by its name"),
         ({"ratios": {"cond": [0]}}, "ratios of 'cond': expected a list of numbers above 0"),
         ({"threshold": -0.1}, "threshold is a relative error, expected 0 or more, found -0.1"),
         ({"threshold": math.nan}, "expected 0 or more, found nan"),

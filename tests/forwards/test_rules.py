@@ -88,7 +88,10 @@ EASY: dict[str, Any] = {"kind": "easycache"}
         ([], "forwards: expected an object, found a list"),
         ({}, "'rule' is missing"),
         ({"rule": EASY, "rules": 1}, "unknown key 'rules'"),
-        ({"rule": {"kind": "teacache"}}, r"rule.kind: expected one of \['easycache', .*'schedule'\], found 'teacache'"),
+        (
+            {"rule": {"kind": "teacache"}},
+            r"rule.kind: expected one of \['easycache', .*'schedule'.*\], found 'teacache'",
+        ),
         ({"rule": {"kind": ["easycache"]}}, "rule.kind"),
         ({"rule": "easycache"}, "rule.kind"),
         ({"rule": {**EASY, "treshold": 1}}, "rule 'easycache': unknown key 'treshold'"),

@@ -1,4 +1,4 @@
-"""The scope at work in real pipelines: what is computed and counted, and that runs, passes and experts are kept apart."""
+"""The scope at work in real pipelines: what is computed and counted, and that runs, branches and experts are kept apart."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_the_output_of_a_forward_that_failed_is_not_used() -> None:
 # Branches
 
 
-def two_passes(order: tuple[str, ...], cache: Any, named: bool) -> dict[str, list[torch.Tensor]]:
+def two_branches(order: tuple[str, ...], cache: Any, named: bool) -> dict[str, list[torch.Tensor]]:
     model = tiny_wan_transformer()
     text = {
         name: torch.randn(1, 8, TEXT_DIM, generator=torch.Generator().manual_seed(len(name)))
@@ -215,22 +215,22 @@ def two_passes(order: tuple[str, ...], cache: Any, named: bool) -> dict[str, lis
 
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("cache", [SOME, schedule([0, 2, 5], predictor="taylor"), Forwards(EasyCache(0.2, 1))])
-def test_passes_of_guidance_never_mix(cache: Forwards, named: bool) -> None:
+def test_branches_of_guidance_never_mix(cache: Forwards, named: bool) -> None:
     """In either order, and each as if alone; where outputs decide, that is the one that runs first."""
     outputs = []
     for order in (("cond", "uncond"), ("uncond", "cond")):
-        together = two_passes(order, cache, named)
+        together = two_branches(order, cache, named)
         outputs.append(together["cond"])
         for name in order if isinstance(cache.rule, Schedule) else order[:1]:
-            for a, b in zip(together[name], two_passes((name,), cache, named)[name], strict=True):
+            for a, b in zip(together[name], two_branches((name,), cache, named)[name], strict=True):
                 assert torch.equal(a, b)
         assert not any(torch.equal(a, b) for a, b in zip(together["cond"], together["uncond"], strict=True))
     if isinstance(cache.rule, Schedule):
         assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
 
 
-def test_a_step_is_decided_once_on_its_first_pass() -> None:
-    """The second pass follows, though its own output changes much faster."""
+def test_a_step_is_decided_once_on_its_first_branch() -> None:
+    """The second branch follows, though its own output changes much faster."""
     model = toy(lambda x, t: x)
     texts = {"cond": TEXT, "uncond": TEXT + 1}
 
@@ -269,7 +269,7 @@ def test_a_pass_that_never_runs_is_named_in_the_report() -> None:
     pipe = tiny_cogvideox()
     with patch(pipe, schedule([0], branches=["uncond"])) as done:
         run(pipe, tiny_cogvideox_call)
-        assert "no pass named 'uncond' has run, only cond_uncond" in str(done.report())
+        assert "no branch named 'uncond' has run, only cond_uncond" in str(done.report())
         assert forwards_of(done).predicted == 0
 
 

@@ -11,11 +11,28 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Triton decides when it is imported whether it interprets, so those tests have a process of their own."""
     for item in items:
         if item.get_closest_marker("interpreter") and not INTERPRETED:
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1: run `make interpreter`"))
+    if not config.getoption("every_arch"):
+        kept, others = _in_turn(items)
+        items[:] = kept
+        config.hook.pytest_deselected(items=others)
+
+
+def _in_turn(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
+    """The tests that run, and those of other architectures than the one whose turn it is."""
+    variants: dict[tuple[Any, ...], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("arch_in_turn"):
+            given = item.callspec.params  # type: ignore[attr-defined]
+            others = repr([value for name, value in given.items() if name != "arch"])
+            variants.setdefault((item.originalname, others), []).append(item)  # type: ignore[attr-defined]
+    turns = {id(of[number % len(of)]) for number, of in enumerate(variants.values())}
+    left_out = {id(item) for of in variants.values() for item in of} - turns
+    return [item for item in items if id(item) not in left_out], [item for item in items if id(item) in left_out]
 
 
 @pytest.fixture(autouse=True)

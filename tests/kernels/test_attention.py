@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from diffusers_accel.kernels.attention import attention, choices
+from diffusers_accel.kernels.attention import PRECISIONS, attention, choices, quantized_attention
 from diffusers_accel.kernels.dense import dense
 from diffusers_accel.kernels.merge import merge
 from diffusers_accel.kernels.pattern import BlockPattern
+from diffusers_accel.kernels.quantize import quantize
 from tests.kernels.oracle import ATTENTION, assert_attention, assert_close, eager, qkv, random_pattern
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -43,6 +45,8 @@ def test_reading_everything_is_plain_attention(
         (100, 500, 64, (64, 128), 0.5),
         (257, 63, 72, (128, 64), 0.7),
         (200, 330, 64, (32, 32), 0.2),
+        (200, 330, 160, (128, 64), 0.4),
+        (100, 257, 256, (64, 128), 0.6),
     ],
 )
 def test_random_patterns_are_masked_attention(
@@ -119,6 +123,93 @@ def test_merged_parts_of_the_keys_are_the_whole(impl: str, device: str) -> None:
     patterns = [BlockPattern.from_mask(mask, 200, 300, 64, 64) for mask in (whole & first, whole & ~first, whole)]
     *parts, _ = (attention(q, k, v, pattern, impl=impl) for pattern in patterns)
     assert_attention(merge(parts), q, k, v, patterns[-1].token_mask())
+
+
+def halves(mask: Tensor, of: BlockPattern) -> tuple[BlockPattern, BlockPattern, BlockPattern]:
+    """Of what a pattern reads the blocks of a mask, all others, and all."""
+    whole = of.mask()
+    sizes = of.queries, of.keys, of.block_q, of.block_k
+    one, other, both = (BlockPattern.from_mask(each, *sizes) for each in (whole & mask, whole & ~mask, whole))
+    return one, other, both
+
+
+@everywhere
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+def test_a_part_is_merged_at_the_end(impl: str, device: str, precision: str, dtype: torch.dtype) -> None:
+    """Some queries read nothing in one part, in the other, or in both; some rows are runs of keys, others are not."""
+    if impl == "portable" and dtype == F32 and precision != "input":
+        pytest.skip("quantized products are of fp16 and bf16")
+    q, k, v = qkv(2, 200, 300, 3, 72, dtype, device)
+    k = k + 2  # so that the mean of the keys counts
+    whole = random_pattern(1, 3, 200, 300, (64, 64), 0.9, device, seed=2)
+    mask = torch.rand(whole.mask().shape, generator=torch.Generator().manual_seed(3)).to(device) < 0.5
+    mask[0, 0, 0], mask[0, 0, 1] = True, False
+    empty = whole.mask()
+    empty[0, 1, 2] = False
+    first, second, both = halves(mask, BlockPattern.from_mask(empty, 200, 300, 64, 64))
+    assert (both.counts == 0).any() and (first.counts[both.counts > 0] == 0).any()
+    part = attention(q, k, v, second, precision=precision, impl=impl)
+    found = attention(q, k, v, first, precision=precision, impl=impl, merged_with=part)
+    if precision == "input":
+        assert_attention(found, q, k, v, both.token_mask())
+    apart = merge([attention(q, k, v, first, precision=precision, impl=impl), part], impl="reference")
+    assert torch.equal(found[1] == -torch.inf, apart[1] == -torch.inf)
+    assert (found[1] - apart[1]).nan_to_num().abs().max() < 1e-5
+    assert (found[0].float() - apart[0].float()).abs().max() < 4 * torch.finfo(dtype).eps * apart[0].abs().max()
+
+
+@everywhere
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_an_output_goes_to_its_rows(impl: str, device: str, precision: str, index: torch.dtype, density: float) -> None:
+    """Heads 4, 0 and 3 of 5, each in an order of its own; the other heads stay what they were, with a part and without."""
+    q, k, v = qkv(2, 200, 300, 3, 64, BF16, device)
+    pattern = random_pattern(1, 3, 200, 300, (64, 64), density, device, seed=7)
+    assert (pattern.counts == 0).any() == (density < 1)
+    generator = torch.Generator().manual_seed(1)
+    orders = torch.stack([torch.randperm(200, generator=generator) for _ in range(3)], 1)
+    rows = (orders * 5 + torch.tensor([4, 0, 3])).flatten().to(device, index)
+    part = attention(q, k, v, BlockPattern.full(3, 200, 300, 64, 64, device=device), impl=impl)
+    for merged_with in (None, part):
+        plain = attention(q, k, v, pattern, precision=precision, impl=impl, merged_with=merged_with)
+        out = torch.full((2, 200, 5, 64), 7.0, dtype=BF16, device=device)
+        found = attention(q, k, v, pattern, precision=precision, impl=impl, merged_with=merged_with, out=out, rows=rows)
+        assert found[0] is out and torch.equal(found[1], plain[1])
+        assert torch.equal(out.flatten(1, 2)[:, rows.long()], plain[0].flatten(1, 2))
+        assert (out[:, :, [1, 2]] == 7).all()
+
+
+def test_where_an_output_goes_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv(1, 100, 100, 2, 16, F32, "cpu")
+    out, lse = attention(q, k, v)
+    rows = torch.arange(200).int()
+    cases: list[tuple[dict[str, Any], str]] = [
+        (
+            {"merged_with": (out[:, :99], lse)},
+            r"out of merged_with must be torch.float32 \[1, 100, 2, 16\].*\[1, 99, 2, 16\]",
+        ),
+        ({"merged_with": (out, lse.half())}, r"lse of merged_with must be torch.float32 \[1, 2, 100\].*float16"),
+        ({"rows": rows}, "found rows without out"),
+        ({"out": out}, "found out without rows"),
+        ({"out": out.transpose(1, 2), "rows": rows}, r"out must be a contiguous .*with other strides"),
+        (
+            {"out": out[..., :8].clone(), "rows": rows},
+            r"out must be a contiguous \[1, S, heads, 16\], found \[1, 100, 2, 8\]",
+        ),
+        ({"out": out.half(), "rows": rows}, r"out must be torch.float32 .*float16"),
+        ({"out": out, "rows": rows[1:]}, r"rows must be int64 or int32 \[200\] on cpu \(100 places of 2 heads\)"),
+        ({"out": out, "rows": rows.float()}, r"rows must be int64 or int32"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            attention(q, k, v, **arguments)
+        with pytest.raises(ValueError, match=message):
+            quantized_attention(quantize(q, k, v, "int8"), **arguments)
+    monkeypatch.setenv("DIFFUSERS_ACCEL_CHECKS", "1")
+    with pytest.raises(ValueError, match=r"rows of out must lie in 0\.\.199, found 1\.\.200"):
+        attention(q, k, v, out=out, rows=rows + 1)
 
 
 @everywhere

@@ -30,6 +30,7 @@ TINY = Shape((3, 16, 20), 5, 64, text=40)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     monkeypatch.setitem(bench.worker.DRIFT, "cpu", float("inf"))  # a test machine is never idle
+    monkeypatch.setenv("CXX", "/no/compiler")  # which FlexAttention would use for half a minute
 
 
 def settings(**asked: Any) -> bench.points.BenchSettings:
@@ -79,7 +80,7 @@ def test_every_operator_is_checked_and_timed() -> None:
     asked = settings(operators=bench.points.OPERATORS, precisions=["input", "int8_fp8"], densities=[0.25])
     rows = rows_of(asked)
     ok = [row for row in rows if row["status"] == "ok"]
-    assert {row["operator"] for row in ok} == set(bench.points.OPERATORS)
+    assert {row["operator"] for row in ok} == set(bench.points.OPERATORS) - {"sweep"}  # a CPU's kernel has no tiles
     assert {(r["operator"], r["precision"]) for r in ok if r["precision"] != "input"} == {
         ("prep", "int8_fp8"),
         ("quantize", "int8_fp8"),
@@ -93,7 +94,8 @@ def test_every_operator_is_checked_and_timed() -> None:
 def test_selection_and_prep_are_a_share_of_the_attention_that_they_serve() -> None:
     (row,) = measured("selected", densities=[0.25])
     assert row["status"] == "ok" and 0.2 < row["density_computed"] < 0.4
-    assert row["overhead_share"] == pytest.approx((row["t_prep_ms"] + row["t_select_ms"]) / row["t_kernel_ms"])
+    around = row["t_prep_ms"] + row["t_select_ms"] + row["t_scatter_ms"]
+    assert row["overhead_share"] == pytest.approx(around / row["t_kernel_ms"]) and row["t_scatter_ms"] > 0
     dense_ms = row["t_dense_ms"][row["dense"]]
     assert row["speedup_total"] == pytest.approx(dense_ms / row["t_med_ms"])
     assert row["speedup_kernel"] == pytest.approx(dense_ms / row["t_kernel_ms"])
@@ -153,16 +155,19 @@ def test_what_fails_once_is_not_tried_again_and_the_rest_goes_on(monkeypatch: py
     rows = rows_of(settings(densities=[0.5, 0.25], operators=["attention", "pool"]))
     failed = [row for row in rows if row["status"].startswith("failed")]
     assert [row["status"] for row in failed] == ["failed: RuntimeError: no such kernel"]
-    assert rows[-1]["operator"] == "pool" and rows[-1]["status"] == "ok"
+    assert [row["status"] for row in rows if row["operator"] == "pool"] == ["ok"]
 
 
 def test_a_peer_that_is_missing_says_why_once() -> None:
-    rows = rows_of(settings(densities=[0.5, 0.25], impls=["flex", "vsa"]))
+    rows = rows_of(settings(densities=[0.5, 0.25], impls=["flex", "flex-tuned", "vsa"]))
     peers = {row["impl"]: row["status"] for row in rows if row["operator"] == "attention"}
-    assert [row["impl"] for row in rows if row["operator"] == "attention"] == ["flex", "vsa"]
-    assert peers["flex"] == "missing: compiled FlexAttention is compared on GPUs only"
+    assert [row["impl"] for row in rows if row["operator"] == "attention"] == ["flex", "vsa", "flex-tuned"]
+    assert peers["flex"].startswith(
+        "missing: torch.compile needs a C++ compiler on a CPU, and '/no/compiler' is not found"
+    )
+    assert peers["flex-tuned"] == "missing: torch.compile tunes it on CUDA only, found cpu: see flex"
     assert peers["vsa"] == "missing: runs on CUDA, found cpu"
-    assert "attention flex, head dim 64: missing: compiled" in "".join(bench.report.not_measured(rows))
+    assert "attention flex, head dim 64: missing: torch.compile needs" in "".join(bench.report.not_measured(rows))
 
 
 def test_a_peer_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +190,21 @@ def test_memory_that_is_not_written_shows(monkeypatch: pytest.MonkeyPatch) -> No
     (row,) = measured(densities=[0.5])
     assert row["status"].startswith("wrong: rel_err nan")
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_hang_of_attention_gives_up_what_attends_by_it() -> None:
+    """A whole call by the kernel that hangs would hang as long; another precision, and another operator, would not."""
+    asked = settings(operators=["attention", "selected", "pool"], densities=[0.5, 0.25], impls=["cpu", "reference"])
+    points = bench.points.plan(asked)
+    hung = next(p for p in points if (p.operator, p.impl) == ("attention", "cpu"))
+    for status, given_up in (("hung: silent", True), ("crashed: exit code -9", True), ("wrong: rel_err", False)):
+        lost = bench.points.given_up(hung.row | {"status": status})
+        rest = {(p.operator, p.impl) for p in bench.points.left(asked, "", (), lost)}
+        assert (("selected", "cpu") not in rest) == (("attention", "cpu") not in rest) == given_up
+        assert {("selected", "reference"), ("pool", "reference")} <= rest
+    selected = next(p for p in points if (p.operator, p.impl) == ("selected", "cpu"))
+    lost = bench.points.given_up(selected.row | {"status": "hung: silent"})
+    assert ("attention", "cpu") in {(p.operator, p.impl) for p in bench.points.left(asked, "", (), lost)}
 
 
 def test_what_fails_on_one_shape_is_tried_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +279,7 @@ def test_unknown_names_are_refused() -> None:
         ({"densities": [0.0]}, r"densities must lie in 0\.\.1"),
         ({"precisions": ["int4"]}, "precisions must be among input, int8, int8_fp8, found 'int4'"),
         ({"impls": ["magic"]}, "impls must be among .*portable.*flex.*found 'magic'"),
-        ({"operators": ["sort"]}, "operators must be among attention.*found 'sort'"),
+        ({"operators": ["sort"]}, "operators must be among sweep, attention.*found 'sort'"),
     ):
         with pytest.raises(ValueError, match=message):
             settings(**asked)
@@ -274,21 +294,37 @@ def test_unknown_names_are_refused() -> None:
 
 @pytest.mark.gpu
 def test_everything_of_ours_runs_and_is_right_on_a_gpu() -> None:
-    asked = bench.points.settings("cuda", shapes=["S1", "S4"], densities=[0.3], patterns=["text"], rep_ms=5)
+    ours_alone = ["portable", "hopper"]  # peers compile for minutes
+    asked = bench.points.settings(
+        "cuda", shapes=["S1", "S4"], densities=[0.3], patterns=["text"], impls=ours_alone, rep_ms=5
+    )
     rows = rows_of(asked)
     ours = [row for row in rows if row["impl"] not in {name for peers in PEERS.values() for name in peers}]
+    ours = [row for row in ours if row["operator"] != "sweep"]  # of which some fit no shared memory
     bad = [row for row in ours if row["status"].partition(":")[0] in ("wrong", "failed", "out of memory")]
     assert not [(row["operator"], row["impl"], row["status"]) for row in bad]
     timed = {row["operator"] for row in rows if "t_med_ms" in row}
     assert timed == set(bench.points.OPERATORS)
+    best = bench.tiles.table(rows)["tables"]["portable, head dim 64, input, bf16"]["best"]
+    assert best in bench.points.TILES["portable"]
     assert all("t_graph_ms" in row for row in rows if row["operator"] == "selected" and "t_med_ms" in row)
 
 
 # The order of the points
 
 
+def swept_and_rest(asked: bench.points.Settings) -> tuple[list[bench.points.Point], list[bench.points.Point]]:
+    """The plan, cut behind the points of its sweep."""
+    found = bench.points.plan(asked)
+    cut = next(i for i, point in enumerate(found) if point.operator != "sweep")
+    assert all(point.operator != "sweep" for point in found[cut:])
+    return found[:cut], found[cut:]
+
+
 def test_the_most_telling_points_come_first() -> None:
-    points = bench.points.plan(bench.points.settings("cuda"))
+    swept, points = swept_and_rest(bench.points.settings("cuda"))
+    assert {(p.shape, p.impl) for p in swept} == {(s, i) for s in ("W13", "C2") for i in ("portable", "hopper")}
+    assert all(len({p.tile for p in swept if (p.shape, p.impl) == ("W13", i)}) > 5 for i in ("portable", "hopper"))
     keys = [bench.points.key(point.row) for point in points]
     assert len(set(keys)) == len(keys)
     first = points[: next(i for i, point in enumerate(points) if point.operator == "selected")]
@@ -310,7 +346,9 @@ def test_the_most_telling_points_come_first() -> None:
     places = {name: next(i for i, p in enumerate(points) if p.impl == name) for name in ("flex", "vsa")}
     assert max(places.values()) < len(points) // 3
     assert points[-1].inputs == "video" and {point.pattern for point in points} == {None, "random"}
-    every = bench.points.plan(bench.points.settings("cuda", every=True))
+    tuned = next(i for i, p in enumerate(points) if p.impl == "flex-tuned")
+    assert tuned > max(i for i, p in enumerate(points) if p.operator == "block_stats")  # it compiles for minutes
+    every = swept_and_rest(bench.points.settings("cuda", every=True))[1]
     assert every[: len(points)] == points and every[-1].inputs == "video" and every[-1].pattern != "random"
     named = bench.points.plan(
         bench.points.settings("cuda", densities=[0.1, 0.2], impls=["flex"], operators=["attention"])
@@ -372,7 +410,7 @@ say(hello={"machine": {"gpu": "A"}, "versions": {"torch": "1"}, "code": "c", "gi
 for impl in ("first", "bad", "last"):
     row = {"operator": "dense", "impl": impl, "precision": "input", "dtype": "bf16", "shape": "tiny", "H": 5, "N": 1000,
            "D": 64, "input_kind": "gaussian", "seed": 0, "pattern": None, "density_requested": None}
-    if "|".join(str(row[k]) for k in KEY) in job["done"] or any(impl in family for family in job["avoid"]):
+    if "|".join(str(row.get(k)) for k in KEY) in job["done"] or any(impl in family for family in job["avoid"]):
         continue
     say(begin=row)
     if impl == "bad" and WAY == "hang":
@@ -455,6 +493,28 @@ def test_who_hung_in_an_earlier_run_is_tried_again_only_without_its_row(tmp_path
     assert '"bad"' in out.read_text()
 
 
+def test_a_peer_that_may_spoil_its_process_has_one_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After everybody else, and only where its package is there and something of it is left to do."""
+    jobs, begin = list[tuple[str, bool]](), bench.watch.Worker
+
+    def recording(job: Row, command: Any) -> Any:
+        jobs.append((job["process"], any("|vsa|" in key for key in job["done"])))
+        return begin(job, command)
+
+    monkeypatch.setattr(bench.watch, "Worker", recording)
+    asked = {"shapes": ["tiny"], "operators": ["attention"], "impls": ["cpu", "vsa"], "densities": [0.5]}
+    watched(tmp_path, "well", **asked)
+    assert jobs == [("", False)]
+    monkeypatch.setitem(sys.modules, "fastvideo_kernel", sys)  # something that is found
+    jobs.clear()
+    watched(tmp_path, "well", **asked)
+    assert jobs == [("", False), ("vsa", False)]
+    given = settings(**asked)
+    assert {p.impl for p in bench.points.left(given, "vsa", (), ())} == {"vsa"}
+    assert "vsa" not in {p.impl for p in bench.points.left(given, "", (), ())}
+    assert {row["impl"] for row in made(given, process="vsa").rows()} == {"vsa"}
+
+
 def test_a_failed_capture_starts_a_new_worker_without_captures(tmp_path: Path) -> None:
     first, bad, last = watched(tmp_path, "spoilt")
     assert (first["status"], first["graphs"]) == ("ok", True)
@@ -476,7 +536,7 @@ def test_what_was_missing_is_tried_again_and_written_once(tmp_path: Path) -> Non
 
 def test_peers_that_compile_have_longer() -> None:
     row = bench.points.Point("attention", "flex", "tiny", "gaussian", "bf16", 0).row
-    assert bench.watch._compilation(row) == PEERS["attention"]["flex"].seconds > bench.TIMEOUT["cuda"]
+    assert bench.watch._compilation(row) == PEERS["attention"]["flex"].seconds > bench.TIMEOUT["cuda"] == 20
     assert bench.watch._compilation(row | {"impl": "portable"}) == bench.watch._compilation(None) == 0
 
 
@@ -520,6 +580,26 @@ def test_a_whole_last_row_counts_and_only_a_new_one_changes_the_file(tmp_path: P
             assert out.read_text() == text
             append(row(impl="new"))
         assert [row["impl"] for row in bench.rows.read(out)] == [*kept, "new"] and out.read_text().endswith("\n")
+
+
+def test_a_rented_gpu_may_have_another_host_and_driver(tmp_path: Path) -> None:
+    """They are recorded, and do not keep a second lease from going on with the rows of the first."""
+    out = tmp_path / "rows.jsonl"
+    watched(tmp_path, "well", out=out)
+    first, bad, last = out.read_text().splitlines(keepends=True)
+    other = {"gpu": "A", "cpu": "another", "driver": "580.1", "cpu_capability": "AVX2"}
+    out.write_text("".join(changed(line, machine=other) for line in (first, last)))
+    assert [row["impl"] for row in watched(tmp_path, "well", out=out)] == ["first", "last", "bad"]
+    assert bench.rows.read(out)[0]["machine"]["driver"] == "580.1"
+    # On a CPU its instructions decide the times.
+    here, there = ({"device": "cpu", "cpu": name, "cpu_capability": name} for name in ("AVX2", "AVX512"))
+    with pytest.raises(ValueError, match="machine cpu_capability AVX2, this run has AVX512"):
+        bench.rows.check_same(out, [environment() | {"machine": here}], environment() | {"machine": there})
+
+
+def test_rows_say_which_instructions_a_cpu_has() -> None:
+    found = bench.worker.environment(settings())["machine"]
+    assert found["cpu_capability"] == torch.backends.cpu.get_cpu_capability() and found["cpu"] and "driver" in found
 
 
 def test_two_runs_do_not_write_into_one_file(tmp_path: Path) -> None:
@@ -630,8 +710,8 @@ def test_the_rows_of_the_repository_are_readable() -> None:
 def test_a_worker_ends_with_its_parent() -> None:
     """Also in the middle of a kernel, of which only another thread can know."""
     program = (
-        "import threading, time; from diffusers_accel.evals.kernel_bench.worker import _die_with_parent as die\n"
-        "threading.Thread(target=die, daemon=True).start(); print('begun', flush=True); time.sleep(600)"
+        "import threading, time; from diffusers_accel.evals.worker_process import end_with_parent\n"
+        "threading.Thread(target=end_with_parent, daemon=True).start(); print('begun', flush=True); time.sleep(600)"
     )
     child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdin and child.stdout and child.stdout.readline() == b"begun\n"
@@ -658,7 +738,7 @@ def test_the_command_measures_resumes_and_reports(tmp_path: Path, capsys: pytest
     bench.main(["--device", "cpu", "--minutes", "0", "--out", str(out), "--report", str(report)])
     assert out.read_text() == before
     shown = capsys.readouterr()
-    assert "S1" in shown.out and "Sparse attention" in shown.out and "missing: compiled FlexAttention" in shown.out
+    assert "S1" in shown.out and "Sparse attention" in shown.out and "missing: torch.compile needs a C++" in shown.out
     page = (report / "kernels.md").read_text()
     assert "| S1    | text    |" in page and "## Not measured" in page and own[0]["code"] in page
     assert (report / "kernels.png").exists() == ("kernels.png" in page)

@@ -22,6 +22,14 @@ from diffusers_accel.methods import Band, Method
 
 CUDA, CPU, BF16, F32 = torch.device("cuda"), torch.device("cpu"), torch.bfloat16, torch.float32
 PACKAGES = {"attention": attention_package, "dense": dense_package}
+KERNELS = Path(ranking.__file__).parent
+OPERATORS = sorted(path.parent.name for path in KERNELS.glob("*/__init__.py"))
+# Files of an operator's folder that are no implementation: what some of them share.
+SHARED = {
+    "attention": {"gluon_kernel", "launch_order", "softmax"},
+    "dense": {"gpu"},
+    "quantize": {"quantized"},
+}
 
 
 @pytest.fixture
@@ -40,12 +48,24 @@ def forget() -> None:
     choice_module._chosen.cache_clear()
 
 
+def test_operators_are_those_with_a_folder() -> None:
+    assert {"attention", "dense", *SHARED} <= set(OPERATORS) and set(IMPLEMENTATIONS) == set(PACKAGES)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_file_of_an_operator_is_one_of_its_implementations(operator: str) -> None:
+    package = importlib.import_module(f"diffusers_accel.kernels.{operator}")
+    files = {path.stem for path in (KERNELS / operator).glob("*.py")} - {"__init__"}
+    shared = SHARED.get(operator, set())
+    assert shared < files, "a helper that is no more"
+    assert set(package._operator.names) == files - shared
+    assert len(package._operator.names) == len(files - shared), "named twice"
+
+
 @pytest.mark.parametrize("operator", IMPLEMENTATIONS)
 def test_the_table_is_whole(operator: str) -> None:
-    """Every module of the folder is listed, every name of a row is, and nobody is left out who need not be asked for."""
-    folder = Path(importlib.import_module(f"diffusers_accel.kernels.{operator}.reference").__file__ or "").parent
-    modules = {path.stem for path in folder.glob("*.py") if "def refuses" in path.read_text()} - {"gpu"}
-    assert set(IMPLEMENTATIONS[operator]) == modules == set(PACKAGES[operator].IMPLEMENTATIONS)
+    """Every implementation is listed, every name of a row is, and nobody is left out who need not be asked for."""
+    assert set(IMPLEMENTATIONS[operator]) == set(PACKAGES[operator].IMPLEMENTATIONS)
     always = {name for name, note in IMPLEMENTATIONS[operator].items() if note is None}
     rows = [row for row in RANKING if row.operator == operator]
     for row in rows:

@@ -103,6 +103,26 @@ def test_quantized_attention_is_the_references(device: str, precision: str, quer
 
 
 @everywhere
+@pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy, in Triton's interpreter
+def test_no_scale_makes_a_number_of_keys_that_do_not_exist(device: str, precision: str) -> None:
+    """Neither the least ones, of zeros, nor that of a query which is not a number and reads nothing."""
+    _, _, v = qkv(1, 1, 300, 1, 64, BF16, device)
+    q, k = (torch.zeros(1, tokens, 1, 64, dtype=BF16, device=device) for tokens in (130, 300))
+    q[0, 7] = q[0, 129] = torch.nan
+    valid = torch.tensor([20, 0, 44], dtype=torch.int32, device=device)
+    blocks = torch.tensor([[[[0, 1, 2], [1, 0, 0]]]], dtype=torch.int32, device=device)
+    counts = torch.tensor([[[3, 1]]], dtype=torch.int32, device=device)
+    pattern = BlockPattern(blocks, counts, 130, 300, valid=valid)
+    out, lse = attention(q, k, v, pattern, precision=precision, impl="hopper")
+    assert lse[0, 0, 7].isnan() and (lse[0, 0, 128:] == -torch.inf).all() and (out[0, 128:] == 0).all()
+    mean = torch.cat([v[0, :20, 0], v[0, 256:, 0]]).float().mean(0)
+    for row in (0, 127):
+        torch.testing.assert_close(out[0, row, 0].float(), mean, rtol=0, atol=2e-2)
+        torch.testing.assert_close(lse[0, 0, row].exp(), lse.new_tensor(64.0), rtol=1e-4, atol=0)
+
+
+@everywhere
 def test_strides_that_tma_cannot_read_are_copied(device: str) -> None:
     q, k, v = qkv(1, 130, 130, 2, 64, F16, device)
     odd = torch.stack([q, k, v], 4)[..., :3].unbind(4)
@@ -114,6 +134,8 @@ def test_strides_that_tma_cannot_read_are_copied(device: str) -> None:
             assert torch.equal(ours, theirs)
     assert hopper.loadable(fused[0]) is fused[0] and hopper.loadable(odd[0]) is not odd[0]
     assert hopper.loadable(shifted[0]).data_ptr() % 16 == 0
+    shared = k[:, :, :1].expand(-1, -1, 2, -1)
+    assert hopper.loadable(shared).is_contiguous()  # a descriptor has no step of 0
 
 
 def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,6 @@ def test_a_mask_and_its_lists_say_the_same(
     assert torch.equal(pattern.mask(), mask)
     assert pattern.computed_blocks == int(mask.sum())
     assert pattern.density == pytest.approx(mask.double().mean().item())
-    assert pattern.per_head_density == pytest.approx(mask.double().mean((0, 2, 3)).tolist())
     row, column = torch.arange(queries) // blocks[0], torch.arange(keys) // blocks[1]
     assert torch.equal(pattern.token_mask(), mask[:, :, row][..., column])
 

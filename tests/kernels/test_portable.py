@@ -54,7 +54,6 @@ def test_channels_and_strides_that_8_does_not_divide_are_copied() -> None:
     assert_attention(attend(*rows, None), q, k, v)
     fused = torch.cat([q, k, v], 2)  # strides are multiples of 72: nothing is copied
     parts = fused[:, :, :3], fused[:, :, 3:6], fused[:, :, 6:]
-    assert all(portable.loadable(x) is x for x in parts)
     assert_attention(attend(*parts, None), q, k, v)
 
 

@@ -74,6 +74,8 @@ def assert_meaning(
         (257, 63, 72, (128, 64), 0.7),
         (200, 330, 64, (32, 32), 0.2),
         (130, 260, 16, (48, 96), 0.5),
+        (200, 330, 160, (128, 64), 0.4),
+        (100, 257, 256, (64, 128), 0.6),
     ],
 )
 def test_patterns_mean_what_the_reference_says(
@@ -276,7 +278,8 @@ def test_what_the_portable_kernel_refuses(monkeypatch: pytest.MonkeyPatch) -> No
     assert "takes float16 and bfloat16" in str(portable.refuses(device, F32, 128, (128, 128), "int8"))
     assert "multiples of 32, found 48" in str(portable.refuses(device, BF16, 128, (128, 48), "int8_fp8"))
     assert portable.refuses(device, BF16, 128, (128, 48), "int8") is None
-    assert "head dims up to 128" in str(portable.refuses(device, BF16, 160, (128, 128), "int8"))
+    assert portable.refuses(device, BF16, 256, (128, 128), "int8") is None
+    assert "head dims up to 256" in str(portable.refuses(device, BF16, 264, (128, 128), "int8"))
 
 
 def test_every_tile_has_one_scale_of_its_keys() -> None:

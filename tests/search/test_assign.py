@@ -322,10 +322,10 @@ def test_wrong_budgets_cannot_be_built(make):
         make()
 
 
-def test_no_passes():
+def test_no_calibration_runs():
     scores = random_scores()
-    empty = Scores(**{**vars(scores), "passes": ()})
-    with pytest.raises(ValueError, match="no finished pass"):
+    empty = Scores(**{**vars(scores), "runs": ()})
+    with pytest.raises(ValueError, match="no finished calibration run"):
         assign(empty, cost_of(scores), Budget.density(0.5))
 
 

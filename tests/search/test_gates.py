@@ -63,7 +63,7 @@ def show(watch: Any, qkv: Call, step: int, steps: int, branch: str = "cond") -> 
     """One call of a layer at a step, whose dense attention is the queries themselves."""
     heads = tuple(range(qkv[0].shape[2]))
     call = AttentionCall(LAYOUT, "transformer", 0, heads, branch, now=(step, steps), dense=lambda q, k, v: q)
-    assert watch.attend(None, call, *qkv) is qkv[0]
+    assert watch.attend(call, *qkv) is qkv[0]
 
 
 def inputs(heads: int, seed: int = 0) -> Call:
@@ -156,12 +156,12 @@ def test_nothing_is_held_of_what_runs_no_more() -> None:
         watch.begin()
         assert held() == (0, 0)
         for step in range(4):
-            for branch in ("cond", f"pass {generation}"):
+            for branch in ("cond", f"branch {generation}"):
                 show(watch, inputs(2), step, 4, branch)
-            assert held() == (4, 4), "two methods, two passes, one span"
+            assert held() == (4, 4), "two methods, two branches, one span"
 
 
-def test_all_passes_and_generations_are_samples() -> None:
+def test_all_branches_and_generations_are_samples() -> None:
     """A head drifts in one of three generations; each begins anew, though the last one ended with other values."""
     same = [inputs(1)] * 3
     other = [inputs(1, seed=seed) for seed in range(3)]

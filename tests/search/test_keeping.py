@@ -19,7 +19,7 @@ from diffusers_accel.search import keeping, plan_search
 from diffusers_accel.search.cost import Cost
 from diffusers_accel.search.gates import calibrate_gates
 from diffusers_accel.search.keeping import Keeper, cached_scores, check_places
-from diffusers_accel.search.probe import PassProbe
+from diffusers_accel.search.probe import RunProbe
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.support.interrupted import Interrupted
 from tests.search.test_assign import random_scores
@@ -33,12 +33,12 @@ SEARCHES = """
 import sys, time
 from pathlib import Path
 from diffusers_accel.search import plan_search
-from diffusers_accel.search.probe import PassProbe
+from diffusers_accel.search.probe import RunProbe
 from tests.search.test_search import search
 from tests.tiny import tiny_wan
 
 plan_search.COST_SECONDS = 0.05
-folder, stock = Path(sys.argv[1]), PassProbe.finished
+folder, stock = Path(sys.argv[1]), RunProbe.finished
 
 def finished(self, *arguments):
     (folder / "measured").touch()
@@ -46,33 +46,33 @@ def finished(self, *arguments):
         time.sleep(0.05)
     return stock(self, *arguments)
 
-PassProbe.finished = finished
+RunProbe.finished = finished
 search(tiny_wan(), folder / "s.safetensors", prompts=2, span_weights=(1, 1, 1, 1))
 """
 
 
-def passes(*prompts: str, impacts: int = 0) -> Scores:
+def ran(*prompts: str, impacts: int = 0) -> Scores:
     scores = random_scores()
-    done = tuple(msgspec.structs.replace(scores.passes[0], prompt=prompt) for prompt in prompts)
-    return replace(scores, passes=done, impacts=(1.0,) * impacts)
+    done = tuple(msgspec.structs.replace(scores.runs[0], prompt=prompt) for prompt in prompts)
+    return replace(scores, runs=done, impacts=(1.0,) * impacts)
 
 
 def of_this_search(scores: Scores) -> None:
-    if scores.passes[0].prompt != "a":
+    if scores.runs[0].prompt != "a":
         raise ValueError("another search's")
 
 
 def stopped_after(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C during the pass of that number, from 0."""
-    stock = PassProbe.finished
+    """Ctrl-C during the run of that number, from 0."""
+    stock = RunProbe.finished
     count = iter(range(number + 1))
 
-    def finished(self: PassProbe, *arguments: Any) -> Any:
+    def finished(self: RunProbe, *arguments: Any) -> Any:
         if next(count) == number:
             raise KeyboardInterrupt
         return stock(self, *arguments)
 
-    monkeypatch.setattr(PassProbe, "finished", finished)
+    monkeypatch.setattr(RunProbe, "finished", finished)
 
 
 def test_a_second_process_is_refused_before_it_measures_anything(tmp_path: Path) -> None:
@@ -92,43 +92,43 @@ def test_a_second_process_is_refused_before_it_measures_anything(tmp_path: Path)
         assert process.wait(timeout=300) == 0
     finally:
         process.kill()
-    assert len(Scores.load(tmp_path / "s.safetensors").passes) == 2
+    assert len(Scores.load(tmp_path / "s.safetensors").runs) == 2
 
 
-def test_saving_never_leaves_fewer_passes(tmp_path: Path) -> None:
+def test_saving_never_leaves_fewer_runs(tmp_path: Path) -> None:
     """Somebody copies a file there, or a file system without locks lets two searches in."""
     path = tmp_path / "s.safetensors"
     keeper = Keeper(path, of_this_search, 3, 2)
     assert keeper.load() is None
-    assert len(keeper.save(passes("a")).passes) == 1
-    passes("a", "b").save(path)
-    adopted = keeper.save(passes("a", "b"))
-    assert len(adopted.passes) == 2 and "2 of 3 prompts are kept" in keeper.kept()
-    passes("a", "b", "c", impacts=1).save(path)
-    adopted = keeper.save(passes("a", "b", "c"))
+    assert len(keeper.save(ran("a")).runs) == 1
+    ran("a", "b").save(path)
+    adopted = keeper.save(ran("a", "b"))
+    assert len(adopted.runs) == 2 and "2 of 3 prompts are kept" in keeper.kept()
+    ran("a", "b", "c", impacts=1).save(path)
+    adopted = keeper.save(ran("a", "b", "c"))
     assert len(adopted.impacts) == 1 and len(Scores.load(path).impacts) == 1
     assert f"3 of 3 prompts and 1 of 2 spans are kept in {path}" == keeper.kept()
-    passes("a").save(path)
-    assert len(keeper.save(passes("a", "b")).passes) == 2, "fewer than here are replaced"
+    ran("a").save(path)
+    assert len(keeper.save(ran("a", "b")).runs) == 2, "fewer than here are replaced"
     path.unlink()
-    keeper.save(passes("a", "b"))
-    assert len(Scores.load(path).passes) == 2
+    keeper.save(ran("a", "b"))
+    assert len(Scores.load(path).runs) == 2
 
 
 @pytest.mark.parametrize("theirs", ["another search", "no scores"])
-def test_a_file_of_something_else_is_left_and_the_passes_put_beside_it(theirs: str, tmp_path: Path) -> None:
+def test_a_file_of_something_else_is_left_and_the_runs_put_beside_it(theirs: str, tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
     keeper = Keeper(path, of_this_search, 3, 2)
-    keeper.save(passes("a"))
+    keeper.save(ran("a"))
     if theirs == "another search":
-        passes("x").save(path)
+        ran("x").save(path)
     else:
         path.write_text("notes")
     before = path.read_bytes()
     with pytest.raises(FileError, match=r"somebody put another file there .* go on with that as scores_path"):
-        keeper.save(passes("a", "b"))
+        keeper.save(ran("a", "b"))
     (aside,) = (each for each in tmp_path.glob("*.safetensors") if each != path)
-    assert path.read_bytes() == before and len(Scores.load(aside).passes) == 2
+    assert path.read_bytes() == before and len(Scores.load(aside).runs) == 2
 
 
 def test_a_search_takes_over_what_another_has_measured_meanwhile(
@@ -137,14 +137,14 @@ def test_a_search_takes_over_what_another_has_measured_meanwhile(
     whole, path = tmp_path / "whole.safetensors", tmp_path / "s.safetensors"
     search(tiny_wan(), whole, prompts=2, span_weights=WEIGHTS)
     ran = []
-    stock = PassProbe.finished
+    stock = RunProbe.finished
 
-    def finished(self: PassProbe, *arguments: Any) -> Any:
+    def finished(self: RunProbe, *arguments: Any) -> Any:
         ran.append(1)
         path.write_bytes(whole.read_bytes())
         return stock(self, *arguments)
 
-    monkeypatch.setattr(PassProbe, "finished", finished)
+    monkeypatch.setattr(RunProbe, "finished", finished)
     plan = search(tiny_wan(), path, prompts=2, span_weights=WEIGHTS)
     assert len(ran) == 1 and path.read_bytes() == whole.read_bytes() and len(plan.provenance["prompts"]) == 2
 
@@ -155,7 +155,7 @@ def test_a_plan_file_is_written_with_its_scores_beside_it(
     monkeypatch.chdir(tmp_path)
     plan = search(tiny_wan(), None, prompts=1, span_weights=WEIGHTS, out="new/plan.json", progress=True)
     assert Plan.load(tmp_path / "new" / "plan.json") == plan
-    assert len(Scores.load(tmp_path / "new" / "plan.scores.safetensors").passes) == 1
+    assert len(Scores.load(tmp_path / "new" / "plan.scores.safetensors").runs) == 1
     assert Cost.load(tmp_path / "new" / "plan.scores.cost.json").tokens == 768
     assert f"kept in {tmp_path / 'new' / 'plan.scores.safetensors'}" in capsys.readouterr().err
 
@@ -166,9 +166,9 @@ def test_a_search_that_names_no_file_is_kept_in_the_cache(cache: Path, monkeypat
         with pytest.raises(Interrupted, match="1 of 2 prompts"):
             search(tiny_wan(), prompts=2, span_weights=WEIGHTS)
     (path,) = (cache / "diffusers_accel" / "searches").glob("*.scores.safetensors")
-    assert len(Scores.load(path).passes) == 1
+    assert len(Scores.load(path).runs) == 1
     search(tiny_wan(), prompts=2, span_weights=WEIGHTS)
-    assert len(Scores.load(path).passes) == 2
+    assert len(Scores.load(path).runs) == 2
     assert not [each for each in path.parent.glob("*.safetensors") if each != path]
 
 
@@ -213,10 +213,10 @@ def test_an_interrupted_pipeline_frees_what_it_offloads(tmp_path: Path, monkeypa
     pipe, freed = tiny_wan(), []
     monkeypatch.setattr(type(pipe), "maybe_free_model_hooks", lambda self: freed.append(self))
     stopped_after(0, monkeypatch)
-    monkeypatch.setattr(PassProbe, "attend", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(RunProbe, "attend", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(Interrupted):
         search(pipe, tmp_path / "s.safetensors", prompts=1)
-    assert len(freed) == 2, "after the trial, and after the interrupted pass"
+    assert len(freed) == 2, "after the trial, and after the interrupted run"
 
 
 def same_by_name(folder: Path) -> tuple[Any, Any]:

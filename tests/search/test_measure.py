@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from diffusers_accel.call import AttentionCall
+from diffusers_accel.kernels.merge import merge
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Pooled, Skip, Stripe
 from diffusers_accel.methods.rest import Read
@@ -64,7 +65,8 @@ def sampled_output(
     assert call.now is not None
     decision = decide(method, HEADS, kept.held if kept else None, call.now, None, None)
     pattern = read_blocks(method, decision, lambda: selections.rows(method, call, heads).pattern)
-    part, _ = method.rest.complete(Read(reader.attend(pattern), pattern, shared=False), decision, reader)
+    unread, _ = method.rest.unread(Read(pattern, shared=False), decision, reader)
+    part = merge([each for each in (reader.attend(pattern), unread) if each is not None])
     return part[0][0].transpose(0, 1)
 
 

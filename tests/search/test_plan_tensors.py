@@ -59,19 +59,11 @@ def layout(frames: int, height: int, width: int, text_tokens: int = 0) -> dict[s
     return {"layout": dict(zip(names, (frames, height, width, text_tokens), strict=True))}
 
 
-def test_the_former_name_of_the_segments_is_understood() -> None:
-    with pytest.warns(FutureWarning, match="masks: 'parts' is now called 'segments'") as said:
-        found = MaskSettings(parts=5)
-    assert found == MaskSettings(segments=5) and said[0].filename == __file__
-    with pytest.raises(ValueError, match="'parts' is the former name of 'segments', found both"):
-        MaskSettings(segments=4, parts=5)
-
-
-def test_files_of_scores_still_call_the_segments_parts() -> None:
+def test_files_of_scores_keep_the_former_names() -> None:
     """So that a search goes on with a file of an earlier version."""
     found = identity._masks(MaskSettings(segments=5))
     assert found["parts"] == 5 and "segments" not in found
-    assert "parts" in scores_file.Header.__struct_encode_fields__
+    assert {"parts", "passes"} <= set(scores_file.Header.__struct_encode_fields__)
 
 
 def test_what_fits_is_taken(tmp_path):

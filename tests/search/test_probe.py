@@ -115,7 +115,7 @@ class Shadow:
 
 
 def stored_tensors(scores: Scores) -> dict[str, torch.Tensor]:
-    """What stored masks read, of all heads, as the passes after the first one see them."""
+    """What stored masks read, of all heads, as the runs after the first one see them."""
     return StoredMasks(scores.candidates, {}, scores.sums, scores.models).found()
 
 
@@ -134,14 +134,14 @@ def all_stored(scores: Scores) -> dict[str, np.ndarray]:
 
 
 def difference(after: Scores, before: Scores, kind: str) -> np.ndarray:
-    """What the passes between two scores have added to the sums of a kind."""
+    """What the runs between two scores have added to the sums of a kind."""
     return after.sums[f"{kind}/transformer"] - before.sums[f"{kind}/transformer"]
 
 
 HUNYUAN_CALL = ("height", "width", "num_frames", "num_inference_steps", "output_type", "true_cfg_scale")
 PIPES = {
     "wan": (tiny_wan, a_call, a_prompt),
-    "hunyuan, padded, two passes": (
+    "hunyuan, padded, two branches": (
         tiny_hunyuan,
         lambda: {name: tiny_hunyuan_call(true_cfg=True)[name] for name in HUNYUAN_CALL},
         lambda seed: hunyuan_prompt(seed),
@@ -263,7 +263,7 @@ def test_a_search_takes_stored_reused_and_drafted_heads(searched):
 
 
 def test_a_killed_search_of_all_kinds_goes_on_with_an_equal_plan(tmp_path, monkeypatch):
-    """Pass by pass, with all that the first one has chosen; times are the machine's, so the plan is by density."""
+    """Run by run, with all that the first one has chosen; times are the machine's, so the plan is by density."""
     prompts = [a_prompt(seed) for seed in range(3)]
     pipe = tiny_wan()
     at_once = search_with(pipe, tmp_path / "once.safetensors", prompts, a_call())

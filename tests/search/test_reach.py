@@ -12,7 +12,7 @@ import torch
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.assign import SHARE_MARGIN, OutOfReach, check_reach, largest_speedup
 from diffusers_accel.search.budget import Budget
-from diffusers_accel.search.probe import PassProbe
+from diffusers_accel.search.probe import RunProbe
 from diffusers_accel.search.running import Enough
 from diffusers_accel.search.schedule import open_share
 from diffusers_accel.search.scores import Scores
@@ -82,7 +82,7 @@ def test_a_slow_first_step_is_not_trusted(reach: bool, steps: int, monkeypatch: 
 
 
 def test_out_of_reach_at_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PassProbe, "finished", lambda *_: pytest.fail("measured a whole pass"))
+    monkeypatch.setattr(RunProbe, "finished", lambda *_: pytest.fail("measured a whole run"))
     message = "speed-up of 50 is out of reach: .* of a step here.* Of the search, nothing is kept"
     with pytest.raises(ValueError, match=message):
         search(tiny_wan(), tmp_path / "s.safetensors", budget=Budget.speedup(50), span_weights=WEIGHTS)
@@ -98,7 +98,7 @@ def test_what_was_measured_is_kept_and_counted(tmp_path: Path, monkeypatch: pyte
 
     with pytest.raises(OutOfReach, match=r"Of the search, 1 of 2 prompts are kept in .*s\.safetensors"):
         search(tiny_wan(), path, span_weights=WEIGHTS)
-    assert len(Scores.load(path).passes) == 1
+    assert len(Scores.load(path).runs) == 1
 
 
 def test_spans_are_not_measured_for_what_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

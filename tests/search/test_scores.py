@@ -52,7 +52,7 @@ def test_means_and_deviations_over_samples():
     assert (both.samples("transformer") == 2).all() and both.steps("transformer").tolist() == [2, 6]
     assert both.calls("transformer").tolist() == [3, 6]
     assert both.attention_share == pytest.approx((0.5 + 0.4) / 2)
-    assert len(both.passes) == 2 and len(scores.passes) == 1
+    assert len(both.runs) == 2 and len(scores.runs) == 1
 
 
 def test_no_sample_is_nan_and_not_zero():
@@ -285,7 +285,7 @@ def test_whatever_a_header_says_it_is_scores_or_refused(tmp_path):
             continue
         other.save(path)
         assert equal(Scores.load(path), other)
-        if other.passes:
+        if other.runs:
             try:
                 assign(other, cost_of(scores), Budget.density(0.5))
             except ValueError as error:

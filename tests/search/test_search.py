@@ -18,7 +18,7 @@ from diffusers_accel.search.candidates import candidates, candidates_for
 from diffusers_accel.search.cost import Cost
 from diffusers_accel.search.plan_making import make_plan
 from diffusers_accel.search.plan_search import search_plan
-from diffusers_accel.search.probe import PassProbe
+from diffusers_accel.search.probe import RunProbe
 from diffusers_accel.search.recorders import ColumnMass
 from diffusers_accel.search.schedule import ProbeSettings, chosen_steps
 from diffusers_accel.search.scores import Scores
@@ -96,7 +96,7 @@ def test_a_searched_plan_patches_and_keeps_its_word(tmp_path):
 
 
 def test_the_probe_returns_the_dense_result():
-    """Frames of a pass are those of the unpatched pipeline, bit for bit: later layers see no approximation."""
+    """Frames of a calibration run are those of the unpatched pipeline, bit for bit: later layers see no approximation."""
     pipe = tiny_wan()
     seen = []
     stock = pipe.vae.decode
@@ -135,45 +135,45 @@ def test_a_killed_search_goes_on_with_identical_scores(tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     search(tiny_wan(), whole, prompts=3)
     calls = 0
-    stock = PassProbe.measure
+    stock = RunProbe.measure
 
     def dies(self, *args):
         nonlocal calls
         calls += 1
         if (
             calls > 2 + 18 + 10
-        ):  # two of the trial, 3 steps x 2 branches x 3 layers of the first pass, some of the second
+        ):  # two of the trial, 3 steps x 2 branches x 3 layers of the first run, some of the second
             raise KeyboardInterrupt
         return stock(self, *args)
 
     pipe = tiny_wan()
     before = processors(pipe)
     with monkeypatch.context() as patched:
-        patched.setattr(PassProbe, "measure", dies)
+        patched.setattr(RunProbe, "measure", dies)
         with pytest.raises(KeyboardInterrupt):
             search(pipe, parts, prompts=3)
     assert all(a is b for a, b in zip(processors(pipe), before))
-    assert len(Scores.load(parts).passes) == 1
+    assert len(Scores.load(parts).runs) == 1
     search(pipe, parts, prompts=3)
     one, other = Scores.load(whole), Scores.load(parts)
-    assert [done.prompt for done in one.passes] == [done.prompt for done in other.passes]
+    assert [done.prompt for done in one.runs] == [done.prompt for done in other.runs]
     for name, array in one.sums.items():
         assert np.array_equal(array, other.sums[name]), name
     assert one.impacts == other.impacts and len(one.impacts) == 4
 
 
-def test_another_budget_and_more_prompts_reuse_the_passes(tmp_path, monkeypatch):
+def test_another_budget_and_more_prompts_reuse_the_runs(tmp_path, monkeypatch):
     path = tmp_path / "s.safetensors"
     pipe = tiny_wan()
     search(pipe, path)
     ran = []
     monkeypatch.setattr(
-        PassProbe, "finished", lambda self, *args, stock=PassProbe.finished: ran.append(1) or stock(self, *args)
+        RunProbe, "finished", lambda self, *args, stock=RunProbe.finished: ran.append(1) or stock(self, *args)
     )
     tighter = search(pipe, path, budget=Budget.density(0.3))
     assert not ran and tighter.budget["value"] == 0.3
     search(pipe, path, prompts=3)
-    assert len(ran) == 1 and len(Scores.load(path).passes) == 3
+    assert len(ran) == 1 and len(Scores.load(path).runs) == 3
     scores, cost = Scores.load(path), Cost.load(tmp_path / "s.cost.json")
     budget = Budget.density(0.5)
     assert make_plan(scores, cost, assign(scores, cost, budget), budget) == make_plan(
@@ -221,7 +221,7 @@ def finished_search(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("of", "where"), [(PassProbe, "_measure_row"), (PassProbe, "finished"), (ColumnMass, "add_rows")]
+    ("of", "where"), [(RunProbe, "_measure_row"), (RunProbe, "finished"), (ColumnMass, "add_rows")]
 )
 def test_an_exception_leaves_the_pipeline_as_it_was(of, where, monkeypatch):
     pipe = tiny_wan()

@@ -1,11 +1,13 @@
-"""The orders that there are: one file each, and one line here."""
+"""The orders that there are: one file each, imported and named here."""
 
 from diffusers_accel.files import quoted
 from diffusers_accel.methods.order import Order
 from diffusers_accel.methods.orders.axes import AxisOrder
 from diffusers_accel.methods.orders.patches import Patches
 
-ORDERS: tuple[type[Order], ...] = (AxisOrder, Patches)
+__all__ = ["AxisOrder", "Patches"]
+
+ORDERS: tuple[type[Order], ...] = tuple(map(globals().__getitem__, __all__))
 
 
 def parse_order(text: str) -> Order:

@@ -15,7 +15,7 @@ class Drop(Rest):
     kind: ClassVar[str] = "drop"
     changes_nothing: ClassVar[bool] = True
 
-    def complete(self, read: Read, decision: RefreshDecision, reader: Reader) -> tuple[Partial, CacheEntry]:
+    def unread(self, read: Read, decision: RefreshDecision, reader: Reader) -> tuple[Partial | None, CacheEntry]:
         same = decision.held is not None and read.pattern is decision.held.pattern
         selected = decision.held.selected if decision.held is not None and same else decision.step
-        return read.partial, CacheEntry(read.pattern, selected, [])
+        return None, CacheEntry(read.pattern, selected, [])

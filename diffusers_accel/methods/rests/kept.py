@@ -19,7 +19,6 @@ from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.files import FileError
-from diffusers_accel.kernels.merge import merge
 from diffusers_accel.kernels.pattern import BlockPattern, head_index
 from diffusers_accel.methods.blocks import FOREVER, segment_of
 from diffusers_accel.methods.cycle import due, refresh_share
@@ -121,10 +120,10 @@ class Kept(Rest):
             return [bool(each) for each in gate[_begun(now, len(gate), before)].any(0)]
         return [due(now[0] - last, self.refresh_every) for last in held.refreshed]
 
-    def complete(self, read: Read, decision: RefreshDecision, reader: Reader) -> tuple[Partial, CacheEntry]:
+    def unread(self, read: Read, decision: RefreshDecision, reader: Reader) -> tuple[Partial | None, CacheEntry]:
         held = _renewed(read, decision, reader)
         assert held.out is not None and held.lse is not None
-        return merge([read.partial, (held.out, held.lse)]), held
+        return (held.out, held.lse), held
 
 
 def gate_name(transformer: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffusers_accel.kernels.merge import merge
 from diffusers_accel.methods.rest import CacheEntry, Partial, Read, Reader, RefreshDecision
 from diffusers_accel.methods.rests.drop import Drop
 from diffusers_accel.methods.select import Select
@@ -31,6 +30,6 @@ class Pooled(Drop):
             return f'"{select.kind}" leaves no blocks beside others that are read: leave the rest out'
         return None
 
-    def complete(self, read: Read, decision: RefreshDecision, reader: Reader) -> tuple[Partial, CacheEntry]:
-        _, held = super().complete(read, decision, reader)
-        return merge([read.partial, reader.pooled(read.pattern)]), held
+    def unread(self, read: Read, decision: RefreshDecision, reader: Reader) -> tuple[Partial | None, CacheEntry]:
+        _, held = super().unread(read, decision, reader)
+        return reader.pooled(read.pattern), held

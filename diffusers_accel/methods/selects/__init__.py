@@ -1,4 +1,4 @@
-"""The selections that there are: one file each, and one line here."""
+"""The selections that there are: one file each, imported and named here."""
 
 from diffusers_accel.methods.select import Select
 from diffusers_accel.methods.selects.all import All
@@ -10,14 +10,6 @@ from diffusers_accel.methods.selects.stored import Stored
 from diffusers_accel.methods.selects.stripe import Stripe
 from diffusers_accel.methods.selects.subblock import SubBlock
 
-_MEMBERS: tuple[type[Select], ...] = (
-    All,
-    Skip,
-    Band,
-    Stripe,
-    Draft,
-    Stored,
-    Radial,
-    SubBlock,
-)
-SELECTS: dict[str, type[Select]] = {each.kind: each for each in _MEMBERS}
+__all__ = ["All", "Skip", "Band", "Stripe", "Draft", "Stored", "Radial", "SubBlock"]
+
+SELECTS: dict[str, type[Select]] = {each.kind: each for each in map(globals().__getitem__, __all__)}

@@ -1,64 +1,17 @@
-"""How the output of a step that does not run is predicted from computed ones."""
+"""A polynomial through computed outputs, continued."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from diffusers_accel.files import quoted
+from diffusers_accel.forwards.predictors.quantity import check_quantity, quantity, restore
 from diffusers_accel.forwards.rule import Computed, Now
-
-QUANTITIES = ("velocity", "residual")
-
-
-class Predictor(Protocol):
-    """A frozen dataclass whose fields are plain data."""
-
-    kind: ClassVar[str]
-
-    @property
-    def label(self) -> str:
-        """A short name for tables."""
-        ...
-
-    @property
-    def looks_back(self) -> int:
-        """How many computed forwards it uses; it works with fewer, but one at least."""
-        ...
-
-    def predict(self, now: Now) -> Tensor:
-        """The output that the model would give for `now.x`: its shape, in fp32 or wider."""
-        ...
-
-
-@dataclass(frozen=True)
-class Last:
-    """What was computed last.
-
-    Args:
-        of: "velocity", the output as it was, v = v_c; or "residual", what the model added to its input, v = x + (v - x)_c.
-    """
-
-    kind: ClassVar[str] = "last"
-    of: str = "residual"
-
-    def __post_init__(self) -> None:
-        _check_quantity(self.of)
-
-    @property
-    def label(self) -> str:
-        return f"last {self.of}"
-
-    @property
-    def looks_back(self) -> int:
-        return 1
-
-    def predict(self, now: Now) -> Tensor:
-        return _restore(self.of, _quantity(self.of, now.last), now)
 
 
 @dataclass(frozen=True)
@@ -83,7 +36,7 @@ class Taylor:
     def __post_init__(self) -> None:
         if isinstance(self.order, bool) or not isinstance(self.order, int) or self.order < 1:
             raise ValueError(f"order is the degree of a polynomial, expected 1 or more, found {quoted(self.order)}")
-        _check_quantity(self.of)
+        check_quantity(self.of)
         if self.over not in ("timestep", "step"):
             raise ValueError(f'over: expected "timestep" or "step", found {quoted(self.over)}')
 
@@ -98,18 +51,15 @@ class Taylor:
     def predict(self, now: Now) -> Tensor:
         known = now.computed[-self.looks_back :][::-1]  # newest first
         at = [self._at(each) for each in known]
-        differences = _divided([_quantity(self.of, each) for each in known], at)
+        differences = _divided([quantity(self.of, each) for each in known], at)
         value, factor = differences[0], torch.ones_like(at[0])
         for difference, place in zip(differences[1:], at):
             factor = factor * (self._at(now) - place)
             value = value + factor * difference
-        return _restore(self.of, value, now)
+        return restore(self.of, value, now)
 
     def _at(self, call: Computed | Now) -> Tensor:
         return call.timestep.float() if self.over == "timestep" else call.timestep.new_tensor(call.step).float()
-
-
-PREDICTORS: dict[str, type[Last] | type[Taylor]] = {cls.kind: cls for cls in (Last, Taylor)}
 
 
 def _divided(values: Sequence[Tensor], at: Sequence[Tensor]) -> list[Tensor]:
@@ -124,20 +74,3 @@ def _divided(values: Sequence[Tensor], at: Sequence[Tensor]) -> list[Tensor]:
 def _ratio(change: Tensor, distance: Tensor) -> Tensor:
     """change / distance, and 0 where the distance is: decided on the device, which nobody waits for."""
     return torch.where(distance == 0, torch.zeros_like(change), change / distance)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _quantity(of: str, computed: Computed) -> Tensor:
-    return _wide(computed.v) if of == "velocity" else _wide(computed.v) - _wide(computed.x)
-
-
-def _restore(of: str, value: Tensor, now: Now) -> Tensor:
-    return value if of == "velocity" else _wide(now.x) + value
-
-
-def _check_quantity(of: str) -> None:
-    if of not in QUANTITIES:
-        raise ValueError(f'of: expected "velocity" or "residual", found {quoted(of)}')

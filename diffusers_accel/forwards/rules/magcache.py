@@ -26,8 +26,8 @@ class MagCache:
 
     Args:
         ratios: gamma of each step of a schedule, from step 0, whose ratio is never read. For another number of steps the
-            nearest one is taken, as the authors do. Or a table for each pass of guidance by its name, such as "cond" and
-            "uncond": then a step is predicted while each of them allows it. The pass that decides must have one.
+            nearest one is taken, as the authors do. Or a table for each branch of guidance by its name, such as "cond" and
+            "uncond": then a step is predicted while each of them allows it. The branch that decides must have one.
         threshold: added up error at which the model runs again; 0 or more. The authors take 0.12 for Wan 2.1 1.3B and 0.24
             for 14B and HunyuanVideo.
         max_skips: most steps in a row that are predicted, 1 or more; the authors' K: 2 to 4 and 6.
@@ -44,7 +44,7 @@ class MagCache:
         given: Any = self.ratios
         if isinstance(given, Mapping):
             if not given or not all(isinstance(name, str) for name in given):
-                raise ValueError(f"ratios: expected a table for each pass by its name, found {quoted(given)}")
+                raise ValueError(f"ratios: expected a table for each branch by its name, found {quoted(given)}")
             tables: Any = {name: _table(f"ratios of {quoted(name)}", table) for name, table in given.items()}
         else:
             tables = _table("ratios", given)
@@ -97,9 +97,9 @@ class MagCache:
             return (self.ratios,)
         if branch not in self.ratios:
             raise ValueError(
-                f"ratios: expected a table for the pass {quoted(branch)}, which is to be predicted, found those of "
-                f"{quoted(sorted(self.ratios))}; name the passes that may be predicted with Forwards(branches=...), or give one "
-                "table for all"
+                f"ratios: expected a table for the branch {quoted(branch)}, which is to be predicted, found those of "
+                f"{quoted(sorted(self.ratios))}; name the branches that may be predicted with Forwards(branches=...), or "
+                "give one table for all"
             )
         return tuple(self.ratios.values())
 
