@@ -26,7 +26,7 @@ KERNELS = Path(ranking.__file__).parent
 OPERATORS = sorted(path.parent.name for path in KERNELS.glob("*/__init__.py"))
 # Files of an operator's folder that are no implementation: what some of them share.
 SHARED = {
-    "attention": {"gluon_kernel", "launch_order", "softmax"},
+    "attention": {"epilogue", "gluon_kernel", "launch_order", "products", "softmax"},
     "dense": {"gpu"},
     "quantize": {"quantized"},
 }
