@@ -453,7 +453,7 @@ def test_gates_are_watched_on_grouped_queries_as_if_repeated(layout: TokenLayout
         for step in range(4):
             qkv = inputs(layout, 2, seed=step // 2)  # other ones at the third step
             call = AttentionCall(layout, "transformer", 0, tuple(range(HEADS)), now=(step, 4), dense=sdpa)
-            watch.attend(site_of(layout), call, *(repeated(*qkv) if repeat else qkv))
+            watch.attend(call, *(repeated(*qkv) if repeat else qkv))
         return watch.gate("transformer")
 
     expected = torch.tensor([1, 0, 1, 0], dtype=torch.uint8)[:, None, None].expand(4, 1, HEADS)
