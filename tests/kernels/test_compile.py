@@ -86,7 +86,7 @@ def divisible_by_16(name: str, constants: dict[str, Any]) -> bool:
         name.startswith("v_stride_") and constants.get("v_stride_s") == 1
     ):
         return True  # FP8 values, whose tokens are filled up to 16
-    return name.endswith("_ptr") or ("stride_" in name and constants["DIM"] % 16 == 0)
+    return name.endswith("_ptr") or ("stride_" in name and constants.get("DIM", 0) % 16 == 0)
 
 
 def disassembled(cubin: bytes) -> str:
