@@ -247,7 +247,7 @@ def _rows(orders: Tensor, heads: tuple[int, ...], of: int) -> Tensor:
 def partition(methods: tuple[Method, ...], call: AttentionCall, tensors: Tensors, device: torch.device) -> Partition:
     """Partitions the heads of a call, of which each has its method; `tensors` are the plan's."""
     precisions: dict[str, dict[Method, list[int]]] = {}
-    for place, (_, method) in enumerate(zip(call.heads, methods, strict=True)):
+    for place, method in enumerate(methods):
         if not method.dense and not method.skips:
             precisions.setdefault(method.precision, {}).setdefault(method, []).append(place)
     return Partition(
