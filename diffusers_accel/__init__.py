@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffusers_accel.api import patch, unpatch
     from diffusers_accel.evals.compare import compare
-    from diffusers_accel.families import list_families
+    from diffusers_accel.families import Family, list_families, register_family
     from diffusers_accel.methods import Method
     from diffusers_accel.plan import Plan
     from diffusers_accel.search.budget import Budget
@@ -22,7 +22,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Budget", "Method", "Plan", "compare", "list_families", "patch", "search_plan", "unpatch"]
+__all__ = [
+    "Budget",
+    "Family",
+    "Method",
+    "Plan",
+    "compare",
+    "list_families",
+    "patch",
+    "register_family",
+    "search_plan",
+    "unpatch",
+]
 
 # In a source checkout kernels/, search/ and evals/ stand beside this folder; an installed wheel holds them inside it.
 _checkout = Path(__file__).resolve().parent.parent
@@ -31,11 +42,13 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels").is_dir()
 
 _HOMES = {
     "Budget": "diffusers_accel.search.budget",
+    "Family": "diffusers_accel.families",
     "Method": "diffusers_accel.methods",
     "Plan": "diffusers_accel.plan",
     "compare": "diffusers_accel.evals.compare",
     "list_families": "diffusers_accel.families",
     "patch": "diffusers_accel.api",
+    "register_family": "diffusers_accel.families",
     "search_plan": "diffusers_accel.search.plan_search",
     "unpatch": "diffusers_accel.api",
 }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diffusers_accel.attach import processor
 from diffusers_accel.attach.site import AttachedModel, Rows, Site
 from diffusers_accel.call import AttentionCall
+from diffusers_accel.families.cogvideox import COGVIDEOX
 from diffusers_accel.kernels.pool import pool
 from diffusers_accel.layout import Segment, TokenLayout
 from diffusers_accel.methods import (
@@ -359,7 +360,7 @@ class StockProcessor:
 
 def redirected(layout: TokenLayout) -> tuple[Site, Any]:
     model = SyntheticModel(layout)
-    model.family = SimpleNamespace(attention_call="F.scaled_dot_product_attention", text_mask=None)
+    model.family = COGVIDEOX
     site = Site(cast(AttachedModel, model), 0, "attn1", nn.Identity(), sdpa)
     return site, processor.redirect(site, StockProcessor())
 

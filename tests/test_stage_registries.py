@@ -55,7 +55,7 @@ class Listed(NamedTuple):
 LISTED = {
     "rules": Listed(rules_folder, (Rule,), RULES.values()),
     "predictors": Listed(predictors_folder, (Predictor,), PREDICTORS.values(), frozenset({"quantity"})),
-    "families": Listed(families_folder, (Family,), FAMILIES.values(), frozenset({"family"})),
+    "families": Listed(families_folder, (Family,), FAMILIES.values(), frozenset({"family", "reading"})),
     "metrics": Listed(
         metrics_folder,
         (FrameMetric, ClipMetric, SetMetric),

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusers_accel.attach.site import Site
-from diffusers_accel.families.family import AttentionName
+from diffusers_accel.families.family import AttentionName, Family
 
 SITES: WeakValueDictionary[int, Site] = WeakValueDictionary()
 _HANDLES = itertools.count()
@@ -75,7 +75,7 @@ def redirect(site: Site, stock: Any) -> Any:
     """
     stock_class: Any = type(stock)
     family = site.model.family
-    cls: Any = _redirected(stock_class, family.attention_call, family.text_mask is not None)
+    cls: Any = _redirected(stock_class, family)
     processor: Any = object.__new__(cls)
     vars(processor).update(vars(stock))
     handle = next(_HANDLES)
@@ -109,7 +109,8 @@ def attend_densely(processor: Any, attention_call: AttentionName, q: Tensor, k: 
     if attention_call == "dispatch_attention_fn":
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-        out: Tensor = dispatch_attention_fn(q, k, v, backend=processor._attention_backend, enable_gqa=grouped)
+        backend = getattr(processor, "_attention_backend", None)  # which some processors do not pass on
+        out: Tensor = dispatch_attention_fn(q, k, v, backend=backend, enable_gqa=grouped)
         return out
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped).transpose(1, 2)
@@ -121,30 +122,47 @@ def site_of(processor: Any) -> Site | None:
 
 
 @functools.cache
-def _redirected(stock: Any, attention_call: AttentionName, masks_text: bool) -> type:
+def _redirected(stock: Any, family: Family) -> type:
     """One class for each stock class, so that torch.compile sees the same code at every layer."""
     call: Any = stock.__call__
-    names = attention_call.split(".")
-    if not isinstance(call, types.FunctionType) or not {*names} <= {*call.__code__.co_names}:
-        raise TypeError(
-            f"expected a processor whose __call__ calls {attention_call}, as diffusers' own does; found "
-            f"{stock.__module__}.{stock.__qualname__}. Set the model's stock processor (set_attn_processor) before patching."
-        )
-    here = functools.partial(_attend_here, masks_text=masks_text)
-    namespace = {**call.__globals__, names[0]: here if len(names) == 1 else _Functional(here)}
-    namespace.pop("__name__")  # else torch.compile resolves globals from the real module
-    rebound = types.FunctionType(call.__code__, namespace, call.__name__, call.__defaults__, call.__closure__)
-    rebound.__kwdefaults__ = call.__kwdefaults__
+    here = functools.partial(_attend_here, masks_text=family.text_valid is not None)
+    own = family.call.get(stock.__name__)
+    inner = functools.partial(own, here) if own else _rebound(stock, family, here)
 
     @functools.wraps(call)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         _RUNNING.handle = self._accel_handle
-        return rebound(self, *args, **kwargs)
+        return inner(self, *args, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (stock, _settings(self))  # a copy or a pickle holds the stock processor
 
     return type(f"Accelerated{stock.__name__}", (stock,), {"__call__": __call__, "__reduce_ex__": __reduce_ex__})
+
+
+def _rebound(stock: Any, family: Family, here: Callable[..., Tensor]) -> Callable[..., Any]:
+    """The `__call__` of a stock processor with another attention function."""
+    call: Any = stock.__call__
+    names = family.attention_call.split(".")
+    if not isinstance(call, types.FunctionType) or not {*names} <= {*call.__code__.co_names}:
+        raise TypeError(
+            f"expected a processor whose __call__ calls {family.attention_call}, as diffusers' own does; found "
+            f"{stock.__module__}.{stock.__qualname__}. Set the model's stock processor (set_attn_processor) before patching."
+        )
+    if family.beside is not None:
+        here = _unless(family.beside, call.__globals__[names[0]], here)
+    namespace = {**call.__globals__, names[0]: here if len(names) == 1 else _Functional(here)}
+    namespace.pop("__name__")  # else torch.compile resolves globals from the real module
+    rebound = types.FunctionType(call.__code__, namespace, call.__name__, call.__defaults__, call.__closure__)
+    rebound.__kwdefaults__ = call.__kwdefaults__
+    return rebound
+
+
+def _unless(beside: Callable[[Any], bool], stock: Callable[..., Tensor], here: Callable[..., Tensor]) -> Any:
+    def attend(*args: Any, **kwargs: Any) -> Tensor:
+        return stock(*args, **kwargs) if beside(kwargs) else here(*args, **kwargs)
+
+    return attend
 
 
 def _rebuild(stock: type, settings: dict[str, Any]) -> Any:

@@ -63,10 +63,9 @@ class AttachedModel:
         self.expects: Callable[[TokenLayout], None] | None = None  # refuses calls of another size, where a size matters
         self._expected: set[tuple[int, ...]] = set()
         self._forward = _Forward()
-        self._layouts: dict[tuple[tuple[int, ...], int | None], TokenLayout] = {}
+        self._layouts: dict[tuple[tuple[int, ...], int | None, int], TokenLayout] = {}
         self._branches = WeakTensorKeyDictionary()  # text embeddings -> a name for the branch that they belong to
         self._numbers = count()
-        self._counts = WeakTensorKeyDictionary()  # mask -> (its version, existing text tokens of each row)
 
     def observe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Takes note of a forward that begins."""
@@ -78,8 +77,8 @@ class AttachedModel:
         self._forward.branch = self.clock.branch or self._unnamed(self.family.text(args, kwargs))
         self._forward.sigma = self.clock.sigma()
         self._forward.text = None
-        if self.family.text_mask is not None:
-            self._forward.text = self._count(self.family.text_mask(args, kwargs))
+        if self.family.text_valid is not None:
+            self._forward.text = self.family.text_valid(args, kwargs)
 
     @property
     def branch(self) -> str:
@@ -91,31 +90,32 @@ class AttachedModel:
         """The noise level of the running forward, see `AttentionCall.sigma`."""
         return self._forward.sigma
 
-    def rows(self, batch: int) -> list[Rows]:
-        """The `batch` rows of the running call, in as few parts as have equal layouts."""
+    def rows(self, batch: int, layer: int) -> list[Rows]:
+        """The `batch` rows of the running call in a layer, in as few parts as have equal layouts."""
         counts = self._forward.text
         if counts is None:
-            return [Rows(0, batch, self._layout(None))]
+            return [Rows(0, batch, self._layout(None, layer))]
         if len(counts) == 1:  # of one prompt, of which several videos are made
             counts *= batch
         if len(counts) != batch:
-            raise RuntimeError(
-                f"{self.name}: expected a text mask of {batch} rows, as q has, found one of {len(counts)}"
-            )
+            raise RuntimeError(f"{self.name}: expected text lengths of {batch} rows, as q has, found {len(counts)}")
         parts = [list(part) for _, part in groupby(range(batch), key=counts.__getitem__)]
-        return [Rows(part[0], part[-1] + 1, self._layout(counts[part[0]])) for part in parts]
+        return [Rows(part[0], part[-1] + 1, self._layout(counts[part[0]], layer)) for part in parts]
 
-    def _layout(self, text_valid: int | None) -> TokenLayout:
+    def _layout(self, text_valid: int | None, layer: int) -> TokenLayout:
         sizes = self._forward.sizes
         if sizes is None:
             raise RuntimeError(
                 f"self-attention of {self.name} was called outside the model's own forward: its layout is unknown"
             )
-        if (sizes, text_valid) not in self._layouts:
+        differs = self.family.layout_in
+        key = (sizes, text_valid, layer if differs else 0)
+        if key not in self._layouts:
             layout = self.family.layout(self.module.config, sizes)
             all_exist = text_valid is None or text_valid == layout.text_tokens
-            self._layouts[sizes, text_valid] = layout if all_exist else layout.with_text(text_valid)
-        return self._layouts[sizes, text_valid]
+            layout = layout if all_exist else layout.with_text(text_valid)
+            self._layouts[key] = differs(self.module.config, layout, layer) if differs else layout
+        return self._layouts[key]
 
     def _unnamed(self, text: Tensor) -> str:
         """A name by the identity of the embeddings; none is used twice, so that one branch is never taken for another."""
@@ -124,23 +124,9 @@ class AttachedModel:
         name: str = self._branches[text]
         return name
 
-    def _count(self, mask: Tensor) -> tuple[int, ...]:
-        """Existing text tokens of each row. Reading a mask waits for the device; a pipeline gives the same one at each step."""
-        if mask.is_inference():  # has no version by which a change in place would show
-            return _row_sums(mask)
-        version, counts = self._counts.get(mask, (None, ()))
-        if version != mask._version:
-            version, counts = mask._version, _row_sums(mask)
-            self._counts[mask] = version, counts
-        return counts
-
 
 def _counted(queries: int, keys: int) -> str:
     return f"{keys:,} tokens" if queries == keys else f"{queries:,} queries and {keys:,} keys"
-
-
-def _row_sums(mask: Tensor) -> tuple[int, ...]:
-    return tuple(mask.sum(dim=1, dtype=torch.int32).tolist())
 
 
 @dataclass
@@ -215,7 +201,7 @@ class Site:
         """
         with self.timer.running(q.device) if self.timer else nullcontext():
             parts = []
-            for rows in self.model.rows(len(q)):
+            for rows in self.model.rows(len(q), self.layer):
                 self._check_sizes(rows.layout, q, k)
                 some, keys = slice(rows.start, rows.stop), rows.layout.keys
                 parts.append(self.engine.attend(self._call(rows), q[some], k[some, :keys], v[some, :keys]))

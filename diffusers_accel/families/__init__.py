@@ -14,9 +14,34 @@ from diffusers_accel.families.ltx import LTX
 from diffusers_accel.families.wan import WAN
 from diffusers_accel.files import quoted
 
-FAMILIES: dict[str, Family] = {family.transformer: family for family in (WAN, HUNYUAN_VIDEO, COGVIDEOX, LTX)}
-
 COMPONENTS = ("transformer", "transformer_2")
+FAMILIES: dict[str, Family] = {}  # by the module-qualified name of the transformer class
+
+
+def register_family(family: Family) -> None:
+    """Makes `patch`, the search and all else know a transformer class, such as one of your own: docs/extending.md has the recipe.
+
+    Raises:
+        ValueError: a family of that name, or for that class, is there already.
+    """
+    for known in FAMILIES.values():
+        if known == family:
+            return
+        if known.name == family.name or known.transformer == family.transformer:
+            raise ValueError(
+                f"expected a family of another name and transformer class than {quoted(known.name)} ({known.transformer}), found "
+                f"{quoted(family.name)} ({family.transformer}): name it otherwise"
+            )
+    FAMILIES[family.transformer] = family
+
+
+for _family in (
+    WAN,
+    HUNYUAN_VIDEO,
+    COGVIDEOX,
+    LTX,
+):
+    register_family(_family)
 
 
 def find(pipe_or_transformer: Any) -> dict[str, tuple[nn.Module, Family]]:
@@ -74,4 +99,4 @@ def _uncompiled(module: nn.Module) -> nn.Module:
     return original if isinstance(original, nn.Module) else module
 
 
-__all__ = ["COMPONENTS", "FAMILIES", "Family", "family_of", "find", "list_families", "supported"]
+__all__ = ["COMPONENTS", "FAMILIES", "Family", "family_of", "find", "list_families", "register_family", "supported"]

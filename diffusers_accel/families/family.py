@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -50,18 +50,27 @@ class Family:
         attention_call: how the code of the stock processor spells its call of attention.
         observe: (args, kwargs) of the transformer's forward -> the sizes that `layout` needs.
         layout: (transformer's config, observation) -> TokenLayout, as if all text existed.
+        layout_in: (transformer's config, that layout, number of a layer) -> the layout in that layer, where layers differ.
         text: (args, kwargs) of the transformer's forward -> the text embeddings, by which branches are told apart where the
             pipeline does not name them: each branch has its own, the same at every step.
         self_attention: transformer -> its self-attention modules with their names, in layer order.
         shape: transformer -> layers, heads and head dim.
         output_projection: (transformer, name of a self-attention module) -> the linear map that its output goes through,
             [rows, heads * head_dim] -> [rows, channels].
-        text_mask: (args, kwargs) of the transformer's forward -> which text tokens exist, [B, text tokens], of 0 and 1 in
-            any dtype. The model must let the first `sum` text tokens of a row be keys and no others, and mask its
-            self-attention with [B, 1, 1, tokens] accordingly. None for models that do not mask their text.
-        latents, timestep: names of these arguments of the transformer's forward.
-        channels: dimension of the latents in which the channels lie, those that are denoised first; the output, one tensor,
-            is of the same layout.
+        text_valid: (args, kwargs) of the transformer's forward -> how many text tokens exist in each batch row (one number
+            holds for all). The model must let these, the first of its text, be keys and no others, and mask its self-attention
+            with [B, 1, 1, tokens] accordingly, if it does. Masks are read with `read_once`. None for models that do not mask
+            their text.
+        call: what runs instead of the `__call__` of a stock processor, by the name of its class, where that does harmful work:
+            called as call(attend, processor, ...) with the arguments of the stock one, and calls attend(q, k, v) once, with q
+            [B, queries, heads, head_dim], as `AttentionCall` lays them out.
+        beside: given the keyword arguments of a call of attention inside a self-attention module, whether it is another one,
+            which runs as it would without us.
+        latents: names of the arguments of the transformer's forward that are denoised, in the order of its outputs, of which
+            there may be several (video and audio). Each is a tensor or a list of tensors.
+        timestep: name of that argument.
+        channels: dimension of the latents in which the channels lie, those that are denoised first; outputs are of the same
+            layout.
     """
 
     name: str
@@ -73,8 +82,11 @@ class Family:
     self_attention: Callable[[nn.Module], list[tuple[str, nn.Module]]] = attention_of("transformer_blocks")
     shape: Callable[[nn.Module], ModelShape] = shape_of_config
     output_projection: Callable[[nn.Module, str], Callable[[Tensor], Tensor]] = to_out_of
-    text_mask: Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor] | None = None
-    latents: str = "hidden_states"
+    layout_in: Callable[[Any, TokenLayout, int], TokenLayout] | None = None
+    text_valid: Callable[[tuple[Any, ...], Mapping[str, Any]], tuple[int, ...]] | None = None
+    call: Mapping[str, Callable[..., Any]] = field(default_factory=dict, hash=False)
+    beside: Callable[[Mapping[str, Any]], bool] | None = None
+    latents: tuple[str, ...] = ("hidden_states",)
     timestep: str = "timestep"
     channels: int = 1
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusers_accel.families.family import Family, Observation, argument, attention_of, text_at
+from diffusers_accel.families.reading import read_once, row_sums
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.shape import ModelShape
 
@@ -38,9 +39,8 @@ def _layout(config: Any, observation: Observation) -> TokenLayout:
     return TokenLayout(frames // config.patch_size_t, height // patch, width // patch, text, "end")
 
 
-def _text_mask(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    mask: Tensor = argument(args, kwargs, "encoder_attention_mask", 3)
-    return mask
+def _text_valid(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    return read_once(argument(args, kwargs, "encoder_attention_mask", 3), row_sums)
 
 
 def _output_projection(transformer: Any, name: str) -> Callable[[Tensor], Tensor]:
@@ -62,5 +62,5 @@ HUNYUAN_VIDEO = Family(
     layout=_layout,
     output_projection=_output_projection,
     text=_text,
-    text_mask=_text_mask,
+    text_valid=_text_valid,
 )

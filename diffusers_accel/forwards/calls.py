@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from diffusers_accel.families import Family
 
@@ -17,14 +18,38 @@ class Given:
     """The arguments of one forward that matter here.
 
     Args:
-        latents: what is denoised, with the channels of a condition where the model has any.
+        latents: what is denoised, with the channels of a condition where the model has any; several where the model denoises
+            several (video and audio).
         timestep: 0-d tensor on the model's device.
         return_dict: whether the caller wants an output object, or a tuple.
     """
 
-    latents: Tensor
+    latents: tuple[Tensor, ...]
     timestep: Tensor
     return_dict: bool
+
+
+@dataclass(frozen=True)
+class OutputForm:
+    """How the tensors of an output stand in it: in a tuple, in one of diffusers' output objects, in lists of these."""
+
+    spec: Any
+    leaves: tuple[Any, ...]  # with None where a tensor stands
+
+    def of(self, tensors: Sequence[Tensor]) -> Any:
+        """An output of this form that holds these tensors."""
+        rest = iter(tensors)
+        return pytree.tree_unflatten([next(rest) if leaf is _TENSOR else leaf for leaf in self.leaves], self.spec)
+
+
+_TENSOR = object()
+
+
+def opened(output: Any) -> tuple[tuple[Tensor, ...], OutputForm]:
+    """The tensors of a transformer's output, and how they stand in it."""
+    leaves, spec = pytree.tree_flatten(output)
+    form = OutputForm(spec, tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves))
+    return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor)), form
 
 
 class ForwardReader:
@@ -38,15 +63,16 @@ class ForwardReader:
         self._module = module
         self._family = family
         self._signature = inspect.signature(type(module).forward)
-        for name in (family.latents, family.timestep):
+        for name in (*family.latents, family.timestep):
             if name not in self._signature.parameters:
                 raise TypeError(f"expected a forward of {type(module).__name__} with an argument {name!r}, found none")
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Given:
         given = self._signature.bind(self._module, *args, **kwargs).arguments
+        leaves = pytree.tree_leaves([given.get(name) for name in self._family.latents])
         timestep = given[self._family.timestep].detach()
         return Given(
-            latents=given[self._family.latents].detach(),
+            latents=tuple(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)),
             timestep=timestep.amax() if timestep.dim() else timestep,  # image-to-video may give a known frame a 0
             return_dict=bool(given.get("return_dict", True)),
         )
@@ -57,40 +83,22 @@ class ForwardReader:
         at = self._family.channels
         return latents.narrow(at, 0, min(like.shape[at], latents.shape[at]))
 
-    def input_of(self, latents: Tensor, sample: Tensor) -> Tensor:
-        """The part of the latents that the output `sample` is of: a view of its shape.
+    def inputs_of(self, latents: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The part of the latents that each output is of: views of their shapes.
 
         Raises:
             RuntimeError: there is none.
         """
-        x = self.denoised(latents, sample)
-        if x.shape != sample.shape:
+        if len(latents) != len(outputs):
             raise RuntimeError(
-                f"expected an output of the shape of the first channels of the input {list(latents.shape)}, found "
-                f"{list(sample.shape)}: forwards of {type(self._module).__name__} cannot be predicted for this call"
+                f"expected as many outputs as there are latents ({len(latents)}), found {len(outputs)}: forwards of "
+                f"{type(self._module).__name__} cannot be predicted for this call"
             )
-        return x
-
-
-def sample_of(output: Any) -> Tensor:
-    """The one tensor of a transformer's output, given as a tuple or as diffusers' output object.
-
-    Raises:
-        RuntimeError: there are more; they could not be predicted.
-    """
-    parts = output if isinstance(output, tuple) else output.to_tuple()
-    if len(parts) != 1:
-        raise RuntimeError(
-            f"expected a transformer with one output, found {len(parts)}: its forwards cannot be predicted"
-        )
-    sample: Tensor = parts[0]
-    return sample
-
-
-def as_output(sample: Tensor, return_dict: bool) -> Any:
-    """`sample` in the form that the caller of the transformer asks for."""
-    if not return_dict:
-        return (sample,)
-    from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-    return Transformer2DModelOutput(sample=sample)
+        found = [self.denoised(x, v) for x, v in zip(latents, outputs, strict=True)]
+        for given, x, v in zip(latents, found, outputs, strict=True):
+            if x.shape != v.shape:
+                raise RuntimeError(
+                    f"expected an output of the shape of the first channels of the input {list(given.shape)}, found "
+                    f"{list(v.shape)}: forwards of {type(self._module).__name__} cannot be predicted for this call"
+                )
+        return found

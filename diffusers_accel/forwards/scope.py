@@ -11,10 +11,10 @@ import torch
 
 from diffusers_accel.attach.clock import Clock
 from diffusers_accel.attach.site import AttachedModel
-from diffusers_accel.forwards.calls import ForwardReader, Given, as_output, sample_of
+from diffusers_accel.forwards.calls import ForwardReader, Given, opened
 from diffusers_accel.forwards.forwards import Forwards
 from diffusers_accel.forwards.rule import Computed, Now
-from diffusers_accel.forwards.state import Branch, ForwardsTally, Generation
+from diffusers_accel.forwards.state import Branch, ForwardsTally, Generation, Stream
 from diffusers_accel.forwards.wrapper import wrap
 
 Listener = Callable[[str, str, tuple[int, int]], None]
@@ -125,20 +125,21 @@ class _Interceptor:
         generation = self._scope.begin(self._model, now)
         call = _Call(given, self._model.branch, now[0], generation)
         state = generation.branches.get(call.branch, Branch())
-        view = self._view(call, state, now)
-        reason = self._must_compute(call, view, now) or self._decision(generation, view)
+        views = self._views(call, state, now)
+        reason = self._must_compute(call, bool(views), now) or self._decision(generation, views)
         tally = self._scope.tallies[self._model.name]
         tally.branches.add(call.branch)
         if reason is not None:
             tally.why[reason] += 1
             return call, None
-        assert view is not None
-        sample = self._scope.forwards.predictor.predict(view).to(view.last.v.dtype)
-        state.before = view.x.clone()
+        predictor = self._scope.forwards.predictor
+        outputs = [predictor.predict(view).to(view.last.v.dtype) for view in views]
+        for stream, view in zip(state.streams, views, strict=True):
+            stream.before = view.x.clone()
         tally.predicted += 1
         tally.cache_bytes = max(tally.cache_bytes, generation.bytes)
         self._scope.skipped(self._model.name, call.branch, now)
-        return call, as_output(sample, given.return_dict)
+        return call, state.forms[given.return_dict].of(outputs)
 
     @torch.compiler.disable(reason="keeps what the model has computed")
     @torch.no_grad()
@@ -154,35 +155,43 @@ class _Interceptor:
             generation.branches.pop(call.branch, None)
             return
         # Clones: CUDA graphs write into their outputs again, and the latents are the caller's.
-        v = sample_of(output).detach().clone()
-        x = self._reader.input_of(call.given.latents, v).clone()
+        outputs, form = opened(output)
+        vs = [v.detach().clone() for v in outputs]
+        xs = [x.clone() for x in self._reader.inputs_of(call.given.latents, vs)]
         state = generation.branches.setdefault(call.branch, Branch())
-        if not state.fits(x):
-            state.computed = ()
-        latest = Computed(call.step, call.given.timestep.clone(), x, v)
-        state.computed = (*state.computed, latest)[-scope.forwards.looks_back :]
-        state.before = x
+        if not state.fits(xs):
+            state = generation.branches[call.branch] = Branch(tuple(Stream() for _ in xs))
+        state.forms[call.given.return_dict] = form
+        for stream, x, v in zip(state.streams, xs, vs, strict=True):
+            latest = Computed(call.step, call.given.timestep.clone(), x, v)
+            stream.computed = (*stream.computed, latest)[-scope.forwards.looks_back :]
+            stream.before = x
         tally.cache_bytes = max(tally.cache_bytes, generation.bytes)
 
-    def _view(self, call: _Call, state: Branch, now: tuple[int, int]) -> Now | None:
-        """What rule and predictor are shown; None where nothing is known that fits."""
-        if state.before is None:
-            return None
-        x = self._reader.denoised(call.given.latents, state.before)
-        if not state.fits(x):
-            return None
-        return Now(
-            step=now[0],
-            steps=now[1],
-            run=call.generation.run,
-            branch=call.branch,
-            timestep=call.given.timestep,
-            x=x,
-            before=state.before,
-            computed=state.computed,
-        )
+    def _views(self, call: _Call, state: Branch, now: tuple[int, int]) -> list[Now]:
+        """What rule and predictor are shown of each output; nothing where nothing is known that fits."""
+        given = call.given
+        befores = [stream.before for stream in state.streams if stream.before is not None]
+        if len(befores) != len(given.latents) or given.return_dict not in state.forms:
+            return []
+        xs = [self._reader.denoised(x, before) for x, before in zip(given.latents, befores, strict=True)]
+        if not state.fits(xs):
+            return []
+        return [
+            Now(
+                step=now[0],
+                steps=now[1],
+                run=call.generation.run,
+                branch=call.branch,
+                timestep=given.timestep,
+                x=x,
+                before=before,
+                computed=stream.computed,
+            )
+            for x, before, stream in zip(xs, befores, state.streams, strict=True)
+        ]
 
-    def _must_compute(self, call: _Call, view: Now | None, now: tuple[int, int]) -> str | None:
+    def _must_compute(self, call: _Call, known: bool, now: tuple[int, int]) -> str | None:
         """Why the model has to run whatever the rule says, or None."""
         if not self._scope.predicts(call.branch):
             return UNNAMED
@@ -190,17 +199,17 @@ class _Interceptor:
             return FIRST
         if now[0] == now[1] - 1:
             return LAST
-        if view is None:
+        if not known:
             if call.generation.compute is None:  # so does the rest of the step
                 call.generation.compute, call.generation.carry = True, None
             return UNKNOWN
         return None
 
-    def _decision(self, generation: Generation, view: Now | None) -> str | None:
+    def _decision(self, generation: Generation, views: list[Now]) -> str | None:
         """The decision of the step, made on its first branch: why the model runs, or None where it need not."""
         if generation.compute is None:
-            assert view is not None
-            generation.compute, generation.carry = self._scope.forwards.rule.decide(view, generation.carry)
+            rule = self._scope.forwards.rule  # it looks at the first output, which is the video
+            generation.compute, generation.carry = rule.decide(views[0], generation.carry)
         return RULE if generation.compute else None
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from diffusers_accel.forwards.calls import OutputForm
 from diffusers_accel.forwards.rule import Computed
 
 
 @dataclass
-class Branch:
-    """One branch of guidance: its last computed forwards (oldest first) and the latents of the last step that ran."""
+class Stream:
+    """One output of a branch: its last computed forwards (oldest first) and the latents of the last step that ran."""
 
     computed: tuple[Computed, ...] = ()
     before: Tensor | None = None
@@ -32,6 +34,23 @@ class Branch:
         if self.before is not None and all(self.before is not each.x for each in self.computed):
             kept.append(self.before)
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+
+@dataclass
+class Branch:
+    """One branch of guidance: its outputs, and in which forms they were asked for (by `return_dict`)."""
+
+    streams: tuple[Stream, ...] = ()
+    forms: dict[bool, OutputForm] = field(default_factory=dict)
+
+    def fits(self, xs: Sequence[Tensor]) -> bool:
+        """Whether a forward on these latents continues the computed ones."""
+        streams = self.streams
+        return len(xs) == len(streams) > 0 and all(each.fits(x) for each, x in zip(streams, xs, strict=True))
+
+    @property
+    def bytes(self) -> int:
+        return sum(stream.bytes for stream in self.streams)
 
 
 @dataclass

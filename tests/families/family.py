@@ -6,7 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from diffusers_accel.layout import TokenLayout
+
+
+def run_pipeline(pipe: Any, call: dict[str, Any]) -> np.ndarray:
+    """The frames of a pipeline's call, or the latents, as its output_type says."""
+    return np.asarray(pipe(**call).frames)
 
 
 @dataclass(frozen=True)
@@ -15,13 +22,16 @@ class TinyFamily:
 
     Args:
         pipe: makes it, with the same weights each time.
-        call: makes arguments for `pipe(**...)`, fresh ones each time, with overrides of some; output_type "np" and guidance.
+        call: makes arguments for `pipe(**...)`, fresh ones each time, with overrides of some; 5 steps, output_type "np" and
+            guidance.
         layout: what the tokens of that call are.
         branches: of each step of that call, in order, as the pipeline names them.
         bitwise: whether all-dense attention equals the stock code bit for bit, which holds where that masks nothing.
         alone: overrides under which the call has no guidance.
         size: overrides of another size.
         several: overrides by which two videos are made.
+        run: how the pipeline is called, and its frames or latents as an array, for those that do it differently.
+        whole: whether diffusers' own forward can be compiled as one graph (`fullgraph=True`).
     """
 
     pipe: Callable[[], Any]
@@ -32,3 +42,5 @@ class TinyFamily:
     alone: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
     size: dict[str, Any] = field(default_factory=lambda: {"width": 96})
     several: dict[str, Any] = field(default_factory=lambda: {"num_videos_per_prompt": 2})
+    run: Callable[[Any, dict[str, Any]], np.ndarray] = run_pipeline
+    whole: bool = True

@@ -362,15 +362,16 @@ def test_video_to_video_of_batched_guidance() -> None:
 
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_predicted_outputs_have_the_form_that_is_asked_for(return_dict: bool) -> None:
+    """A form that was not seen yet computes."""
     model = toy(lambda x, t: x + 1)
     with patch(model, schedule([0])) as done, torch.no_grad():
         found = []
-        for step in range(3):
+        for step in range(4):
             done.step(step, 9)
             found.append(model(latents(step), torch.tensor([1.0]), TEXT, return_dict if step else not return_dict))
-    assert type(found[1]) is type(found[2]) is not type(found[0])
-    assert torch.equal(found[1][0], found[1].sample if return_dict else found[1][0])
-    assert len(model.ran) == 1
+    assert type(found[1]) is type(found[2]) is type(found[3]) is not type(found[0])
+    assert torch.equal(found[2][0], found[2].sample if return_dict else found[2][0])
+    assert len(model.ran) == 2
 
 
 def test_latents_and_outputs_may_be_written_over() -> None:
