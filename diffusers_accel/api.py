@@ -33,6 +33,7 @@ from diffusers_accel.run.memory import CACHE_MEMORY_FRACTION, CacheManager
 from diffusers_accel.run.partition import Partitions
 from diffusers_accel.run.remarks import Remarks
 from diffusers_accel.shape import ModelShape
+from diffusers_accel.starter import PLANNERS
 from diffusers_accel.subject import Patchable, split
 from diffusers_accel.support.former import warn_former
 from diffusers_accel.support.log import LOG
@@ -359,6 +360,8 @@ def _choose(
         return NAMED["dense"](), 0
     if isinstance(plan, str) and plan in NAMED:
         return NAMED[plan](**checked_parameters(plan, parameters)), 0
+    if isinstance(plan, str) and plan in PLANNERS:
+        return PLANNERS[plan](**checked_parameters(plan, parameters)).plan(found), 0
     if not isinstance(plan, (Plan, Recipe, Method)):
         raise wrong_plan(plan)
     return plan, 0

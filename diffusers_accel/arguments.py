@@ -16,9 +16,10 @@ from diffusers_accel.methods import NAMED, Recipe
 from diffusers_accel.methods.former import by_present_names, no_parameter
 from diffusers_accel.methods.stage import Stage
 from diffusers_accel.stage_names import stage_named, stage_names
+from diffusers_accel.starter import PLANNERS, Starter
 from diffusers_accel.support.suggest import closest
 
-NAMES: dict[str, Callable[..., Recipe | Forwards]] = {**NAMED, **NAMED_FORWARDS}
+NAMES: dict[str, Callable[..., Recipe | Starter | Forwards]] = {**NAMED, **PLANNERS, **NAMED_FORWARDS}
 
 _INSTEAD = {
     "Budget": "a budget is what a search is asked for: give it to search_plan, and patch with the plan that comes back",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from diffusers_accel.arguments import NAMES, checked_parameters, plan_path, wrong_plan
 from diffusers_accel.files import quoted
 from diffusers_accel.forwards import NAMED_FORWARDS, Forwards
-from diffusers_accel.methods import NAMED, Method, Recipe
+from diffusers_accel.methods import Method, Recipe
 from diffusers_accel.plan import Plan
 
 One = Plan | Recipe | Method | Forwards | str | os.PathLike[str]
@@ -111,7 +111,7 @@ def _only(subject: Any, parameters: dict[str, Any]) -> Scopes:
         if parameters:
             raise TypeError(f"parameters go with a name, found {sorted(parameters)} beside {quoted(subject)}")
         return Scopes("dense", {}, subject, attends=False)
-    if isinstance(subject, (str, os.PathLike)) and subject not in NAMED:
+    if isinstance(subject, (str, os.PathLike)) and subject not in NAMES:
         path = plan_path(subject)
         _check_no_parameters(subject, parameters)
         subject = Plan.load(path)

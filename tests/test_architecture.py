@@ -27,6 +27,7 @@ ROOMS = (
     ("methods",),
     ("block_external",),
     ("plan",),
+    ("starter",),
     ("run",),
     ("report",),
     ("stage_names", "arguments", "subject", "api"),

@@ -97,8 +97,11 @@ def disassembled(cubin: bytes) -> str:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage, code = (
-            subprocess.run([TOOLS / tool, flag, path], capture_output=True, text=True, check=True).stdout
-            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+            subprocess.run([TOOLS / tool, *flags, path], capture_output=True, text=True, check=True).stdout
+            for tool, *flags in (
+                ("cuobjdump", "-res-usage"),
+                ("nvdisasm", "-c", "-ndf"),
+            )  # without analysis of data flow
         )
     assert re.findall(r"STACK:(\d+)", usage) == ["0"], usage
     assert not re.findall(r"\b(?:STL|LDL)\b", code), "registers are spilled"
@@ -186,22 +189,21 @@ LOOP = {
 LISTS, ALL, HOLES = ("valid_ptr",), ("blocks_ptr", "counts_ptr", "valid_ptr"), ()
 
 
-@pytest.mark.parametrize("end", [False, True], ids=["", "merged and moved"])
 @pytest.mark.parametrize("precision", ["input", "int8", "int8_fp8"])
 @pytest.mark.parametrize(
-    ("dim", "dtype", "blocks", "absent", "masked", "group"),
+    ("dim", "dtype", "blocks", "absent", "masked", "group", "end"),
     [
-        (128, BF16, (128, 128), LISTS, False, 1),
-        (128, BF16, (128, 128), LISTS, True, 1),
-        (128, BF16, (128, 128), LISTS, True, 5),
-        (128, BF16, (128, 128), HOLES, True, 1),
-        (128, BF16, (128, 128), ALL, False, 1),
-        (128, F16, (128, 128), LISTS, True, 1),
-        (64, BF16, (128, 128), LISTS, True, 1),
-        (64, BF16, (128, 128), LISTS, True, 4),
-        (64, BF16, (128, 128), HOLES, True, 1),
-        (64, BF16, (128, 64), LISTS, False, 1),
-        (96, BF16, (128, 64), LISTS, True, 1),
+        (128, BF16, (128, 128), LISTS, False, 1, False),
+        (128, BF16, (128, 128), LISTS, True, 1, True),  # the common case
+        (128, BF16, (128, 128), LISTS, True, 5, False),
+        (128, BF16, (128, 128), HOLES, True, 1, True),
+        (128, BF16, (128, 128), ALL, False, 1, False),
+        (128, F16, (128, 128), LISTS, True, 1, False),
+        (64, BF16, (128, 128), LISTS, True, 1, True),
+        (64, BF16, (128, 128), LISTS, True, 4, False),
+        (64, BF16, (128, 128), HOLES, True, 1, False),
+        (64, BF16, (128, 64), LISTS, False, 1, False),
+        (96, BF16, (128, 64), LISTS, True, 1, True),
     ],
 )
 def test_hopper_specialises_its_warps(
@@ -211,9 +213,10 @@ def test_hopper_specialises_its_warps(
     absent: tuple[str, ...],
     masked: bool,
     group: int,
-    precision: str,
     end: bool,
+    precision: str,
 ) -> None:
+    """`end`: with the merge of a part and places for the rows, which only add to the code behind the loops."""
     types, constants = attention_arguments(dim, dtype, blocks, absent, precision, group, end)
     tile, padded = hopper.config(dim, blocks[1], precision), hopper.padded_dim(dim)
     constants |= {"PADDED_DIM": padded, "BLOCK_M": hopper.QUERIES, "BLOCK_N": tile.block_n}
@@ -258,6 +261,7 @@ def test_fp32_attention_stays_fp32(arch: int, dim: int) -> None:
     assert len(re.findall(r"\bFFMA2?\b", code)) > dim
 
 
+@in_turn
 @every_arch
 @pytest.mark.parametrize(
     ("dim", "blocks", "absent"),
@@ -297,6 +301,7 @@ def test_fp8_values_run_on_the_matrix_units_and_are_summed_outside(arch: int, di
     assert added >= 2 * sums + scores
 
 
+@in_turn
 @every_arch
 @pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
 @pytest.mark.parametrize(
@@ -471,6 +476,7 @@ def quantize_variant(name: str, arch: int, dim: int, group: int = 1, ones: tuple
     return compiled(kernel, arch, types, constants, num_warps=4)
 
 
+@in_turn
 @every_arch
 @pytest.mark.parametrize("dim", [40, 64, 72, 96, 128, 256])
 def test_quantize(arch: int, dim: int) -> None:
@@ -566,6 +572,7 @@ def merge_variant(arch: int, dim: int, ones: tuple[str, ...] = ()) -> str:
     return compiled(merge.merge_kernel, arch, types, constants, num_warps=4)
 
 
+@in_turn
 @every_arch
 @pytest.mark.parametrize("dim", [40, 72, 128, 256])
 def test_merge(arch: int, dim: int) -> None:
@@ -586,6 +593,7 @@ def pool_variant(arch: int, dim: int, holes: bool = True, ones: tuple[str, ...] 
     return compiled(pool.pool_kernel, arch, types, constants, num_warps=4)
 
 
+@in_turn
 @every_arch
 @pytest.mark.parametrize("dim", [40, 72, 128, 256])
 def test_pool(arch: int, dim: int) -> None:

@@ -15,11 +15,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from diffusers_accel.kernels.block_stats import portable as block_stats
 from diffusers_accel.kernels.select import portable as select
-from tests.kernels.test_compile import BF16, F32, MATRIX, NAMES, compiled, every_arch
+from tests.kernels.test_compile import BF16, F32, MATRIX, NAMES, compiled, every_arch, in_turn
 
 LISTS = {"map_ptr": "*fp32", "forced_ptr": "*u8", "histograms_ptr": "*i32", "blocks_ptr": "*i32", "counts_ptr": "*i32"}
 
 
+@in_turn
 @every_arch
 @pytest.mark.parametrize(("dim", "group"), [(20, 1), (64, 1), (128, 1), (128, 4)])
 def test_the_map_stays_fp32(arch: int, dim: int, group: int) -> None:
@@ -31,6 +32,7 @@ def test_the_map_stays_fp32(arch: int, dim: int, group: int) -> None:
     assert re.search(r"\bFFMA2?\b", code) and re.search(r"\bBAR\b", code)
 
 
+@in_turn
 @every_arch
 @pytest.mark.parametrize("level", [0, 3])
 @pytest.mark.parametrize("forced", [False, True])
@@ -40,6 +42,7 @@ def test_histogram(arch: int, level: int, forced: bool) -> None:
     assert re.search(r"\b(?:RED|ATOMG|REDG)\b", code)
 
 
+@in_turn
 @every_arch
 @pytest.mark.parametrize("key_blocks", [50, 930, select.LARGEST_ROW])
 @pytest.mark.parametrize("rule", ["head", "row", "top_p"])
@@ -52,6 +55,7 @@ def test_lists(arch: int, key_blocks: int, rule: str) -> None:
     compiled(select.lists_kernel, arch, types, constants, num_warps=select.row_warps(padded))
 
 
+@in_turn
 @every_arch
 @pytest.mark.parametrize("blocks", [(16, 16), (64, 64), (128, 128)], ids=str)
 @pytest.mark.parametrize(
