@@ -75,7 +75,7 @@ class Starter:
         rows = {
             name: tuple(tuple(_symbol(int(level)) for level in row) for row in each) for name, each in levels.items()
         }
-        dense = {name: tuple(("." * shape.heads) for _ in range(shape.layers)) for name, shape in models.items()}
+        dense = {name: ((_symbol(0),) * shape.heads,) * shape.layers for name, shape in models.items()}
         first = [Span(0.0, self.dense_steps, dense)] if self.dense_steps else []
         return Plan(
             family=checkpoint.family,
