@@ -16,6 +16,7 @@ from torch import nn
 from diffusers_accel.arguments import checked_parameters, wrong_plan
 from diffusers_accel.attach.clock import Clock, tells_steps
 from diffusers_accel.attach.host_caches import caches_on
+from diffusers_accel.attach.parallel import refusal
 from diffusers_accel.attach.processor import attend_densely, redirect, restore, site_of
 from diffusers_accel.attach.site import AttachedModel, Engine, Site, Timer
 from diffusers_accel.families import find
@@ -428,5 +429,7 @@ def _check_free(found: dict[str, Any]) -> None:
         raise ValueError("it is patched already: call diffusers_accel.unpatch on it first")
     for name, (module, family) in found.items():
         for _, attention in family.self_attention(module):
-            if getattr(attention.processor, "_parallel_config", None) is not None:
-                raise ValueError(f"{name} runs under context parallelism, which is not supported yet: patch without it")
+            if reason := refusal(getattr(attention.processor, "_parallel_config", None)):
+                raise ValueError(f"{name}: {reason}")
+        if reason := refusal(getattr(module, "_parallel_config", None)):
+            raise ValueError(f"{name}: {reason}")

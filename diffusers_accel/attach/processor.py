@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusers_accel.attach.parallel import attend_in_parallel
 from diffusers_accel.attach.site import Site
 from diffusers_accel.families.family import AttentionName, Family
 
@@ -224,10 +225,13 @@ def _attend_here(
             f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}; call diffusers_accel.unpatch(pipe) for such calls"
         )
     if parallel_config is not None:
-        raise ValueError(
-            "context parallelism is not supported yet: call diffusers_accel.unpatch(pipe) before enabling it"
-        )
+        return _attend_in_parallel(query, key, value, parallel_config)
     return attend(query, key, value, _RUNNING.handle)
+
+
+def _attend_in_parallel(q: Tensor, k: Tensor, v: Tensor, parallel_config: Any) -> Tensor:
+    site = SITES[int(_RUNNING.handle)]
+    return attend_in_parallel(q, k, v, parallel_config, site.costs_of_heads(len(q)), site.attend)
 
 
 def _fit(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count, groupby
@@ -172,6 +172,7 @@ class Site:
         self.processor: Any = None  # ours, while it is attached
         self._stranger: str | None = None
         self._heads = tuple(range(model.shape.heads))
+        self.costs: Callable[[AttentionCall], Sequence[float]] | None = None  # of the heads, where an engine knows them
         self.timer: Timer | None = None
 
     @property
@@ -194,17 +195,20 @@ class Site:
         if self._stranger is None:
             module.set_processor(stock)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: tuple[int, ...] | None = None) -> Tensor:
         """q [B, queries, H, D], k and v [B, tokens, H_k, D] -> out like q.
 
         What the engine is given is cut to tokens that exist as keys.
+
+        Args:
+            heads: numbers in the model of the heads that these are; None: all.
         """
         with self.timer.running(q.device) if self.timer else nullcontext():
             parts = []
             for rows in self.model.rows(len(q), self.layer):
                 self._check_sizes(rows.layout, q, k)
                 some, keys = slice(rows.start, rows.stop), rows.layout.keys
-                parts.append(self.engine.attend(self._call(rows), q[some], k[some, :keys], v[some, :keys]))
+                parts.append(self.engine.attend(self._call(rows, heads), q[some], k[some, :keys], v[some, :keys]))
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _check_sizes(self, layout: TokenLayout, q: Tensor, k: Tensor) -> None:
@@ -215,12 +219,18 @@ class Site:
                 "diffusers_accel.unpatch(pipe)"
             )
 
-    def _call(self, rows: Rows) -> AttentionCall:
+    def costs_of_heads(self, batch: int) -> Sequence[float]:
+        """Of a call that begins, relative to each other; equal where nobody knows."""
+        if self.costs is None:
+            return [1.0] * len(self._heads)
+        return self.costs(self._call(self.model.rows(batch, self.layer)[0], None))
+
+    def _call(self, rows: Rows, heads: tuple[int, ...] | None) -> AttentionCall:
         return AttentionCall(
             layout=rows.layout,
             transformer=self.transformer,
             layer=self.layer,
-            heads=self._heads,
+            heads=heads or self._heads,
             branch=self.model.branch,
             rows=(rows.start, rows.stop),
             now=self.model.clock.now(),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from diffusers_accel.attach.clock import Clock
+from diffusers_accel.attach.parallel import all_agree_to_compute
 from diffusers_accel.attach.site import AttachedModel
 from diffusers_accel.forwards.calls import ForwardReader, Given, opened
 from diffusers_accel.forwards.forwards import Forwards
@@ -209,7 +210,9 @@ class _Interceptor:
         """The decision of the step, made on its first branch: why the model runs, or None where it need not."""
         if generation.compute is None:
             rule = self._scope.forwards.rule  # it looks at the first output, which is the video
-            generation.compute, generation.carry = rule.decide(views[0], generation.carry)
+            wanted, generation.carry = rule.decide(views[0], generation.carry)
+            generation.compute = all_agree_to_compute(wanted, self._model.module, views[0].x.device)
+            generation.carry = None if generation.compute and not wanted else generation.carry
         return RULE if generation.compute else None
 
 

@@ -75,6 +75,8 @@ class PlanEngine:
         self._min_tokens = min_tokens
         self._caches = caches
         self._remarks = remarks or Remarks()
+        site.costs = self.costs
+        self._costs: dict[tuple[int, TokenLayout], list[float]] = {}
         self._layer: Layer = (site.transformer, site.layer)
         self._heads = tuple(range(site.model.shape.heads))
         spans = [[self._method(span, head) for head in self._heads] for span in range(len(plan.spans))]
@@ -86,6 +88,14 @@ class PlanEngine:
         ]
         if most := max(savings, key=len):
             caches.budget.enter(self._layer, len(most), sum(most) / len(most))
+
+    def costs(self, call: AttentionCall) -> list[float]:
+        """What each head of the model costs in the running span: its density, 1 where it is dense."""
+        key = running_span(self.plan, call), call.layout
+        if key not in self._costs:
+            known = [method.expected_density(call.layout) for method in self._mixes[key[0]].methods]
+            self._costs[key] = [0.5 if each is None else each for each in known]
+        return self._costs[key]
 
     def clear(self) -> None:
         """Starts the tally anew."""

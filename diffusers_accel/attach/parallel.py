@@ -1,0 +1,125 @@
+"""Context parallelism by Ulysses: each process has a piece of the sequence of all heads, and attends with all of the sequence for
+its share of the heads. diffusers exchanges the one for the other; we attend between the two exchanges.
+
+Which heads a process gets is ours to say: heads of unequal density are dealt so that all processes have about equally much to do.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Attend = Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]
+
+
+def refusal(parallel_config: Any) -> str | None:
+    """Why attention cannot be ours under this parallelism of diffusers, or None."""
+    if getattr(parallel_config, "tensor_parallel_config", None) is not None:
+        return "tensor parallelism shards heads out of sight of a patch: use ContextParallelConfig(ulysses_degree=N)"
+    context = getattr(parallel_config, "context_parallel_config", None)
+    if context is not None and context.ring_degree > 1:
+        return (
+            "ring attention merges pieces inside one backend of diffusers, which a patch cannot stand in for: use "
+            "ContextParallelConfig(ulysses_degree=N)"
+        )
+    return None
+
+
+def degree_of(parallel_config: Any) -> int:
+    """Over how many processes attention's heads are spread."""
+    degree: int = parallel_config.context_parallel_config.ulysses_degree
+    return degree
+
+
+def deal(costs: Sequence[float], processes: int) -> tuple[int, ...]:
+    """The numbers of the heads in the order in which processes take them, equally many each: the costliest first, to whoever
+    has least to do and room left. The model's own order where all cost the same.
+
+    Raises:
+        ValueError: the heads cannot be spread evenly.
+    """
+    each, rest = divmod(len(costs), processes)
+    if rest:
+        raise ValueError(
+            f"expected a number of processes that divides the {len(costs)} heads, found {processes}: choose ulysses_degree so"
+        )
+    if len(set(costs)) == 1:
+        return tuple(range(len(costs)))
+    hands: list[list[int]] = [[] for _ in range(processes)]
+    for head in sorted(range(len(costs)), key=lambda head: -costs[head]):
+        free = (hand for hand in hands if len(hand) < each)
+        min(free, key=lambda hand: sum(costs[other] for other in hand)).append(head)
+    return tuple(head for hand in hands for head in sorted(hand))
+
+
+@torch.compiler.disable(reason="exchanges heads for tokens between processes")
+def attend_in_parallel(
+    q: Tensor, k: Tensor, v: Tensor, parallel_config: Any, costs: Sequence[float], attend: Attend
+) -> Tensor:
+    """Attention of a piece of the sequence, q, k, v and result [B, S / N, H, D].
+
+    Args:
+        parallel_config: diffusers' own, of the processor.
+        costs: of each of the H heads, the same in all processes.
+        attend: called with q, k, v [B, S, H / N, D] and the numbers of these heads in the model.
+
+    Raises:
+        ValueError: another parallelism than Ulysses, or heads that it does not divide.
+    """
+    if reason := refusal(parallel_config):
+        raise ValueError(reason)
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    processes = degree_of(parallel_config)
+    order = deal(costs, processes)
+    moved = order != tuple(range(len(order)))
+    if moved:
+        q, k, v = (x.index_select(2, _index(order, x.device)) for x in (q, k, v))
+    each, rank = len(order) // processes, parallel_config.context_parallel_config._ulysses_local_rank
+    mine = order[rank * each : (rank + 1) * each]
+    with _InPlaceOfAttention(functools.partial(_transposed, attend, mine)):
+        out: Tensor = dispatch_attention_fn(q, k, v, backend="native", parallel_config=parallel_config)
+    return out.index_select(2, _index(_inverse(order), out.device)) if moved else out
+
+
+def all_agree_to_compute(compute: bool, module: Any, device: torch.device) -> bool:
+    """Whether any process of a parallel model wants its forward computed: those that predicted alone would wait for ever."""
+    context = getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None)
+    if context is None:
+        return compute
+    wanted = torch.tensor([float(compute)], device=device)
+    torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX, group=context._flattened_mesh.get_group())
+    return bool(wanted.item())
+
+
+class _InPlaceOfAttention(TorchFunctionMode):
+    """Runs `attend` wherever `F.scaled_dot_product_attention` is called, with heads before tokens."""
+
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self._attend = attend
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            return self._attend(given["query"], given["key"], given["value"])
+        return func(*args, **(kwargs or {}))
+
+
+def _transposed(attend: Attend, heads: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(*(x.transpose(1, 2) for x in (q, k, v)), heads).transpose(1, 2)
+
+
+def _inverse(order: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+@functools.lru_cache(maxsize=64)
+def _index(order: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(order, device=device)

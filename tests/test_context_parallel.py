@@ -1,0 +1,119 @@
+"""Ulysses context parallelism over processes on this machine: the clip of one process, whatever the heads and the forwards do."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ContextParallelConfig
+from torch import multiprocessing
+
+from diffusers_accel import Plan, patch
+from diffusers_accel.attach.parallel import deal
+from diffusers_accel.families import find
+from diffusers_accel.methods import DENSE, Band, Draft, Kept, Method, Patches
+from diffusers_accel.plan import Span
+from tests.tiny import HEADS, LAYERS, tiny_wan, tiny_wan_call
+
+
+def mixed_plan(pipe: Any) -> Plan:
+    """Heads of very unequal density, which are not dealt in the model's order."""
+    models = {name: family.shape(module) for name, (module, family) in find(pipe).items()}
+    methods = {
+        ".": DENSE,
+        "a": Method(select=Band(0.2)),
+        "b": Method(Patches(), Draft(0.3)),
+        "c": Method(Patches(), Draft(0.2), rest=Kept(2)),
+    }
+    rows = (".abc", "..ab", "cb.a")[:LAYERS]
+    return Plan(
+        "wan",
+        models,
+        methods,
+        (Span(0.0, 0.4, {"transformer": ("ab.c",) * LAYERS}), Span(0.4, 1.0, {"transformer": rows})),
+    )
+
+
+CASES: dict[str, Callable[[Any], Any]] = {
+    "dense": lambda pipe: "dense",
+    "pattern": lambda pipe: "pattern",
+    "draft": lambda pipe: ("draft", {"density": 0.3}),
+    "cached": lambda pipe: ("cached", {"density": 0.3}),
+    "pooled": lambda pipe: ("draft", {"density": 0.3, "rest": "pooled"}),
+    "mixed plan": mixed_plan,
+    "easycache": lambda pipe: ("easycache", {"threshold": 0.3, "warm_up": 1}),
+    "step cache and heads": lambda pipe: [("easycache", {"threshold": 0.3, "warm_up": 1}), ("draft", {"density": 0.3})],
+}
+
+
+def clip_of(pipe: Any) -> torch.Tensor:
+    return torch.as_tensor(pipe(**tiny_wan_call(output_type="latent")).frames)
+
+
+def worker(rank: int, processes: int, port: int, names: Sequence[str], folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.accelerator.device_count = lambda: 1  # diffusers divides by it, and there may be none
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=processes)
+    try:
+        found = {}
+        mesh = torch.distributed.init_device_mesh("cpu", (1, processes), mesh_dim_names=("ring", "ulysses"))
+        for name in names:
+            for first in ("parallel", "patch"):
+                pipe = tiny_wan()
+                done = patch(pipe, CASES[name](pipe)) if first == "patch" else None
+                pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=processes, mesh=mesh))
+                done = done or patch(pipe, CASES[name](pipe))
+                found[f"{name}, {first} first"] = clip_of(pipe)
+                done.unpatch()
+            found[f"{name}, unpatched"] = clip_of(pipe)
+        torch.save(found, Path(folder) / f"{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def run_in(processes: int, names: Sequence[str], folder: Path) -> list[dict[str, torch.Tensor]]:
+    """What each process got, by case."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(worker, (processes, port, names, str(folder)), nprocs=processes)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
+
+
+@pytest.mark.parametrize(("processes", "names"), [(2, tuple(CASES)), (4, ("mixed plan",))])
+def test_the_clip_is_that_of_one_process(processes: int, names: Sequence[str], tmp_path: Path) -> None:
+    found = run_in(processes, names, tmp_path)
+    stock = clip_of(tiny_wan())
+    for name in names:
+        pipe = tiny_wan()
+        with patch(pipe, CASES[name](pipe)):
+            expected = clip_of(pipe)
+        for clips in found:
+            for first in ("parallel", "patch"):
+                assert (clips[f"{name}, {first} first"] - expected).abs().max() <= 1e-5, (name, first)
+            assert (clips[f"{name}, unpatched"] - stock).abs().max() <= 1e-5, name
+        assert name == "dense" or (expected - stock).abs().max() > 1e-3
+
+
+def test_heads_are_dealt_so_that_all_have_as_much_to_do() -> None:
+    costs = [1.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.1, 0.1]
+    order = deal(costs, 2)
+    assert sorted(order) == list(range(8))
+    assert sum(costs[head] for head in order[:4]) == pytest.approx(2.2) == sum(costs[head] for head in order[4:])
+    assert deal([0.3] * HEADS, 2) == tuple(range(HEADS))
+    with pytest.raises(ValueError, match="divides the 6 heads, found 4"):
+        deal([1.0] * 6, 4)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_uneven_heads_are_dealt_within_a_head_of_the_mean(seed: int) -> None:
+    costs = torch.rand(40, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = deal(costs, 4)
+    sums = [sum(costs[head] for head in order[at : at + 10]) for at in range(0, 40, 10)]
+    assert max(sums) / (sum(costs) / 4) < 1.03  # in the model's order it is 1.2 in the mean
