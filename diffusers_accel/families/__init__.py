@@ -10,7 +10,9 @@ from torch import nn
 from diffusers_accel.families.cogvideox import COGVIDEOX
 from diffusers_accel.families.family import Family
 from diffusers_accel.families.hunyuan_video import HUNYUAN_VIDEO
+from diffusers_accel.families.hunyuan_video15 import HUNYUAN_VIDEO15
 from diffusers_accel.families.ltx import LTX
+from diffusers_accel.families.ltx2 import LTX2
 from diffusers_accel.families.wan import WAN
 from diffusers_accel.files import quoted
 
@@ -38,8 +40,10 @@ def register_family(family: Family) -> None:
 for _family in (
     WAN,
     HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO15,
     COGVIDEOX,
     LTX,
+    LTX2,
 ):
     register_family(_family)
 

@@ -3,7 +3,9 @@
 from tests.families.cogvideox import COGVIDEOX
 from tests.families.family import TinyFamily
 from tests.families.hunyuan_video import HUNYUAN_VIDEO
+from tests.families.hunyuan_video15 import HUNYUAN_VIDEO15, HUNYUAN_VIDEO15_IMAGE
 from tests.families.ltx import LTX
+from tests.families.ltx2 import LTX2, LTX2_CONDITION, LTX2_IMAGE
 from tests.families.wan import WAN
 
 TINY: dict[str, TinyFamily] = {
@@ -11,6 +13,11 @@ TINY: dict[str, TinyFamily] = {
     "hunyuan_video": HUNYUAN_VIDEO,
     "cogvideox": COGVIDEOX,
     "ltx": LTX,
+    "hunyuan_video15": HUNYUAN_VIDEO15,
+    "hunyuan_video15, image to video": HUNYUAN_VIDEO15_IMAGE,
+    "ltx2": LTX2,
+    "ltx2, image to video": LTX2_IMAGE,
+    "ltx2, condition": LTX2_CONDITION,
 }
 
 __all__ = ["TINY", "TinyFamily"]
