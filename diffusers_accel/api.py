@@ -241,8 +241,9 @@ def attach(pipe: Any, make_engine: Callable[[Site], Engine] | None) -> Attachmen
     _check_free(found)
     if not tells_steps(pipe):
         raise ValueError(
-            f"this {type(pipe).__name__} is a modular pipeline with no guider, so nothing says which step runs: give it one, or "
-            "patch(pipe.transformer, ...) and call Patch.step(i, steps) before each step"
+            f"this {type(pipe).__name__} is a modular pipeline with no guider, and no block of it is given the timestep t of a "
+            "denoising loop, so nothing says which step runs: give it a guider, or patch(pipe.transformer, ...) and call "
+            "Patch.step(i, steps) before each step"
         )
     clock = Clock(None if isinstance(pipe, nn.Module) else pipe)
     attachment = Attachment([], [], clock)

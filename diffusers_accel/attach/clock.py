@@ -3,14 +3,15 @@ never counted.
 
 Sources, in order of trust: `Clock.set`, for people with their own loop; what the pipeline says through
 `transformer.cache_context(name, step_index=...)`; the position of `pipe._current_timestep` inside `scheduler.timesteps`, of
-which it is a view; the step of a modular pipeline's guider. The pipeline is the one that runs, which need not be the one that
-was patched: `from_pipe` makes siblings that share the transformer. Steps are those that run: video-to-video with a strength
-below 1 runs only the last part of the schedule. Nothing is counted, so a second call, another number of steps or an exception
-in mid-run leave nothing to reset.
+which it is a view; the step of a modular pipeline's guider, or the timestep that its denoising loop hands to its blocks. The
+pipeline is the one that runs, which need not be the one that was patched: `from_pipe` makes siblings that share the
+transformer. Steps are those that run: video-to-video with a strength below 1 runs only the last part of the schedule. Nothing
+is counted, so a second call, another number of steps or an exception in mid-run leave nothing to reset.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 import weakref
@@ -36,11 +37,19 @@ class _Context(NamedTuple):
     sigma: Any
 
 
+class _Loop(NamedTuple):
+    """What the denoising loop of a modular pipeline hands to its blocks."""
+
+    timestep: torch.Tensor
+    steps: int | None
+
+
 class _Running(threading.local):
     """What runs in this thread: the pipeline (no reference, so that a sibling is not kept alive), and what it says."""
 
     pipe: Callable[[], Any] | None = None
     context: _Context | None = None
+    loop: _Loop | None = None
 
 
 class Clock:
@@ -71,7 +80,7 @@ class Clock:
 
     def now(self) -> tuple[int, int] | None:
         """(step, steps) of the running call, of the steps that run, or None where no source knows."""
-        return self._set or self._from_context() or self._from_timestep() or self._from_guider()
+        return self._set or self._from_context() or self._from_timestep() or self._from_guider() or self._from_loop()
 
     def sigma(self) -> float | None:
         """The noise level of the running step in flow matching, from 1 (noise alone) to 0 (none); None where no source knows, or
@@ -99,12 +108,17 @@ class Clock:
     def _schedule_place(self, pipe: Any) -> int | None:
         """Where in all of the scheduler's timesteps the running step stands."""
         timesteps = _timesteps(pipe)
-        place = _place(getattr(pipe, "_current_timestep", None), timesteps)
-        return place if place is not None else _place(getattr(_running_guider(pipe), "_timestep", None), timesteps)
+        loop = self._running.loop
+        said = (
+            getattr(pipe, "_current_timestep", None),
+            getattr(_running_guider(pipe), "_timestep", None),
+            loop and loop.timestep,
+        )
+        return next((place for place in (_place(each, timesteps) for each in said) if place is not None), None)
 
     def follow(self, transformer: Any) -> None:
         """Called where a forward of `transformer` begins: finds the pipeline that calls it."""
-        pipe = _calling_pipeline(sys._getframe(1), transformer)
+        pipe, self._running.loop = _calling_pipeline(sys._getframe(1), transformer)
         self._running.pipe = weakref.ref(pipe) if pipe is not None else None
 
     @property
@@ -131,10 +145,7 @@ class Clock:
         place = _place(getattr(pipe, "_current_timestep", None), timesteps)
         if timesteps is None or place is None:
             return None
-        steps = getattr(pipe, "_num_timesteps", None)
-        if not isinstance(steps, int) or not len(timesteps) - place <= steps <= len(timesteps):
-            return place, len(timesteps)
-        return place - (len(timesteps) - steps), steps  # what runs is the last part
+        return _of_those_that_run(place, len(timesteps), getattr(pipe, "_num_timesteps", None))
 
     def _from_guider(self) -> tuple[int, int] | None:
         guider = _running_guider(self._running_pipe)
@@ -144,6 +155,13 @@ class Clock:
         if not step < steps:  # a scheduler of higher order runs more
             steps = len(self._running_pipe.scheduler.timesteps)
         return (step, steps) if 0 <= step < steps else None
+
+    def _from_loop(self) -> tuple[int, int] | None:
+        loop, timesteps = self._running.loop, _timesteps(self._running_pipe)
+        place = _place(loop.timestep, timesteps) if loop else None
+        if loop is None or timesteps is None or place is None:
+            return None
+        return _of_those_that_run(place, len(timesteps), loop.steps)
 
     def listen(self, transformer: Any) -> Callable[[], None]:
         """Hears what the pipeline says through `transformer.cache_context`; returns the function that stops it."""
@@ -167,25 +185,55 @@ class Clock:
 
 
 def tells_steps(pipe: Any) -> bool:
-    """Whether the clock can follow a pipeline: a modular one, which has no `_current_timestep`, needs a guider."""
+    """Whether the clock can follow a pipeline: a modular one has no `_current_timestep`, and so needs a guider, or a denoising
+    loop that hands its timestep to its blocks."""
     modular = any(cls.__name__ == "ModularPipeline" for cls in type(pipe).__mro__)
-    return not modular or any(hasattr(getattr(pipe, name, None), "set_state") for name in GUIDERS)
+    guided = any(hasattr(getattr(pipe, name, None), "set_state") for name in GUIDERS)
+    return not modular or guided or _has_loop(getattr(pipe, "blocks", None))
 
 
-def _calling_pipeline(frame: FrameType | None, transformer: Any) -> Any:
-    """The innermost owner of the transformer and of a scheduler whose `__call__` runs, up the stack; None without one.
+def _has_loop(blocks: Any) -> bool:
+    """Whether a block of a modular pipeline, or one inside it, takes a timestep."""
+    if blocks is None:
+        return False
+    parts = getattr(blocks, "sub_blocks", None) or {}
+    takes = "t" in inspect.signature(type(blocks).__call__).parameters
+    return takes or any(_has_loop(part) for part in parts.values())
+
+
+def _of_those_that_run(place: int, timesteps: int, steps: int | None) -> tuple[int, int]:
+    """(step, steps) at a place in the schedule, of which the last `steps` run; of all where nobody says how many."""
+    if not isinstance(steps, int) or not timesteps - place <= steps <= timesteps:
+        return place, timesteps
+    return place - (timesteps - steps), steps
+
+
+def _calling_pipeline(frame: FrameType | None, transformer: Any) -> tuple[Any, _Loop | None]:
+    """The innermost owner of the transformer and of a scheduler whose `__call__` runs, up the stack, None without one; and the
+    denoising loop in between, where that is one of a modular pipeline.
 
     Only frames of `__call__` are looked into: reading the variables of a frame keeps them alive until it ends.
     """
+    loop = None
     while frame is not None:
         code = frame.f_code
         if code.co_name == "__call__" and code.co_argcount and code.co_varnames[0] == "self":
+            loop = loop or _loop(frame)
             owner = frame.f_locals.get("self")
             parts = [getattr(owner, name, None) for name in COMPONENTS] if hasattr(owner, "scheduler") else []
             if any(getattr(part, "_orig_mod", part) is transformer for part in parts):
-                return owner
+                return owner, loop
         frame = frame.f_back
-    return None
+    return None, None
+
+
+def _loop(frame: FrameType) -> _Loop | None:
+    """What a block of a denoising loop is called with, as (components, block_state, i, t)."""
+    timestep = frame.f_locals.get("t") if "t" in frame.f_code.co_varnames[: frame.f_code.co_argcount] else None
+    if not isinstance(timestep, torch.Tensor):
+        return None
+    timesteps = getattr(frame.f_locals.get("block_state"), "timesteps", None)
+    return _Loop(timestep, len(timesteps) if isinstance(timesteps, torch.Tensor) else None)
 
 
 def _number(sigma: Any) -> float | None:

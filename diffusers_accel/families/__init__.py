@@ -9,14 +9,16 @@ from torch import nn
 
 from diffusers_accel.families.cogvideox import COGVIDEOX
 from diffusers_accel.families.family import Family
+from diffusers_accel.families.framepack import FRAMEPACK
 from diffusers_accel.families.hunyuan_video import HUNYUAN_VIDEO
 from diffusers_accel.families.hunyuan_video15 import HUNYUAN_VIDEO15
 from diffusers_accel.families.ltx import LTX
 from diffusers_accel.families.ltx2 import LTX2
+from diffusers_accel.families.minimax_h3 import MINIMAX_H3
 from diffusers_accel.families.wan import WAN
 from diffusers_accel.files import quoted
 
-COMPONENTS = ("transformer", "transformer_2")
+COMPONENTS = ("transformer", "transformer_2", "transformer_ref")
 FAMILIES: dict[str, Family] = {}  # by the module-qualified name of the transformer class
 
 
@@ -41,9 +43,11 @@ for _family in (
     WAN,
     HUNYUAN_VIDEO,
     HUNYUAN_VIDEO15,
+    FRAMEPACK,
     COGVIDEOX,
     LTX,
     LTX2,
+    MINIMAX_H3,
 ):
     register_family(_family)
 

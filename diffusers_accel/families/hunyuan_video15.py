@@ -1,4 +1,4 @@
-"""HunyuanVideo 1.5: video, then image tokens and text in one sequence, those that exist first; a guider runs the passes of guidance.
+"""HunyuanVideo 1.5: video, then image and text tokens in one sequence, existing ones first; a guider runs the passes of guidance.
 
 The stock processor makes a mask of tokens x tokens in every layer. The one here makes none: keys are cut to those that exist.
 """

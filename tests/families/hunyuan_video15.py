@@ -140,7 +140,9 @@ HUNYUAN_VIDEO15 = TinyFamily(
     TokenLayout(3, 16, 16, TEXT_TOKENS + GLYPH_TOKENS + IMAGE_TOKENS, "end", 10),
     ("pred_cond", "pred_uncond"),
     bitwise=False,  # keys are cut instead of masked
-    several={"prompts": 2},  # two videos of one prompt fail in diffusers 0.42.1, which repeats all but its image embeddings
+    several={
+        "prompts": 2
+    },  # two videos of one prompt fail in diffusers 0.42.1, which repeats all but its image embeddings
     run=run_guided,
     whole=False,  # it asks the image embeddings whether they are zero
 )

@@ -101,7 +101,7 @@ def tiny_ltx2(cls: Any = LTX2Pipeline) -> Any:
 
 
 def tiny_ltx2_call(seed: int = 0, prompts: int = 1, **overrides: Any) -> dict[str, Any]:
-    """3 frames of 32 x 32 -> 3 x 16 x 16 = 768 tokens; 5 steps with text guidance, and a pass without exchange with the audio."""
+    """5 frames of 32 x 32 -> 3 x 16 x 16 = 768 tokens; 5 steps with text guidance, and a pass without exchange with the audio."""
     generator = torch.Generator().manual_seed(seed)
     call: dict[str, Any] = {
         "prompt_embeds": torch.randn(prompts, TEXT_TOKENS, TEXT_DIM, generator=generator),
@@ -110,7 +110,7 @@ def tiny_ltx2_call(seed: int = 0, prompts: int = 1, **overrides: Any) -> dict[st
         "negative_prompt_attention_mask": text_mask(*[4] * prompts).flip(1),
         "height": 32,
         "width": 32,
-        "num_frames": 3,
+        "num_frames": 5,
         "num_inference_steps": 5,
         "guidance_scale": 3.0,
         "audio_guidance_scale": 3.0,
@@ -131,12 +131,12 @@ def picture() -> PIL.Image.Image:
 
 
 def with_image(**overrides: Any) -> dict[str, Any]:
-    return tiny_ltx2_call(**{"image": picture(), **overrides})
+    return tiny_ltx2_call(**{"image": picture(), "image_crf": 0, **overrides})
 
 
 def with_frames(**overrides: Any) -> dict[str, Any]:
     """The first frame, which stands in its place, and the last, whose tokens are appended."""
-    conditions = [LTX2VideoCondition(picture(), index, 1.0) for index in (0, 2)]
+    conditions = [LTX2VideoCondition(picture(), index, 1.0, crf=0) for index in (0, 2)]
     return tiny_ltx2_call(**{"conditions": conditions, **overrides})
 
 

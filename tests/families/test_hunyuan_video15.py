@@ -23,7 +23,7 @@ from tests.families.hunyuan_video15 import (
     tiny_hunyuan15_transformer,
 )
 from tests.families.test_every_family import Watch
-from tests.tiny import HEAD_DIM, LAYERS, TEXT_DIM, TEXT_TOKENS, text_mask
+from tests.tiny import LAYERS, TEXT_DIM, TEXT_TOKENS, text_mask
 
 
 class Largest(TorchDispatchMode):
