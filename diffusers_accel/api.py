@@ -17,7 +17,7 @@ from diffusers_accel.arguments import checked_parameters, wrong_plan
 from diffusers_accel.attach.clock import Clock, tells_steps
 from diffusers_accel.attach.host_caches import caches_on
 from diffusers_accel.attach.processor import attend_densely, redirect, restore, site_of
-from diffusers_accel.attach.site import AttachedModel, Engine, Site, Timer
+from diffusers_accel.attach.site import AttachedModel, Engine, Site, Timer, set_processor
 from diffusers_accel.families import find
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.forwards.report import ForwardsReport
@@ -343,7 +343,7 @@ def _attach_site(
     site.engine = make_engine(site)
     site.attachment = attachment
     site.processor = processor = redirect(site, stock)
-    attention.set_processor(processor)
+    set_processor(attention, processor)
     attachment.sites.append(site)
 
 

@@ -3,10 +3,10 @@ never counted.
 
 Sources, in order of trust: `Clock.set`, for people with their own loop; what the pipeline says through
 `transformer.cache_context(name, step_index=...)`; the position of `pipe._current_timestep` inside `scheduler.timesteps`, of
-which it is a view; the step of a modular pipeline's guider, or the timestep that its denoising loop hands to its blocks. The
-pipeline is the one that runs, which need not be the one that was patched: `from_pipe` makes siblings that share the
-transformer. Steps are those that run: video-to-video with a strength below 1 runs only the last part of the schedule. Nothing
-is counted, so a second call, another number of steps or an exception in mid-run leave nothing to reset.
+which it is a view, or that of `t` in the pipeline's loop, which a modular pipeline hands to its blocks; the step of a modular
+pipeline's guider. The pipeline is the one that runs, which need not be the one that was patched: `from_pipe` makes siblings that
+share the transformer. Steps are those that run: video-to-video with a strength below 1 runs only the last part of the schedule.
+Nothing is counted, so a second call, another number of steps or an exception in mid-run leave nothing to reset.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
@@ -38,10 +38,11 @@ class _Context(NamedTuple):
 
 
 class _Loop(NamedTuple):
-    """What the denoising loop of a modular pipeline hands to its blocks."""
+    """Where a pipeline's loop `for t in timesteps` stands: some set no `_current_timestep`, or one of timesteps of their own."""
 
-    timestep: torch.Tensor
-    steps: int | None
+    step: int
+    steps: int
+    place: int | None  # in all of the scheduler's timesteps
 
 
 class _Running(threading.local):
@@ -80,7 +81,7 @@ class Clock:
 
     def now(self) -> tuple[int, int] | None:
         """(step, steps) of the running call, of the steps that run, or None where no source knows."""
-        return self._set or self._from_context() or self._from_timestep() or self._from_guider() or self._from_loop()
+        return self._set or self._from_context() or self._from_timestep() or self._from_loop() or self._from_guider()
 
     def sigma(self) -> float | None:
         """The noise level of the running step in flow matching, from 1 (noise alone) to 0 (none); None where no source knows, or
@@ -108,18 +109,16 @@ class Clock:
     def _schedule_place(self, pipe: Any) -> int | None:
         """Where in all of the scheduler's timesteps the running step stands."""
         timesteps = _timesteps(pipe)
-        loop = self._running.loop
-        said = (
-            getattr(pipe, "_current_timestep", None),
-            getattr(_running_guider(pipe), "_timestep", None),
-            loop and loop.timestep,
-        )
-        return next((place for place in (_place(each, timesteps) for each in said) if place is not None), None)
+        place = _place(getattr(pipe, "_current_timestep", None), timesteps)
+        if place is None and self._running.loop is not None:
+            place = self._running.loop.place
+        return place if place is not None else _place(getattr(_running_guider(pipe), "_timestep", None), timesteps)
 
     def follow(self, transformer: Any) -> None:
         """Called where a forward of `transformer` begins: finds the pipeline that calls it."""
-        pipe, self._running.loop = _calling_pipeline(sys._getframe(1), transformer)
+        pipe, variables = _calling_pipeline(sys._getframe(1), transformer)
         self._running.pipe = weakref.ref(pipe) if pipe is not None else None
+        self._running.loop = _loop(variables, _timesteps(pipe))
 
     @property
     def _running_pipe(self) -> Any:
@@ -145,7 +144,14 @@ class Clock:
         place = _place(getattr(pipe, "_current_timestep", None), timesteps)
         if timesteps is None or place is None:
             return None
-        return _of_those_that_run(place, len(timesteps), getattr(pipe, "_num_timesteps", None))
+        steps = getattr(pipe, "_num_timesteps", None)
+        if not isinstance(steps, int) or not len(timesteps) - place <= steps <= len(timesteps):
+            return place, len(timesteps)
+        return place - (len(timesteps) - steps), steps  # what runs is the last part
+
+    def _from_loop(self) -> tuple[int, int] | None:
+        loop = self._running.loop
+        return None if loop is None else (loop.step, loop.steps)
 
     def _from_guider(self) -> tuple[int, int] | None:
         guider = _running_guider(self._running_pipe)
@@ -155,13 +161,6 @@ class Clock:
         if not step < steps:  # a scheduler of higher order runs more
             steps = len(self._running_pipe.scheduler.timesteps)
         return (step, steps) if 0 <= step < steps else None
-
-    def _from_loop(self) -> tuple[int, int] | None:
-        loop, timesteps = self._running.loop, _timesteps(self._running_pipe)
-        place = _place(loop.timestep, timesteps) if loop else None
-        if loop is None or timesteps is None or place is None:
-            return None
-        return _of_those_that_run(place, len(timesteps), loop.steps)
 
     def listen(self, transformer: Any) -> Callable[[], None]:
         """Hears what the pipeline says through `transformer.cache_context`; returns the function that stops it."""
@@ -201,39 +200,34 @@ def _has_loop(blocks: Any) -> bool:
     return takes or any(_has_loop(part) for part in parts.values())
 
 
-def _of_those_that_run(place: int, timesteps: int, steps: int | None) -> tuple[int, int]:
-    """(step, steps) at a place in the schedule, of which the last `steps` run; of all where nobody says how many."""
-    if not isinstance(steps, int) or not timesteps - place <= steps <= timesteps:
-        return place, timesteps
-    return place - (timesteps - steps), steps
-
-
-def _calling_pipeline(frame: FrameType | None, transformer: Any) -> tuple[Any, _Loop | None]:
-    """The innermost owner of the transformer and of a scheduler whose `__call__` runs, up the stack, None without one; and the
-    denoising loop in between, where that is one of a modular pipeline.
+def _calling_pipeline(frame: FrameType | None, transformer: Any) -> tuple[Any, Mapping[str, Any]]:
+    """The innermost owner of the transformer and of a scheduler whose `__call__` runs, up the stack, and the variables of that
+    call, or of the one below that a modular pipeline has given its timestep `t`; None and no variables without one.
 
     Only frames of `__call__` are looked into: reading the variables of a frame keeps them alive until it ends.
     """
-    loop = None
+    given: Mapping[str, Any] = {}
     while frame is not None:
         code = frame.f_code
         if code.co_name == "__call__" and code.co_argcount and code.co_varnames[0] == "self":
-            loop = loop or _loop(frame)
-            owner = frame.f_locals.get("self")
+            variables = frame.f_locals
+            given = given or (variables if isinstance(variables.get("t"), torch.Tensor) else {})
+            owner = variables.get("self")
             parts = [getattr(owner, name, None) for name in COMPONENTS] if hasattr(owner, "scheduler") else []
             if any(getattr(part, "_orig_mod", part) is transformer for part in parts):
-                return owner, loop
+                return owner, given
         frame = frame.f_back
-    return None, None
+    return None, {}
 
 
-def _loop(frame: FrameType) -> _Loop | None:
-    """What a block of a denoising loop is called with, as (components, block_state, i, t)."""
-    timestep = frame.f_locals.get("t") if "t" in frame.f_code.co_varnames[: frame.f_code.co_argcount] else None
-    if not isinstance(timestep, torch.Tensor):
-        return None
-    timesteps = getattr(frame.f_locals.get("block_state"), "timesteps", None)
-    return _Loop(timestep, len(timesteps) if isinstance(timesteps, torch.Tensor) else None)
+def _loop(variables: Mapping[str, Any], scheduled: torch.Tensor | None) -> _Loop | None:
+    """Where `t` stands in `timesteps`, both variables of a pipeline's call, or in the scheduler's; None where it does in neither.
+    A block of a modular pipeline has the timesteps in its `block_state`."""
+    t, own = variables.get("t"), variables.get("timesteps", getattr(variables.get("block_state"), "timesteps", None))
+    for timesteps in (own, scheduled):
+        if isinstance(timesteps, torch.Tensor) and timesteps.dim() == 1 and (step := _place(t, timesteps)) is not None:
+            return _Loop(step, len(timesteps), _place(t, scheduled))
+    return None
 
 
 def _number(sigma: Any) -> float | None:

@@ -15,6 +15,8 @@ from diffusers_accel.families.hunyuan_video15 import HUNYUAN_VIDEO15
 from diffusers_accel.families.ltx import LTX
 from diffusers_accel.families.ltx2 import LTX2
 from diffusers_accel.families.minimax_h3 import MINIMAX_H3
+from diffusers_accel.families.mochi import MOCHI
+from diffusers_accel.families.motif_video import MOTIF_VIDEO
 from diffusers_accel.families.wan import WAN
 from diffusers_accel.files import quoted
 
@@ -48,6 +50,8 @@ for _family in (
     LTX,
     LTX2,
     MINIMAX_H3,
+    MOCHI,
+    MOTIF_VIDEO,
 ):
     register_family(_family)
 

@@ -8,6 +8,8 @@ from tests.families.hunyuan_video15 import HUNYUAN_VIDEO15, HUNYUAN_VIDEO15_IMAG
 from tests.families.ltx import LTX, LTX_CONDITION
 from tests.families.ltx2 import LTX2, LTX2_CONDITION, LTX2_IMAGE
 from tests.families.minimax_h3 import MINIMAX_H3, MINIMAX_H3_FRAMES
+from tests.families.mochi import MOCHI
+from tests.families.motif_video import MOTIF_VIDEO, MOTIF_VIDEO_IMAGE
 from tests.families.wan import WAN
 
 TINY: dict[str, TinyFamily] = {
@@ -22,6 +24,9 @@ TINY: dict[str, TinyFamily] = {
     "ltx2": LTX2,
     "ltx2, image to video": LTX2_IMAGE,
     "ltx2, condition": LTX2_CONDITION,
+    "mochi": MOCHI,
+    "motif_video": MOTIF_VIDEO,
+    "motif_video, image to video": MOTIF_VIDEO_IMAGE,
     "minimax_h3": MINIMAX_H3,
     "minimax_h3, first and last frame": MINIMAX_H3_FRAMES,
 }

@@ -49,6 +49,8 @@ def test_a_batch_keeps_the_padding_of_its_text() -> None:
         stock, seen = forward(*lengths), []
         with attach(model, lambda site, seen=seen: Watch(seen)):
             torch.testing.assert_close(forward(*lengths), stock, rtol=1e-4, atol=1e-5)
-        texts = [each.tokens if each.valid is None else each.valid for each in (call.layout.segments[-1] for call in seen)]
+        texts = [
+            each.tokens if each.valid is None else each.valid for each in (call.layout.segments[-1] for call in seen)
+        ]
         assert set(texts) == set(lengths)
         assert {call.layout.segments[0].tokens for call in seen} == {64 + 64 + 256}
