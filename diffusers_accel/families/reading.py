@@ -42,7 +42,8 @@ def last_grid(coordinates: Tensor) -> tuple[int, int, int]:
     and later and later times.
     """
     time, height, _ = coordinates.T
-    frame, row = _equal_at_end(time), _equal_at_end(height)
+    frame = _equal_at_end(time)
+    row = _equal_at_end(height[-frame:])
     frames = coordinates[len(coordinates) % frame :].view(-1, frame, 3)
     alike = ((frames[:, :, 1:] == frames[-1, :, 1:]) & (frames[:, :, :1] == frames[:, :1, :1])).all(dim=2).all(dim=1)
     later = torch.cat([frames[1:, 0, 0] > frames[:-1, 0, 0], alike[-1:]])
