@@ -18,7 +18,7 @@ from diffusers_accel.attach.clock import Clock, tells_steps
 from diffusers_accel.attach.host_caches import caches_on
 from diffusers_accel.attach.parallel import refusal
 from diffusers_accel.attach.processor import attend_densely, redirect, restore, site_of
-from diffusers_accel.attach.site import AttachedModel, Engine, Site, Timer
+from diffusers_accel.attach.site import AttachedModel, Engine, Site, Timer, set_processor
 from diffusers_accel.families import find
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.forwards.report import ForwardsReport
@@ -243,8 +243,9 @@ def attach(pipe: Any, make_engine: Callable[[Site], Engine] | None) -> Attachmen
     _check_free(found)
     if not tells_steps(pipe):
         raise ValueError(
-            f"this {type(pipe).__name__} is a modular pipeline with no guider, so nothing says which step runs: give it one, or "
-            "patch(pipe.transformer, ...) and call Patch.step(i, steps) before each step"
+            f"this {type(pipe).__name__} is a modular pipeline with no guider, and no block of it is given the timestep t of a "
+            "denoising loop, so nothing says which step runs: give it a guider, or patch(pipe.transformer, ...) and call "
+            "Patch.step(i, steps) before each step"
         )
     clock = Clock(None if isinstance(pipe, nn.Module) else pipe)
     attachment = Attachment([], [], clock)
@@ -344,7 +345,7 @@ def _attach_site(
     site.engine = make_engine(site)
     site.attachment = attachment
     site.processor = processor = redirect(site, stock)
-    attention.set_processor(processor)
+    set_processor(attention, processor)
     attachment.sites.append(site)
 
 

@@ -173,7 +173,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     ("target", "message"),
     [
         ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", r"found the text 'Wan-AI.*load it first.*from_pretrained.*supported: wan"),
-        ([tiny_wan], r"found a list with no transformer or transformer_2; supported: wan"),
+        ([tiny_wan], r"found a list with no transformer or transformer_2 or transformer_ref; supported: wan"),
         (None, r"found a NoneType with no transformer"),
         (torch.nn.Linear(2, 2), r"transformer is a Linear, supported: wan"),
     ],

@@ -15,6 +15,8 @@ from diffusers import (
     WanPipeline,
     WanVideoToVideoPipeline,
 )
+from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
 
 from diffusers_accel import patch
@@ -197,9 +199,20 @@ def test_a_modular_sibling_is_followed() -> None:
     assert [now for now, _ in watched(pipe, lambda: run_modular(other, 2))] == [(0, 2)] * 2 + [(1, 2)] * 2
 
 
-def test_a_modular_pipeline_without_a_guider_is_refused_at_patch() -> None:
-    pipe = modular()
-    pipe.guider = None
+class OwnLoop(ModularPipelineBlocks):
+    """Somebody's own block, in which nothing says which step runs."""
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [ComponentSpec("transformer"), ComponentSpec("scheduler")]
+
+    def __call__(self, components: Any, state: Any) -> Any:
+        return components, state
+
+
+def test_a_modular_pipeline_that_does_not_tell_its_step_is_refused_at_patch() -> None:
+    pipe = OwnLoop().init_pipeline()
+    pipe.update_components(transformer=tiny_wan_transformer(), scheduler=UniPCMultistepScheduler())
     with pytest.raises(ValueError, match=r"no guider.*patch\(pipe\.transformer.*Patch\.step"):
         patch(pipe, QUARTER)
     assert not pipe.transformer._forward_pre_hooks

@@ -186,7 +186,7 @@ WRONG = [
     ("search file --out p.json", "file: expected the folder of a diffusers pipeline, found a file"),
     ("search my-wan/transformer --out p.json", "found no model_index.json in it; that of the whole pipeline is"),
     ("search my-flux --out p.json", "its transformer is a FluxTransformer2DModel; supported: wan"),
-    ("search my-unet --out p.json", "'StableDiffusionPipeline' has no transformer or transformer_2; supported: wan"),
+    ("search my-unet --out p.json", "has no transformer or transformer_2 or transformer_ref; supported: wan"),
     ("search my-future --out p.json", "found 'WanPipelin'; did you mean \"WanPipeline\"?"),
     ("search my-list --out p.json", "without _class_name"),
     ("search https://huggingface.co/Wan-AI/Wan2.1 --out p.json", "found a web address"),

@@ -209,10 +209,10 @@ def _attend_here(
 ) -> Tensor:
     """Takes the place of `dispatch_attention_fn` in a redirected processor; `backend` is read by the site's dense call.
 
-    With `masks_text` the model's mask [B, 1, 1, S] is left out: it says what the site knows from the model's own arguments.
+    With `masks_text` the model's mask [B or 1, 1, 1, S] is left out: it says what the site knows from the model's own arguments.
     """
-    if masks_text and attn_mask is not None and attn_mask.shape == (query.shape[0], 1, 1, query.shape[1]):
-        attn_mask = None
+    if masks_text and attn_mask is not None and attn_mask.shape[1:] == (1, 1, query.shape[1]):
+        attn_mask = None if attn_mask.shape[0] in (1, query.shape[0]) else attn_mask
     if attn_mask is not None or is_causal or dropout_p or scale is not None or attention_kwargs:
         raise ValueError(
             "expected plain self-attention, found a mask, causality, dropout, a scale or backend arguments; "

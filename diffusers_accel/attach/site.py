@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count, groupby
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,14 @@ class AttachedModel:
         return name
 
 
+def set_processor(module: Any, processor: Any) -> None:
+    """Gives an attention module its processor; some, as Mochi's, have no method for that."""
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:
+        module.processor = processor
+
+
 def _counted(queries: int, keys: int) -> str:
     return f"{keys:,} tokens" if queries == keys else f"{queries:,} queries and {keys:,} keys"
 
@@ -190,10 +198,10 @@ class Site:
     def take_off(self, restore: Callable[[Any], Any]) -> None:
         """Gives the module its stock processor back, which `restore` gets out of ours; one that the user has set stays."""
         self._stranger = self.stranger
-        stock, module = restore(self.processor), cast(Any, self.module)
+        stock = restore(self.processor)
         self.processor = None
         if self._stranger is None:
-            module.set_processor(stock)
+            set_processor(self.module, stock)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: tuple[int, ...] | None = None) -> Tensor:
         """q [B, queries, H, D], k and v [B, tokens, H_k, D] -> out like q.

@@ -9,12 +9,18 @@ from torch import nn
 
 from diffusers_accel.families.cogvideox import COGVIDEOX
 from diffusers_accel.families.family import Family
+from diffusers_accel.families.framepack import FRAMEPACK
 from diffusers_accel.families.hunyuan_video import HUNYUAN_VIDEO
+from diffusers_accel.families.hunyuan_video15 import HUNYUAN_VIDEO15
 from diffusers_accel.families.ltx import LTX
+from diffusers_accel.families.ltx2 import LTX2
+from diffusers_accel.families.minimax_h3 import MINIMAX_H3
+from diffusers_accel.families.mochi import MOCHI
+from diffusers_accel.families.motif_video import MOTIF_VIDEO
 from diffusers_accel.families.wan import WAN
 from diffusers_accel.files import quoted
 
-COMPONENTS = ("transformer", "transformer_2")
+COMPONENTS = ("transformer", "transformer_2", "transformer_ref")
 FAMILIES: dict[str, Family] = {}  # by the module-qualified name of the transformer class
 
 
@@ -38,8 +44,14 @@ def register_family(family: Family) -> None:
 for _family in (
     WAN,
     HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO15,
+    FRAMEPACK,
     COGVIDEOX,
     LTX,
+    LTX2,
+    MINIMAX_H3,
+    MOCHI,
+    MOTIF_VIDEO,
 ):
     register_family(_family)
 

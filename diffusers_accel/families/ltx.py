@@ -1,32 +1,52 @@
-"""LTX-Video: packed latents whose sizes are arguments of the forward, text by cross-attention, guidance in one forward."""
+"""LTX-Video: packed latents whose sizes are arguments of the forward, text by cross-attention, guidance in one forward.
+
+`LTXConditionPipeline` gives the coordinates of tokens instead of sizes, and puts frames that it is conditioned on in front.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
+from torch import Tensor
+
 from diffusers_accel.families.family import Family, Observation, argument, text_at
-from diffusers_accel.layout import TokenLayout
+from diffusers_accel.families.reading import last_grid, read_once
+from diffusers_accel.layout import Segment, TokenLayout
 
 SIZES = ("num_frames", "height", "width")  # arguments of the forward, from the fifth on
 
 
 def _observe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:
+    """The sizes of the video, and how many tokens stand in front of it."""
     tokens = argument(args, kwargs, "hidden_states", 0).shape[1]
     sizes = [kwargs.get(name, args[at] if len(args) > at else None) for at, name in enumerate(SIZES, 4)]
-    if None in sizes or sizes[0] * sizes[1] * sizes[2] != tokens:
+    coordinates = kwargs.get("video_coords", args[8] if len(args) > 8 else None)
+    if sizes == [None] * 3 and coordinates is not None:
+        sizes = list(read_once(coordinates, _grid))
+        return (*sizes, tokens - prod(sizes))
+    if None in sizes or prod(sizes) != tokens:
         raise ValueError(
-            f"expected LTX's forward to be told into which num_frames, height and width its {tokens:,} tokens fold, found "
-            f"{' x '.join(map(str, sizes))}: LTXPipeline and LTXImageToVideoPipeline say it; LTXConditionPipeline and "
-            "LTXI2VLongMultiPromptPipeline give coordinates instead, which is not supported"
+            f"expected LTX's forward to be told into which num_frames, height and width its {tokens:,} tokens fold, or at which "
+            f"video_coords they stand, found {' x '.join(map(str, sizes))}: LTXPipeline, LTXImageToVideoPipeline and "
+            "LTXConditionPipeline say it; LTXI2VLongMultiPromptPipeline gives other sizes, which is not supported"
         )
-    return tuple(sizes)
+    return (*sizes, 0)
+
+
+def _grid(coordinates: Tensor) -> tuple[int, int, int]:
+    """Of coordinates [B, 3, tokens]; conditions in front of the video have times later than its first, which is 0."""
+    return last_grid(coordinates[0].T)
 
 
 def _layout(config: Any, observation: Observation) -> TokenLayout:
     """The pipeline has packed the patches: the sizes are those of tokens."""
-    frames, height, width = observation
-    return TokenLayout(frames, height, width)
+    *sizes, in_front = observation
+    frames, height, width = sizes
+    return TokenLayout.of(
+        *([Segment("condition", in_front)] if in_front else []), Segment.video((frames, height, width))
+    )
 
 
 LTX = Family(

@@ -33,3 +33,24 @@ def read_once(tensor: Tensor, how: Callable[[Tensor], T]) -> T:
 def row_sums(mask: Tensor) -> tuple[int, ...]:
     """How many are set in each row of a mask [B, tokens], of 0 and 1 in any dtype."""
     return tuple(mask.sum(dim=1, dtype=torch.int32).tolist())
+
+
+def last_grid(coordinates: Tensor) -> tuple[int, int, int]:
+    """(frames, height, width) of the video at the end of a sequence, whose tokens have these coordinates (time, height, width).
+
+    A frame is what has one time, a row of it what has one height. The video is as many frames as have the places of the last one
+    and later and later times.
+    """
+    time, height, _ = coordinates.T
+    frame = _equal_at_end(time)
+    row = _equal_at_end(height[-frame:])
+    frames = coordinates[len(coordinates) % frame :].view(-1, frame, 3)
+    alike = ((frames[:, :, 1:] == frames[-1, :, 1:]) & (frames[:, :, :1] == frames[:, :1, :1])).all(dim=2).all(dim=1)
+    later = torch.cat([frames[1:, 0, 0] > frames[:-1, 0, 0], alike[-1:]])
+    return _equal_at_end(alike & later), frame // row, row
+
+
+def _equal_at_end(values: Tensor) -> int:
+    """How many values are equal to the last."""
+    others = (values != values[-1]).nonzero()
+    return len(values) - 1 - int(others[-1]) if len(others) else len(values)

@@ -2,8 +2,14 @@
 
 from tests.families.cogvideox import COGVIDEOX
 from tests.families.family import TinyFamily
+from tests.families.framepack import FRAMEPACK
 from tests.families.hunyuan_video import HUNYUAN_VIDEO
-from tests.families.ltx import LTX
+from tests.families.hunyuan_video15 import HUNYUAN_VIDEO15, HUNYUAN_VIDEO15_IMAGE
+from tests.families.ltx import LTX, LTX_CONDITION
+from tests.families.ltx2 import LTX2, LTX2_CONDITION, LTX2_IMAGE
+from tests.families.minimax_h3 import MINIMAX_H3, MINIMAX_H3_FRAMES
+from tests.families.mochi import MOCHI
+from tests.families.motif_video import MOTIF_VIDEO, MOTIF_VIDEO_IMAGE
 from tests.families.wan import WAN
 
 TINY: dict[str, TinyFamily] = {
@@ -11,6 +17,18 @@ TINY: dict[str, TinyFamily] = {
     "hunyuan_video": HUNYUAN_VIDEO,
     "cogvideox": COGVIDEOX,
     "ltx": LTX,
+    "ltx, condition": LTX_CONDITION,
+    "hunyuan_video15": HUNYUAN_VIDEO15,
+    "hunyuan_video15, image to video": HUNYUAN_VIDEO15_IMAGE,
+    "framepack": FRAMEPACK,
+    "ltx2": LTX2,
+    "ltx2, image to video": LTX2_IMAGE,
+    "ltx2, condition": LTX2_CONDITION,
+    "mochi": MOCHI,
+    "motif_video": MOTIF_VIDEO,
+    "motif_video, image to video": MOTIF_VIDEO_IMAGE,
+    "minimax_h3": MINIMAX_H3,
+    "minimax_h3, first and last frame": MINIMAX_H3_FRAMES,
 }
 
 __all__ = ["TINY", "TinyFamily"]

@@ -27,6 +27,7 @@ class TinyFamily:
         layout: what the tokens of that call are.
         branches: of each step of that call, in order, as the pipeline names them.
         bitwise: whether all-dense attention equals the stock code bit for bit, which holds where that masks nothing.
+        others: layouts of layers that differ, where some do.
         alone: overrides under which the call has no guidance.
         size: overrides of another size.
         several: overrides by which two videos are made.
@@ -39,6 +40,7 @@ class TinyFamily:
     layout: TokenLayout
     branches: tuple[str, ...]
     bitwise: bool = True
+    others: tuple[TokenLayout, ...] = ()
     alone: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
     size: dict[str, Any] = field(default_factory=lambda: {"width": 96})
     several: dict[str, Any] = field(default_factory=lambda: {"num_videos_per_prompt": 2})

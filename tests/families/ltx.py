@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import torch
 from diffusers import (
     AutoencoderKLLTXVideo,
     FlowMatchEulerDiscreteScheduler,
+    LTXConditionPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
 )
+from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 
-from diffusers_accel.layout import TokenLayout
+from diffusers_accel.layout import Segment, TokenLayout
 from tests.families.family import TinyFamily
 from tests.tiny import HEAD_DIM, HEADS, LAYERS, TEXT_DIM, TEXT_TOKENS, text_mask
 
 
-def tiny_ltx() -> LTXPipeline:
+def tiny_ltx(cls: Any = LTXPipeline) -> Any:
     torch.manual_seed(0)
     transformer = LTXVideoTransformer3DModel(
         in_channels=8,
@@ -38,7 +42,7 @@ def tiny_ltx() -> LTXPipeline:
         decoder_spatio_temporal_scaling=(True, True, False, False),
         patch_size=1,
     )
-    pipe = LTXPipeline(
+    pipe = cls(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae.eval(),
         text_encoder=None,
@@ -70,3 +74,20 @@ def tiny_ltx_call(seed: int = 0, prompts: int = 1, **overrides: Any) -> dict[str
 
 # Embeddings that the pipeline is given are not repeated for several videos.
 LTX = TinyFamily(tiny_ltx, tiny_ltx_call, TokenLayout(3, 16, 16), ("cond_uncond",), several={"prompts": 2})
+
+
+def with_frames(**overrides: Any) -> dict[str, Any]:
+    """The first frame, which stands in its place, and the last, whose 256 tokens stand in front of the video."""
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    image = PIL.Image.fromarray(pixels)
+    conditions = [LTXVideoCondition(image=image, frame_index=index) for index in (0, 8)]
+    return tiny_ltx_call(**{"conditions": conditions, **overrides})
+
+
+LTX_CONDITION = TinyFamily(
+    lambda: tiny_ltx(LTXConditionPipeline),
+    with_frames,
+    TokenLayout.of(Segment("condition", 256), Segment.video((3, 16, 16))),
+    ("cond_uncond",),
+    several={},  # frames that are appended are not repeated for several prompts, nor embeddings for several videos
+)

@@ -14,10 +14,14 @@ from diffusers_accel.api import attach
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.families import FAMILIES, find
 from diffusers_accel.forwards.named import NAMED_FORWARDS, schedule
-from diffusers_accel.methods import NAMED
+from diffusers_accel.methods import NAMED, AxisOrder, Band, Draft, Method, Patches
+from diffusers_accel.methods.order import exact_tokens
+from diffusers_accel.run.launch import run
+from diffusers_accel.run.partition import partition
 from tests.families import TINY, TinyFamily
 
 every_family = pytest.mark.parametrize("tiny", TINY.values(), ids=TINY)
+PACKED = {name: tiny for name, tiny in TINY.items() if any(each.exact for each in tiny.layout.segments)}
 # Nothing stays dense, and nothing that is read is left out.
 WHOLE = {"density": 1.0, "dense_steps": 0.0, "dense_layers": 0}
 SPARSE = {**WHOLE, "density": 0.4}
@@ -30,7 +34,7 @@ def latents(tiny: TinyFamily, pipe: Any, **overrides: Any) -> np.ndarray:
 def processors_of(pipe: Any) -> dict[str, int]:
     """Which processor each attention module has."""
     modules = find(pipe)["transformer"][0].named_modules()
-    return {name: id(module.processor) for name, module in modules if hasattr(module, "set_processor")}
+    return {name: id(module.processor) for name, module in modules if hasattr(module, "processor")}
 
 
 def layers_of(pipe: Any) -> int:
@@ -50,6 +54,25 @@ class Watch:
         return call.dense(q, k, v)
 
 
+class Compare:
+    """Attends densely, and keeps how far sparse attention of the same q, k and v is from that, in exact and in video rows."""
+
+    METHODS = (Method(select=Band(0.4)), Method(Patches(), Draft(0.4)), Method(AxisOrder("hwf"), Band(0.4)))
+
+    def __init__(self, seen: list[tuple[AttentionCall, float, float]]) -> None:
+        self.seen = seen
+
+    def attend(self, call: AttentionCall, q: Any, k: Any, v: Any) -> torch.Tensor:
+        assert call.dense is not None
+        dense = call.dense(q, k, v)
+        methods = tuple(self.METHODS[head % len(self.METHODS)] for head in call.heads)
+        sparse = run(partition(methods, call, {}, q.device), call, q, k, v).out
+        away = (sparse - dense).abs().amax(dim=(0, 2, 3)) / dense.abs().max()  # [queries]
+        exact = exact_tokens(call.layout)[call.layout.query_start :][: call.layout.queries]
+        self.seen.append((call, float(away[exact].max()), float(away[~exact].max())))
+        return dense
+
+
 def test_every_family_is_here() -> None:
     """By its name, or as "name, variant" where a family has several kinds of pipelines."""
     assert {key.partition(",")[0] for key in TINY} == {family.name for family in FAMILIES.values()}
@@ -59,14 +82,25 @@ def test_every_family_is_here() -> None:
 def test_each_layer_knows_step_branch_and_tokens(tiny: TinyFamily) -> None:
     pipe, seen = tiny.pipe(), []
     module, _ = find(pipe)["transformer"]
-    self_attention = {name for name, one in module.named_modules() if hasattr(one, "set_processor")}
+    self_attention = {name for name, one in module.named_modules() if hasattr(one, "processor")}
     with attach(pipe, lambda site: Watch(seen)) as attachment:
         latents(tiny, pipe, num_inference_steps=3)
         assert {site.name for site in attachment.sites} <= self_attention
     layers = range(layers_of(pipe))
     expected = [((step, 3), name, layer) for step in range(3) for name in tiny.branches for layer in layers]
     assert [(call.now, call.branch, call.layer) for call in seen] == expected
-    assert {call.layout for call in seen if call.branch == tiny.branches[0]} == {tiny.layout}
+    assert {call.layout for call in seen if call.branch == tiny.branches[0]} == {tiny.layout, *tiny.others}
+
+
+@pytest.mark.parametrize("tiny", PACKED.values(), ids=PACKED)
+def test_sparse_attention_changes_rows_of_the_video_only(tiny: TinyFamily) -> None:
+    """Whatever else stands in the sequence (text, audio, references) is computed exactly, in every layer."""
+    pipe, seen = tiny.pipe(), []
+    with attach(pipe, lambda site: Compare(seen)):
+        latents(tiny, pipe, num_inference_steps=2)
+    assert {call.layer for call, _, _ in seen} == {*range(layers_of(pipe))}
+    for call, exact, video in seen:
+        assert exact < 1e-5 < 1e-4 < video, f"layer {call.layer}, {call.layout}"
 
 
 @every_family
