@@ -7,11 +7,17 @@ from typing import Any
 
 from torch import nn
 
+from diffusers_accel.families.anyflow import ANYFLOW
+from diffusers_accel.families.chronoedit import CHRONOEDIT
 from diffusers_accel.families.cogvideox import COGVIDEOX
 from diffusers_accel.families.family import Family
+from diffusers_accel.families.helios import HELIOS
 from diffusers_accel.families.hunyuan_video import HUNYUAN_VIDEO
 from diffusers_accel.families.ltx import LTX
+from diffusers_accel.families.skyreels_v2 import SKYREELS_V2
 from diffusers_accel.families.wan import WAN
+from diffusers_accel.families.wan_animate import WAN_ANIMATE
+from diffusers_accel.families.wan_vace import WAN_VACE
 from diffusers_accel.files import quoted
 
 COMPONENTS = ("transformer", "transformer_2")
@@ -37,6 +43,12 @@ def register_family(family: Family) -> None:
 
 for _family in (
     WAN,
+    WAN_VACE,
+    WAN_ANIMATE,
+    SKYREELS_V2,
+    CHRONOEDIT,
+    ANYFLOW,
+    HELIOS,
     HUNYUAN_VIDEO,
     COGVIDEOX,
     LTX,
