@@ -156,7 +156,7 @@ class Clock:
         pipe = self._running.pipe() if self._running.pipe else None  # seen to run: another scheduler may not be set up
         timesteps, scheduler = _timesteps(pipe), getattr(pipe, "scheduler", None)
         said = getattr(pipe, "_current_timestep", None)
-        if timesteps is None or said is not None or not hasattr(scheduler, "step_index"):
+        if timesteps is None or scheduler is None or said is not None or not hasattr(scheduler, "step_index"):
             return None
         first = getattr(scheduler, "begin_index", None) or 0
         step = first if scheduler.step_index is None else scheduler.step_index  # None before the first

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from diffusers_accel.families.anyflow import ANYFLOW
+from diffusers_accel.families.anyflow_far import ANYFLOW_FAR
 from diffusers_accel.families.chronoedit import CHRONOEDIT
 from diffusers_accel.families.cogvideox import COGVIDEOX
 from diffusers_accel.families.family import Family
@@ -48,6 +49,7 @@ for _family in (
     SKYREELS_V2,
     CHRONOEDIT,
     ANYFLOW,
+    ANYFLOW_FAR,
     HELIOS,
     HUNYUAN_VIDEO,
     COGVIDEOX,

@@ -1,6 +1,7 @@
 """One tiny real pipeline of each family, and what is known of it; `test_every_family.py` runs them through the same tests."""
 
 from tests.families.anyflow import ANYFLOW
+from tests.families.anyflow_far import ANYFLOW_FAR
 from tests.families.chronoedit import CHRONOEDIT
 from tests.families.cogvideox import COGVIDEOX
 from tests.families.family import TinyFamily
@@ -25,6 +26,7 @@ TINY: dict[str, TinyFamily] = {
     "skyreels_v2, diffusion forcing": SKYREELS_V2_FORCING,
     "chronoedit": CHRONOEDIT,
     "anyflow": ANYFLOW,
+    "anyflow_far": ANYFLOW_FAR,
     "helios": HELIOS,
     "hunyuan_video": HUNYUAN_VIDEO,
     "cogvideox": COGVIDEOX,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import AnyFlowPipeline, AnyFlowTransformer3DModel, FlowMapEulerDiscreteScheduler
 
 from diffusers_accel.layout import TokenLayout
 from tests.families.family import TinyFamily
-from tests.families.wan import CONFIG, WITHOUT_TEXT, quiet
+from tests.families.wan import CONFIG, WITHOUT_TEXT, embeddings, quiet
 from tests.tiny import tiny_wan_call, tiny_wan_vae
 
 
@@ -23,11 +25,17 @@ def tiny_anyflow() -> AnyFlowPipeline:
     )
 
 
-# Both branches are one batch, which the pipeline does not name.
+def anyflow_call(prompts: int = 1, **overrides: Any) -> dict[str, Any]:
+    return {**tiny_wan_call(), **embeddings(8, prompts), **overrides}
+
+
+# Both branches are one batch, which the pipeline does not name. Embeddings that it is given are not repeated for several videos,
+# and an unused negative one is not left out.
 ANYFLOW = TinyFamily(
     tiny_anyflow,
-    tiny_wan_call,
+    anyflow_call,
     TokenLayout(3, 16, 16),
     ("branch 0",),
     alone={"guidance_scale": 1.0, "negative_prompt_embeds": None},
+    several={"prompts": 2},
 )
