@@ -3,8 +3,9 @@ never counted.
 
 Sources, in order of trust: `Clock.set`, for people with their own loop; what the pipeline says through
 `transformer.cache_context(name, step_index=...)`; the position of `pipe._current_timestep` inside `scheduler.timesteps`, of
-which it is a view, or that of `t` in the pipeline's loop, which a modular pipeline hands to its blocks; the step of a modular
-pipeline's guider. The pipeline is the one that runs, which need not be the one that was patched: `from_pipe` makes siblings that
+which it is a view, or as a row of the pipeline's table of timesteps for each frame, or that of `t` in the pipeline's loop, which a
+modular pipeline hands to its blocks; the step of a modular pipeline's guider; how many steps the scheduler has made, where the
+pipeline says nothing. The pipeline is the one that runs, which need not be the one that was patched: `from_pipe` makes siblings that
 share the transformer. Steps are those that run: video-to-video with a strength below 1 runs only the last part of the schedule.
 Nothing is counted, so a second call, another number of steps or an exception in mid-run leave nothing to reset.
 """
@@ -81,7 +82,15 @@ class Clock:
 
     def now(self) -> tuple[int, int] | None:
         """(step, steps) of the running call, of the steps that run, or None where no source knows."""
-        return self._set or self._from_context() or self._from_timestep() or self._from_loop() or self._from_guider()
+        sources = (
+            self._from_context,
+            self._from_timestep,
+            self._from_table,
+            self._from_loop,
+            self._from_guider,
+            self._from_scheduler,
+        )
+        return self._set or next((now for now in (source() for source in sources) if now), None)
 
     def sigma(self) -> float | None:
         """The noise level of the running step in flow matching, from 1 (noise alone) to 0 (none); None where no source knows, or
@@ -112,7 +121,9 @@ class Clock:
         place = _place(getattr(pipe, "_current_timestep", None), timesteps)
         if place is None and self._running.loop is not None:
             place = self._running.loop.place
-        return place if place is not None else _place(getattr(_running_guider(pipe), "_timestep", None), timesteps)
+        place = place if place is not None else _place(getattr(_running_guider(pipe), "_timestep", None), timesteps)
+        made = self._from_scheduler() if place is None else None
+        return made[0] if made else place
 
     def follow(self, transformer: Any) -> None:
         """Called where a forward of `transformer` begins: finds the pipeline that calls it."""
@@ -149,9 +160,31 @@ class Clock:
             return place, len(timesteps)
         return place - (len(timesteps) - steps), steps  # what runs is the last part
 
+    def _from_table(self) -> tuple[int, int] | None:
+        """Of pipelines that give each frame its own timestep: the running row of a table with a row for each step."""
+        pipe = self._running_pipe
+        row, steps = getattr(pipe, "_current_timestep", None), getattr(pipe, "_num_timesteps", None)
+        if not isinstance(row, torch.Tensor) or row.dim() != 1 or not isinstance(steps, int):
+            return None
+        if row.untyped_storage().nbytes() != steps * row.numel() * row.element_size():
+            return None
+        step, rest = divmod(int(row.storage_offset()), row.numel())
+        return (step, steps) if rest == 0 else None
+
     def _from_loop(self) -> tuple[int, int] | None:
         loop = self._running.loop
         return None if loop is None else (loop.step, loop.steps)
+
+    def _from_scheduler(self) -> tuple[int, int] | None:
+        """Of pipelines that never say which step runs: the scheduler knows how many it has made."""
+        pipe = self._running.pipe() if self._running.pipe else None  # seen to run: another scheduler may not be set up
+        timesteps, scheduler = _timesteps(pipe), getattr(pipe, "scheduler", None)
+        said = getattr(pipe, "_current_timestep", None)
+        if timesteps is None or scheduler is None or said is not None or not hasattr(scheduler, "step_index"):
+            return None
+        first = getattr(scheduler, "begin_index", None) or 0
+        step = first if scheduler.step_index is None else scheduler.step_index  # None before the first
+        return (step - first, len(timesteps) - first) if first <= step < len(timesteps) else None
 
     def _from_guider(self) -> tuple[int, int] | None:
         guider = _running_guider(self._running_pipe)

@@ -110,7 +110,8 @@ def attend_densely(processor: Any, attention_call: AttentionName, q: Tensor, k: 
     if attention_call == "dispatch_attention_fn":
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-        backend = getattr(processor, "_attention_backend", None)  # which some processors do not pass on
+        # The user's, which some processors do not pass on; a class's own is for masks, which there are none of here.
+        backend = vars(processor).get("_attention_backend")
         out: Tensor = dispatch_attention_fn(q, k, v, backend=backend, enable_gqa=grouped)
         return out
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

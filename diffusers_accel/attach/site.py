@@ -68,7 +68,9 @@ class AttachedModel:
         self._numbers = count()
 
     def observe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Takes note of a forward that begins."""
+        """Takes note of a forward that begins, unless it takes no step."""
+        if self.family.prepares is not None and self.family.prepares(args, kwargs):
+            return
         self.clock.follow(self.module)
         self._forward.sizes = self.family.observe(args, kwargs)
         if self.expects is not None and self._forward.sizes not in self._expected:

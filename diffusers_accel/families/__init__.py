@@ -7,9 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from diffusers_accel.families.anyflow import ANYFLOW
+from diffusers_accel.families.anyflow_far import ANYFLOW_FAR
+from diffusers_accel.families.chronoedit import CHRONOEDIT
 from diffusers_accel.families.cogvideox import COGVIDEOX
 from diffusers_accel.families.family import Family
 from diffusers_accel.families.framepack import FRAMEPACK
+from diffusers_accel.families.helios import HELIOS
 from diffusers_accel.families.hunyuan_video import HUNYUAN_VIDEO
 from diffusers_accel.families.hunyuan_video15 import HUNYUAN_VIDEO15
 from diffusers_accel.families.ltx import LTX
@@ -17,7 +21,10 @@ from diffusers_accel.families.ltx2 import LTX2
 from diffusers_accel.families.minimax_h3 import MINIMAX_H3
 from diffusers_accel.families.mochi import MOCHI
 from diffusers_accel.families.motif_video import MOTIF_VIDEO
+from diffusers_accel.families.skyreels_v2 import SKYREELS_V2
 from diffusers_accel.families.wan import WAN
+from diffusers_accel.families.wan_animate import WAN_ANIMATE
+from diffusers_accel.families.wan_vace import WAN_VACE
 from diffusers_accel.files import quoted
 
 COMPONENTS = ("transformer", "transformer_2", "transformer_ref")
@@ -43,6 +50,13 @@ def register_family(family: Family) -> None:
 
 for _family in (
     WAN,
+    WAN_VACE,
+    WAN_ANIMATE,
+    SKYREELS_V2,
+    CHRONOEDIT,
+    ANYFLOW,
+    ANYFLOW_FAR,
+    HELIOS,
     HUNYUAN_VIDEO,
     HUNYUAN_VIDEO15,
     FRAMEPACK,

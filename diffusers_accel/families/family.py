@@ -66,6 +66,10 @@ class Family:
             [B, queries, heads, head_dim], as `AttentionCall` lays them out.
         beside: given the keyword arguments of a call of attention inside a self-attention module, whether it is another one,
             which runs as it would without us.
+        prepares: (args, kwargs) of the transformer's forward -> whether it only prepares others, such as by filling a cache, and
+            takes no step: it runs as it would without us, so its processors must not attend by us either (`call`).
+        hands_back: whether the forward's output holds, behind what is denoised, what it was given (a cache): a predicted output
+            hands that back as it was.
         latents: names of the arguments of the transformer's forward that are denoised, in the order of its outputs, of which
             there may be several (video and audio). Each is a tensor or a list of tensors.
         timestep: name of that argument.
@@ -86,6 +90,8 @@ class Family:
     text_valid: Callable[[tuple[Any, ...], Mapping[str, Any]], tuple[int, ...]] | None = None
     call: Mapping[str, Callable[..., Any]] = field(default_factory=dict, hash=False)
     beside: Callable[[Mapping[str, Any]], bool] | None = None
+    prepares: Callable[[tuple[Any, ...], Mapping[str, Any]], bool] | None = None
+    hands_back: bool = False
     latents: tuple[str, ...] = ("hidden_states",)
     timestep: str = "timestep"
     channels: int = 1

@@ -1,4 +1,8 @@
-"""Wan 2.1 and 2.2 text-to-video: text by cross-attention only, CFG as two branches, and in 2.2 two transformers."""
+"""Wan 2.1 and 2.2: text and images by cross-attention or as channels only, CFG as two branches, in 2.2 two transformers.
+
+Image to video, video to video and Lucy Edit are the same class: what they are given are further channels of the latents, or a
+timestep for each token.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,13 @@ from diffusers_accel.families.family import Family, Observation, argument, atten
 from diffusers_accel.layout import TokenLayout
 
 
-def _observe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:
+def observe_latents(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:
+    """Sizes of latents [B, C, frames, height, width]."""
     return tuple(argument(args, kwargs, "hidden_states", 0).shape[2:])
 
 
-def _layout(config: Any, observation: Observation) -> TokenLayout:
-    """Latents [B, C, frames, height, width] in patches."""
+def layout_of_latents(config: Any, observation: Observation) -> TokenLayout:
+    """Video only, in patches."""
     frames, height, width = (size // patch for size, patch in zip(observation, config.patch_size, strict=True))
     return TokenLayout(frames, height, width)
 
@@ -24,7 +29,7 @@ WAN = Family(
     transformer="diffusers.models.transformers.transformer_wan.WanTransformer3DModel",
     attention_call="dispatch_attention_fn",
     self_attention=attention_of("blocks"),
-    observe=_observe,
-    layout=_layout,
+    observe=observe_latents,
+    layout=layout_of_latents,
     text=text_at(2),
 )

@@ -45,11 +45,12 @@ class OutputForm:
 _TENSOR = object()
 
 
-def opened(output: Any) -> tuple[tuple[Tensor, ...], OutputForm]:
-    """The tensors of a transformer's output, and how they stand in it."""
+def opened(output: Any, most: int | None = None) -> tuple[tuple[Tensor, ...], OutputForm]:
+    """The tensors of a transformer's output (the first `most` of them), and how they stand in it."""
     leaves, spec = pytree.tree_flatten(output)
-    form = OutputForm(spec, tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves))
-    return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor)), form
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)][:most]
+    form = OutputForm(spec, tuple(_TENSOR if place in places else leaf for place, leaf in enumerate(leaves)))
+    return tuple(leaves[place] for place in places), form
 
 
 class ForwardReader:

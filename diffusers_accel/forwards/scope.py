@@ -120,7 +120,10 @@ class _Interceptor:
 
     @torch.compiler.disable(reason="decides whether the model runs")
     @torch.no_grad()
-    def before(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[_Call, Any]:
+    def before(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[_Call | None, Any]:
+        prepares = self._model.family.prepares
+        if prepares is not None and prepares(args, kwargs):
+            return None, None
         now = self._scope.now()
         given = self._reader.read(args, kwargs)
         generation = self._scope.begin(self._model, now)
@@ -144,7 +147,9 @@ class _Interceptor:
 
     @torch.compiler.disable(reason="keeps what the model has computed")
     @torch.no_grad()
-    def after(self, call: _Call, output: Any) -> None:
+    def after(self, call: _Call | None, output: Any) -> None:
+        if call is None:
+            return
         scope, generation = self._scope, call.generation
         tally = scope.tallies[self._model.name]
         tally.computed += 1
@@ -156,7 +161,7 @@ class _Interceptor:
             generation.branches.pop(call.branch, None)
             return
         # Clones: CUDA graphs write into their outputs again, and the latents are the caller's.
-        outputs, form = opened(output)
+        outputs, form = opened(output, len(call.given.latents) if self._model.family.hands_back else None)
         vs = [v.detach().clone() for v in outputs]
         xs = [x.clone() for x in self._reader.inputs_of(call.given.latents, vs)]
         state = generation.branches.setdefault(call.branch, Branch())

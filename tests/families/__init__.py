@@ -1,19 +1,41 @@
 """One tiny real pipeline of each family, and what is known of it; `test_every_family.py` runs them through the same tests."""
 
+from tests.families.anyflow import ANYFLOW
+from tests.families.anyflow_far import ANYFLOW_FAR
+from tests.families.chronoedit import CHRONOEDIT
 from tests.families.cogvideox import COGVIDEOX
 from tests.families.family import TinyFamily
 from tests.families.framepack import FRAMEPACK
+from tests.families.helios import HELIOS
 from tests.families.hunyuan_video import HUNYUAN_VIDEO
 from tests.families.hunyuan_video15 import HUNYUAN_VIDEO15, HUNYUAN_VIDEO15_IMAGE
+from tests.families.ltx import LTX
 from tests.families.ltx import LTX, LTX_CONDITION
 from tests.families.ltx2 import LTX2, LTX2_CONDITION, LTX2_IMAGE
 from tests.families.minimax_h3 import MINIMAX_H3, MINIMAX_H3_FRAMES
 from tests.families.mochi import MOCHI
 from tests.families.motif_video import MOTIF_VIDEO, MOTIF_VIDEO_IMAGE
+from tests.families.skyreels_v2 import SKYREELS_V2, SKYREELS_V2_FORCING, SKYREELS_V2_IMAGE
 from tests.families.wan import WAN
+from tests.families.wan import WAN, WAN_EDIT, WAN_FIRST_FRAME, WAN_IMAGE
+from tests.families.wan_animate import WAN_ANIMATE
+from tests.families.wan_vace import WAN_VACE, WAN_VACE_REFERENCE
 
 TINY: dict[str, TinyFamily] = {
     "wan": WAN,
+    "wan, image to video": WAN_IMAGE,
+    "wan, first frame": WAN_FIRST_FRAME,
+    "wan, edit": WAN_EDIT,
+    "wan_vace": WAN_VACE,
+    "wan_vace, reference": WAN_VACE_REFERENCE,
+    "wan_animate": WAN_ANIMATE,
+    "skyreels_v2": SKYREELS_V2,
+    "skyreels_v2, image to video": SKYREELS_V2_IMAGE,
+    "skyreels_v2, diffusion forcing": SKYREELS_V2_FORCING,
+    "chronoedit": CHRONOEDIT,
+    "anyflow": ANYFLOW,
+    "anyflow_far": ANYFLOW_FAR,
+    "helios": HELIOS,
     "hunyuan_video": HUNYUAN_VIDEO,
     "cogvideox": COGVIDEOX,
     "ltx": LTX,
