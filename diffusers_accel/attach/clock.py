@@ -3,10 +3,10 @@ never counted.
 
 Sources, in order of trust: `Clock.set`, for people with their own loop; what the pipeline says through
 `transformer.cache_context(name, step_index=...)`; the position of `pipe._current_timestep` inside `scheduler.timesteps`, of
-which it is a view; the step of a modular pipeline's guider. The pipeline is the one that runs, which need not be the one that
-was patched: `from_pipe` makes siblings that share the transformer. Steps are those that run: video-to-video with a strength
-below 1 runs only the last part of the schedule. Nothing is counted, so a second call, another number of steps or an exception
-in mid-run leave nothing to reset.
+which it is a view, or that of `t` in the pipeline's loop; the step of a modular pipeline's guider. The pipeline is the one
+that runs, which need not be the one that was patched: `from_pipe` makes siblings that share the transformer. Steps are those
+that run: video-to-video with a strength below 1 runs only the last part of the schedule. Nothing is counted, so a second
+call, another number of steps or an exception in mid-run leave nothing to reset.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
@@ -36,11 +36,20 @@ class _Context(NamedTuple):
     sigma: Any
 
 
+class _Loop(NamedTuple):
+    """Where a pipeline's loop `for t in timesteps` stands: some set no `_current_timestep`, or one of timesteps of their own."""
+
+    step: int
+    steps: int
+    place: int | None  # in all of the scheduler's timesteps
+
+
 class _Running(threading.local):
     """What runs in this thread: the pipeline (no reference, so that a sibling is not kept alive), and what it says."""
 
     pipe: Callable[[], Any] | None = None
     context: _Context | None = None
+    loop: _Loop | None = None
 
 
 class Clock:
@@ -71,7 +80,7 @@ class Clock:
 
     def now(self) -> tuple[int, int] | None:
         """(step, steps) of the running call, of the steps that run, or None where no source knows."""
-        return self._set or self._from_context() or self._from_timestep() or self._from_guider()
+        return self._set or self._from_context() or self._from_timestep() or self._from_loop() or self._from_guider()
 
     def sigma(self) -> float | None:
         """The noise level of the running step in flow matching, from 1 (noise alone) to 0 (none); None where no source knows, or
@@ -100,12 +109,15 @@ class Clock:
         """Where in all of the scheduler's timesteps the running step stands."""
         timesteps = _timesteps(pipe)
         place = _place(getattr(pipe, "_current_timestep", None), timesteps)
+        if place is None and self._running.loop is not None:
+            place = self._running.loop.place
         return place if place is not None else _place(getattr(_running_guider(pipe), "_timestep", None), timesteps)
 
     def follow(self, transformer: Any) -> None:
         """Called where a forward of `transformer` begins: finds the pipeline that calls it."""
-        pipe = _calling_pipeline(sys._getframe(1), transformer)
+        pipe, variables = _calling_pipeline(sys._getframe(1), transformer)
         self._running.pipe = weakref.ref(pipe) if pipe is not None else None
+        self._running.loop = _loop(variables, _timesteps(pipe))
 
     @property
     def _running_pipe(self) -> Any:
@@ -135,6 +147,10 @@ class Clock:
         if not isinstance(steps, int) or not len(timesteps) - place <= steps <= len(timesteps):
             return place, len(timesteps)
         return place - (len(timesteps) - steps), steps  # what runs is the last part
+
+    def _from_loop(self) -> tuple[int, int] | None:
+        loop = self._running.loop
+        return None if loop is None else (loop.step, loop.steps)
 
     def _from_guider(self) -> tuple[int, int] | None:
         guider = _running_guider(self._running_pipe)
@@ -172,19 +188,30 @@ def tells_steps(pipe: Any) -> bool:
     return not modular or any(hasattr(getattr(pipe, name, None), "set_state") for name in GUIDERS)
 
 
-def _calling_pipeline(frame: FrameType | None, transformer: Any) -> Any:
-    """The innermost owner of the transformer and of a scheduler whose `__call__` runs, up the stack; None without one.
+def _calling_pipeline(frame: FrameType | None, transformer: Any) -> tuple[Any, Mapping[str, Any]]:
+    """The innermost owner of the transformer and of a scheduler whose `__call__` runs, up the stack, and the variables of that
+    call; None and no variables without one.
 
     Only frames of `__call__` are looked into: reading the variables of a frame keeps them alive until it ends.
     """
     while frame is not None:
         code = frame.f_code
         if code.co_name == "__call__" and code.co_argcount and code.co_varnames[0] == "self":
-            owner = frame.f_locals.get("self")
+            variables = frame.f_locals
+            owner = variables.get("self")
             parts = [getattr(owner, name, None) for name in COMPONENTS] if hasattr(owner, "scheduler") else []
             if any(getattr(part, "_orig_mod", part) is transformer for part in parts):
-                return owner
+                return owner, variables
         frame = frame.f_back
+    return None, {}
+
+
+def _loop(variables: Mapping[str, Any], scheduled: torch.Tensor | None) -> _Loop | None:
+    """Where `t` stands in `timesteps`, both variables of a pipeline's call, or in the scheduler's; None where it does in neither."""
+    t, own = variables.get("t"), variables.get("timesteps")
+    for timesteps in (own, scheduled):
+        if isinstance(timesteps, torch.Tensor) and timesteps.dim() == 1 and (step := _place(t, timesteps)) is not None:
+            return _Loop(step, len(timesteps), _place(t, scheduled))
     return None
 
 

@@ -7,9 +7,14 @@ from typing import Any
 
 from torch import nn
 
+from diffusers_accel.families.allegro import ALLEGRO
 from diffusers_accel.families.cogvideox import COGVIDEOX
+from diffusers_accel.families.consisid import CONSISID
+from diffusers_accel.families.cosmos import COSMOS
+from diffusers_accel.families.easyanimate import EASYANIMATE
 from diffusers_accel.families.family import Family
 from diffusers_accel.families.hunyuan_video import HUNYUAN_VIDEO
+from diffusers_accel.families.latte import LATTE
 from diffusers_accel.families.ltx import LTX
 from diffusers_accel.families.wan import WAN
 from diffusers_accel.files import quoted
@@ -40,6 +45,11 @@ for _family in (
     HUNYUAN_VIDEO,
     COGVIDEOX,
     LTX,
+    CONSISID,
+    ALLEGRO,
+    EASYANIMATE,
+    LATTE,
+    COSMOS,
 ):
     register_family(_family)
 

@@ -1,8 +1,13 @@
 """One tiny real pipeline of each family, and what is known of it; `test_every_family.py` runs them through the same tests."""
 
+from tests.families.allegro import ALLEGRO
 from tests.families.cogvideox import COGVIDEOX
+from tests.families.consisid import CONSISID
+from tests.families.cosmos import COSMOS_1, COSMOS_1_VIDEO, COSMOS_2_5, COSMOS_2_VIDEO
+from tests.families.easyanimate import EASYANIMATE
 from tests.families.family import TinyFamily
 from tests.families.hunyuan_video import HUNYUAN_VIDEO
+from tests.families.latte import LATTE
 from tests.families.ltx import LTX
 from tests.families.wan import WAN
 
@@ -11,6 +16,14 @@ TINY: dict[str, TinyFamily] = {
     "hunyuan_video": HUNYUAN_VIDEO,
     "cogvideox": COGVIDEOX,
     "ltx": LTX,
+    "consisid": CONSISID,
+    "allegro": ALLEGRO,
+    "easyanimate": EASYANIMATE,
+    "latte": LATTE,
+    "cosmos, 1": COSMOS_1,
+    "cosmos, 1 video to world": COSMOS_1_VIDEO,
+    "cosmos, 2 video to world": COSMOS_2_VIDEO,
+    "cosmos, 2.5": COSMOS_2_5,
 }
 
 __all__ = ["TINY", "TinyFamily"]
