@@ -11,9 +11,13 @@ from diffusers_accel.families.allegro import ALLEGRO
 from diffusers_accel.families.cogvideox import COGVIDEOX
 from diffusers_accel.families.consisid import CONSISID
 from diffusers_accel.families.cosmos import COSMOS
+from diffusers_accel.families.cosmos3 import COSMOS3
 from diffusers_accel.families.easyanimate import EASYANIMATE
 from diffusers_accel.families.family import Family
 from diffusers_accel.families.hunyuan_video import HUNYUAN_VIDEO
+from diffusers_accel.families.kandinsky5 import KANDINSKY5
+from diffusers_accel.families.kandinsky6 import KANDINSKY6
+from diffusers_accel.families.kandinsky6_sr import KANDINSKY6_SR
 from diffusers_accel.families.latte import LATTE
 from diffusers_accel.families.ltx import LTX
 from diffusers_accel.families.wan import WAN
@@ -50,6 +54,10 @@ for _family in (
     EASYANIMATE,
     LATTE,
     COSMOS,
+    KANDINSKY5,
+    KANDINSKY6,
+    KANDINSKY6_SR,
+    COSMOS3,
 ):
     register_family(_family)
 

@@ -21,6 +21,15 @@ def lively(transformer: Any, by: float = 2.0) -> Any:
     return transformer.eval()
 
 
+def noisy(transformer: Any, std: float = 0.1) -> Any:
+    """The same with small noise for weights of zero, for models whose blocks change nothing at first."""
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            if not parameter.any():
+                parameter.normal_(std=std)
+    return transformer.eval()
+
+
 def run_pipeline(pipe: Any, call: dict[str, Any]) -> np.ndarray:
     """The frames of a pipeline's call, or the latents, as its output_type says."""
     return np.asarray(pipe(**call).frames)
