@@ -644,4 +644,13 @@ def test_all_are_listed() -> None:
         "hunyuan_video (HunyuanVideoTransformer3DModel)",
         "cogvideox (CogVideoXTransformer3DModel)",
         "ltx (LTXVideoTransformer3DModel)",
+        "consisid (ConsisIDTransformer3DModel)",
+        "allegro (AllegroTransformer3DModel)",
+        "easyanimate (EasyAnimateTransformer3DModel)",
+        "latte (LatteTransformer3DModel)",
+        "cosmos (CosmosTransformer3DModel)",
+        "kandinsky5 (Kandinsky5Transformer3DModel)",
+        "kandinsky6 (Kandinsky6Transformer3DModel)",
+        "kandinsky6_sr (Kandinsky6SRTransformer3DModel)",
+        "cosmos3 (Cosmos3OmniTransformer)",
     ]

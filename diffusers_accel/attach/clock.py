@@ -207,7 +207,7 @@ def _calling_pipeline(frame: FrameType | None, transformer: Any) -> tuple[Any, M
 
 
 def _loop(variables: Mapping[str, Any], scheduled: torch.Tensor | None) -> _Loop | None:
-    """Where `t` stands in `timesteps`, both variables of a pipeline's call, or in the scheduler's; None where it does in neither."""
+    """Where `t` stands in `timesteps`, both variables of a pipeline's call, or else in the scheduler's; None where in neither."""
     t, own = variables.get("t"), variables.get("timesteps")
     for timesteps in (own, scheduled):
         if isinstance(timesteps, torch.Tensor) and timesteps.dim() == 1 and (step := _place(t, timesteps)) is not None:

@@ -20,6 +20,7 @@ from diffusers_accel.families.kandinsky6 import KANDINSKY6
 from diffusers_accel.families.kandinsky6_sr import KANDINSKY6_SR
 from diffusers_accel.families.latte import LATTE
 from diffusers_accel.families.ltx import LTX
+from diffusers_accel.families.refused import refusal, unet_of
 from diffusers_accel.families.wan import WAN
 from diffusers_accel.files import quoted
 
@@ -78,12 +79,14 @@ def find(pipe_or_transformer: Any) -> dict[str, tuple[nn.Module, Family]]:
     else:
         parts = {name: getattr(pipe_or_transformer, name, None) for name in COMPONENTS}
         candidates = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        unet = None if candidates else unet_of(pipe_or_transformer)
+        candidates |= {} if unet is None or refusal(unet) is None else {"unet": unet}
     found: dict[str, tuple[nn.Module, Family]] = {}
     for name, module in candidates.items():
         module = _uncompiled(module)
         family = family_of(type(module))
         if family is None:
-            raise TypeError(f"{name} is a {type(module).__name__}, {supported()}")
+            raise TypeError(f"{name} is a {type(module).__name__}, {_why_not(module)}")
         found[name] = (module, family)
     if not found:
         missing = any(hasattr(pipe_or_transformer, name) for name in COMPONENTS)
@@ -109,6 +112,15 @@ def list_families() -> list[str]:
 def supported() -> str:
     """The end of a message that refuses a model."""
     return f"supported: {', '.join(list_families())}. Pass a diffusers pipeline or transformer of these."
+
+
+def _why_not(module: nn.Module) -> str:
+    reason = refusal(module)
+    if reason is not None:
+        return f"which is not supported: {reason}"
+    return (
+        f"{supported()} For a transformer of your own call diffusers_accel.register_family(...), see docs/families.md."
+    )
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:

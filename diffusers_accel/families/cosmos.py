@@ -18,8 +18,9 @@ _given = text_at(2)
 
 def _text(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The text of (text, image), as Cosmos Transfer 2.5 gives them."""
-    given = _given(args, kwargs)
-    return given[0] if isinstance(given, tuple) else given
+    given: Any = _given(args, kwargs)
+    text: Tensor = given[0] if isinstance(given, tuple) else given
+    return text
 
 
 def _observe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:

@@ -1,7 +1,8 @@
 """Cosmos 3: text tokens attend among themselves; those that are generated read them and each other.
 
-So a layer has two calls of attention: the causal one of the text, which stays as it is, and that of video, sound and actions, whose
-keys begin with those of the text. Eight heads of keys serve all query heads. One sample a forward; guidance is two named forwards.
+So a layer has two calls of attention: the causal one of the text, which stays as it is, and that of video, sound and actions,
+whose keys begin with those of the text. Eight heads of keys serve all query heads. One sample a forward; guidance is two named
+forwards.
 """
 
 from __future__ import annotations

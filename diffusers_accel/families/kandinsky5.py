@@ -1,7 +1,7 @@
 """Kandinsky 5: video tokens alone, text by cross-attention, guidance as two forwards that the pipelines do not name.
 
-Its 10 second checkpoints use NABLA (see `kandinsky.py`), whose mask is left out under a patch, and whose order of tokens the layout
-is told. In those of 5 seconds tokens lie row by row.
+Some checkpoints (`attention_type="nabla"`) use NABLA, see `kandinsky.py`: its mask is left out under a patch, and `places` knows
+its order of tokens. In the others tokens lie row by row.
 """
 
 from __future__ import annotations

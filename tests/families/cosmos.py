@@ -40,7 +40,7 @@ class Passes:
 
 
 def tiny_cosmos_transformer(channels: int) -> CosmosTransformer3DModel:
-    """Of latents with 4 channels, or 5 where one is a mask of known frames; without the mask of padding, which needs torchvision."""
+    """Of latents with 4 channels, or 5 where one is a mask of known frames. A mask of padding would need torchvision."""
     torch.manual_seed(0)
     return CosmosTransformer3DModel(
         in_channels=channels,
