@@ -235,3 +235,30 @@ def run_modular(pipe: Any, steps: int) -> None:
         num_frames=9,
         num_inference_steps=steps,
     )
+
+
+class Loop:
+    """A pipeline that sets no `_current_timestep`; a part of its scheduler's timesteps runs, or of a copy of these."""
+
+    def __init__(self, part: slice, own: bool = False) -> None:
+        self.transformer = tiny_wan_transformer()
+        self.scheduler = UniPCMultistepScheduler()
+        self.scheduler.set_timesteps(8)
+        self.part, self.own = part, own
+
+    def __call__(self) -> None:
+        timesteps = self.scheduler.timesteps[self.part]
+        if self.own:
+            timesteps = timesteps.clone()
+        for t in timesteps:
+            x, text = torch.zeros(1, 4, 3, 8, 8), torch.zeros(1, 8, TEXT_DIM)
+            self.transformer(hidden_states=x, timestep=t[None].float(), encoder_hidden_states=text)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["the scheduler's timesteps", "its own"])
+@pytest.mark.parametrize("part", [slice(None), slice(5, None)], ids=["all", "the last 3"])
+def test_a_pipeline_that_keeps_its_timestep_to_itself_is_followed_by_its_loop(part: slice, own: bool) -> None:
+    pipe = Loop(part, own)
+    steps = len(pipe.scheduler.timesteps[part])
+    with torch.no_grad():
+        assert [now for now, _ in watched(pipe, pipe)] == [(step, steps) for step in range(steps)]

@@ -302,3 +302,10 @@ def test_quantized_launches_are_arranged_alike(layout: TokenLayout, precision: s
     found = attend(methods, layout, qkv).out
     exact = attend(tuple(replace(each, precision="input") for each in methods), layout, qkv).out
     assert float(torch.cosine_similarity(found, exact, dim=-1).min()) > 0.99
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_a_frame_alone_has_no_first_frame_that_all_read(frames: int) -> None:
+    """Else a model that attends within each frame could leave nothing out."""
+    always = arrangement(AxisOrder("fhw"), TokenLayout(frames, 32, 32)).always(first_frame=True)
+    assert always.float().mean() == (0.0 if frames == 1 else 0.5)

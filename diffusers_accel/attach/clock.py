@@ -3,11 +3,11 @@ never counted.
 
 Sources, in order of trust: `Clock.set`, for people with their own loop; what the pipeline says through
 `transformer.cache_context(name, step_index=...)`; the position of `pipe._current_timestep` inside `scheduler.timesteps`, of
-which it is a view, or as a row of the pipeline's table of timesteps for each frame, or that of `t` in the pipeline's loop, which a
-modular pipeline hands to its blocks; the step of a modular pipeline's guider; how many steps the scheduler has made, where the
-pipeline says nothing. The pipeline is the one that runs, which need not be the one that was patched: `from_pipe` makes siblings that
-share the transformer. Steps are those that run: video-to-video with a strength below 1 runs only the last part of the schedule.
-Nothing is counted, so a second call, another number of steps or an exception in mid-run leave nothing to reset.
+which it is a view, or as a row of the pipeline's table of timesteps for each frame, or that of `t` in the pipeline's loop,
+which a modular pipeline hands to its blocks; the step of a modular pipeline's guider; how many steps the scheduler has made,
+where the pipeline says nothing. The pipeline is the one that runs, which need not be the one that was patched: `from_pipe` makes
+siblings that share the transformer. Steps are those that run: video-to-video with a strength below 1 runs only the last part of
+the schedule. Nothing is counted, so a second call, another number of steps or an exception in mid-run leave nothing to reset.
 """
 
 from __future__ import annotations

@@ -113,7 +113,8 @@ class _InPlaceOfAttention(TorchFunctionMode):
 
 
 def _transposed(attend: Attend, heads: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attend(*(x.transpose(1, 2) for x in (q, k, v)), heads).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return attend(q, k, v, heads).transpose(1, 2)
 
 
 def _inverse(order: Sequence[int]) -> tuple[int, ...]:

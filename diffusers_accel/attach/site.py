@@ -64,6 +64,7 @@ class AttachedModel:
         self._expected: set[tuple[int, ...]] = set()
         self._forward = _Forward()
         self._layouts: dict[tuple[tuple[int, ...], int | None, int], TokenLayout] = {}
+        self._places: dict[tuple[tuple[int, ...], torch.device], Tensor | None] = {}
         self._branches = WeakTensorKeyDictionary()  # text embeddings -> a name for the branch that they belong to
         self._numbers = count()
 
@@ -103,6 +104,16 @@ class AttachedModel:
             raise RuntimeError(f"{self.name}: expected text lengths of {batch} rows, as q has, found {len(counts)}")
         parts = [list(part) for _, part in groupby(range(batch), key=counts.__getitem__)]
         return [Rows(part[0], part[-1] + 1, self._layout(counts[part[0]], layer)) for part in parts]
+
+    def places(self, device: torch.device) -> Tensor | None:
+        """Where the tokens of the layout stand in the sequence of the running call; None where in their order."""
+        sizes = self._forward.sizes
+        if self.family.places is None or sizes is None:
+            return None
+        if (sizes, device) not in self._places:
+            places = self.family.places(self.module.config, sizes)
+            self._places[sizes, device] = None if places is None else places.to(device)
+        return self._places[sizes, device]
 
     def _layout(self, text_valid: int | None, layer: int) -> TokenLayout:
         sizes = self._forward.sizes
@@ -208,18 +219,26 @@ class Site:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: tuple[int, ...] | None = None) -> Tensor:
         """q [B, queries, H, D], k and v [B, tokens, H_k, D] -> out like q.
 
-        What the engine is given is cut to tokens that exist as keys.
+        What the engine is given is cut to tokens that exist as keys, in the order of the layout.
 
         Args:
             heads: numbers in the model of the heads that these are; None: all.
         """
         with self.timer.running(q.device) if self.timer else nullcontext():
-            parts = []
-            for rows in self.model.rows(len(q), self.layer):
-                self._check_sizes(rows.layout, q, k)
-                some, keys = slice(rows.start, rows.stop), rows.layout.keys
-                parts.append(self.engine.attend(self._call(rows, heads), q[some], k[some, :keys], v[some, :keys]))
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+            places = self.model.places(q.device)
+            if places is None:
+                return self._attend(q, k, v, heads)
+            q, k, v = (x.index_select(1, places) for x in (q, k, v))
+            out = self._attend(q, k, v, heads)
+            return torch.empty_like(out).index_copy_(1, places, out)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, heads: tuple[int, ...] | None) -> Tensor:
+        parts = []
+        for rows in self.model.rows(len(q), self.layer):
+            self._check_sizes(rows.layout, q, k)
+            some, keys = slice(rows.start, rows.stop), rows.layout.keys
+            parts.append(self.engine.attend(self._call(rows, heads), q[some], k[some, :keys], v[some, :keys]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _check_sizes(self, layout: TokenLayout, q: Tensor, k: Tensor) -> None:
         if (q.shape[1], k.shape[1]) != (layout.queries, layout.tokens):

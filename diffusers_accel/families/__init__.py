@@ -7,20 +7,30 @@ from typing import Any
 
 from torch import nn
 
+from diffusers_accel.families.allegro import ALLEGRO
 from diffusers_accel.families.anyflow import ANYFLOW
 from diffusers_accel.families.anyflow_far import ANYFLOW_FAR
 from diffusers_accel.families.chronoedit import CHRONOEDIT
 from diffusers_accel.families.cogvideox import COGVIDEOX
+from diffusers_accel.families.consisid import CONSISID
+from diffusers_accel.families.cosmos import COSMOS
+from diffusers_accel.families.cosmos3 import COSMOS3
+from diffusers_accel.families.easyanimate import EASYANIMATE
 from diffusers_accel.families.family import Family
 from diffusers_accel.families.framepack import FRAMEPACK
 from diffusers_accel.families.helios import HELIOS
 from diffusers_accel.families.hunyuan_video import HUNYUAN_VIDEO
 from diffusers_accel.families.hunyuan_video15 import HUNYUAN_VIDEO15
+from diffusers_accel.families.kandinsky5 import KANDINSKY5
+from diffusers_accel.families.kandinsky6 import KANDINSKY6
+from diffusers_accel.families.kandinsky6_sr import KANDINSKY6_SR
+from diffusers_accel.families.latte import LATTE
 from diffusers_accel.families.ltx import LTX
 from diffusers_accel.families.ltx2 import LTX2
 from diffusers_accel.families.minimax_h3 import MINIMAX_H3
 from diffusers_accel.families.mochi import MOCHI
 from diffusers_accel.families.motif_video import MOTIF_VIDEO
+from diffusers_accel.families.refused import refusal, unet_of
 from diffusers_accel.families.skyreels_v2 import SKYREELS_V2
 from diffusers_accel.families.wan import WAN
 from diffusers_accel.families.wan_animate import WAN_ANIMATE
@@ -32,7 +42,7 @@ FAMILIES: dict[str, Family] = {}  # by the module-qualified name of the transfor
 
 
 def register_family(family: Family) -> None:
-    """Makes `patch`, the search and all else know a transformer class, such as one of your own: docs/extending.md has the recipe.
+    """Makes `patch`, the search and all else know a transformer class, such as one of your own: docs/families.md has the recipe.
 
     Raises:
         ValueError: a family of that name, or for that class, is there already.
@@ -66,6 +76,15 @@ for _family in (
     MINIMAX_H3,
     MOCHI,
     MOTIF_VIDEO,
+    CONSISID,
+    ALLEGRO,
+    EASYANIMATE,
+    LATTE,
+    COSMOS,
+    KANDINSKY5,
+    KANDINSKY6,
+    KANDINSKY6_SR,
+    COSMOS3,
 ):
     register_family(_family)
 
@@ -86,12 +105,14 @@ def find(pipe_or_transformer: Any) -> dict[str, tuple[nn.Module, Family]]:
     else:
         parts = {name: getattr(pipe_or_transformer, name, None) for name in COMPONENTS}
         candidates = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        unet = None if candidates else unet_of(pipe_or_transformer)
+        candidates |= {} if unet is None or refusal(unet) is None else {"unet": unet}
     found: dict[str, tuple[nn.Module, Family]] = {}
     for name, module in candidates.items():
         module = _uncompiled(module)
         family = family_of(type(module))
         if family is None:
-            raise TypeError(f"{name} is a {type(module).__name__}, {supported()}")
+            raise TypeError(f"{name} is a {type(module).__name__}, {_why_not(module)}")
         found[name] = (module, family)
     if not found:
         missing = any(hasattr(pipe_or_transformer, name) for name in COMPONENTS)
@@ -117,6 +138,15 @@ def list_families() -> list[str]:
 def supported() -> str:
     """The end of a message that refuses a model."""
     return f"supported: {', '.join(list_families())}. Pass a diffusers pipeline or transformer of these."
+
+
+def _why_not(module: nn.Module) -> str:
+    reason = refusal(module)
+    if reason is not None:
+        return f"which is not supported: {reason}"
+    return (
+        f"{supported()} For a transformer of your own call diffusers_accel.register_family(...), see docs/families.md."
+    )
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:

@@ -20,7 +20,7 @@ def _layout(config: Any, observation: Observation) -> TokenLayout:
     """The text, then latents [B, frames, C, height, width] in patches, which span several frames in 1.5 only."""
     frames, height, width, text = observation
     patch = config.patch_size
-    return TokenLayout(frames // (config.patch_size_t or 1), height // patch, width // patch, text, "start")
+    return TokenLayout(frames // (config.get("patch_size_t") or 1), height // patch, width // patch, text, "start")
 
 
 COGVIDEOX = Family(

@@ -20,7 +20,7 @@ def attention_of(*lists: str, named: str = "attn1") -> Callable[[nn.Module], lis
 
     def found(transformer: Any) -> list[tuple[str, nn.Module]]:
         return [
-            (f"{blocks}.{index}.{named}", getattr(block, named))
+            (f"{blocks}.{index}.{named}", block.get_submodule(named))
             for blocks in lists
             for index, block in enumerate(getattr(transformer, blocks))
         ]
@@ -50,6 +50,8 @@ class Family:
         attention_call: how the code of the stock processor spells its call of attention.
         observe: (args, kwargs) of the transformer's forward -> the sizes that `layout` needs.
         layout: (transformer's config, observation) -> TokenLayout, as if all text existed.
+        places: (transformer's config, observation) -> int64 [tokens], where in the model's sequence the tokens of that layout
+            stand, or None where in this order: for models whose video does not lie row by row.
         layout_in: (transformer's config, that layout, number of a layer) -> the layout in that layer, where layers differ.
         text: (args, kwargs) of the transformer's forward -> the text embeddings, by which branches are told apart where the
             pipeline does not name them: each branch has its own, the same at every step.
@@ -74,7 +76,7 @@ class Family:
             there may be several (video and audio). Each is a tensor or a list of tensors.
         timestep: name of that argument.
         channels: dimension of the latents in which the channels lie, those that are denoised first; outputs are of the same
-            layout.
+            layout. -1 for the last of each.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Family:
     shape: Callable[[nn.Module], ModelShape] = shape_of_config
     output_projection: Callable[[nn.Module, str], Callable[[Tensor], Tensor]] = to_out_of
     layout_in: Callable[[Any, TokenLayout, int], TokenLayout] | None = None
+    places: Callable[[Any, Observation], Tensor | None] | None = None
     text_valid: Callable[[tuple[Any, ...], Mapping[str, Any]], tuple[int, ...]] | None = None
     call: Mapping[str, Callable[..., Any]] = field(default_factory=dict, hash=False)
     beside: Callable[[Mapping[str, Any]], bool] | None = None

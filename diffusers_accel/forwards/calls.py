@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -79,13 +80,15 @@ class ForwardReader:
         )
 
     def denoised(self, latents: Tensor, like: Tensor) -> Tensor:
-        """The latents without the channels of a condition, which come after those that are denoised, as many as `like` has:
-        a view."""
+        """The latents without the channels of a condition, which come after those that are denoised, as many as `like` has: a
+        view. For twice as many, of which the second half is a learned variance, zeros behind them."""
         at = self._family.channels
+        if like.shape[at] == 2 * latents.shape[at]:
+            return torch.cat([latents, torch.zeros_like(latents)], dim=at)
         return latents.narrow(at, 0, min(like.shape[at], latents.shape[at]))
 
     def inputs_of(self, latents: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
-        """The part of the latents that each output is of: views of their shapes.
+        """The part of the latents that each output is of: of their shapes.
 
         Raises:
             RuntimeError: there is none.

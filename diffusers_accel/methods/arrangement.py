@@ -22,7 +22,8 @@ class Arrangement:
     Args:
         exact_queries: bool [query blocks], which hold exact tokens, and so read everything.
         exact_keys: bool [key blocks], which hold exact tokens, and so are read by all.
-        first_frame: bool [key blocks], which hold tokens of the first frame, where the order keeps that together; else none.
+        first_frame: bool [key blocks], which hold tokens of the first frame, where the order keeps that together and others
+            follow; else none.
         own: bool [query blocks, key blocks], in which key blocks the tokens of a query block lie: one, where the blocks of
             queries begin where those of keys do, else up to two.
         start: fp64 [query blocks], where the first token of a query block lies among the key blocks.
@@ -51,7 +52,7 @@ def arrangement(order: Order, layout: TokenLayout) -> Arrangement:
     asking = order.query_index(layout) + layout.query_start
     exact = exact_tokens(layout)
     first = torch.zeros(layout.tokens, dtype=torch.bool)
-    if order.frame_major:
+    if order.frame_major and layout.frames > 1:  # a frame alone is the whole video
         first[video_places(layout)[: layout.height * layout.width]] = True
     own = torch.zeros(layout.query_blocks(BLOCK), layout.blocks(BLOCK), dtype=torch.bool)
     own[torch.arange(layout.queries) // BLOCK, place[asking] // BLOCK] = True
