@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from diffusers_accel.layout import TokenLayout
@@ -75,6 +76,7 @@ class Family:
         latents: names of the arguments of the transformer's forward that are denoised, in the order of its outputs, of which
             there may be several (video and audio). Each is a tensor or a list of tensors.
         timestep: name of that argument.
+        noisiest: of several timesteps that a forward is given, that of what is denoised: known frames have cleaner ones.
         channels: dimension of the latents in which the channels lie, those that are denoised first; outputs are of the same
             layout. -1 for the last of each.
     """
@@ -97,6 +99,7 @@ class Family:
     hands_back: bool = False
     latents: tuple[str, ...] = ("hidden_states",)
     timestep: str = "timestep"
+    noisiest: Callable[[Tensor], Tensor] = torch.amax
     channels: int = 1
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffusers_accel.families.family import Family, Observation, argument, attention_of, text_at
@@ -68,5 +69,6 @@ MINIMAX_H3 = Family(
     layout=_layout,
     text=text_at(2),
     latents=("hidden_states", "audio_hidden_states"),
+    noisiest=torch.amin,  # its timesteps rise to 1, at which conditions are; audio is ahead of the video
     channels=2,
 )

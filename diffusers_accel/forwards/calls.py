@@ -75,7 +75,7 @@ class ForwardReader:
         timestep = given[self._family.timestep].detach()
         return Given(
             latents=tuple(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)),
-            timestep=timestep.amax() if timestep.dim() else timestep,  # image-to-video may give a known frame a 0
+            timestep=self._family.noisiest(timestep) if timestep.dim() else timestep,
             return_dict=bool(given.get("return_dict", True)),
         )
 

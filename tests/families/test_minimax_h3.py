@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
+from diffusers import MiniMaxH3Transformer3DModel
 from diffusers.modular_pipelines.minimax_h3.modular_blocks_minimax_h3 import MiniMaxH3Ref2VACoreDenoiseStep
 from diffusers.modular_pipelines.minimax_h3.references import MiniMaxH3Reference
 
@@ -14,8 +16,15 @@ from diffusers_accel.api import attach
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.families.minimax_h3 import MINIMAX_H3
 from diffusers_accel.families.reading import last_grid
+from diffusers_accel.forwards.calls import ForwardReader
 from diffusers_accel.layout import Segment, TokenLayout
-from tests.families.minimax_h3 import AUDIO_ROWS, run_latents, tiny_minimax_h3, tiny_minimax_h3_call
+from tests.families.minimax_h3 import (
+    AUDIO_ROWS,
+    run_latents,
+    tiny_minimax_h3,
+    tiny_minimax_h3_call,
+    tiny_minimax_h3_transformer,
+)
 from tests.families.test_every_family import Watch
 from tests.tiny import LAYERS, TEXT_TOKENS
 
@@ -72,6 +81,14 @@ def test_frames_of_another_time_in_front_are_not_the_video() -> None:
     video = grid(3, 4, 5, start=2.0)
     for start in (2.0, 3.7, 40.0):
         assert last_grid(torch.cat([grid(1, 4, 5, start=start), video])) == (3, 4, 5)
+
+
+def test_step_caches_go_by_the_timestep_of_the_video() -> None:
+    """Timesteps rise here, and those of conditions stay at 0.999: the largest would never change."""
+    reader = ForwardReader(tiny_minimax_h3_transformer(), MINIMAX_H3)
+    names = list(inspect.signature(MiniMaxH3Transformer3DModel.forward).parameters)[1:11]
+    given = {**dict.fromkeys(names), "timestep": torch.tensor([0.2, 0.6, 0.999])}
+    assert float(reader.read((), given).timestep) == pytest.approx(0.2)
 
 
 def test_rows_behind_the_video_are_refused() -> None:
