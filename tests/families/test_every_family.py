@@ -20,7 +20,11 @@ from diffusers_accel.run.launch import run
 from diffusers_accel.run.partition import partition
 from tests.families import TINY, TinyFamily
 
-every_family = pytest.mark.parametrize("tiny", TINY.values(), ids=TINY)
+# Of a family's kinds of pipelines the first: what goes through the same code for all kinds runs on that one.
+FIRST = {next(key for key in TINY if key.partition(",")[0] == family.name): family.name for family in FAMILIES.values()}
+METHODS = sorted(set(NAMED) - {"dense"})
+every_kind = pytest.mark.parametrize("tiny", TINY.values(), ids=TINY)
+every_family = pytest.mark.parametrize("tiny", [TINY[key] for key in FIRST], ids=FIRST.values())
 PACKED = {name: tiny for name, tiny in TINY.items() if any(each.exact for each in tiny.layout.segments)}
 # Nothing stays dense, and nothing that is read is left out.
 WHOLE = {"density": 1.0, "dense_steps": 0.0, "dense_layers": 0}
@@ -78,7 +82,7 @@ def test_every_family_is_here() -> None:
     assert {key.partition(",")[0] for key in TINY} == {family.name for family in FAMILIES.values()}
 
 
-@every_family
+@every_kind
 def test_each_layer_knows_step_branch_and_tokens(tiny: TinyFamily) -> None:
     pipe, seen = tiny.pipe(), []
     module, _ = find(pipe)["transformer"]
@@ -103,7 +107,7 @@ def test_sparse_attention_changes_rows_of_the_video_only(tiny: TinyFamily) -> No
         assert exact < 1e-5 < 1e-4 < video, f"layer {call.layer}, {call.layout}"
 
 
-@every_family
+@every_kind
 def test_dense_gives_the_frames_of_the_stock_pipeline_and_unpatch_restores_it(tiny: TinyFamily) -> None:
     pipe = tiny.pipe()
     stock = tiny.run(pipe, tiny.call())
@@ -116,8 +120,14 @@ def test_dense_gives_the_frames_of_the_stock_pipeline_and_unpatch_restores_it(ti
     assert np.array_equal(tiny.run(pipe, tiny.call()), stock) and stock.std() > 0.01
 
 
-@every_family
-@pytest.mark.parametrize("name", sorted(set(NAMED) - {"dense"}))
+@pytest.mark.parametrize(
+    ("tiny", "name"),
+    [
+        pytest.param(tiny, name, id=f"{key}-{name}")
+        for key, tiny in TINY.items()
+        for name in (METHODS if key in FIRST else ["draft"])
+    ],
+)
 def test_each_method_is_dense_at_density_1_and_another_below(tiny: TinyFamily, name: str) -> None:
     """Exact only if the layout says where each token lies."""
     pipe = tiny.pipe()
@@ -150,7 +160,7 @@ def test_a_schedule_of_all_steps_is_the_stock_pipeline_bit_for_bit(tiny: TinyFam
         assert np.array_equal(latents(tiny, pipe), stock)
 
 
-@every_family
+@every_kind
 def test_calls_of_other_kinds_follow_each_other(tiny: TinyFamily) -> None:
     pipe = tiny.pipe()
     calls = [{}, {"num_inference_steps": 3}, tiny.size, tiny.alone, tiny.several, {}]
