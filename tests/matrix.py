@@ -82,8 +82,8 @@ def pipelines_of(transformer: str) -> Iterator[str]:
 def page(found: dict[str, dict[str, str]]) -> str:
     shown = [column for column in COLUMNS if any(column in each for each in found.values())]
     about = f"""Written by `python -m tests.matrix` from the results of `tests/families`, on tiny pipelines of diffusers' own
-        classes with random weights: diffusers {diffusers.__version__}, torch {torch.__version__}. Do not edit it. A "no" is a test
-        that says why it does not apply, such as a stock forward that cannot be one graph. Of a family's further kinds of
+        classes with random weights: diffusers {diffusers.__version__}, torch {torch.__version__}. Do not edit it. A "no" is a
+        test that says why it does not apply, such as a stock forward that cannot be one graph. Of a family's further kinds of
         pipelines only what differs is run. [What to know of each family](families.md)."""
     lines = [
         "# Models and what was tried on each",

@@ -30,6 +30,10 @@ REFUSED = {
         "it refines chunk by chunk over keys that it keeps of earlier ones, in steps that its own loop counts. "
         f"{_FEWER_STEPS} of the transformer"
     ),
+    f"{_TRANSFORMERS}.transformer_wan_animate_2.WanAnimate2Transformer3DModel": (
+        "each of its frames sees the reference of that frame only, by a mask that no layout of tokens can say. "
+        f"{_FEWER_STEPS} of pipe.transformer. Wan Animate (1) is supported"
+    ),
     f"{_TRANSFORMERS}.transformer_joyimage.JoyImageEditTransformer3DModel": _ONE_IMAGE,
     f"{_TRANSFORMERS}.transformer_joyimage_edit_plus.JoyImageEditPlusTransformer3DModel": _ONE_IMAGE,
     "diffusers.models.unets.unet_motion_model.UNetMotionModel": _UNET,
