@@ -1,6 +1,7 @@
 # The two commands of a newcomer, each of which makes .venv when it is missing:
 #   make demo    search a plan for the small model of this repository on this machine, compare it and the named methods with dense, write demo/report/report.html
 #   make test    lint, types and tests
+#   make hosts   whether each family works with the oldest diffusers that is supported and with the newest that there is
 # Another interpreter or another build of torch (.venv is then brought up to date):
 #   make test PYTHON=python3.12
 #   make test TORCH="torch==2.12.0"
@@ -14,7 +15,7 @@ WORKERS := -n logical --maxprocesses 4
 PIP := $(PY) -m pip --disable-pip-version-check
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict -e
 
-.PHONY: demo test lint types pytest interpreter install format clean
+.PHONY: demo test lint types pytest interpreter hosts install format clean
 .DEFAULT_GOAL := test
 
 demo: install
@@ -38,6 +39,12 @@ pytest: install
 interpreter: install
 	@if $(PY) -c 'import triton' 2>/dev/null; then set -x; OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels -m interpreter $(WORKERS); \
 	else echo "interpreter: not run, Triton is not installed (it has no build for $$(uname -sm))"; fi
+
+# Where the host's seam moves, this is where it shows: layers, steps, branches and dense frames of every family.
+HOSTS ?= diffusers==0.42.0 diffusers
+hosts: install
+	set -e; for host in $(HOSTS); do rm -rf build/host; $(PIP) install --quiet --no-deps --target build/host $$host; \
+	PYTHONPATH=$(CURDIR)/build/host OMP_NUM_THREADS=1 $(PY) -m pytest tests/families -k 'knows_step or stock_pipeline' $(WORKERS); done
 
 format: install
 	$(PY) -m ruff check --fix .
