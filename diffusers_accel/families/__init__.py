@@ -137,7 +137,10 @@ def list_families() -> list[str]:
 
 def supported() -> str:
     """The end of a message that refuses a model."""
-    return f"supported: {', '.join(list_families())}. Pass a diffusers pipeline or transformer of these."
+    names = ", ".join(family.name for family in FAMILIES.values())
+    return (
+        f"supported: {names} (list_families() names their classes). Pass a diffusers pipeline or transformer of these."
+    )
 
 
 def _why_not(module: nn.Module) -> str:
