@@ -209,7 +209,7 @@ def test_sparse_layers_read_the_blocks_of_the_method_and_no_padding(name: str, l
     k[:, layout.keys :], v[:, layout.keys :] = torch.nan, torch.nan
     with patch(transformer, HWF_BAND) as done:
         sample(transformer, inputs)  # the layout is what the model last saw
-        assert done.sites[0].model.rows(batch) == [Rows(0, batch, layout)]
+        assert done.sites[0].model.rows(batch, 0) == [Rows(0, batch, layout)]
         out = done.sites[0].attend(q, k, v)
     order = HWF_BAND.order.index(layout)
     (blocks,) = mask_of(HWF_BAND, layout)

@@ -225,20 +225,15 @@ class Site:
             heads: numbers in the model of the heads that these are; None: all.
         """
         with self.timer.running(q.device) if self.timer else nullcontext():
-            places = self.model.places(q.device)
-            if places is None:
-                return self._attend(q, k, v, heads)
-            q, k, v = (x.index_select(1, places) for x in (q, k, v))
-            out = self._attend(q, k, v, heads)
-            return torch.empty_like(out).index_copy_(1, places, out)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, heads: tuple[int, ...] | None) -> Tensor:
-        parts = []
-        for rows in self.model.rows(len(q), self.layer):
-            self._check_sizes(rows.layout, q, k)
-            some, keys = slice(rows.start, rows.stop), rows.layout.keys
-            parts.append(self.engine.attend(self._call(rows, heads), q[some], k[some, :keys], v[some, :keys]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            places, parts = self.model.places(q.device), []
+            if places is not None:
+                q, k, v = (x.index_select(1, places) for x in (q, k, v))
+            for rows in self.model.rows(len(q), self.layer):
+                self._check_sizes(rows.layout, q, k)
+                some, keys = slice(rows.start, rows.stop), rows.layout.keys
+                parts.append(self.engine.attend(self._call(rows, heads), q[some], k[some, :keys], v[some, :keys]))
+            out = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return out if places is None else torch.empty_like(out).index_copy_(1, places, out)
 
     def _check_sizes(self, layout: TokenLayout, q: Tensor, k: Tensor) -> None:
         if (q.shape[1], k.shape[1]) != (layout.queries, layout.tokens):
