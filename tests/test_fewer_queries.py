@@ -310,7 +310,7 @@ class SyntheticModel:
         self.family = SimpleNamespace(output_projection=lambda module, name: module)
         self._layout = layout
 
-    def rows(self, batch: int) -> list[Rows]:
+    def rows(self, batch: int, layer: int) -> list[Rows]:
         return [Rows(0, batch, self._layout)]
 
 
