@@ -618,7 +618,7 @@ def test_another_sequence_than_the_layout_says_is_refused() -> None:
             "a mask of one row holds for several videos"
         )
         sample(transformer, hunyuan_inputs(7, 9))
-        with pytest.raises(RuntimeError, match="text mask of 3 rows, as q has, found one of 2"):
+        with pytest.raises(RuntimeError, match="text lengths of 3 rows, as q has, found 2"):
             done.sites[0].attend(*[q.expand(3, -1, -1, -1)] * 3)
         with pytest.raises(TypeError, match="encoder_attention_mask"):
             transformer(torch.randn(1, 4, 3, 32, 32), torch.tensor([5]), torch.randn(1, TEXT_TOKENS, TEXT_DIM))

@@ -136,7 +136,7 @@ def test_sparse_layers_compute_exactly_the_blocks_of_the_plan() -> None:
     transformer = tiny_wan_transformer()
     with patch(transformer, Recipe(heads=MIXED.heads)) as done, torch.no_grad():
         transformer(**model_inputs(32))  # the layout is what the model last saw
-        assert done.sites[0].model.rows(2) == [Rows(0, 2, layout)]
+        assert done.sites[0].model.rows(2, 0) == [Rows(0, 2, layout)]
         out = done.sites[0].attend(q, k, v)
     for head, method in enumerate(MIXED.heads):
         mask = mask_of(method, layout, heads=(head,))[None]
