@@ -170,10 +170,10 @@ def patch(
     Args:
         pipe: a loaded pipeline with all that you did to it (LoRA, offload, quantization), or its transformer. Pass the
             pipeline where you can: it knows which step runs.
-        plan: a Plan, a path to a plan file, the name of a method ("dense", "pattern", "draft", "cached", "reordered"), a
-            Method for all heads, or a Recipe; or a step cache, by name ("easycache", "schedule") or as Forwards,
-            which leaves attention as it is, as does a plan that holds only a step cache. A list of one of each composes them:
-            ["easycache", ("draft", {"density": 0.3})].
+        plan: a Plan, a path to a plan file, the name of a method ("dense", "pattern", "draft", "cached", "reordered"),
+            "starter" (a plan for checkpoints whose heads are known), a Method for all heads, or a Recipe; or a step cache, by name
+            ("easycache", "schedule") or as Forwards, which leaves attention as it is, as does a plan that holds only a step
+            cache. A list of one of each composes them: ["easycache", ("draft", {"density": 0.3})].
             None takes "pattern" with its conservative defaults, and stays dense where sparse attention cannot win.
         cache_memory_fraction: share of the memory that is free at the first call which methods with a cache may fill, in [0, 1].
             Layers whose cache does not fit stay dense, and the report says so.
@@ -185,8 +185,8 @@ def patch(
     Raises:
         TypeError: for what is no pipeline or has no transformer of a supported family, for what is no plan, and for a parameter
             that the method does not have or of another type.
-        ValueError: for a plan that does not fit the model or leaves all of it dense, a method that nothing here can run, a
-            patched pipeline, or a modular one that does not say its step.
+        ValueError: for a plan that does not fit the model or leaves all of it dense, a method that nothing here can run,
+            "starter" on a model that it has no plan for, a patched pipeline, or a modular one that does not say its step.
         FileNotFoundError: for a plan file that does not exist.
     """
     caches = CacheManager(_cache_memory_fraction(cache_memory_fraction, parameters))
@@ -237,7 +237,7 @@ def attach(pipe: Any, make_engine: Callable[[Site], Engine] | None) -> Attachmen
     """Puts `make_engine(site)` in charge of every self-attention module; `patch` with an engine of your own. None leaves them.
 
     Raises:
-        ValueError: when the pipeline is patched already, or its transformer runs under context parallelism.
+        ValueError: when the pipeline is patched already, or its transformer runs under ring or tensor parallelism.
     """
     found = find(pipe)
     _check_free(found)

@@ -62,10 +62,20 @@ class SharedNoise:
     @contextmanager
     def watching(self, pipe: Any) -> Iterator[torch.Generator]:
         """A fresh generator; the pipeline's `prepare_latents` is observed meanwhile."""
-        stock = pipe.prepare_latents
+        stock = getattr(pipe, "prepare_latents", None)
+        if stock is None:
+            raise TypeError(
+                f"expected a pipeline with prepare_latents, by which runs are known to start from one noise, found none in "
+                f"{type(pipe).__name__}: its clips cannot be compared"
+            )
+        begun = False
 
         def observed(*args: Any, **kwargs: Any) -> Any:
+            nonlocal begun
             made = stock(*args, **kwargs)
+            if begun:  # a later chunk, which may hold what was generated before it
+                return made
+            begun = True
             parts = made if isinstance(made, tuple) else (made,)
             noise = [part.detach().cpu().clone() for part in parts if isinstance(part, torch.Tensor)]
             if self._first is None:
@@ -104,10 +114,10 @@ def generate(
         arguments["callback_on_step_end"] = lambda *_: on_step() or {}
     with noise.watching(pipe) as generator, _PeakMemory(pipe) as memory:
         start = time.perf_counter()
-        frames = pipe(**arguments, generator=generator).frames
+        output = pipe(**arguments, generator=generator)
         memory.synchronize()
         milliseconds = (time.perf_counter() - start) * 1e3
-    frames = np.asarray(frames)
+    frames = np.asarray(output.frames if hasattr(output, "frames") else output.video)  # Cosmos 3 calls it so
     if frames.ndim != 5 or frames.shape[0] != 1 or frames.shape[-1] != 3:
         raise TypeError(f"expected frames [1, F, H, W, 3] of {type(pipe).__name__}, found {list(frames.shape)}")
     return PipelineRun(np.ascontiguousarray(frames[0], dtype=np.float32), milliseconds, memory.peak)

@@ -36,7 +36,19 @@ def check_pipeline(pipe: Any) -> dict[str, tuple[nn.Module, Family]]:
             f"expected a loaded diffusers pipeline, such as WanPipeline, found {what}: a search runs whole generations and "
             "must know which step runs"
         )
-    return find(pipe)
+    found = find(pipe)
+    for name, (module, family) in found.items():
+        if family.no_search is not None:
+            raise ValueError(
+                f"a search cannot measure {family.name} yet: {family.no_search}. Patch it with a named method and its density, "
+                'such as patch(pipe, "draft", density=0.3)'
+            )
+        if getattr(module, "_parallel_config", None) is not None:
+            raise ValueError(
+                f"{name} runs on several devices, where each process has some of its heads: search with one, and run the plan on "
+                "several"
+            )
+    return found
 
 
 def check_prompts(pipe: Any, prompts: Any) -> tuple[Prompt, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -105,7 +104,8 @@ def environment(pipe: Any) -> dict[str, str]:
 
 def versions(pipe: Any, layout: TokenLayout) -> dict[str, Any]:
     """What a plan's provenance says beside the configuration."""
-    segments = {} if layout.short else {"segments": [dataclasses.asdict(each) for each in layout.segments]}
+    parts = [{**vars(each), "grid": None if each.grid is None else list(each.grid)} for each in layout.segments]
+    segments = {} if layout.short else {"segments": parts}
     return {
         **environment(pipe),
         "layout": {**{name: getattr(layout, name) for name in (*GRID, "text_tokens")}, **segments},

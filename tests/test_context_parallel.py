@@ -102,18 +102,18 @@ def test_the_clip_is_that_of_one_process(processes: int, names: Sequence[str], t
 
 
 def test_heads_are_dealt_so_that_all_have_as_much_to_do() -> None:
-    costs = [1.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.1, 0.1]
+    costs = (1.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.1, 0.1)
     order = deal(costs, 2)
     assert sorted(order) == list(range(8))
     assert sum(costs[head] for head in order[:4]) == pytest.approx(2.2) == sum(costs[head] for head in order[4:])
-    assert deal([0.3] * HEADS, 2) == tuple(range(HEADS))
+    assert deal((0.3,) * HEADS, 2) == tuple(range(HEADS))
     with pytest.raises(ValueError, match="divides the 6 heads, found 4"):
-        deal([1.0] * 6, 4)
+        deal((1.0,) * 6, 4)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_uneven_heads_are_dealt_within_a_head_of_the_mean(seed: int) -> None:
-    costs = torch.rand(40, generator=torch.Generator().manual_seed(seed)).tolist()
+    costs = tuple(torch.rand(40, generator=torch.Generator().manual_seed(seed)).tolist())
     order = deal(costs, 4)
     sums = [sum(costs[head] for head in order[at : at + 10]) for at in range(0, 40, 10)]
     assert max(sums) / (sum(costs) / 4) < 1.03  # in the model's order it is 1.2 in the mean

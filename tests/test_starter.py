@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,24 +23,25 @@ every_checkpoint = pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda
 BY_KEY = {each.key: each for each in CHECKPOINTS}
 
 
-def wan(layers: int, heads: int, channels: int = 4) -> WanTransformer3DModel:
+def wan(layers: int, heads: int, channels: int = 16, out_channels: int = 16, **config: Any) -> WanTransformer3DModel:
     torch.manual_seed(0)
     return WanTransformer3DModel(
         num_attention_heads=heads,
         attention_head_dim=8,
         in_channels=channels,
-        out_channels=4,
+        out_channels=out_channels,
         text_dim=TEXT_DIM,
         freq_dim=8,
         ffn_dim=8,
         num_layers=layers,
+        **config,
     ).eval()
 
 
 def hunyuan(image: str | None) -> HunyuanVideoTransformer3DModel:
     return HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
+        in_channels=16,
+        out_channels=16,
         num_attention_heads=24,
         attention_head_dim=8,
         num_layers=20,
@@ -59,8 +62,9 @@ def pipe_of(key: str) -> Any:
         if key.startswith("hunyuan"):
             return hunyuan("token_replace" if "i2v" in key else None)
         sizes = (30, 12) if "1_3B" in key else (40, 40)
-        pipe.transformer = wan(*sizes, channels=8 if "i2v" in key else 4)
-        pipe.transformer_2 = wan(*sizes, channels=8 if "i2v" in key else 4) if "A14B" in key else None
+        config = {"image_dim": 8} if key == "wan_14B_i2v" else {}
+        made = [wan(*sizes, channels=36 if "i2v" in key else 16, **config) for _ in range(2)]
+        pipe.transformer, pipe.transformer_2 = made[0], made[1] if "A14B" in key else None
     return pipe
 
 
@@ -112,6 +116,21 @@ def test_needs_of_wan_2_1_serve_2_2_as_well_as_the_data_say(density: float) -> N
     assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.95
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        partial(wan, 30, 24),  # Wan 2.2 5B
+        partial(wan, 40, 40, 36, image_dim=8, pos_embed_seq_len=514),  # first and last frame
+        partial(wan, 40, 40, 52),  # a control video beside the image
+        partial(wan, 40, 40, 36),  # one of the experts of Wan 2.2
+    ],
+)
+def test_lookalikes_are_refused(model: Any) -> None:
+    with torch.device("meta"):
+        found = find(model())
+    assert not any(each.is_that_of(found) for each in CHECKPOINTS)
+
+
 def test_margin_is_the_largest_that_meets_the_mean() -> None:
     need = BY_KEY["wan_1_3B_t2v"].needs()["transformer"]
     margin = margin_for(0.25, need)
@@ -134,9 +153,12 @@ def test_others_are_refused_and_told_what_to_do() -> None:
         patch(pipe, "starter", margins=2)
 
 
-def test_a_pipeline_runs_under_its_starter_plan_and_the_plan_is_a_file(tmp_path: Any) -> None:
+def test_a_pipeline_runs_under_its_starter_plan_and_the_plan_is_a_file(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe = tiny_wan()
-    pipe.transformer = wan(30, 12)
+    monkeypatch.setattr("diffusers_accel.starter.starter.CHECKPOINTS", (replace(CHECKPOINTS[0], channels=(4,)),))
+    pipe.transformer = wan(30, 12, channels=4, out_channels=4)
     call = tiny_wan_call(num_inference_steps=3, guidance_scale=1.0)
     dense = pipe(**call).frames
     with patch(pipe, ["easycache", ("starter", {"density": 0.2})]) as done:

@@ -4,10 +4,10 @@ never counted.
 Sources, in order of trust: `Clock.set`, for people with their own loop; what the pipeline says through
 `transformer.cache_context(name, step_index=...)`; the position of `pipe._current_timestep` inside `scheduler.timesteps`, of
 which it is a view, or as a row of the pipeline's table of timesteps for each frame, or that of `t` in the pipeline's loop,
-which a modular pipeline hands to its blocks; the step of a modular pipeline's guider; how many steps the scheduler has made,
-where the pipeline says nothing. The pipeline is the one that runs, which need not be the one that was patched: `from_pipe` makes
-siblings that share the transformer. Steps are those that run: video-to-video with a strength below 1 runs only the last part of
-the schedule. Nothing is counted, so a second call, another number of steps or an exception in mid-run leave nothing to reset.
+which a modular pipeline hands to its blocks; the step of a modular pipeline's guider. The pipeline is the one that runs, which
+need not be the one that was patched: `from_pipe` makes siblings that share the transformer. Steps are those that run:
+video-to-video with a strength below 1 runs only the last part of the schedule. Nothing is counted, so a second call, another
+number of steps or an exception in mid-run leave nothing to reset.
 """
 
 from __future__ import annotations
@@ -88,7 +88,6 @@ class Clock:
             self._from_table,
             self._from_loop,
             self._from_guider,
-            self._from_scheduler,
         )
         return self._set or next((now for now in (source() for source in sources) if now), None)
 
@@ -121,9 +120,7 @@ class Clock:
         place = _place(getattr(pipe, "_current_timestep", None), timesteps)
         if place is None and self._running.loop is not None:
             place = self._running.loop.place
-        place = place if place is not None else _place(getattr(_running_guider(pipe), "_timestep", None), timesteps)
-        made = self._from_scheduler() if place is None else None
-        return made[0] if made else place
+        return place if place is not None else _place(getattr(_running_guider(pipe), "_timestep", None), timesteps)
 
     def follow(self, transformer: Any) -> None:
         """Called where a forward of `transformer` begins: finds the pipeline that calls it."""
@@ -174,17 +171,6 @@ class Clock:
     def _from_loop(self) -> tuple[int, int] | None:
         loop = self._running.loop
         return None if loop is None else (loop.step, loop.steps)
-
-    def _from_scheduler(self) -> tuple[int, int] | None:
-        """Of pipelines that never say which step runs: the scheduler knows how many it has made."""
-        pipe = self._running.pipe() if self._running.pipe else None  # seen to run: another scheduler may not be set up
-        timesteps, scheduler = _timesteps(pipe), getattr(pipe, "scheduler", None)
-        said = getattr(pipe, "_current_timestep", None)
-        if timesteps is None or scheduler is None or said is not None or not hasattr(scheduler, "step_index"):
-            return None
-        first = getattr(scheduler, "begin_index", None) or 0
-        step = first if scheduler.step_index is None else scheduler.step_index  # None before the first
-        return (step - first, len(timesteps) - first) if first <= step < len(timesteps) else None
 
     def _from_guider(self) -> tuple[int, int] | None:
         guider = _running_guider(self._running_pipe)

@@ -37,7 +37,8 @@ def degree_of(parallel_config: Any) -> int:
     return degree
 
 
-def deal(costs: Sequence[float], processes: int) -> tuple[int, ...]:
+@functools.lru_cache(maxsize=1024)  # an order for each layer and span
+def deal(costs: tuple[float, ...], processes: int) -> tuple[int, ...]:
     """The numbers of the heads in the order in which processes take them, equally many each: the costliest first, to whoever
     has least to do and room left. The model's own order where all cost the same.
 
@@ -76,8 +77,13 @@ def attend_in_parallel(
         raise ValueError(reason)
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(
+            f"expected as many heads of keys as of queries under context parallelism, found {k.shape[2]} and {q.shape[2]}: "
+            "diffusers exchanges no grouped heads. Run this model in one process"
+        )
     processes = degree_of(parallel_config)
-    order = deal(costs, processes)
+    order = deal(tuple(costs), processes)
     moved = order != tuple(range(len(order)))
     if moved:
         q, k, v = (x.index_select(2, _index(order, x.device)) for x in (q, k, v))
@@ -121,6 +127,6 @@ def _inverse(order: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def _index(order: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(order, device=device)

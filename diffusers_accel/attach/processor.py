@@ -40,12 +40,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, site: Tensor) -> Tensor:
     With `DIFFUSERS_ACCEL_CHECKS=1` in the environment, NaN in q, k or v is refused (which waits for the device).
     """
     where = SITES[int(site)]
-    if os.environ.get("DIFFUSERS_ACCEL_CHECKS") == "1":
-        _check_numbers(where, query=query, key=key, value=value)
+    _check_numbers(where, query=query, key=key, value=value)
     return where.attend(query, key, value).contiguous()
 
 
 def _check_numbers(site: Site, **tensors: Tensor) -> None:
+    if os.environ.get("DIFFUSERS_ACCEL_CHECKS") != "1":
+        return
     for name, tensor in tensors.items():
         if count := int(tensor.isnan().sum()):
             raise ValueError(
@@ -232,6 +233,7 @@ def _attend_here(
 
 def _attend_in_parallel(q: Tensor, k: Tensor, v: Tensor, parallel_config: Any) -> Tensor:
     site = SITES[int(_RUNNING.handle)]
+    _check_numbers(site, query=q, key=k, value=v)
     return attend_in_parallel(q, k, v, parallel_config, site.costs_of_heads(len(q)), site.attend)
 
 

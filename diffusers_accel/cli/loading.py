@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from diffusers_accel.cli.toy import TOY
 from diffusers_accel.evals import toy
 from diffusers_accel.families import COMPONENTS, family_of, supported
+from diffusers_accel.families.refused import refusal
 from diffusers_accel.files import FileError, printable, quoted, read_json
 from diffusers_accel.support.device import find_device
 from diffusers_accel.support.suggest import did_you_mean, did_you_mean_file
@@ -140,13 +141,15 @@ def _check_classes(folder: Path, index: dict[str, Any]) -> None:
             f"{printable(folder / INDEX)}: expected a pipeline of diffusers {diffusers.__version__}, "
             f"found {quoted(name)}{did_you_mean(name, known)}"
         )
-    parts = {part: index[part] for part in COMPONENTS if _is_named(index.get(part))}
+    parts = {part: index[part] for part in (*COMPONENTS, "unet") if _is_named(index.get(part))}
     if isinstance(name, str) and not parts:
         raise TypeError(f"{printable(folder)}: {quoted(name)} has no {' or '.join(COMPONENTS)}; {supported()}")
     for part, (library, kind, *_) in parts.items():
         cls = getattr(diffusers, str(kind), None) if library == "diffusers" else None
         if isinstance(cls, type) and family_of(cls) is None:
-            raise TypeError(f"{printable(folder)}: its {part} is a {kind}; {supported()}")
+            reason = refusal(cls)
+            why = f", which is not supported: {reason}" if reason else f"; {supported()}"
+            raise TypeError(f"{printable(folder)}: its {part} is a {kind}{why}")
 
 
 def _is_named(part: Any) -> bool:

@@ -44,13 +44,13 @@ FAMILIES: dict[str, Family] = {}  # by the module-qualified name of the transfor
 def register_family(family: Family) -> None:
     """Makes `patch`, the search and all else know a transformer class, such as one of your own: docs/families.md has the recipe.
 
+    Again with the same name and class it replaces the earlier one.
+
     Raises:
-        ValueError: a family of that name, or for that class, is there already.
+        ValueError: another family has that name, or is for that class.
     """
     for known in FAMILIES.values():
-        if known == family:
-            return
-        if known.name == family.name or known.transformer == family.transformer:
+        if (known.name == family.name) != (known.transformer == family.transformer):
             raise ValueError(
                 f"expected a family of another name and transformer class than {quoted(known.name)} ({known.transformer}), found "
                 f"{quoted(family.name)} ({family.transformer}): name it otherwise"

@@ -45,11 +45,8 @@ def _observe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:
 def _layout(config: Any, observation: Observation) -> TokenLayout:
     frames, height, width, cached, *chunks = observation
     far = max(cached + 1 - config.full_chunk_limit, 0)  # chunks in coarse patches
-    sizes = {
-        (config.compressed_patch_size[1:]): sum(chunks[:far]),
-        (config.patch_size[1:]): sum(chunks[far:cached]),
-    }
-    grids = [(count, height // patch[0], width // patch[1]) for patch, count in sizes.items() if count]
+    cached_frames = ((config.compressed_patch_size, sum(chunks[:far])), (config.patch_size, sum(chunks[far:cached])))
+    grids = [(count, height // patch[1], width // patch[2]) for patch, count in cached_frames if count]
     history = [
         Segment("history", count * rows * columns, (count, rows, columns), queries=False)
         for count, rows, columns in grids
@@ -109,4 +106,5 @@ ANYFLOW_FAR = Family(
     prepares=_prepares,
     hands_back=True,
     channels=2,
+    no_search="each chunk has a longer history than the one before",
 )

@@ -50,4 +50,5 @@ HELIOS = Family(
     observe=_observe,
     layout=_layout,
     text=text_at(2),
+    no_search="each chunk, and each stage of a pyramid, is a schedule of its own",
 )

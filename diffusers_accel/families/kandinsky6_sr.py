@@ -63,4 +63,5 @@ KANDINSKY6_SR = Family(
     call={"Kandinsky6SRAttnProcessor": _call},
     output_projection=out_layer_of,
     channels=-1,
+    no_search="its tiles are generations of their own, and it takes no prompt",
 )

@@ -43,9 +43,10 @@ REFUSED = {
 }
 
 
-def refusal(model: nn.Module) -> str | None:
-    """Why a transformer or U-Net is refused, and what helps instead; None for those of which nothing is known."""
-    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__)
+def refusal(model: nn.Module | type) -> str | None:
+    """Why a transformer or U-Net, or its class, is refused, and what helps instead; None for those of which nothing is known."""
+    kind = model if isinstance(model, type) else type(model)
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in kind.__mro__)
     return next((REFUSED[name] for name in names if name in REFUSED), None)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -90,6 +92,10 @@ def test_each_layer_knows_step_branch_and_tokens(tiny: TinyFamily) -> None:
     with attach(pipe, lambda site: Watch(seen)) as attachment:
         latents(tiny, pipe, num_inference_steps=3)
         assert {site.name for site in attachment.sites} <= self_attention
+        read = SimpleNamespace(**json.loads(json.dumps(dict(module.config))))  # as from a checkpoint: lists for tuples
+        model = attachment.sites[0].model
+        sizes = model._forward.sizes
+        assert model.family.layout(read, sizes) == model.family.layout(module.config, sizes)
     layers = range(layers_of(pipe))
     expected = [((step, 3), name, layer) for step in range(3) for name in tiny.branches for layer in layers]
     assert [(call.now, call.branch, call.layer) for call in seen] == expected
