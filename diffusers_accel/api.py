@@ -171,9 +171,9 @@ def patch(
         pipe: a loaded pipeline with all that you did to it (LoRA, offload, quantization), or its transformer. Pass the
             pipeline where you can: it knows which step runs.
         plan: a Plan, a path to a plan file, the name of a method ("dense", "pattern", "draft", "cached", "reordered"),
-            "starter" (a plan for checkpoints whose heads are known), a Method for all heads, or a Recipe; or a step cache, by name
-            ("easycache", "schedule") or as Forwards, which leaves attention as it is, as does a plan that holds only a step
-            cache. A list of one of each composes them: ["easycache", ("draft", {"density": 0.3})].
+            "starter" (a plan for checkpoints whose heads are known), a Method for all heads, or a Recipe; or a step cache, by
+            name ("easycache", "schedule") or as Forwards, which leaves attention as it is, as does a plan that holds only a
+            step cache. A list of one of each composes them: ["easycache", ("draft", {"density": 0.3})].
             None takes "pattern" with its conservative defaults, and stays dense where sparse attention cannot win.
         cache_memory_fraction: share of the memory that is free at the first call which methods with a cache may fill, in [0, 1].
             Layers whose cache does not fit stay dense, and the report says so.

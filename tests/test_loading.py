@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,22 @@ def test_what_is_wrong_is_refused(folder: Path, tmp_path: Path) -> None:
             load_pipeline(str(folder), device="cpu")
     finally:
         (tmp_path / "config.json").rename(folder / "transformer" / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "part", "kind", "reason"),
+    [
+        ("SanaVideoPipeline", "transformer", "SanaVideoTransformer3DModel", "its self-attention is linear"),
+        ("AnimateDiffPipeline", "unet", "UNetMotionModel", "a U-Net attends at several small sizes"),
+        ("FluxPipeline", "transformer", "FluxTransformer2DModel", "supported: wan"),
+    ],
+)
+def test_models_that_gain_nothing_are_refused_with_the_reason_before_they_are_read(
+    pipeline: str, part: str, kind: str, reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline, part: ["diffusers", kind]}))
+    with pytest.raises(TypeError, match=f"its {part} is a {kind}.*{reason}"):
+        load_pipeline(str(tmp_path))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
