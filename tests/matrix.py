@@ -38,10 +38,10 @@ COLUMNS = {
 MARKS = {"passed": "yes", "skipped": "no", "failed": "**fails**", "": ""}
 
 
-def results(path: Path) -> dict[str, dict[str, str]]:
-    """Kind of pipeline -> column -> passed, skipped or failed, from pytest's file of results."""
+def results(*paths: Path) -> dict[str, dict[str, str]]:
+    """Kind of pipeline -> column -> passed, skipped or failed, from pytest's files of results; later files count."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
-    for case in ElementTree.parse(path).iter("testcase"):
+    for case in (case for path in paths for case in ElementTree.parse(path).iter("testcase")):
         parts = re.fullmatch(r"(\w+)\[(.*)\]", case.get("name", ""))
         if parts is None:
             continue
@@ -127,5 +127,5 @@ def _filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(results(Path(sys.argv[1]))), encoding="utf-8")
+    PAGE.write_text(page(results(*map(Path, sys.argv[1:]))), encoding="utf-8")
     print(f"wrote {PAGE}")
