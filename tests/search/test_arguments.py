@@ -64,7 +64,7 @@ def test_a_pipeline_of_no_family() -> None:
                        up_block_types=("UpBlock2D",), norm_num_groups=4)  # fmt: skip
     refused(
         TypeError,
-        "found a DDPMPipeline with no transformer or transformer_2; supported: wan",
+        "found a DDPMPipeline with no transformer or transformer_2 or transformer_ref; supported: wan",
         pipe=DDPMPipeline(unet, DDPMScheduler()),
     )
 
