@@ -313,6 +313,9 @@ class SyntheticModel:
     def rows(self, batch: int, layer: int) -> list[Rows]:
         return [Rows(0, batch, self._layout)]
 
+    def places(self, device: torch.device) -> None:
+        """The tokens stand in the order of the layout."""
+
 
 def site_of(layout: TokenLayout) -> Site:
     return Site(cast(AttachedModel, SyntheticModel(layout)), 0, "attn1", nn.Identity(), sdpa)
