@@ -56,7 +56,9 @@ class Listed(NamedTuple):
 LISTED = {
     "rules": Listed(rules_folder, (Rule,), RULES.values()),
     "predictors": Listed(predictors_folder, (Predictor,), PREDICTORS.values(), frozenset({"quantity"})),
-    "families": Listed(families_folder, (Family,), FAMILIES.values(), frozenset({"family", "kandinsky", "reading", "refused"})),
+    "families": Listed(
+        families_folder, (Family,), FAMILIES.values(), frozenset({"family", "kandinsky", "reading", "refused"})
+    ),
     "metrics": Listed(
         metrics_folder,
         (FrameMetric, ClipMetric, SetMetric),
