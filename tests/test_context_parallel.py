@@ -14,7 +14,7 @@ from diffusers import ContextParallelConfig
 from torch import multiprocessing
 
 from diffusers_accel import Plan, patch
-from diffusers_accel.attach.parallel import deal
+from diffusers_accel.attach.parallel import all_agree_to_compute, deal
 from diffusers_accel.families import find
 from diffusers_accel.methods import DENSE, Band, Draft, Kept, Method, Patches
 from diffusers_accel.plan import Span
@@ -72,6 +72,8 @@ def worker(rank: int, processes: int, port: int, names: Sequence[str], folder: s
                 found[f"{name}, {first} first"] = clip_of(pipe)
                 done.unpatch()
             found[f"{name}, unpatched"] = clip_of(pipe)
+        sides = [all_agree_to_compute(rank == one, pipe.transformer, torch.device("cpu")) for one in (0, processes)]
+        found["one process wants to compute, none does"] = torch.tensor(sides)
         torch.save(found, Path(folder) / f"{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
@@ -90,6 +92,7 @@ def run_in(processes: int, names: Sequence[str], folder: Path) -> list[dict[str,
 def test_the_clip_is_that_of_one_process(processes: int, names: Sequence[str], tmp_path: Path) -> None:
     found = run_in(processes, names, tmp_path)
     stock = clip_of(tiny_wan())
+    assert [clips["one process wants to compute, none does"].tolist() for clips in found] == [[True, False]] * processes
     for name in names:
         pipe = tiny_wan()
         with patch(pipe, CASES[name](pipe)):

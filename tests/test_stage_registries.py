@@ -57,7 +57,10 @@ LISTED = {
     "rules": Listed(rules_folder, (Rule,), RULES.values()),
     "predictors": Listed(predictors_folder, (Predictor,), PREDICTORS.values(), frozenset({"quantity"})),
     "families": Listed(
-        families_folder, (Family,), FAMILIES.values(), frozenset({"family", "kandinsky", "reading", "refused"})
+        families_folder,
+        (Family,),
+        FAMILIES.values(),
+        frozenset({"family", "kandinsky", "projections", "reading", "refused"}),
     ),
     "metrics": Listed(
         metrics_folder,

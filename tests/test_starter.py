@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,9 @@ def test_needs_of_wan_2_1_serve_2_2_as_well_as_the_data_say(density: float) -> N
     old, new = BY_KEY["wan_14B_t2v"].needs()["transformer"], BY_KEY["wan22_A14B_t2v"].needs()["transformer_2"]
     own, carried = (missing(levels_of(need, margin_for(density, need)), new) for need in (new, old))
     same = missing(torch.full_like(new, round(density / LEVEL)), new)
+    print(
+        f"density {density}: unread of what a head needs: own plan {own:.3f}, carried over {carried:.3f}, one for all {same:.3f}"
+    )
     assert carried < own + 0.02 and carried < 0.65 * same, (own, carried, same)
     ranks = [torch.argsort(torch.argsort(need.flatten())).float() for need in (old, new)]
     assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.95
@@ -129,6 +133,15 @@ def test_lookalikes_are_refused(model: Any) -> None:
     with torch.device("meta"):
         found = find(model())
     assert not any(each.is_that_of(found) for each in CHECKPOINTS)
+
+
+@every_checkpoint
+def test_the_page_tells_the_means(checkpoint: Any) -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "starter.md").read_text(encoding="utf-8")
+    needs = [*checkpoint.needs().values()]
+    need, given = float(torch.cat(needs).mean()), mean_density([levels_of(each, 1.5) for each in needs])
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| {checkpoint.title} |"))
+    assert row.endswith(f"| {need:.3f} | {given:.2f} |".replace(" 0.", " .")), row
 
 
 def test_margin_is_the_largest_that_meets_the_mean() -> None:

@@ -31,12 +31,6 @@ def refusal(parallel_config: Any) -> str | None:
     return None
 
 
-def degree_of(parallel_config: Any) -> int:
-    """Over how many processes attention's heads are spread."""
-    degree: int = parallel_config.context_parallel_config.ulysses_degree
-    return degree
-
-
 @functools.lru_cache(maxsize=1024)  # an order for each layer and span
 def deal(costs: tuple[float, ...], processes: int) -> tuple[int, ...]:
     """The numbers of the heads in the order in which processes take them, equally many each: the costliest first, to whoever
@@ -82,13 +76,13 @@ def attend_in_parallel(
             f"expected as many heads of keys as of queries under context parallelism, found {k.shape[2]} and {q.shape[2]}: "
             "diffusers exchanges no grouped heads. Run this model in one process"
         )
-    processes = degree_of(parallel_config)
-    order = deal(tuple(costs), processes)
+    context = parallel_config.context_parallel_config
+    order = deal(tuple(costs), context.ulysses_degree)
     moved = order != tuple(range(len(order)))
     if moved:
         q, k, v = (x.index_select(2, _index(order, x.device)) for x in (q, k, v))
-    each, rank = len(order) // processes, parallel_config.context_parallel_config._ulysses_local_rank
-    mine = order[rank * each : (rank + 1) * each]
+    each = len(order) // context.ulysses_degree
+    mine = order[context._ulysses_local_rank * each :][:each]
     with _InPlaceOfAttention(functools.partial(_transposed, attend, mine)):
         out: Tensor = dispatch_attention_fn(q, k, v, backend="native", parallel_config=parallel_config)
     return out.index_select(2, _index(_inverse(order), out.device)) if moved else out
@@ -123,7 +117,8 @@ def _transposed(attend: Attend, heads: tuple[int, ...], q: Tensor, k: Tensor, v:
     return attend(q, k, v, heads).transpose(1, 2)
 
 
-def _inverse(order: Sequence[int]) -> tuple[int, ...]:
+@functools.lru_cache(maxsize=1024)
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_accel.families.family import Family, Observation, argument, attention_of, text_at
+from diffusers_accel.families.family import Family, Observation, argument, attention_of, optional, text_at
 from diffusers_accel.layout import Segment, TokenLayout
 
 BLOCK = 128  # of the stock model's mask
@@ -21,7 +21,7 @@ CACHES = (("compressed_cache", "num_cached_compressed_tokens"), ("full_cache", "
 
 
 def _flag(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    given = kwargs.get("kv_cache_flag", args[9] if len(args) > 9 else None)
+    given = optional(args, kwargs, "kv_cache_flag", 9)
     if given is None:
         raise ValueError(
             "expected AnyFlow-FAR with a KV cache, found none: without one a mask lets each chunk see the earlier ones only, "

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusers_accel.families.family import Family, Observation, argument, text_at
-from diffusers_accel.layout import TokenLayout
+from diffusers_accel.families.family import Family, text_at
+from diffusers_accel.families.wan import layout_of_latents, observe_latents
 
 _given = text_at(2)
 
@@ -23,21 +23,11 @@ def _text(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return text
 
 
-def _observe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:
-    return tuple(argument(args, kwargs, "hidden_states", 0).shape[2:])
-
-
-def _layout(config: Any, observation: Observation) -> TokenLayout:
-    """Latents [B, C, frames, height, width] in patches."""
-    frames, height, width = (size // patch for size, patch in zip(observation, config.patch_size, strict=True))
-    return TokenLayout(frames, height, width)
-
-
 COSMOS = Family(
     name="cosmos",
     transformer="diffusers.models.transformers.transformer_cosmos.CosmosTransformer3DModel",
     attention_call="dispatch_attention_fn",
-    observe=_observe,
-    layout=_layout,
+    observe=observe_latents,
+    layout=layout_of_latents,
     text=_text,
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusers_accel.families.family import Family, Observation, argument, attention_of
+from diffusers_accel.families.family import Family, Observation, argument, attention_of, optional
 from diffusers_accel.layout import Segment, TokenLayout
 from diffusers_accel.shape import ModelShape
 
@@ -30,7 +30,7 @@ def _observe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:
         raise ValueError(
             f"expected one video (or image) in a forward of Cosmos 3, found {len(grids)}: generate one at a time"
         )
-    beside = [kwargs.get(name, args[at] if len(args) > at else None) or [] for name, at in (SOUND, ACTION)]
+    beside = [optional(args, kwargs, name, at) or [] for name, at in (SOUND, ACTION)]
     text = int(argument(args, kwargs, "und_len", 3))
     return (text, *grids[0], *(sum(shape[0] for shape in shapes) for shapes in beside))
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers_accel.families.family import Family, Observation, argument, text_at
+from diffusers_accel.families.family import Family, Observation, argument, optional, text_at
 from diffusers_accel.layout import TokenLayout
 
 _text = text_at(3)
 
 
 def _observe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:
-    more = kwargs.get("encoder_hidden_states_t5", args[4] if len(args) > 4 else None)
+    more = optional(args, kwargs, "encoder_hidden_states_t5", 4)
     text = _text(args, kwargs).shape[1] + (0 if more is None else more.shape[1])
     return (*argument(args, kwargs, "hidden_states", 0).shape[2:], text)
 

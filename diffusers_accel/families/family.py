@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -111,6 +111,17 @@ def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, positi
     if name not in kwargs and len(args) <= position:
         raise TypeError(f"expected the transformer's forward to be given {name}, as argument {position} or by name")
     return kwargs[name] if name in kwargs else args[position]
+
+
+def optional(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, position: int) -> Any:
+    """The same where it may be left out; None where it is."""
+    return kwargs.get(name, args[position] if len(args) > position else None)
+
+
+def patched(sizes: Sequence[int], patch: Sequence[int]) -> tuple[int, int, int]:
+    """Frames, height and width of latents in patches (frames, height, width)."""
+    frames, height, width = (size // one for size, one in zip(sizes, patch, strict=True))
+    return frames, height, width
 
 
 def text_at(position: int) -> Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]:

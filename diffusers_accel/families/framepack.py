@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusers_accel.families.family import Family, Observation, argument, text_at
+from diffusers_accel.families.family import Family, Observation, argument, optional, text_at
 from diffusers_accel.families.hunyuan_video import HUNYUAN_VIDEO
 from diffusers_accel.families.reading import read_once, row_sums
 from diffusers_accel.layout import Segment, TokenLayout
@@ -31,7 +31,7 @@ def _observe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:
     """Latents, tokens of the history, of the image and of the text."""
     sizes = argument(args, kwargs, "hidden_states", 0).shape[2:]
     history = sum(
-        _tokens([kwargs.get(name, args[at] if len(args) > at else None) for at, name in enumerate(names, first)], patch)
+        _tokens([optional(args, kwargs, name, at) for at, name in enumerate(names, first)], patch)
         for names, first, patch in HISTORY
     )
     image = argument(args, kwargs, "image_embeds", 5).shape[1]

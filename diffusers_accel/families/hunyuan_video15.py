@@ -6,12 +6,14 @@ The stock processor makes a mask of tokens x tokens in every layer. The one here
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusers_accel.families.family import Family, Observation, argument, attention_of, text_at
+from diffusers_accel.families.projections import heads_of
 from diffusers_accel.families.reading import read_once, row_sums
 from diffusers_accel.layout import Segment, TokenLayout
 
@@ -59,10 +61,7 @@ def _call(
     """Attention of video and text together; of the mask, the layout knows how many tokens exist."""
     from diffusers.models.embeddings import apply_rotary_emb
 
-    def heads(x: Tensor, linear: Any, norm: Any = None) -> Tensor:
-        split = linear(x).unflatten(2, (attn.heads, -1))
-        return split if norm is None else norm(split)
-
+    heads = partial(heads_of, attn)
     q, k = heads(hidden_states, attn.to_q, attn.norm_q), heads(hidden_states, attn.to_k, attn.norm_k)
     if image_rotary_emb is not None:
         q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))

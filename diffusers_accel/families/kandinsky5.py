@@ -12,19 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_accel.families.family import Family, Observation, attention_of, text_at
+from diffusers_accel.families.family import Family, Observation, attention_of, optional, patched, text_at
 from diffusers_accel.families.kandinsky import grid_of, in_patches, out_layer_of, queries_keys_values, shape_of
 from diffusers_accel.layout import TokenLayout
 
 
 def _observe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:
-    nabla = kwargs.get("sparse_params", args[7] if len(args) > 7 else None)
+    nabla = optional(args, kwargs, "sparse_params", 7)
     return (*grid_of(args, kwargs), int(nabla is not None and nabla["to_fractal"]))
 
 
 def _grid(config: Any, observation: Observation) -> tuple[int, int, int]:
-    frames, height, width = (size // patch for size, patch in zip(observation[:3], config.patch_size, strict=True))
-    return frames, height, width
+    return patched(observation[:3], config.patch_size)
 
 
 def _layout(config: Any, observation: Observation) -> TokenLayout:

@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusers_accel.families.family import Family, Observation, attention_of, text_at
+from diffusers_accel.families.family import Family, Observation, attention_of, optional, text_at
 from diffusers_accel.families.kandinsky import grid_of, out_layer_of, shape_of
 from diffusers_accel.families.reading import read_once
 from diffusers_accel.layout import Segment, TokenLayout
 
 
 def _observe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:
-    kinds = kwargs.get("visual_token_type_ids", args[7] if len(args) > 7 else None)
+    kinds = optional(args, kwargs, "visual_token_type_ids", 7)
     return (*grid_of(args, kwargs), 0 if kinds is None else read_once(kinds, _references))
 
 

@@ -11,24 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_accel.families.family import Family, Observation, attention_of
+from diffusers_accel.families.family import Family, Observation, attention_of, patched
 from diffusers_accel.families.kandinsky import grid_of, in_patches, out_layer_of, queries_keys_values, shape_of
-from diffusers_accel.layout import TokenLayout
+from diffusers_accel.families.wan import layout_of_latents
 
 _NO_TEXT = torch.zeros(0)  # there is one branch
 
 
-def _grid(config: Any, observation: Observation) -> tuple[int, int, int]:
-    frames, height, width = (size // patch for size, patch in zip(observation, config.patch_size, strict=True))
-    return frames, height, width
-
-
-def _layout(config: Any, observation: Observation) -> TokenLayout:
-    return TokenLayout(*_grid(config, observation))
-
-
 def _places(config: Any, observation: Observation) -> Tensor:
-    return in_patches(*_grid(config, observation))
+    return in_patches(*patched(observation, config.patch_size))
 
 
 def _text(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -57,7 +48,7 @@ KANDINSKY6_SR = Family(
     self_attention=attention_of("visual_transformer_blocks", named="self_attention"),
     shape=shape_of,
     observe=grid_of,
-    layout=_layout,
+    layout=layout_of_latents,
     places=_places,
     text=_text,
     call={"Kandinsky6SRAttnProcessor": _call},

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusers_accel.families.family import Family, Observation, argument, text_at
+from diffusers_accel.families.family import Family, Observation, argument, optional, text_at
 from diffusers_accel.families.reading import last_grid, read_once
 from diffusers_accel.layout import Segment, TokenLayout
 
@@ -21,8 +21,8 @@ SIZES = ("num_frames", "height", "width")  # arguments of the forward, from the 
 def _observe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:
     """The sizes of the video, and how many tokens stand in front of it."""
     tokens = argument(args, kwargs, "hidden_states", 0).shape[1]
-    sizes = [kwargs.get(name, args[at] if len(args) > at else None) for at, name in enumerate(SIZES, 4)]
-    coordinates = kwargs.get("video_coords", args[8] if len(args) > 8 else None)
+    sizes = [optional(args, kwargs, name, at) for at, name in enumerate(SIZES, 4)]
+    coordinates = optional(args, kwargs, "video_coords", 8)
     if sizes == [None] * 3 and coordinates is not None:
         sizes = list(read_once(coordinates, _grid))
         return (*sizes, tokens - prod(sizes))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers_accel.families.family import Family, Observation, argument, text_at
+from diffusers_accel.families.family import Family, Observation, argument, optional, text_at
 from diffusers_accel.layout import Segment, TokenLayout
 
 SIZES = ("num_frames", "height", "width")  # arguments of the forward, from the eleventh on
@@ -16,7 +16,7 @@ SIZES = ("num_frames", "height", "width")  # arguments of the forward, from the 
 
 def _observe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:
     tokens = argument(args, kwargs, "hidden_states", 0).shape[1]
-    sizes = [kwargs.get(name, args[at] if len(args) > at else None) for at, name in enumerate(SIZES, 10)]
+    sizes = [optional(args, kwargs, name, at) for at, name in enumerate(SIZES, 10)]
     if None in sizes:
         raise ValueError(
             f"expected LTX-2's forward to be told into which num_frames, height and width its {tokens:,} tokens fold, found "

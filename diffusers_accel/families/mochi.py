@@ -7,12 +7,14 @@ once, and leaves the lengths to the layout.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusers_accel.families.family import Family, Observation, argument, text_at
+from diffusers_accel.families.projections import heads_of
 from diffusers_accel.families.reading import read_once, row_sums
 from diffusers_accel.layout import TokenLayout
 
@@ -44,10 +46,7 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     """Attention of video and text together, each with projections of its own; positions turn the video's alone."""
 
-    def heads(x: Tensor, linear: Any, norm: Any = None) -> Tensor:
-        split = linear(x).unflatten(2, (attn.heads, -1))
-        return split if norm is None else norm(split)
-
+    heads = partial(heads_of, attn)
     video = [heads(hidden_states, attn.to_q, attn.norm_q), heads(hidden_states, attn.to_k, attn.norm_k)]
     if image_rotary_emb is not None:
         video = [_turned(x, *image_rotary_emb) for x in video]

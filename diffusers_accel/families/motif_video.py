@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers_accel.families.family import Family, Observation, argument, text_at
+from diffusers_accel.families.family import Family, Observation, argument, optional, text_at
 from diffusers_accel.families.hunyuan_video import HUNYUAN_VIDEO
 from diffusers_accel.families.reading import read_once, row_sums
 from diffusers_accel.layout import Segment, TokenLayout
@@ -16,13 +16,8 @@ from diffusers_accel.layout import Segment, TokenLayout
 _text = text_at(2)
 
 
-def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, position: int) -> Any:
-    """An argument that may be left out."""
-    return kwargs.get(name, args[position] if len(args) > position else None)
-
-
 def _observe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observation:
-    image = _given(args, kwargs, "image_embeds", 4)
+    image = optional(args, kwargs, "image_embeds", 4)
     sizes = argument(args, kwargs, "hidden_states", 0).shape[2:]
     return (*sizes, 0 if image is None else image.shape[1], _text(args, kwargs).shape[1])
 
@@ -42,7 +37,7 @@ def _layout_in(config: Any, layout: TokenLayout, layer: int) -> TokenLayout:
 
 
 def _text_valid(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    mask = _given(args, kwargs, "encoder_attention_mask", 3)
+    mask = optional(args, kwargs, "encoder_attention_mask", 3)
     return (_text(args, kwargs).shape[1],) if mask is None else read_once(mask, row_sums)
 
 

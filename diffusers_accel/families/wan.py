@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers_accel.families.family import Family, Observation, argument, attention_of, text_at
+from diffusers_accel.families.family import Family, Observation, argument, attention_of, patched, text_at
 from diffusers_accel.layout import TokenLayout
 
 
@@ -20,8 +20,7 @@ def observe_latents(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observa
 
 def layout_of_latents(config: Any, observation: Observation) -> TokenLayout:
     """Video only, in patches."""
-    frames, height, width = (size // patch for size, patch in zip(observation, config.patch_size, strict=True))
-    return TokenLayout(frames, height, width)
+    return TokenLayout(*patched(observation, config.patch_size))
 
 
 WAN = Family(

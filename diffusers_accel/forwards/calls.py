@@ -35,7 +35,7 @@ class OutputForm:
     """How the tensors of an output stand in it: in a tuple, in one of diffusers' output objects, in lists of these."""
 
     spec: Any
-    leaves: tuple[Any, ...]  # with None where a tensor stands
+    leaves: tuple[Any, ...]  # with _TENSOR where a tensor is to stand
 
     def of(self, tensors: Sequence[Tensor]) -> Any:
         """An output of this form that holds these tensors."""

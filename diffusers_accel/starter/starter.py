@@ -14,7 +14,9 @@ from diffusers_accel.shape import ModelShape
 from diffusers_accel.starter.checkpoints import CHECKPOINTS, Checkpoint, Found
 
 LEVEL = 0.05  # densities are multiples of it, so that heads share methods
-DENSE_FROM = 0.65  # a sparse head of this density takes about as long as a dense one
+DENSE_FROM = (
+    0.65  # a sparse head of this density is expected to take about as long as a dense one; not measured on a GPU
+)
 SOURCE = "SVOO head profiles (arXiv 2603.18636), from the package sparsevideo 0.1.0, Apache-2.0"
 NOTE = "from published head statistics, not from a search on your device"
 
