@@ -614,6 +614,8 @@ def test_another_sequence_than_the_layout_says_is_refused() -> None:
         sample(transformer, hunyuan_inputs(7))
         with pytest.raises(RuntimeError, match=r"expected the 788 tokens.*found 700"):
             done.sites[0].attend(q[:, :700], q[:, :700], q[:, :700])
+        with pytest.raises(RuntimeError, match="expected a value for each of 788 keys, found 700"):
+            done.sites[0].attend(q, q, q[:, :700])
         assert len(done.sites[0].attend(*[q.expand(2, -1, -1, -1)] * 3)) == 2, (
             "a mask of one row holds for several videos"
         )

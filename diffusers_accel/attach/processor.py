@@ -213,7 +213,7 @@ def _attend_here(
 
     With `masks_text` the model's mask [B or 1, 1, 1, S] is left out: it says what the site knows from the model's own arguments.
     """
-    if masks_text and attn_mask is not None and attn_mask.shape[1:] == (1, 1, query.shape[1]):
+    if masks_text and attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[1:3] == (1, 1):
         attn_mask = None if attn_mask.shape[0] in (1, query.shape[0]) else attn_mask
     if attn_mask is not None or is_causal or dropout_p or scale is not None or attention_kwargs:
         raise ValueError(
@@ -238,6 +238,8 @@ def _attend_in_parallel(q: Tensor, k: Tensor, v: Tensor, parallel_config: Any) -
 
 
 def _fit(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool:
-    """Whether these are q, k and v of one self-attention; how many tokens there are of each, the site knows."""
-    alike = k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
+    """Whether these are q, k and v of one self-attention. How many tokens there are of each, the site checks when they run: in a
+    compiled graph the number may depend on data."""
+    alike = q.shape[0] == k.shape[0] == v.shape[0] and q.shape[3] == k.shape[3] == v.shape[3]
+    alike = alike and k.shape[2] == v.shape[2]
     return alike and (q.shape[2] == k.shape[2] or (grouped and q.shape[2] % k.shape[2] == 0))

@@ -229,13 +229,17 @@ class Site:
             if places is not None:
                 q, k, v = (x.index_select(1, places) for x in (q, k, v))
             for rows in self.model.rows(len(q), self.layer):
-                self._check_sizes(rows.layout, q, k)
+                self._check_sizes(rows.layout, q, k, v)
                 some, keys = slice(rows.start, rows.stop), rows.layout.keys
                 parts.append(self.engine.attend(self._call(rows, heads), q[some], k[some, :keys], v[some, :keys]))
             out = parts[0] if len(parts) == 1 else torch.cat(parts)
             return out if places is None else torch.empty_like(out).index_copy_(1, places, out)
 
-    def _check_sizes(self, layout: TokenLayout, q: Tensor, k: Tensor) -> None:
+    def _check_sizes(self, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor) -> None:
+        if v.shape[1] != k.shape[1]:
+            raise RuntimeError(
+                f"{self.name} of {self.transformer}: expected a value for each of {k.shape[1]:,} keys, found {v.shape[1]:,}"
+            )
         if (q.shape[1], k.shape[1]) != (layout.queries, layout.tokens):
             raise RuntimeError(
                 f"{self.name} of {self.transformer}: expected the {_counted(layout.queries, layout.tokens)} of {layout}, found "

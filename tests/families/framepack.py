@@ -85,5 +85,4 @@ FRAMEPACK = TinyFamily(
     ("branch 0", "branch 1"),  # names of ours: the pipeline has none
     alone={"true_cfg_scale": 1.0},
     several={},  # the pipeline makes one video of one prompt: more do not fit its history
-    whole=False,  # it cuts the text at a length that it reads from the mask
 )
