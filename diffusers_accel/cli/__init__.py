@@ -10,7 +10,18 @@ from typing import Annotated
 import typer
 
 from diffusers_accel import __version__
-from diffusers_accel.cli import bench, calibrate, doctor, plan_schema, plan_show, report, search
+from diffusers_accel.cli import (
+    bench,
+    calibrate,
+    doctor,
+    plan_schema,
+    plan_show,
+    report,
+    search,
+    vbench_run,
+    vbench_setup,
+    vbench_show,
+)
 from diffusers_accel.cli.invoke import invoke
 from diffusers_accel.cli.output import PROGRAM
 from diffusers_accel.support.terminal import run_command
@@ -24,6 +35,8 @@ app = typer.Typer(
 )
 plan_app = typer.Typer(help="Look at plan files.")
 app.add_typer(plan_app, name="plan")
+vbench_app = typer.Typer(help="Measure films by VBench, in an environment of its own.")
+app.add_typer(vbench_app, name="vbench")
 
 # In the order of --help.
 app.command("doctor")(doctor.doctor)
@@ -33,6 +46,9 @@ app.command("report")(report.report)
 app.command("bench", **bench.SETTINGS)(bench.bench)
 plan_app.command("show")(plan_show.plan_show)
 plan_app.command("schema")(plan_schema.plan_schema)
+vbench_app.command("setup")(vbench_setup.vbench_setup)
+vbench_app.command("run")(vbench_run.vbench_run)
+vbench_app.command("show")(vbench_show.vbench_show)
 
 
 def _say_version(wanted: bool) -> None:
