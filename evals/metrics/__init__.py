@@ -1,6 +1,7 @@
 """Quality metrics of three kinds: of frames beside dense ones, of one clip, of a set of clips.
 
 A new one is one file here that makes a `FrameMetric`, `ClipMetric` or `SetMetric`, and a line in `METRICS` (with its import).
+Those of VBench are made of its table of dimensions, in one file.
 """
 
 from diffusers_accel.evals.metrics.clip_metric import ClipMetric, ClipScore
@@ -13,19 +14,11 @@ from diffusers_accel.evals.metrics.ms_ssim import MS_SSIM
 from diffusers_accel.evals.metrics.psnr import PSNR
 from diffusers_accel.evals.metrics.set_metric import SetMetric, SetScore
 from diffusers_accel.evals.metrics.ssim import SSIM
+from diffusers_accel.evals.metrics.vbench import VBENCH
 from diffusers_accel.evals.metrics.vmaf import VMAF
 
-METRICS: dict[str, AnyMetric] = {
-    each.name: each
-    for each in (
-        PSNR,
-        SSIM,
-        LPIPS,
-        FLICKERING,
-        MS_SSIM,
-        VMAF,
-    )
-}
+_ALL: tuple[AnyMetric, ...] = (PSNR, SSIM, LPIPS, FLICKERING, MS_SSIM, VMAF, *VBENCH)
+METRICS: dict[str, AnyMetric] = {each.name: each for each in _ALL}
 DEFAULT = (PSNR.name, SSIM.name, LPIPS.name)  # what the field reports; others are measured where they are asked for
 
 __all__ = [

@@ -71,7 +71,10 @@ def still_clips(videos: str, scratch: Path, cache: Path, device: str) -> str:
             alternate_corr=False,
         )
     )
-    return str(found / "filtered_videos")
+    kept = found / "filtered_videos"
+    if not any(kept.iterdir()):
+        raise RuntimeError("VBench's filter takes none of the clips for a still one, and only such are measured")
+    return str(kept)
 
 
 def measure(job: dict[str, Any], scratch: Path) -> Any:
