@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,10 @@ from diffusers_accel.cli.vbench_setup import EnvFlag
 
 @takes_setup
 def vbench_run(
-    clips: Annotated[Path | None, typer.Argument(help="A folder of films (.mp4), each named after its prompt.")] = None,
+    clips: Annotated[
+        Path | None,
+        typer.Argument(help="A folder of films (.mp4), each named after its prompt, or one that a comparison keeps."),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("vbench"),
     dimension: Annotated[
         list[str] | None,
@@ -56,11 +60,10 @@ def vbench_run(
     Can be stopped and run again: finished clips and dimensions are kept in OUT.
     """
     from diffusers_accel.evals.vbench import environment
-    from diffusers_accel.evals.vbench.clips import read_folder
     from diffusers_accel.evals.vbench.dimensions import check_dimensions
     from diffusers_accel.evals.vbench.run import check_ready, run
     from diffusers_accel.evals.vbench.show import table
-    from diffusers_accel.files import prepare_folder
+    from diffusers_accel.files import prepare_folder, printable
     from diffusers_accel.support.terminal import say
 
     if (clips is None) == (pipe is None):
@@ -68,14 +71,34 @@ def vbench_run(
         raise ValueError(f"vbench run: expected a folder of films, or --standard and a pipeline, found {found}")
     check_dimensions(dimension or (), standard=clips is None)
     subject = check_of_pipe(pipe, plan, samples, seed, fps, prompts, setup)
-    films = None if clips is None else read_folder(clips, prompts)
+    sets = {} if clips is None else read_sets(clips, prompts)
     place = environment.find(env)
     device = environment.device(place, setup.device)
-    ready, left_out = check_ready(dimension, place, standard=films is None, skip=skip_missing)
+    ready, left_out = check_ready(dimension, place, standard=clips is None, skip=skip_missing)
     prepare_folder(out)
-    if films is None:
-        films = _standard(out / "clips", ready, place, subject, samples, seed, fps, setup)
-    show(table(run(films, ready, out, place, device, left_out=left_out, say=say)))
+    if clips is None:
+        sets = {"": _standard(out / "clips", ready, place, subject, samples, seed, fps, setup)}
+    for number, (name, films) in enumerate(sets.items()):
+        folder = out / f"{number:02}-{folder_name(name)}" if name else out
+        result = run(films, ready, folder, place, device, left_out=left_out, say=say)
+        show((f"{printable(name)} ({folder})\n" if name else "") + table(result))
+
+
+def read_sets(folder: Path, prompts: Path | None) -> dict[str, Any]:
+    """The sets of clips in a folder by the names of their subjects, "" where it is no comparison."""
+    from diffusers_accel.evals.vbench.clips import read_folder
+    from diffusers_accel.evals.vbench.comparison import is_comparison, read_comparison
+
+    if not is_comparison(folder):
+        return {"": read_folder(folder, prompts)}
+    if prompts:
+        raise ValueError("--prompts: expected beside a folder of films, found a comparison, which knows its prompts")
+    return read_comparison(folder)
+
+
+def folder_name(subject: str) -> str:
+    """What of a subject's name can be that of a folder; the number before it tells subjects apart."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", subject)[:60]
 
 
 def check_of_pipe(

@@ -54,8 +54,9 @@ def link_dino(cache: Path, scratch: Path) -> None:
     os.environ["TORCH_HOME"] = str(scratch / "torch")
 
 
-def still_clips(videos: str, scratch: Path, cache: Path, device: str) -> str:
-    """The folder of at most five still clips for each prompt of the dimension, by VBench's own filter."""
+def still_clips(videos: str, scratch: Path, cache: Path, device: str) -> tuple[str, dict[str, str]]:
+    """The folder of at most five still clips for each prompt of the dimension, by VBench's own filter, which numbers them anew;
+    and, by its names, what they were called before."""
     module: Any = importlib.import_module("vbench.cli.static_filter")
     module.DEVICE = device  # its own is CUDA
     found = scratch / "still"
@@ -74,21 +75,28 @@ def still_clips(videos: str, scratch: Path, cache: Path, device: str) -> str:
     kept = found / "filtered_videos"
     if not any(kept.iterdir()):
         raise RuntimeError("VBench's filter takes none of the clips for a still one, and only such are measured")
-    return str(kept)
+    found_of = json.loads((found / "still.json").read_text(encoding="utf-8"))
+    names = {
+        f"{prompt}-{number}.mp4": Path(path).name
+        for prompt, each in found_of.items()
+        for number, path in enumerate(each["static_path"])
+    }
+    return str(kept), names
 
 
-def measure(job: dict[str, Any], scratch: Path) -> Any:
-    """What VBench says of a dimension: [score, [{"video_path", "video_results"} of each clip]]."""
+def measure(job: dict[str, Any], scratch: Path) -> tuple[float, dict[str, float]]:
+    """What VBench says of a dimension: its score, and by the names of the films that of each."""
     kept = declare_operators()
     import torch
 
     import vbench
 
     cache, videos = Path(os.environ["VBENCH_CACHE_DIR"]), job["videos"]
+    names: dict[str, str] = {}
     if job["dimension"] == "subject_consistency":
         link_dino(cache, scratch)
     if job["filter"]:
-        videos = still_clips(videos, scratch, cache, job["device"])
+        videos, names = still_clips(videos, scratch, cache, job["device"])
     full_info = Path(vbench.__file__).with_name("VBench_full_info.json")
     program = vbench.VBench(torch.device(job["device"]), str(full_info), str(scratch))
     program.evaluate(
@@ -100,7 +108,9 @@ def measure(job: dict[str, Any], scratch: Path) -> Any:
         mode=job["mode"],
     )
     del kept
-    return json.loads((scratch / "clips_eval_results.json").read_text(encoding="utf-8"))[job["dimension"]]
+    score, clips = json.loads((scratch / "clips_eval_results.json").read_text(encoding="utf-8"))[job["dimension"]]
+    renamed = [Path(clip["video_path"]).name for clip in clips]
+    return score, {names.get(name, name): clip["video_results"] for name, clip in zip(renamed, clips, strict=True)}
 
 
 def main() -> None:

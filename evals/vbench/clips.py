@@ -11,6 +11,7 @@ from pathlib import Path
 from diffusers_accel.files import FileError, checksum, printable, quoted, read_json, shaped
 
 FILM = ".mp4"
+REPORT = "report.json"
 LONGEST_PROMPT = 10_000  # characters
 OTHERS = (".gif", ".jpg", ".png", ".avi", ".mkv", ".mov", ".webm")
 NUMBERED = re.compile(r"-\d+$")
@@ -67,6 +68,11 @@ def read_folder(folder: Path, prompts: Path | None = None) -> Clips:
         found = "a file" if folder.exists() else "nothing there"
         raise FileNotFoundError(f"{printable(folder)}: expected a folder of films, found {found}")
     names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() == FILM and path.is_file())
+    if not names and (folder / REPORT).is_file():
+        raise FileError(
+            f"{printable(folder)}: expected films ({FILM}), found a report, whose page has small compressed ones only: "
+            "measure VBench when the report is made, with --metric vbench_..."
+        )
     if not names:
         others = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in OTHERS)
         found = f"{printable(others[0])[:60]}; convert it" if others else "none"

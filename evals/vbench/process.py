@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,9 +99,9 @@ def _checked(result: Any, dimension: str) -> tuple[float, dict[str, float]]:
     """Score and scores by file name; raises VBenchFailed where they are no numbers."""
     try:
         score, each = result
-        scores = {os.path.basename(clip["video_path"]): float(clip["video_results"]) for clip in each}
+        scores = {str(name): float(value) for name, value in each.items()}
         score = float(score)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise VBenchFailed(
             f"{dimension}: expected VBench's score and those of its clips, found {quoted(result)}"
         ) from error
@@ -114,9 +113,11 @@ def _checked(result: Any, dimension: str) -> tuple[float, dict[str, float]]:
 
 def _check_names(scored: set[str], asked: set[str], dimension: str, filtered: bool) -> None:
     """VBench passes over a clip that it cannot read without a word, and its score is then that of the others."""
-    if filtered:
-        return
-    if lost := sorted(asked - scored):
+    if strange := sorted(scored - asked):
+        raise VBenchFailed(
+            f"{dimension}: expected scores of the clips that were given, found one of {quoted(strange[0])}"
+        )
+    if (lost := sorted(asked - scored)) and not filtered:
         raise VBenchFailed(
             f"{dimension}: expected a score of each of {len(asked)} clips, found none of {quoted(lost[0])}"
             f"{f' and {len(lost) - 1} more' if len(lost) > 1 else ''}; can the file be played?"

@@ -16,9 +16,9 @@ CUSTOM = "no quality, semantic or total score: those are of VBench's own prompts
 def table(result: Result) -> str:
     """Scores as VBench gives them, and normalised ones, in percent; summary scores where they exist."""
     summary = result.summary()
-    prompts = len(set(result.clips.values()))
+    clips, prompts = len(result.clips), len(set(result.clips.values()))
     kind = "VBench's own prompts" if result.standard else "custom input"
-    lines = [f"VBench on {len(result.clips):,} clips of {prompts:,} prompts ({kind})", ""]
+    lines = [f"VBench on {_counted(clips, 'clip')} of {_counted(prompts, 'prompt')} ({kind})", ""]
     lines.append(f"{'dimension':{WIDTH}}  {'group':8}  {'score':>7}  {'normalised':>10}  {'clips':>6}")
     for name, dimension in DIMENSIONS.items():
         if each := result.dimensions.get(name):
@@ -42,6 +42,10 @@ def readiness(environment: Environment) -> str:
     if faults := faults_of(every, standard=True):
         lines += ["", "missing:", *faults.values()]
     return "\n".join(lines)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _summary_lines(result: Result) -> list[str]:

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 
 from diffusers_accel import cli
+from diffusers_accel.evals.compare import compare
+from diffusers_accel.evals.metrics import METRICS, ClipSet, SetClip
 from diffusers_accel.evals.report.video import encode_lossless
 from diffusers_accel.evals.vbench import environment, standard
 from diffusers_accel.evals.vbench.clips import Clips, Film, clips_of, read_folder
+from diffusers_accel.evals.vbench.comparison import read_comparison
 from diffusers_accel.evals.vbench.dimensions import CUSTOM, DIMENSIONS, check_dimensions
 from diffusers_accel.evals.vbench.environment import Environment, EnvironmentMark
 from diffusers_accel.evals.vbench.process import VBenchFailed
@@ -27,6 +30,7 @@ from diffusers_accel.evals.vbench.weights import WEIGHTS, faults_of
 from diffusers_accel.files import FileError
 from diffusers_accel.methods import Band, Method
 from diffusers_accel.support.interrupted import Interrupted
+from tests.evals.test_compare import CALL, PROMPT
 from tests.tiny import tiny_wan, tiny_wan_call
 
 FLICKERING = "temporal_flickering"
@@ -107,7 +111,7 @@ print(json.dumps({{"versions": {{"vbench": "0"}}}}), flush=True)
 answer = {answer}
 print(json.dumps({{"result": answer}}), flush=True)
 """
-ALL = '[0.5, [{"video_path": os.path.join(job["videos"], name), "video_results": 0.5} for name in os.listdir(job["videos"])]]'
+ALL = '[0.5, dict.fromkeys(os.listdir(job["videos"]), 0.5)]'
 
 
 @pytest.fixture
@@ -151,6 +155,10 @@ def test_clips_of_a_folder_have_prompts_by_name_or_by_a_file(films: Path, tmp_pa
     told.write_text(json.dumps({"a cat-0.mp4": "a cat"}))
     with pytest.raises(FileError, match=r"expected a prompt of each film, found none of 'a \\x1b"):
         read_folder(films, told)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text("{}")
+    with pytest.raises(FileError, match="found a report, whose page has small compressed ones only"):
+        read_folder(tmp_path / "report")
     with pytest.raises(FileError, match="at most 8,388,608 bytes"):
         check_size(Clips({f"{number:06}.mp4": Film(films, "") for number in range(12_000)}))
 
@@ -186,12 +194,13 @@ def test_scores_of_other_clips_are_not_mixed_in(place: Environment, films: Path,
 @pytest.mark.parametrize(
     ("code", "says"),
     [
-        (f"[{ALL}[0], {ALL}[1][1:]]", "expected a score of each of 3 clips, found none of "),
+        (f"[0.5, dict(list({ALL}[1].items())[1:])]", "expected a score of each of 3 clips, found none of "),
         (f"[float('nan'), {ALL}[1]]", "expected finite scores of VBench, found nan"),
+        ("[0.5, {'other.mp4': 0.5}]", "expected scores of the clips that were given, found one of 'other.mp4'"),
         ("None", "expected VBench's score and those of its clips, found None"),
         ('sys.exit("ValueError: no such codec")', "ended before its answer: exit code 1: ValueError: no such codec"),
     ],
-    ids=["a film is passed over", "nan", "nothing", "crash"],
+    ids=["a film is passed over", "nan", "another film", "nothing", "crash"],
 )
 def test_an_answer_that_cannot_be_is_refused(
     place: Environment, films: Path, tmp_path: Path, code: str, says: str
@@ -243,6 +252,50 @@ def test_an_environment_is_whole_or_refused(place: Environment, tmp_path: Path) 
     environment.save_document(place.folder / environment.MARK, environment.KIND, made)
     with pytest.raises(FileError, match="was made of other versions than this release pins; make it with: .* --env"):
         environment.find(place.folder)
+
+
+def test_a_report_measures_a_dimension_as_a_metric_of_sets(
+    place: Environment, films: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metric = METRICS["vbench_temporal_flickering"]
+    monkeypatch.setattr(environment, "default_folder", lambda: place.folder / "none")
+    assert "expected VBench's environment, found none that is whole" in str(metric.loaded())
+    monkeypatch.setattr(environment, "default_folder", lambda: place.folder)
+    assert "AMT-S must lie at" in str(METRICS["vbench_motion_smoothness"].loaded())
+    score = metric.loaded()
+    clips = ClipSet(
+        films, (SetClip(films / "a cat-0.mp4", "a cat", 0), SetClip(films / "a cat-1.mp4", "a cat", 1)), 16, 0
+    )
+    assert metric.of_set(score, clips) == (0.5, None)
+    answer(place, 'sys.exit("ValueError: no such codec")')
+    value, why = metric.of_set(score, clips) or (0.0, None)
+    assert value is None and "ValueError: no such codec" in str(why)
+
+
+def test_the_films_of_a_comparison_are_measured_by_subject(
+    place: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "default_folder", lambda: place.folder)
+    metric, kept, name = "vbench_temporal_flickering", tmp_path / "kept", "../\x1b[1mband"
+    asked: dict[str, Any] = {
+        "call": {**CALL, "num_inference_steps": 2},
+        "metrics": [metric],
+        "show": 0,
+        "progress": False,
+    }
+    report = compare(tiny_wan(), {name: Method(select=Band(0.34))}, [PROMPT], **asked, keep=kept)
+    assert [row.value for row in report.rows if row.metric == metric] == [0.5, 0.5]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["vbench", "run", str(kept), "--skip-missing", "--out", str(tmp_path / "out")])
+    said = capsys.readouterr()
+    assert ended.value.code == 0, said.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00-dense", "01--1mband"]
+    assert said.out.count("1 clip of 1 prompt (custom input)") == 2 and "\x1b" not in said.out
+    assert load_result(tmp_path / "out" / "01--1mband").clips == {"0000.mp4": "embedded prompt 1"}
+    for film in kept.glob("films/*/*.mp4"):
+        film.unlink()
+    with pytest.raises(FileError, match="expected the film of clip 0, found no file"):
+        read_comparison(kept)
 
 
 # VBench's own clips
@@ -305,7 +358,7 @@ def test_clips_are_generated_once_and_those_of_a_plan_stay_apart(
 
 def test_vbenchs_own_clips_keep_their_names(place: Environment, films: Path, tmp_path: Path) -> None:
     of = {name: Film(films / name, "a cat", frozenset({FLICKERING})) for name in ("a cat-0.mp4", "a cat-1.mp4")}
-    answer(place, f"[0.25, {ALL}[1][:1]]")  # its filter takes away what moves
+    answer(place, f"[0.25, dict(list({ALL}[1].items())[:1])]")  # its filter takes away what moves
     found = run(Clips(of, True, 5), (FLICKERING,), tmp_path / "out", place, "cpu", say=lambda _: None)
     (job,) = jobs(place)
     assert job["films"] == ["a cat-0.mp4", "a cat-1.mp4"] and job["prompts"] == []
