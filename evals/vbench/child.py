@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -132,4 +133,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # an ordinary exit would abort: the thread holds stdin

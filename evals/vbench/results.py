@@ -25,8 +25,9 @@ Seconds = Annotated[float, msgspec.Meta(ge=0)]
 class DimensionResult(Schema, frozen=True):
     """One dimension of one set of clips.
 
-    score: VBench's own. clips: its score of each clip. weights: what it was measured by, title -> sha256. versions: of the
-    packages in VBench's environment. clips_digest, requirements: of the clips and of the environment's files.
+    score: VBench's own. clips: its score of each clip, whose scale may be another (imaging_quality has 0 to 100 there).
+    weights: what it was measured by, title -> sha256. versions: of the packages in VBench's environment. clips_digest,
+    requirements: of the clips and of the environment's files.
     """
 
     dimension: str

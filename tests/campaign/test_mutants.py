@@ -33,7 +33,9 @@ from diffusers_accel.evals.metrics import lpips_weights
 from diffusers_accel.evals.report.render import html, markdown
 from diffusers_accel.evals.toy.training.nested import flatten
 from diffusers_accel.evals.toy.training.run_state import RunState
-from diffusers_accel.files import encode_tensors, load_document, side_file
+from diffusers_accel.evals.vbench import results as vbench
+from diffusers_accel.evals.vbench.show import table
+from diffusers_accel.files import encode_tensors, load_document, save_document, side_file
 from diffusers_accel.forwards import PREDICTORS, RULES, Forwards, schedule
 from diffusers_accel.forwards.predictors.taylor import Taylor
 from diffusers_accel.forwards.rules.magcache import MagCache
@@ -68,7 +70,7 @@ from tests.kernels.test_bench import row as bench_row
 
 KINDS = (
     "plan", "plan of windows", "plan of tables", "scores", "cost", "report", "clips", "comparison", "bench rows", "run state",
-    "LPIPS cache", "prompts",
+    "LPIPS cache", "prompts", "VBench",
 )  # fmt: skip
 SLOW = 20.0  # seconds; a damaged file that takes longer is one that hangs
 
@@ -339,6 +341,30 @@ def write_prompts(folder: Path) -> tuple[Path, ...]:
     return (folder / "prompts.txt",)
 
 
+def write_vbench(folder: Path) -> tuple[Path, ...]:
+    of_each = {name: vbench_dimension(name) for name in ("temporal_flickering", "dynamic_degree")}
+    clips = {"a cat-0.mp4": "a cat", "Grüße-0.mp4": "Grüße, 世界"}
+    result = vbench.Result(
+        standard=False, samples=0, clips=clips, dimensions=of_each, left_out={"scene": "Tag2Text, BERT"}
+    )
+    save_document(folder / vbench.RESULT, vbench.KIND, result)
+    return (folder / vbench.RESULT,)
+
+
+def vbench_dimension(name: str) -> vbench.DimensionResult:
+    return vbench.DimensionResult(
+        dimension=name,
+        score=0.75,
+        clips={"a cat-0.mp4": 0.5, "Grüße-0.mp4": 1.0},
+        weights={"RAFT": "0" * 64},
+        versions={"vbench": "0.1.5"},
+        device="cpu",
+        seconds=9.25,
+        clips_digest="1" * 64,
+        requirements="2" * 64,
+    )
+
+
 def prompts_say(path: Path) -> list[str]:
     return [line.strip() for line in path.read_bytes().decode("utf-8").splitlines() if line.strip()]
 
@@ -423,6 +449,15 @@ def subject(
             read_prompts,
             lambda texts: texts,
             prompts_say,
+        ),
+        "VBench": Subject(
+            "VBench",
+            write_vbench,
+            vbench.load_result,
+            lambda value: {"format": vbench.KIND.format, "version": vbench.KIND.version, **msgspec.to_builtins(value)},
+            raw_json,
+            lambda value: None if "VBench on" in table(value) else pytest.fail("no table"),
+            seal_json,
         ),
     }
     yield subjects[name]
