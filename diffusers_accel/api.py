@@ -19,7 +19,7 @@ from diffusers_accel.attach.host_caches import caches_on
 from diffusers_accel.attach.parallel import refusal
 from diffusers_accel.attach.processor import attend_densely, redirect, restore, site_of
 from diffusers_accel.attach.site import AttachedModel, Engine, Site, Timer, set_processor
-from diffusers_accel.families import find
+from diffusers_accel.families import FAMILIES, find
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.forwards.report import ForwardsReport
 from diffusers_accel.forwards.scope import Scope
@@ -203,6 +203,7 @@ def patch(
     if scopes.forwards != resolved.forwards:
         resolved = replace(resolved, forwards=scopes.forwards)
     if scopes.heads is not None:
+        _check_history(resolved, found)
         _check_kernels(pipe, resolved, found)
     partitions = Partitions(resolved.tensors)
     engines: list[PlanEngine] = []
@@ -396,6 +397,18 @@ def _with_precision(chosen: Plan | Recipe | Method, pipe: Any, found: dict[str, 
     LOG.info("products stay in the model's own precision: %s", reason or "int8 would only be simulated on a CPU")
     heads = tuple(replace(method, precision="input") for method in quantized.heads)
     return replace(chosen, heads=heads)
+
+
+def _check_history(plan: Plan, found: dict[str, Any]) -> None:
+    """Refuses methods for chunks and their history where a model makes all of a video at once."""
+    other = next((family.name for _, family in found.values() if not family.history), None)
+    needy = next((method for method in plan.methods.values() if method.select.needs_history), None)
+    if needy is not None and other is not None:
+        known = ", ".join(family.name for family in FAMILIES.values() if family.history)
+        raise ValueError(
+            f'"{needy.label}" is for models that make a video chunk by chunk, each with a history ({known}), found {other}, '
+            'whose frames are made together: take "cached", which keeps what a selection leaves out'
+        )
 
 
 def _device(pipe: Any, module: nn.Module) -> torch.device:

@@ -25,6 +25,7 @@ from diffusers_accel.search.arguments import (
     check_callback,
     check_pipeline,
     check_prompts,
+    check_searchable,
     check_weights,
     dense_share,
 )
@@ -116,6 +117,7 @@ def search_plan(
         Interrupted: a KeyboardInterrupt, which says what is kept.
     """
     found = check_pipeline(pipe)
+    check_searchable(found)
     prompts = check_prompts(pipe, prompts)
     call = check_call(pipe, call)
     check_budget(budget)

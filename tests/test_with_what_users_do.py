@@ -16,7 +16,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from diffusers_accel import patch, unpatch
-from diffusers_accel.methods import NAMED, Band, Method
+from diffusers_accel.methods import Band, Method
+from diffusers_accel.methods.named import FOR_EVERY_MODEL
 from tests.tiny import LAYERS, tiny_wan, tiny_wan_call, tiny_wan_transformer
 
 SPARSE = Method(select=Band(0.34))
@@ -193,7 +194,7 @@ def test_pyramid_attention_broadcast_is_remarked_upon() -> None:
 
 
 @pytest.mark.parametrize("steps", [4, 8])
-@pytest.mark.parametrize("name", sorted(set(NAMED) - {"dense"}))
+@pytest.mark.parametrize("name", sorted(set(FOR_EVERY_MODEL) - {"dense"}))
 def test_few_step_schedules_leave_sparse_steps(name: str, steps: int) -> None:
     """As with a distilled LoRA: dense steps are a share, so that sparse ones are left. What that costs is not tested."""
     pipe = tiny_wan()

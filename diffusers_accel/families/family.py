@@ -73,6 +73,7 @@ class Family:
             takes no step: it runs as it would without us, so its processors must not attend by us either (`call`).
         hands_back: whether the forward's output holds, behind what is denoised, what it was given (a cache): a predicted output
             hands that back as it was.
+        history: whether a video is made chunk by chunk, each with earlier ones as segments of kind "history".
         no_search: why a search cannot measure it yet: that tokens lie otherwise from layer to layer, branch to branch or chunk to
             chunk.
         latents: names of the arguments of the transformer's forward that are denoised, in the order of its outputs, of which
@@ -99,6 +100,7 @@ class Family:
     beside: Callable[[Mapping[str, Any]], bool] | None = None
     prepares: Callable[[tuple[Any, ...], Mapping[str, Any]], bool] | None = None
     hands_back: bool = False
+    history: bool = False
     no_search: str | None = None
     latents: tuple[str, ...] = ("hidden_states",)
     timestep: str = "timestep"

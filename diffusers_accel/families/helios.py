@@ -50,5 +50,6 @@ HELIOS = Family(
     observe=_observe,
     layout=_layout,
     text=text_at(2),
+    history=True,
     no_search="each chunk, and each stage of a pyramid, is a schedule of its own",
 )

@@ -180,7 +180,11 @@ class PlanEngine:
             mix = self._partitions.mix(mix.methods[head] for head in call.heads)
         if call.now is None and mix.timed:
             raise _no_clock("a selection or an output of an earlier step is reused")
-        return mix
+        return self._without_history(mix, call.layout) if mix.needs_history else mix
+
+    def _without_history(self, mix: Mix, layout: TokenLayout) -> Mix:
+        """Before there is a history, heads that leave out nothing else are dense."""
+        return self._partitions.mix(DENSE if _reads_all(method, layout) else method for method in mix.methods)
 
     def _uncached(self, mix: Mix, call: AttentionCall, q: Tensor) -> Mix:
         """Heads that keep an output are dense where it does not fit into memory."""
@@ -224,6 +228,10 @@ def running_span(plan: Plan, call: AttentionCall) -> int:
     if call.now is None and len(plan.spans) > 1:
         raise _no_clock("the plan has several spans")
     return plan.span_at(*call.now) if call.now else 0
+
+
+def _reads_all(method: Method, layout: TokenLayout) -> bool:
+    return method.precision == "input" and method.select.reads_all_in(method.order, layout)
 
 
 def _leaves_out(method: Method) -> bool:

@@ -15,7 +15,8 @@ from diffusers_accel.api import attach
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.families import FAMILIES, find
 from diffusers_accel.forwards.named import NAMED_FORWARDS, schedule
-from diffusers_accel.methods import NAMED, AxisOrder, Band, Draft, Method, Patches
+from diffusers_accel.methods import AxisOrder, Band, Draft, Method, Patches
+from diffusers_accel.methods.named import FOR_EVERY_MODEL
 from diffusers_accel.methods.order import exact_tokens
 from diffusers_accel.run.launch import run
 from diffusers_accel.run.partition import partition
@@ -23,7 +24,7 @@ from tests.families import TINY, TinyFamily
 
 # Of a family's kinds of pipelines the first: what goes through the same code for all kinds runs on that one.
 FIRST = {next(key for key in TINY if key.partition(",")[0] == family.name): family.name for family in FAMILIES.values()}
-METHODS = sorted(set(NAMED) - {"dense"})
+METHODS = sorted(set(FOR_EVERY_MODEL) - {"dense"})
 every_kind = pytest.mark.parametrize("tiny", TINY.values(), ids=TINY)
 every_family = pytest.mark.parametrize("tiny", [TINY[key] for key in FIRST], ids=FIRST)
 PACKED = {key: tiny for key, tiny in TINY.items() if any(each.exact and each.queries for each in tiny.layout.segments)}
