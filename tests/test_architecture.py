@@ -30,7 +30,7 @@ ROOMS = (
     ("starter",),
     ("run",),
     ("report",),
-    ("stage_names", "arguments", "subject", "api"),
+    ("stage_names", "arguments", "subject", "preset", "api"),
     ("search",),
     ("evals",),
     ("step_timing", "doctor"),
