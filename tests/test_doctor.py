@@ -13,7 +13,7 @@ from diffusers_accel import doctor, patch, step_timing
 from diffusers_accel.doctor import Expectation, diagnose, examine, remarks, speedup
 from diffusers_accel.doctor.caches import outlooks
 from diffusers_accel.doctor.diagnosis import tokens_of
-from diffusers_accel.doctor.masked import MaskedAttention
+from diffusers_accel.doctor.masked import MaskedAttention, masked_attention
 from diffusers_accel.kernels.attention import Choice
 from diffusers_accel.layout import Segment, TokenLayout
 from diffusers_accel.run import by_size
@@ -308,12 +308,9 @@ def test_a_mask_is_told_with_its_price() -> None:
     assert "ms a layer" not in str(remarks.of_masks(MaskedAttention(2, 3, (1, 1, 9, 9), None, None)))
 
 
-def test_a_compiled_model_is_looked_at_too() -> None:
-    pipe = tiny_hunyuan()
-    torch._dynamo.reset()
-    counter = CompileCounter()
+def test_a_compiled_model_is_looked_at_without_its_graph() -> None:
+    pipe, counter = tiny_hunyuan(), CompileCounter()
     pipe.transformer.compile(backend=counter, fullgraph=True)
-    found = diagnose(pipe, tiny_hunyuan_call(num_inference_steps=9), densities=(0.5,)).call
-    assert found is not None and found.forwards == 1
-    assert len(found.remarks) == 1 and f"to {LAYERS} of {LAYERS} calls" in found.remarks[0]
-    assert counter.frame_count == 1, "the one of the timed steps"
+    found = masked_attention(pipe, {"transformer": pipe.transformer}, tiny_hunyuan_call(), TokenLayout(3, 16, 16))
+    assert found is not None and (found.calls, found.of, found.mask) == (LAYERS, LAYERS, (1, 1, 1, 788))
+    assert counter.frame_count == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,25 @@ from tests.tiny import HEADS, LAYERS, tiny_cogvideox, tiny_hunyuan, tiny_wan, ti
 
 WIDE = ModelShape(40, 40, 128)
 NARROW = ModelShape(30, 12, 128)  # Wan 2.1 1.3B
+
+
+def tables() -> list[str]:
+    """What docs/choosing.md says of the presets, as Markdown."""
+    sizes = [f"| {tokens:,} | {density:g} | {source} |" for tokens, density, source in PUBLISHED]
+    kinds: dict[Preset, list[str]] = {}
+    for family in FAMILIES.values():
+        kinds.setdefault(family.preset, []).append(f"`{family.name}`")
+    others = [
+        f"| {', '.join(names)} | {preset.dense_steps:.0%} | {preset.dense_layers} | {preset.source} |"
+        for preset, names in kinds.items()
+        if preset != Preset()
+    ]
+    usual = Preset()
+    kept = [*others, f"| all others | {usual.dense_steps:.0%} | {usual.dense_layers} | {usual.source} |"]
+    return [
+        "\n".join(["| video tokens | density | published by |", "|---|---|---|", *sizes]),
+        "\n".join(["| family | first steps | first layers | published values |", "|---|---|---|---|", *kept]),
+    ]
 
 
 @pytest.fixture
@@ -149,3 +169,13 @@ def test_every_preset_names_its_source_and_leaves_something() -> None:
         Preset(dense_steps=1)
     with pytest.raises(ValueError, match=r"dense_layers is a number .* found 0\.5"):
         Preset(dense_layers=0.5)  # type: ignore[arg-type]
+
+
+def test_the_page_says_what_the_code_does() -> None:
+    """`python -c "from tests.test_presets import *; print(*tables(), sep='\\n\\n')"` prints the tables anew."""
+    page = (Path(__file__).parent.parent / "docs" / "choosing.md").read_text(encoding="utf-8")
+    for table in tables():
+        assert table in page
+    for device in ("cpu", "cuda"):
+        assert f"{wins_from(device):,}" in page
+    assert f"{by_size.NARROW:,} channels" in page
