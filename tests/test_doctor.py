@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
 from diffusers_accel import doctor, patch, step_timing
@@ -20,7 +21,7 @@ from diffusers_accel.run import by_size
 from diffusers_accel.shape import ModelShape
 from tests.families import hunyuan_video15
 from tests.families.test_other_calls import pyramid, pyramid_call
-from tests.tiny import HEAD_DIM, HEADS, LAYERS, tiny_hunyuan, tiny_hunyuan_call, tiny_wan, tiny_wan_call
+from tests.tiny import HEAD_DIM, HEADS, LAYERS, TEXT_TOKENS, tiny_hunyuan, tiny_hunyuan_call, tiny_wan, tiny_wan_call
 
 
 def call(**overrides: Any) -> dict[str, Any]:
@@ -308,9 +309,28 @@ def test_a_mask_is_told_with_its_price() -> None:
     assert "ms a layer" not in str(remarks.of_masks(MaskedAttention(2, 3, (1, 1, 9, 9), None, None)))
 
 
+def test_masks_of_other_attention_do_not_count() -> None:
+    """Such as those of a text encoder, which may have as many tokens as a small video, or of cross-attention."""
+    pipe = tiny_wan()
+    q = torch.zeros(1, 1, 768, 8)
+
+    def encode(*_: Any, **__: Any) -> None:
+        F.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(768, 768, dtype=torch.bool))
+
+    def cross(*_: Any) -> None:
+        F.scaled_dot_product_attention(
+            q, q[:, :, :512], q[:, :, :512], attn_mask=torch.ones(768, 512, dtype=torch.bool)
+        )
+
+    pipe.check_inputs = encode
+    pipe.transformer.blocks[0].register_forward_pre_hook(cross)
+    assert masked_attention(pipe, [pipe.transformer], tiny_wan_call(), [TokenLayout(3, 16, 16)]) is None
+
+
 def test_a_compiled_model_is_looked_at_without_its_graph() -> None:
     pipe, counter = tiny_hunyuan(), CompileCounter()
     pipe.transformer.compile(backend=counter, fullgraph=True)
-    found = masked_attention(pipe, {"transformer": pipe.transformer}, tiny_hunyuan_call(), TokenLayout(3, 16, 16))
+    layouts = [TokenLayout(3, 16, 16, TEXT_TOKENS, "end", 7)]
+    found = masked_attention(pipe, [pipe.transformer], tiny_hunyuan_call(), layouts)
     assert found is not None and (found.calls, found.of, found.mask) == (LAYERS, LAYERS, (1, 1, 1, 788))
     assert counter.frame_count == 0

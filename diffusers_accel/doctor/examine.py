@@ -131,12 +131,12 @@ def _preset_line(found: Found, timing: StepTiming, shapes: Mapping[str, ModelSha
 def _remarks(
     pipe: Any, call: Mapping[str, Any], found: Found, timing: StepTiming, stages: Sequence[int]
 ) -> tuple[str, ...]:
-    modules = {name: module for name, (module, _) in found.items()}
+    modules = [module for module, _ in found.values()]
     module, family = next(iter(found.values()))
     processor = family.self_attention(module)[0][1].processor
     said = (
         remarks.of_few_steps(max(stages), family.preset.dense_steps),
-        remarks.of_masks(masked_attention(pipe, modules, call, timing.layout)),
+        remarks.of_masks(masked_attention(pipe, modules, call, timing.layouts)),
         remarks.of_backend(
             remarks.capability_of(timing.device),
             remarks.backend_of(processor),

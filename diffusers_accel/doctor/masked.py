@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -39,25 +39,30 @@ class _Seen(Exception):
 
 
 class _Watch(TorchFunctionMode):
-    """Looks at the calls of PyTorch's attention over as many tokens as the video has, in the backend that the user has chosen."""
+    """Looks at the calls of PyTorch's attention that are self-attention over the video, in the backend that the user has chosen.
 
-    def __init__(self, tokens: int) -> None:
+    Args:
+        layouts: how the tokens of these may lie; by their numbers they are told from cross-attention.
+    """
+
+    def __init__(self, layouts: Collection[TokenLayout]) -> None:
         super().__init__()
-        self._tokens = tokens
+        self._sizes = {(layout.queries, layout.tokens) for layout in layouts}
+        self.inside = False  # a transformer, and not a text encoder
         self.calls = self.masked = 0
         self.mask: tuple[int, ...] = ()
         self.times: tuple[float | None, float | None] = (None, None)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if self.inside and func is F.scaled_dot_product_attention:
             self._look(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _look(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | dict(kwargs)
         query, mask = named["query"], named.get("attn_mask")
-        if min(query.shape[-2], named["key"].shape[-2]) < self._tokens:
+        if (query.shape[-2], named["key"].shape[-2]) not in self._sizes:
             return
         self.calls += 1
         if mask is None:
@@ -68,17 +73,23 @@ class _Watch(TorchFunctionMode):
             self.times = _both(func, named)
 
 
-def masked_attention(pipe: Any, modules: Mapping[str, nn.Module], call: Mapping[str, Any], layout: TokenLayout) -> Any:
-    """Runs one forward of the unpatched pipeline; a MaskedAttention, or None where the video is attended to without a mask.
+def masked_attention(
+    pipe: Any, modules: Collection[nn.Module], call: Mapping[str, Any], layouts: Collection[TokenLayout]
+) -> MaskedAttention | None:
+    """Runs one forward of the unpatched pipeline; None where the video is attended to without a mask.
 
     It runs without its compiled graphs, if it has any. What attends by another function than PyTorch's own shows nothing.
     """
-    watch = _Watch(layout.video_tokens)
+    watch = _Watch(layouts)
+
+    def start(*_: Any) -> None:
+        watch.inside = True
 
     def stop(*_: Any) -> None:
         raise _Seen
 
-    hooks = [module.register_forward_hook(stop) for module in modules.values()]
+    hooks = [module.register_forward_pre_hook(start) for module in modules]
+    hooks += [module.register_forward_hook(stop) for module in modules]
     try:
         with torch.compiler.set_stance("force_eager"), watch:  # a graph shows no calls
             pipe(**full_call(pipe, call))
