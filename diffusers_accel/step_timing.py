@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from diffusers_accel.api import attach
 from diffusers_accel.attach.site import Timer
 from diffusers_accel.call import AttentionCall, DenseAttention
+from diffusers_accel.families import find
 from diffusers_accel.kernels.attention import attention
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.layout import TokenLayout
@@ -195,7 +196,7 @@ def time_step(pipe: Any, call: Mapping[str, Any], most: int | None = None) -> St
         ValueError: the pipeline is patched already.
     """
     timing = StepTiming()
-    device = torch.device(pipe._execution_device)
+    device = _device_of(pipe)
     has_callback = CALLBACK in inspect.signature(type(pipe).__call__).parameters
     forwards, marks = ForwardTimer(device), []
     engine = _Engine(timing, lambda: None if has_callback else mark())  # one for all sites, which sees each step once
@@ -222,15 +223,21 @@ def time_step(pipe: Any, call: Mapping[str, Any], most: int | None = None) -> St
 
 def full_call(pipe: Any, call: Mapping[str, Any], most: int | None = None) -> dict[str, Any]:
     """The arguments of a call that decodes nothing, with a prompt and a seed, and of at most so many steps."""
-    prompt = {} if {"prompt", "prompt_embeds"} & set(call) else {"prompt": PROMPT}
+    defaults = inspect.signature(type(pipe).__call__).parameters
+    prompt = {} if "prompt" not in defaults or {"prompt", "prompt_embeds"} & set(call) else {"prompt": PROMPT}
     seed = {"generator": torch.Generator("cpu").manual_seed(0)}
     steps: dict[str, Any] = {}
     if most is not None:
-        defaults = inspect.signature(type(pipe).__call__).parameters
         name = STEPS if STEPS in defaults else STAGES
         asked = call.get(name, defaults[name].default)
         steps = {name: min(most, asked) if isinstance(asked, int) else [min(most, each) for each in asked]}
     return {**prompt, **seed, **call, **steps, "output_type": "latent"}
+
+
+def _device_of(pipe: Any) -> torch.device:
+    """Where the pipeline runs, also under offload; some do not say it."""
+    model, _ = next(iter(find(pipe).values()))
+    return torch.device(getattr(pipe, "_execution_device", None) or next(model.parameters()).device)
 
 
 def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:

@@ -280,6 +280,16 @@ def test_a_pyramid_of_stages_is_timed_at_its_last() -> None:
     assert any("the last of 2 stages" in remark for remark in found.remarks)
 
 
+def test_a_pipeline_without_a_prompt_is_given_none() -> None:
+    class Upscaler:
+        def __call__(self, video: Any = None, num_inference_steps: int = 4) -> None: ...
+
+    given = step_timing.full_call(Upscaler(), {"video": 0}, most=2)
+    assert {*given} == {"video", "generator", "num_inference_steps", "output_type"} and given[
+        "num_inference_steps"
+    ] == 2
+
+
 def test_a_pipeline_that_takes_no_number_of_steps_is_refused() -> None:
     class Modular:
         def __call__(self, state: Any = None, **inputs: Any) -> None: ...

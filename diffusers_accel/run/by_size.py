@@ -118,7 +118,12 @@ class BySize:
         if self._given:
             line = f"{self._name}, {tokens:,} tokens: {self._method} as asked for; {self._kept}"
             return SizeChoice(False, self._plan(None), line)
-        why = "a narrow transformer" if density > density_at(tokens) else "as published for sizes near it"
+        why = (
+            "as published for sizes near it"
+            if tokens >= PUBLISHED[0][0]
+            else "that of the smallest size that is published"
+        )
+        why = "a narrow transformer" if density > density_at(tokens) else why
         line = f"{self._name}, {tokens:,} tokens: {self._method} at density {density:g} ({why}); {self._kept}"
         return SizeChoice(False, self._plan(density), line)
 
