@@ -16,7 +16,8 @@ from diffusers_accel.cli.toy import TOY, by_present_name
 Pipe = Annotated[
     str,
     typer.Argument(
-        help="'toy' (the small model of this package), a pipeline's folder, or a hub id.", callback=by_present_name
+        help="'toy' (a small trained model that comes with the checkout, to try things on), a pipeline's folder, or a hub id.",
+        callback=by_present_name,
     ),
 ]
 DtypeFlag = Annotated[

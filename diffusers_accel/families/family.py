@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from diffusers_accel.families.preset import Preset
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.shape import ModelShape
 
@@ -82,6 +83,7 @@ class Family:
         noisiest: of several timesteps that a forward is given, that of what is denoised: known frames have cleaner ones.
         channels: dimension of the latents in which the channels lie, those that are denoised first; outputs are of the same
             layout. -1 for the last of each.
+        preset: what stays dense in it under `patch(pipe)`.
     """
 
     name: str
@@ -106,6 +108,7 @@ class Family:
     timestep: str = "timestep"
     noisiest: Callable[[Tensor], Tensor] = torch.amax
     channels: int = 1
+    preset: Preset = Preset()
 
 
 def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, position: int) -> Any:
