@@ -130,14 +130,14 @@ def test_sparse_attention_changes_rows_of_the_video_only(tiny: TinyFamily) -> No
 @every_kind
 def test_dense_gives_the_frames_of_the_stock_pipeline_and_unpatch_restores_it(tiny: TinyFamily) -> None:
     pipe = tiny.pipe()
-    stock = tiny.run(pipe, tiny.call())
+    stock = tiny.run(pipe, tiny.call(num_inference_steps=2))
     processors = processors_of(pipe)
     with patch(pipe, "dense") as done:
-        dense = tiny.run(pipe, tiny.call())
-        assert all(row["calls"] == 5 * len(tiny.branches) for row in done.report().rows)
+        dense = tiny.run(pipe, tiny.call(num_inference_steps=2))
+        assert all(row["calls"] == 2 * len(tiny.branches) for row in done.report().rows)
     assert np.array_equal(dense, stock) if tiny.bitwise else np.allclose(dense, stock, atol=1e-4)
     assert processors_of(pipe) == processors
-    assert np.array_equal(tiny.run(pipe, tiny.call()), stock) and stock.std() > 0.01
+    assert np.array_equal(tiny.run(pipe, tiny.call(num_inference_steps=2)), stock) and stock.std() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -150,11 +150,12 @@ def test_dense_gives_the_frames_of_the_stock_pipeline_and_unpatch_restores_it(ti
 )
 def test_each_method_is_dense_at_density_1_and_another_below(tiny: TinyFamily, name: str) -> None:
     """Exact only if the layout says where each token lies."""
-    pipe, stock = shared(tiny), stock_latents(tiny, 3)
+    steps = 5 if name == "cached" else 3  # of which it is dense at two
+    pipe, stock = shared(tiny), stock_latents(tiny, steps)
     with patch(pipe, name, **WHOLE):
-        assert np.abs(latents(tiny, pipe, num_inference_steps=3) - stock).max() <= 1e-4 * np.abs(stock).max()
+        assert np.abs(latents(tiny, pipe, num_inference_steps=steps) - stock).max() <= 1e-4 * np.abs(stock).max()
     with patch(pipe, name, **SPARSE) as done:
-        sparse = latents(tiny, pipe, num_inference_steps=3)
+        sparse = latents(tiny, pipe, num_inference_steps=steps)
         assert np.isfinite(sparse).all() and np.abs(sparse - stock).max() > 1e-4 * np.abs(stock).max()
         assert done.report().density < 1
 
@@ -172,9 +173,9 @@ def test_each_step_cache_skips_forwards(tiny: TinyFamily, name: str) -> None:
 
 @every_family
 def test_a_schedule_of_all_steps_is_the_stock_pipeline_bit_for_bit(tiny: TinyFamily) -> None:
-    pipe, stock = shared(tiny), stock_latents(tiny, 5)
-    with patch(pipe, schedule(steps=range(5))):
-        assert np.array_equal(latents(tiny, pipe), stock)
+    pipe, stock = shared(tiny), stock_latents(tiny, 3)
+    with patch(pipe, schedule(steps=range(3))):
+        assert np.array_equal(latents(tiny, pipe, num_inference_steps=3), stock)
 
 
 @every_family
