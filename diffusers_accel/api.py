@@ -423,7 +423,10 @@ def _check_history(plan: Plan, found: dict[str, Any]) -> None:
 
 
 def _device(pipe: Any, module: nn.Module) -> torch.device:
-    return torch.device(getattr(pipe, "_execution_device", None) or next(module.parameters()).device)
+    """Where it runs. The weights of a transformer that accelerate offloads lie elsewhere until then."""
+    offloaded = (getattr(getattr(part, "_hf_hook", None), "execution_device", None) for part in module.modules())
+    places = itertools.chain([getattr(pipe, "_execution_device", None)], offloaded, [next(module.parameters()).device])
+    return torch.device(next(place for place in places if place is not None))
 
 
 def _check_kernels(pipe: Any, plan: Plan, found: dict[str, Any]) -> None:

@@ -130,6 +130,8 @@ class PlanEngine:
         cache = self._caches.of(self._layer, call.stream) if partition.remembering else None
         output = run(partition, call, q, k, v, cache)
         self._count(mix, output)
+        if "reference" in output.kernels:
+            self._say_why_reference(mix, q)
         if q.device.type == "cpu" and any(launch.precision != "input" for launch in partition.launches):
             self.tally.notes["quantized products are simulated on a CPU: their numbers, not their speed"] += 1
         if cache is not None and call.now is not None:
@@ -166,6 +168,15 @@ class PlanEngine:
                 self._remarks.say(
                     f"all {now[1]} steps of this call are dense: the plan is sparse from {start:.0%} of the schedule on, "
                     "which no step reaches. Give dense_steps a smaller share, or run more steps"
+                )
+
+    def _say_why_reference(self, mix: Mix, q: Tensor) -> None:
+        """`patch` refuses what only the reference can run; a model that changes its dtype or device later is found here."""
+        for method in mix.distinct:
+            if reason := method.refuses(q.shape[-1], q.device, q.dtype):
+                self._remarks.say(
+                    f"{method.label}: the reference runs, which computes what it then leaves out, since nothing else takes "
+                    f"{q.dtype} on {q.device.type}, as the model has it now: {reason}. Set dtype and device back, or unpatch"
                 )
 
     def _sparse(self, plan: Plan, span: int) -> bool:
