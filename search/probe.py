@@ -67,7 +67,8 @@ class RunProbe:
         number: int,
         on_call: Callable[[AttentionCall], None] = lambda call: None,
     ) -> None:
-        """`before`: the sums of earlier runs (stripes' running mean, stored masks); `number`: of this run, from 0."""
+        """`before`: the sums of earlier runs, of which what the first one has recorded is used (columns of stripes, stored masks);
+        `number`: of this run, from 0."""
         self.settings = settings
         self.models = models
         self.layout = layout
