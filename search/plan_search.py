@@ -148,7 +148,9 @@ def search_plan(
         screen = Screen(progress and here.is_first)
         search = _Search(pipe, found, prompts, call, settings, ask, screen, measures_spans, here)
         identity = search.identity()
-        here.agree("search", {**identity, "budget": budget.to_json(), "dense_steps": dense_steps, "span_weights": weights})
+        here.agree(
+            "search", {**identity, "budget": budget.to_json(), "dense_steps": dense_steps, "span_weights": weights}
+        )
         path = scores_file or here.first(partial(cached_scores, identity))
         keeper = Keeper(path, partial(search.check, str(path)), len(prompts), len(edges))
         with _alone(path, here), _telling(keeper, here):
@@ -339,6 +341,7 @@ class _Search:
                 values = self.here.each(partial(self._impact, scores, own, on_percent))
                 impacts = (*scores.impacts, *(value for value in values if value is not None))
                 scores = self._save(keeper, replace(scores, impacts=impacts))
+                advance(100 * (len(scores.impacts) - first))
         return scores
 
     def _check_reach(self, share: float, steps: int, of: str) -> None:
@@ -435,7 +438,6 @@ class _Search:
             f"prompts finished before; about {clock(rounds * per_run + masks + spans + 1.5 * COST_SECONDS)} to go, "
             f"and {memory / 2**20:,.0f} MiB beside the pipeline's own memory{self._side_by_side()}"
         )
-
 
     def _side_by_side(self) -> str:
         return f", in each of {self.here.count} processes" if self.here.count > 1 else ""

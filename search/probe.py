@@ -67,7 +67,7 @@ class RunProbe:
         number: int,
         on_call: Callable[[AttentionCall], None] = lambda call: None,
     ) -> None:
-        """`before`: the sums of earlier runs, of which what the first one has recorded is used (columns of stripes, stored masks);
+        """`before`: the sums of earlier runs, of which what the first one has recorded is used (stripes' columns, stored masks).
         `number`: of this run, from 0."""
         self.settings = settings
         self.models = models

@@ -23,6 +23,8 @@ LONGEST_WAIT = timedelta(days=30)
 class OtherProcessFailed(RuntimeError):
     """Another process that shares the work has failed, and says itself why."""
 
+    said_elsewhere = True
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -67,7 +69,7 @@ class Processes:
     def first(self, work: Callable[[], T]) -> T:
         """The first process does it, while the others wait; everybody gets what it has found. Raises as `each` does."""
         found: Any = self.each(work if self.is_first else _nothing)[0]
-        return found  # type: ignore[no-any-return]
+        return found
 
     def agree(self, what: str, mine: Any) -> None:
         """Makes sure that all processes have been given the same.
