@@ -79,12 +79,16 @@ def worker(rank: int, processes: int, port: int, names: Sequence[str], folder: s
         torch.distributed.destroy_process_group()
 
 
-def run_in(processes: int, names: Sequence[str], folder: Path) -> list[dict[str, torch.Tensor]]:
-    """What each process got, by case."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(worker, (processes, port, names, str(folder)), nprocs=processes)
+        port: int = free.getsockname()[1]
+    return port
+
+
+def run_in(processes: int, names: Sequence[str], folder: Path) -> list[dict[str, torch.Tensor]]:
+    """What each process got, by case."""
+    multiprocessing.spawn(worker, (processes, free_port(), names, str(folder)), nprocs=processes)
     return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
 
 

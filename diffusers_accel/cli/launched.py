@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-from diffusers_accel.support.log import LOG
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ def launched(device: str | None) -> Iterator[Launched]:
         device: that the user asks for, or None.
 
     Raises:
-        ValueError: one device for all of them.
+        ValueError: one device for all of them, or fewer than processes.
         ImportError: there is no accelerate.
     """
     if not several():
@@ -61,12 +58,22 @@ def launched(device: str | None) -> Iterator[Launched]:
     except ImportError as error:
         raise ImportError("several processes need accelerate, found none: pip install accelerate") from error
     on_cpu = found.type == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if not on_cpu:
+        _check_devices()
     state = PartialState(cpu=on_cpu, timeout=LONGEST_WAIT)
-    level = LOG.level
-    if not state.is_main_process:
-        LOG.setLevel(logging.ERROR)  # the first process warns for all
     try:
-        yield Launched(state.is_main_process, str(state.device))
+        yield Launched(state.is_main_process, "cpu" if on_cpu else str(state.device))
     finally:
-        LOG.setLevel(level)
         state.destroy_process_group()
+
+
+def _check_devices() -> None:
+    """Refuses more processes than GPUs, which accelerate would let share one."""
+    import torch
+
+    here, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if here > there:
+        raise ValueError(
+            f"expected at most a process for each of the {there} GPUs of this machine, found {here}: start {there}, as each "
+            "holds the whole pipeline"
+        )

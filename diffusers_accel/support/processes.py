@@ -4,6 +4,7 @@ torch.distributed, as `accelerate launch` and `torchrun` start them. One process
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from diffusers_accel.files import quoted
+from diffusers_accel.support.log import LOG
 
 T = TypeVar("T")
 
@@ -111,9 +113,13 @@ def processes() -> Iterator[Processes]:
         yield ALONE
         return
     group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    here, level = Processes(dist.get_rank(), dist.get_world_size(), group), LOG.level
+    if not here.is_first:
+        LOG.setLevel(logging.ERROR)  # the first one warns for all
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), group)
+        yield here
     finally:
+        LOG.setLevel(level)
         dist.destroy_process_group(group)
 
 
