@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusers_accel.attach.parallel import attend_in_parallel
+from diffusers_accel.attach.parallel import attend_in_parallel, unfit
 from diffusers_accel.attach.site import Site
 from diffusers_accel.families.family import AttentionName, Family
 
@@ -234,6 +234,8 @@ def _attend_here(
 def _attend_in_parallel(q: Tensor, k: Tensor, v: Tensor, parallel_config: Any) -> Tensor:
     site = SITES[int(_RUNNING.handle)]
     _check_numbers(site, query=q, key=k, value=v)
+    if reason := unfit(site.model.family, site.model.module, site.model.rows(len(q), site.layer)[0].layout):
+        raise ValueError(f"{site.transformer}: {reason}")
     return attend_in_parallel(q, k, v, parallel_config, site.costs_of_heads(len(q)), site.attend)
 
 
