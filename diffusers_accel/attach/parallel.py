@@ -74,7 +74,6 @@ def deal(costs: tuple[float, ...], processes: int) -> tuple[int, ...]:
     return tuple(head for hand in hands for head in sorted(hand))
 
 
-@torch.compiler.disable(reason="exchanges heads for tokens between processes")
 def attend_in_parallel(
     q: Tensor, k: Tensor, v: Tensor, parallel_config: Any, costs: Sequence[float], attend: Attend
 ) -> Tensor:

@@ -227,12 +227,13 @@ def _attend_here(
             f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}; call diffusers_accel.unpatch(pipe) for such calls"
         )
     if parallel_config is not None:
-        return _attend_in_parallel(query, key, value, parallel_config)
+        return _attend_in_parallel(query, key, value, parallel_config, _RUNNING.handle)
     return attend(query, key, value, _RUNNING.handle)
 
 
-def _attend_in_parallel(q: Tensor, k: Tensor, v: Tensor, parallel_config: Any) -> Tensor:
-    site = SITES[int(_RUNNING.handle)]
+@torch.compiler.disable(reason="exchanges heads for tokens between processes")
+def _attend_in_parallel(q: Tensor, k: Tensor, v: Tensor, parallel_config: Any, handle: Tensor) -> Tensor:
+    site = SITES[int(handle)]
     _check_numbers(site, query=q, key=k, value=v)
     if reason := unfit(site.model.family, site.model.module, site.model.rows(len(q), site.layer)[0].layout):
         raise ValueError(f"{site.transformer}: {reason}")
