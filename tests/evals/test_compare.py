@@ -355,7 +355,13 @@ def test_more_noise_behind_the_first_is_noticed(pipe: Any) -> None:
 def test_runs_of_several_chunks_have_one_noise() -> None:
     """Also one that draws for its later chunks from torch's own generator, which is left as it was."""
     pipe, noise = tiny_forcing(), SharedNoise(0)
-    long_video = {"num_frames": 9, "base_num_frames": 5, "overlap_history": 3, "addnoise_condition": 500, "prompt": None}
+    long_video = {
+        "num_frames": 9,
+        "base_num_frames": 5,
+        "overlap_history": 3,
+        "addnoise_condition": 500,
+        "prompt": None,
+    }
     call = {**CALL, "num_inference_steps": 1, **long_video}
     before = torch.get_rng_state()
     one, other = (generate(pipe, PROMPT, noise, call) for _ in range(2))
