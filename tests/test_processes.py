@@ -18,11 +18,14 @@ from diffusers_accel.evals import compare as comparing
 from diffusers_accel.evals.compare import compare
 from diffusers_accel.evals.measurement import read_rows, write_rows
 from diffusers_accel.evals.report import Report
+from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import Draft, Kept, Method, Patches
 from diffusers_accel.plan import Plan
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.probe import RunProbe
+from diffusers_accel.search.recorders import ColumnMass
 from diffusers_accel.search.scores import Scores
+from diffusers_accel.shape import ModelShape
 from diffusers_accel.support.processes import OtherProcessFailed
 from diffusers_accel.support.terminal import run_command
 from tests.search.test_search import METHODS, a_call, a_prompt, search
@@ -223,3 +226,28 @@ def test_prompts_run_together_unless_others_need_the_first(first: bool, rounds: 
     assert made._rounds(0) == rounds
     assert made._rounds(2) == [range(2, 5)]
     assert made._rounds(5) == []
+
+
+def test_columns_of_a_run_know_the_first_run_and_no_other() -> None:
+    """Whatever others have been added to the scores meanwhile."""
+    layout, shape = TokenLayout(2, 2, 2), ModelShape(1, 1, 4)
+    sampled: Any = SimpleNamespace(logits=torch.linspace(0, 2, 16).view(1, 2, 8))
+    call: Any = SimpleNamespace(place=("transformer", 0), layout=layout)
+    kinds = ColumnMass.arrays((), shape, layout, 0)
+
+    def empty() -> dict[str, Any]:
+        return {f"{name}/transformer": np.zeros(size, kind) for name, (size, kind) in kinds.items()}
+
+    def seen(before: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+        recorder = ColumnMass((), empty(), before, {"transformer": shape})
+        recorder.add_rows(call, slice(0, 1), sampled)
+        return next(iter(recorder.found().values())), recorder.sums
+
+    alone, first = seen(empty())
+    first["first_mass/transformer"][..., 0] += 1
+    later, sums = seen(first)
+    others = {name: array + (not name.startswith("first")) for name, array in first.items()}
+    assert torch.equal(seen(others)[0], later)
+    assert not torch.equal(later, alone), "it does know the first"
+    assert first["first_mass_samples/transformer"].tolist() == [1]
+    assert not sums["first_mass/transformer"].any() and sums["mass/transformer"].any()
