@@ -16,7 +16,7 @@ from torch import nn
 from diffusers_accel.arguments import checked_parameters, wrong_plan
 from diffusers_accel.attach.clock import Clock, tells_steps
 from diffusers_accel.attach.host_caches import caches_on
-from diffusers_accel.attach.parallel import refusal
+from diffusers_accel.attach.parallel import refusal, unfit
 from diffusers_accel.attach.processor import attend_densely, redirect, restore, site_of
 from diffusers_accel.attach.site import AttachedModel, Engine, Site, Timer, set_processor
 from diffusers_accel.families import FAMILIES, find
@@ -459,5 +459,6 @@ def _check_free(found: dict[str, Any]) -> None:
         for _, attention in family.self_attention(module):
             if reason := refusal(getattr(attention.processor, "_parallel_config", None)):
                 raise ValueError(f"{name}: {reason}")
-        if reason := refusal(getattr(module, "_parallel_config", None)):
+        parallel = getattr(module, "_parallel_config", None)
+        if reason := refusal(parallel) or (unfit(family, module) if parallel is not None else None):
             raise ValueError(f"{name}: {reason}")

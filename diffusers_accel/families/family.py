@@ -42,6 +42,10 @@ def to_out_of(transformer: Any, name: str) -> Callable[[Tensor], Tensor]:
     return linear
 
 
+def _nothing_against(config: Any) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Family:
     """How to find the self-attention of a transformer class and how its tokens lie.
@@ -77,6 +81,8 @@ class Family:
         history: whether a video is made chunk by chunk, each with earlier ones as segments of kind "history".
         no_search: why a search cannot measure it yet: that tokens lie otherwise from layer to layer, branch to branch or chunk to
             chunk.
+        no_parallel: transformer's config -> why diffusers' own forward goes wrong where processes share a sequence (Ulysses), or
+            None.
         latents: names of the arguments of the transformer's forward that are denoised, in the order of its outputs, of which
             there may be several (video and audio). Each is a tensor or a list of tensors.
         timestep: name of that argument.
@@ -104,6 +110,7 @@ class Family:
     hands_back: bool = False
     history: bool = False
     no_search: str | None = None
+    no_parallel: Callable[[Any], str | None] = _nothing_against
     latents: tuple[str, ...] = ("hidden_states",)
     timestep: str = "timestep"
     noisiest: Callable[[Tensor], Tensor] = torch.amax

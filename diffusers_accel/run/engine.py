@@ -230,7 +230,7 @@ class PlanEngine:
         if not mix.remembers:
             return mix
         budget = self._caches.budget
-        if budget.admits(self._layer, call.stream, q):
+        if budget.admits(self._layer, call.stream, q, len(self._heads)):
             return mix
         self.tally.notes[f"its cache does not fit into {budget.share:.0%} of the free memory: dense"] += 1
         return self._partitions.mix(DENSE if method.rest.remembers else method for method in mix.methods)
