@@ -16,10 +16,10 @@ from torch import nn
 from diffusers_accel.arguments import checked_parameters, wrong_plan
 from diffusers_accel.attach.clock import Clock, tells_steps
 from diffusers_accel.attach.host_caches import caches_on
-from diffusers_accel.attach.parallel import refusal
+from diffusers_accel.attach.parallel import refusal, unfit
 from diffusers_accel.attach.processor import attend_densely, redirect, restore, site_of
 from diffusers_accel.attach.site import AttachedModel, Engine, Site, Timer, set_processor
-from diffusers_accel.families import find
+from diffusers_accel.families import FAMILIES, find
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.forwards.report import ForwardsReport
 from diffusers_accel.forwards.scope import Scope
@@ -28,8 +28,10 @@ from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import AUTO, NAMED, Method, Recipe
 from diffusers_accel.plan import Plan
 from diffusers_accel.plan.size import check_size, planned_size
+from diffusers_accel.preset import PRESET, preset_by_size, preset_recipe
 from diffusers_accel.report import PatchReport, strangers
-from diffusers_accel.run.engine import FEW_TOKENS, PlanEngine
+from diffusers_accel.run.by_size import BySize
+from diffusers_accel.run.engine import PlanEngine
 from diffusers_accel.run.memory import CACHE_MEMORY_FRACTION, CacheManager
 from diffusers_accel.run.partition import Partitions
 from diffusers_accel.run.remarks import Remarks
@@ -38,8 +40,6 @@ from diffusers_accel.starter import PLANNERS
 from diffusers_accel.subject import Patchable, split
 from diffusers_accel.support.former import warn_former
 from diffusers_accel.support.log import LOG
-
-PRESET = "pattern"
 
 
 class Attachment:
@@ -108,13 +108,20 @@ class Patch(Attachment):
         engines: list[PlanEngine],
         remarks: Remarks,
         forwards: Scope | None = None,
+        by_size: BySize | None = None,
     ) -> None:
         super().__init__(attachment._models, attachment.sites, attachment._clock)
         self._undo = attachment._undo
-        self.plan = plan
+        self._plan = plan
+        self._by_size = by_size
         self._engines = engines
         self._remarks = remarks
         self._forwards = forwards
+
+    @property
+    def plan(self) -> Plan:
+        """What is computed; where it depends on the size of a call, as in the last one."""
+        return self._by_size.plan if self._by_size else self._plan
 
     @property
     def forwards(self) -> Forwards | None:
@@ -150,6 +157,7 @@ class Patch(Attachment):
         )
         size = planned_size(self.plan)
         made_for = f"; plan made for {size}" if size else ""
+        made_for += "; the size of a call decides its density" if self._by_size else ""
         forwards = f"; forwards: {self.forwards.label}" if self.forwards else ""
         return f"<Patch {self.plan.family}{state}: {layers}; heads over the schedule: {mix}{made_for}{forwards}>"
 
@@ -174,7 +182,9 @@ def patch(
             "starter" (a plan for checkpoints whose heads are known), a Method for all heads, or a Recipe; or a step cache, by
             name ("easycache", "schedule") or as Forwards, which leaves attention as it is, as does a plan that holds only a
             step cache. A list of one of each composes them: ["easycache", ("draft", {"density": 0.3})].
-            None takes "pattern" with its conservative defaults, and stays dense where sparse attention cannot win.
+            None takes "draft" at a density that falls with the number of tokens, with the dense steps and layers of the family,
+            and stays dense where sparse attention cannot win; a line in the log and in the report says which. Parameters of
+            "draft" that are given hold.
         cache_memory_fraction: share of the memory that is free at the first call which methods with a cache may fill, in [0, 1].
             Layers whose cache does not fit stay dense, and the report says so.
         **parameters: of the named method, such as density=0.3 or precision="int8".
@@ -194,7 +204,7 @@ def patch(
     found = find(pipe)
     shapes = {name: family.shape(module) for name, (module, family) in found.items()}
     family = next(iter(found.values()))[1].name
-    chosen, min_tokens = _choose(pipe, scopes.heads, scopes.parameters, found)
+    chosen = _choose(pipe, scopes.heads, scopes.parameters, found)
     if isinstance(chosen, Recipe):
         _check_leaves_something(chosen, shapes)
     chosen = _with_precision(chosen, pipe, found)
@@ -203,13 +213,17 @@ def patch(
     if scopes.forwards != resolved.forwards:
         resolved = replace(resolved, forwards=scopes.forwards)
     if scopes.heads is not None:
+        _check_history(resolved, found)
         _check_kernels(pipe, resolved, found)
+    by_size = None
+    if scopes.heads is None and isinstance(chosen, Recipe) and not resolved.dense:
+        by_size = preset_by_size(chosen, resolved, found, scopes.parameters)
     partitions = Partitions(resolved.tensors)
     engines: list[PlanEngine] = []
     remarks = Remarks()
 
     def make_engine(site: Site) -> PlanEngine:
-        engines.append(PlanEngine(site, resolved, partitions, min_tokens, caches, remarks))
+        engines.append(PlanEngine(site, resolved, partitions, caches, remarks, by_size))
         return engines[-1]
 
     attachment = attach(pipe, make_engine if scopes.attends else None)
@@ -217,7 +231,7 @@ def patch(
     for model in attachment._models:
         model.expects = partial(check_size, resolved, model.name)
     predicting = _predict(attachment, scopes.forwards, caches, remarks) if scopes.forwards else None
-    done = Patch(attachment, resolved, engines, remarks, predicting)
+    done = Patch(attachment, resolved, engines, remarks, predicting, by_size)
     LOG.info("%r", done)
     return done
 
@@ -349,24 +363,22 @@ def _attach_site(
     attachment.sites.append(site)
 
 
-def _choose(
-    pipe: Any, plan: Any, parameters: dict[str, Any], found: dict[str, Any]
-) -> tuple[Plan | Recipe | Method, int]:
-    """What to run, and from how many tokens on."""
+def _choose(pipe: Any, plan: Any, parameters: dict[str, Any], found: dict[str, Any]) -> Plan | Recipe | Method:
+    """What to run, or of what `patch(pipe)` makes that for each size."""
     if plan is None:
         parameters = checked_parameters(PRESET, parameters)
         reason = next((reason for _, reason in _refusals(pipe, NAMED[PRESET]().heads, found)), None)
         if reason is None:
-            return NAMED[PRESET](**parameters), FEW_TOKENS
+            return preset_recipe(found, parameters)
         LOG.warning("staying dense: no sparse kernel can run here (%s)", reason)
-        return NAMED["dense"](), 0
+        return NAMED["dense"]()
     if isinstance(plan, str) and plan in NAMED:
-        return NAMED[plan](**checked_parameters(plan, parameters)), 0
+        return NAMED[plan](**checked_parameters(plan, parameters))
     if isinstance(plan, str) and plan in PLANNERS:
-        return PLANNERS[plan](**checked_parameters(plan, parameters)).plan(found), 0
+        return PLANNERS[plan](**checked_parameters(plan, parameters)).plan(found)
     if not isinstance(plan, (Plan, Recipe, Method)):
         raise wrong_plan(plan)
-    return plan, 0
+    return plan
 
 
 def _check_leaves_something(recipe: Recipe, shapes: dict[str, ModelShape]) -> None:
@@ -398,8 +410,23 @@ def _with_precision(chosen: Plan | Recipe | Method, pipe: Any, found: dict[str, 
     return replace(chosen, heads=heads)
 
 
+def _check_history(plan: Plan, found: dict[str, Any]) -> None:
+    """Refuses methods for chunks and their history where a model makes all of a video at once."""
+    other = next((family.name for _, family in found.values() if not family.history), None)
+    needy = next((method for method in plan.methods.values() if method.select.needs_history), None)
+    if needy is not None and other is not None:
+        known = ", ".join(family.name for family in FAMILIES.values() if family.history)
+        raise ValueError(
+            f'"{needy.label}" is for models that make a video chunk by chunk, each with a history ({known}), found {other}, '
+            'whose frames are made together: take "cached", which keeps what a selection leaves out'
+        )
+
+
 def _device(pipe: Any, module: nn.Module) -> torch.device:
-    return torch.device(getattr(pipe, "_execution_device", None) or next(module.parameters()).device)
+    """Where it runs. The weights of a transformer that accelerate offloads lie elsewhere until then."""
+    offloaded = (getattr(getattr(part, "_hf_hook", None), "execution_device", None) for part in module.modules())
+    places = itertools.chain([getattr(pipe, "_execution_device", None)], offloaded, [next(module.parameters()).device])
+    return torch.device(next(place for place in places if place is not None))
 
 
 def _check_kernels(pipe: Any, plan: Plan, found: dict[str, Any]) -> None:
@@ -432,5 +459,6 @@ def _check_free(found: dict[str, Any]) -> None:
         for _, attention in family.self_attention(module):
             if reason := refusal(getattr(attention.processor, "_parallel_config", None)):
                 raise ValueError(f"{name}: {reason}")
-        if reason := refusal(getattr(module, "_parallel_config", None)):
+        parallel = getattr(module, "_parallel_config", None)
+        if reason := refusal(parallel) or (unfit(family, module) if parallel is not None else None):
             raise ValueError(f"{name}: {reason}")

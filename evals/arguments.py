@@ -14,6 +14,7 @@ from torch import nn
 from diffusers_accel.evals.generate import RESERVED, Prompt
 from diffusers_accel.evals.metrics import METRICS
 from diffusers_accel.evals.tally import BASELINE
+from diffusers_accel.extras import install
 from diffusers_accel.files import FileError, check_json, printable, quoted
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.support.suggest import did_you_mean
@@ -47,7 +48,7 @@ def check_installed() -> None:
     """Refuses before the first clip what would otherwise fail after the last."""
     needed = ("imageio_ffmpeg", "jinja2", "matplotlib", "psutil", "scipy", "skimage")
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise ImportError(f"a report needs {', '.join(missing)}, found none: pip install 'diffusers-accel[eval]'")
+        raise ImportError(f"a report needs {', '.join(missing)}, found none: {install('eval')}")
 
 
 def check_pipeline(pipe: Any) -> None:

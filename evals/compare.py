@@ -7,10 +7,12 @@ import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from rich.console import Console
@@ -51,6 +53,7 @@ from diffusers_accel.plan.size import check_size
 from diffusers_accel.subject import Patchable
 from diffusers_accel.support.interrupted import Interrupted
 from diffusers_accel.support.log import LOG
+from diffusers_accel.support.processes import ALONE, Processes, processes
 
 DISTRIBUTIONS = ("torch", "triton", "diffusers", "diffusers-accel", "numpy")  # beside those of the metrics
 # What a subject may be; a pair gives the parameters of `patch`: of a named method, and cache_memory_fraction.
@@ -76,6 +79,10 @@ def compare(
     Every prompt is run with every seed; each such clip is generated dense, then with each subject, then dense again. The
     pipeline is left as it was found, whatever happens.
 
+    Where torch.distributed is initialised, as under `accelerate launch`, all its processes make the same call, each with the
+    whole pipeline on a device of its own. Clips are dealt over them, all runs of a clip in one process, and all get the same
+    report; the first one alone keeps clips and shows progress, and should alone save. One that fails ends the comparison in all.
+
     Args:
         pipe: a loaded, unpatched pipeline of a supported family.
         subjects: name -> what `patch` takes: a Plan, a method's name, a path to a plan file, a Method, Recipe or step cache, a
@@ -97,6 +104,7 @@ def compare(
         ValueError, TypeError: an argument is not as expected, or the pipeline is patched already; before any clip is made.
         OSError: `keep` cannot be written.
         Interrupted: a KeyboardInterrupt that says what is kept.
+        OtherProcessFailed: a RuntimeError, in the processes beside the one that failed.
     """
     arguments.check_pipeline(pipe)
     arguments.check_call(pipe, call)
@@ -108,32 +116,35 @@ def compare(
     )
     plans = {name: _resolved(pipe, subject) for name, subject in subjects.items()}
     options = {name: _options(subject) for name, subject in subjects.items()}
-    kept = None
-    if keep is not None:
-        settings: dict[str, Any] = {"rounds": rounds, "metrics": list(metrics), "show": show, "fps": fps}
-        identity = identify(pipe, plans, options, call=call, prompts=prompts, seeds=seeds, **settings)
-        kept = KeptClips(Path(keep), identity)
     clips = [(prompt, seed, text) for prompt, text in zip(prompts, texts, strict=True) for seed in seeds]
     with ExitStack() as opened:
-        if kept:
-            opened.enter_context(kept.opened())
-        done = _finished(kept, clips) if kept else {}
-        scores = {name: METRICS[name].loaded() for name in metrics}
+        here = opened.enter_context(processes())
+        kept = None
+        if keep is not None or here.count > 1:
+            settings: dict[str, Any] = {"rounds": rounds, "metrics": list(metrics), "show": show, "fps": fps}
+            settings["processes"] = here.count
+            identity = identify(pipe, plans, options, call=call, prompts=prompts, seeds=seeds, **settings)
+            here.agree("comparison", msgspec.to_builtins(identity))
+            kept = KeptClips(Path(keep), identity) if keep is not None else None
+        done = here.first(partial(_opened, opened, kept, clips)) if kept else {}
+        scores = _loaded(metrics, here)
         films = None
         if not all(METRICS[name].scores_clips for name in metrics):
-            films = kept.films if kept else SetFilms(Path(opened.enter_context(TemporaryDirectory())), fps)
-        session = _Session(pipe, plans, options, dict(call), scores, fps, films)
+            films = kept.films if kept else SetFilms(here.first(partial(_scratch, opened)), fps)
+        session = _Session(pipe, plans, options, dict(call), scores, fps, films, here)
+        left = [number for number in range(len(clips)) if number not in done]
         try:
-            with closing(session.clips(clips, rounds, show, progress, done)) as finished:
-                for number, record in finished:
-                    if kept:
-                        kept.save(number, record)
-                    done[number] = record
+            own = left[here.rank :: here.count]
+            with closing(session.clips(clips, own, rounds, show, progress and here.is_first)) as finished:
+                for _ in range(0, len(left), here.count):
+                    found = [each for each in here.each(partial(next, finished, None)) if each is not None]
+                    here.first(partial(_keep, kept, found))
+                    done |= dict(found)
             records = [done[number] for number in range(len(clips))]
-            sets = session.set_scores(records)
+            sets = here.first(partial(session.set_scores, records))
         except KeyboardInterrupt as stop:
             raise Interrupted(_left(len(done), len(clips), kept)) from stop
-    return session.report(records, sets, texts, seeds, rounds, kept)
+    return session.report(records, sets, texts, seeds, rounds, kept if here.is_first else None)
 
 
 class _Session:
@@ -148,10 +159,11 @@ class _Session:
         scores: dict[str, Any],
         fps: int,
         films: SetFilms | None,
+        here: Processes = ALONE,
     ) -> None:
         """`scores`: by metric, its score function or why there is none. `films`: for metrics of sets, where there are any."""
         self.pipe, self.plans, self.options = pipe, plans, options
-        self.call, self.scores, self.fps, self.films = call, scores, fps, films
+        self.call, self.scores, self.fps, self.films, self.here = call, scores, fps, films, here
         self.bar: Callable[[str | None], None]
         stock = inspect.signature(type(pipe).__call__).parameters
         self.steps = int(call.get("num_inference_steps", stock["num_inference_steps"].default))
@@ -165,20 +177,19 @@ class _Session:
     def clips(
         self,
         clips: Sequence[tuple[Prompt, int, str]],
+        own: Sequence[int],
         rounds: int,
         show: int,
         progress: bool,
-        done: Mapping[int, ClipRecord],
     ) -> Generator[tuple[int, ClipRecord]]:
-        """Each clip that is not `done`, with its number, as soon as it is finished."""
-        left = [number for number in range(len(clips)) if number not in done]
-        if not left:
+        """The clips of this process, with their numbers, each as soon as it is finished."""
+        if not own:
             return
-        steps = self.steps * (len(left) * (1 + rounds * (1 + len(self.plans))) + (0 in left))
+        steps = self.steps * (len(own) * (1 + rounds * (1 + len(self.plans))) + (0 in own))
         quiet = {**getattr(self.pipe, "_progress_bar_config", {}), "disable": True}
         with attribute(self.pipe, "_progress_bar_config", quiet), _bar(progress, steps) as self.bar:
-            self.warm_up(*clips[left[0]][:2])
-            for number in left:
+            self.warm_up(*clips[own[0]][:2])
+            for number in own:
                 yield number, self.clip(number, *clips[number], rounds, media=number < show)
 
     def warm_up(self, prompt: Prompt, seed: int) -> None:
@@ -348,7 +359,15 @@ class _Session:
             "seeds": seeds,
             "rounds": rounds,
             **({"forwards": cached} if (cached := self._step_caches()) else {}),
-            "protocol": protocol(self.scores, len(clips), rounds, memory_kind(self.pipe)),
+            **({"processes": self.here.count} if self.here.count > 1 else {}),
+            "protocol": protocol(
+                self.scores,
+                len(clips),
+                rounds,
+                memory_kind(self.pipe),
+                self.here.count,
+                shared=device_of(self.pipe).type == "cpu",
+            ),
         }
 
 
@@ -358,6 +377,37 @@ def largest_difference(a: np.ndarray, b: np.ndarray) -> float:
         return 0.0
     difference = float(np.abs(a - b).max())
     return difference if np.isfinite(difference) else 1.0
+
+
+def _loaded(metrics: Sequence[str], here: Processes) -> dict[str, Any]:
+    """By metric, its score function or why there is none. The first process loads before the others, so that weights are fetched
+    once."""
+    found: dict[str, Any] = {}
+
+    def load() -> None:
+        found.update({name: METRICS[name].loaded() for name in metrics})
+
+    here.first(load)
+    if not here.is_first:
+        load()
+    return found
+
+
+def _opened(opened: ExitStack, kept: KeptClips, clips: Sequence[tuple[Prompt, int, str]]) -> dict[int, ClipRecord]:
+    """Takes up the folder of a comparison, until it ends; the clips that are in it."""
+    opened.enter_context(kept.opened())
+    return _finished(kept, clips)
+
+
+def _scratch(opened: ExitStack) -> Path:
+    """A folder that is gone when the comparison ends."""
+    return Path(opened.enter_context(TemporaryDirectory()))
+
+
+def _keep(kept: KeptClips | None, found: Sequence[tuple[int, ClipRecord]]) -> None:
+    if kept:
+        for number, record in found:
+            kept.save(number, record)
 
 
 def _finished(kept: KeptClips, clips: Sequence[tuple[Prompt, int, str]]) -> dict[int, ClipRecord]:

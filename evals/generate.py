@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffusers_accel.support.seeded import drawn, seeded
+
 # What a report sets itself, with what the user should do instead.
 RESERVED = {
     "prompt": "give it in `prompts`",
@@ -49,15 +51,17 @@ def prompt_text(prompt: Prompt, number: int) -> str:
 
 
 class SharedNoise:
-    """Makes sure that every run of a clip starts from the same noise, bit for bit.
+    """Makes sure that every run of a clip gets the same noise, bit for bit.
 
-    The noise comes from a CPU generator of the clip's seed, fresh for each run; what the pipeline made of it in the first run
-    is kept and later runs are held against it.
+    The noise comes from a CPU generator of the clip's seed, fresh for each run; what the pipeline made of it at the start of the
+    first run is kept and later runs are held against it. So is how much was drawn by each later chunk and by the end, as the
+    same seed gives the same noise for as long as as much is drawn.
     """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self._first: list[torch.Tensor] | None = None
+        self._drawn: list[list[torch.Tensor]] | None = None
 
     @contextmanager
     def watching(self, pipe: Any) -> Iterator[torch.Generator]:
@@ -68,14 +72,13 @@ class SharedNoise:
                 f"expected a pipeline with prepare_latents, by which runs are known to start from one noise, found none in "
                 f"{type(pipe).__name__}: its clips cannot be compared"
             )
-        begun = False
+        device, states = device_of(pipe), []
 
         def observed(*args: Any, **kwargs: Any) -> Any:
-            nonlocal begun
             made = stock(*args, **kwargs)
-            if begun:  # a later chunk, which may hold what was generated before it
+            states.append(drawn(generator, device))
+            if len(states) > 1:  # a later chunk, which may hold what was generated before it
                 return made
-            begun = True
             parts = made if isinstance(made, tuple) else (made,)
             noise = [part.detach().cpu().clone() for part in parts if isinstance(part, torch.Tensor)]
             if self._first is None:
@@ -87,8 +90,22 @@ class SharedNoise:
                 )
             return made
 
-        with attribute(pipe, "prepare_latents", observed):
-            yield torch.Generator("cpu").manual_seed(self.seed)
+        with attribute(pipe, "prepare_latents", observed), seeded(self.seed, device) as generator:
+            yield generator
+            states.append(drawn(generator, device))
+        self._check_drawn(pipe, states)
+
+    def _check_drawn(self, pipe: Any, states: list[list[torch.Tensor]]) -> None:
+        if self._drawn is None:
+            self._drawn = states
+            return
+        pairs = zip(states, self._drawn, strict=False)
+        alike = [all(map(torch.equal, mine, first)) for mine, first in pairs]
+        if len(states) != len(self._drawn) or not all(alike):
+            raise RuntimeError(
+                f"seed {self.seed}: expected a run to draw as much noise as the first of this clip, found more or less in one of "
+                f"its chunks, so nothing can be compared; does {type(pipe).__name__} draw by what it has generated?"
+            )
 
 
 @contextmanager

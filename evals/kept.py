@@ -49,6 +49,7 @@ class Identity(Schema, frozen=True):
     """What makes two comparisons the same, so that one may go on with the clips of the other.
 
     prompts: texts, or hashes of what stands in their place. subjects: name -> hash of the plan and the parameters beside it.
+    processes: how many measured side by side, which times depend on.
     """
 
     pipeline: str
@@ -65,6 +66,7 @@ class Identity(Schema, frozen=True):
     metrics: list[str]
     show: int
     fps: int
+    processes: int = 1
 
 
 def identify(

@@ -154,8 +154,10 @@ def noise_rows(
         )
 
 
-def protocol(metrics: Iterable[str], clips: int, rounds: int, memory: str) -> list[str]:
-    """How the numbers were made, in sentences."""
+def protocol(
+    metrics: Iterable[str], clips: int, rounds: int, memory: str, processes: int = 1, shared: bool = False
+) -> list[str]:
+    """How the numbers were made, in sentences; by several processes on devices of their own, or on a `shared` CPU."""
     return [
         f"{clips} clips (every prompt with every seed). The baseline is the same pipeline, unpatched. For each clip the initial "
         "noise comes from a CPU generator of its seed and was checked to be the same, bit for bit, in every run.",
@@ -170,7 +172,22 @@ def protocol(metrics: Iterable[str], clips: int, rounds: int, memory: str) -> li
         "Attention time is the time inside self-attention; that of the baseline comes from one extra run of the first clip "
         "under an all-dense patch.",
         f"Peak memory: {memory}.",
+        *([_side_by_side(processes, shared)] if processes > 1 else []),
     ]
+
+
+def _side_by_side(processes: int, shared: bool) -> str:
+    """What several processes at a time mean for times and memory."""
+    ran = f"{processes} processes ran side by side, each with clips of its own; all runs of a clip are of one process"
+    if shared:
+        return (
+            f"{ran}. They shared one CPU, so that each run took longer than it would alone: quality is that of one process, "
+            "times are not."
+        )
+    return (
+        f"{ran}. Times and memory are those of one device, while the others worked too: they share the host's CPU, memory, power "
+        "and cooling, which one process would have for itself."
+    )
 
 
 def _of_metrics(metrics: Sequence[AnyMetric]) -> list[str]:

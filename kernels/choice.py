@@ -9,6 +9,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+from diffusers_accel.extras import install
 from diffusers_accel.kernels.ranking import UNRANKED
 
 
@@ -95,7 +96,7 @@ def _reason(operator: Operator, name: str, inputs: tuple[Any, ...]) -> str | Non
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "triton":
             raise
-        return "needs Triton: pip install 'diffusers-accel[triton]'"
+        return f"needs Triton: {install('triton')}"
     return module.refuses(*inputs)
 
 

@@ -37,18 +37,23 @@ def check_pipeline(pipe: Any) -> dict[str, tuple[nn.Module, Family]]:
             "must know which step runs"
         )
     found = find(pipe)
-    for name, (module, family) in found.items():
-        if family.no_search is not None:
-            raise ValueError(
-                f"a search cannot measure {family.name} yet: {family.no_search}. Patch it with a named method and its density, "
-                'such as patch(pipe, "draft", density=0.3)'
-            )
+    for name, (module, _) in found.items():
         if getattr(module, "_parallel_config", None) is not None:
             raise ValueError(
                 f"{name} runs on several devices, where each process has some of its heads: search with one, and run the plan on "
                 "several"
             )
     return found
+
+
+def check_searchable(found: Mapping[str, tuple[nn.Module, Family]]) -> None:
+    """Refuses families that a search cannot measure."""
+    for _, family in found.values():
+        if family.no_search is not None:
+            raise ValueError(
+                f"a search cannot measure {family.name} yet: {family.no_search}. Patch it with a named method and its density, "
+                'such as patch(pipe, "draft", density=0.3)'
+            )
 
 
 def check_prompts(pipe: Any, prompts: Any) -> tuple[Prompt, ...]:

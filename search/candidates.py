@@ -144,4 +144,6 @@ def check_sets(names: Sequence[str]) -> tuple[str, ...]:
 
 def _unmeasured(method: Method) -> str | None:
     """Why a probe cannot tell the error of a method, or None."""
+    if method.select.needs_history:
+        return "it is for video that is made chunk by chunk, whose chunks a search cannot measure yet"
     return method.rest.unmeasured

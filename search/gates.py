@@ -183,6 +183,7 @@ class Watch:
         self._calibrations: dict[Members, Calibration] = {}
         self._unread: dict[tuple[Members, str], BlockPattern] = {}
         self._at: tuple[str, int] | None = None  # the transformer and the span that run
+        self._step = 0  # of the last call
         self._on_share: Callable[[float], None] = lambda share: None
 
     def begin(self, on_share: Callable[[float], None] = lambda share: None) -> None:
@@ -197,9 +198,9 @@ class Watch:
             raise RuntimeError(f"expected {self.steps} steps as in the first call of the pipeline, found {steps}")
         self.steps = steps
         span = self.spans[step] = running_span(self.plan, call)
-        if self._at != (call.transformer, span):
+        if self._at != (call.transformer, span) or step < self._step:  # the next chunk has another history
             self._forget()
-            self._at = call.transformer, span
+        self._at, self._step = (call.transformer, span), step
         self.ran[call.transformer].add(step)
         if call.layer == 0:
             self._on_share(step / steps)
@@ -222,7 +223,8 @@ class Watch:
         found: dict[Method, list[int]] = {}
         for head in call.heads:
             method = self.plan.method(span, *call.place, head)
-            if method.rest.with_gate is not None:
+            everything = method.select.reads_all_in(method.order, call.layout)
+            if method.rest.with_gate is not None and not everything:
                 found.setdefault(method, []).append(head)
         return [Members(*call.place, span, method, tuple(heads)) for method, heads in found.items()]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from diffusers_accel.search.arguments import (
     check_callback,
     check_pipeline,
     check_prompts,
+    check_searchable,
     check_weights,
     dense_share,
 )
@@ -47,12 +48,13 @@ from diffusers_accel.search.predicted import span_errors
 from diffusers_accel.search.probe import RunProbe, measuring_bytes
 from diffusers_accel.search.running import Prompt, now, prompt_label, run_pipeline
 from diffusers_accel.search.schedule import ProbeSchedule, ProbeSettings, open_share
-from diffusers_accel.search.scores import Scores
+from diffusers_accel.search.scores import Array, CalibrationRun, Scores
 from diffusers_accel.search.screen import Screen, clock
 from diffusers_accel.search.sensitivity import Dense, LastLatents, impact, plan_engine, span_choice
 from diffusers_accel.search.stored_masks import USUAL_MASKS, MaskSettings
 from diffusers_accel.search.trial import CostTimer, Stopwatch, Trial
 from diffusers_accel.support.interrupted import Interrupted
+from diffusers_accel.support.processes import Processes, processes
 
 ROWS = 256
 COST_SECONDS = 10.0
@@ -81,6 +83,10 @@ def search_plan(
 
     The pipeline is used as it is (LoRA, offload, quantisation, attention backend) and left as it was, also after Ctrl-C.
     What is measured is kept in a file after each prompt, and the same search goes on from there.
+
+    Where torch.distributed is initialised, as under `accelerate launch`, all its processes make the same call, each with the
+    whole pipeline on a device of its own. Prompts and spans are dealt over them; all get the plan of one process. The first one
+    alone writes files and shows progress. One that fails ends the search in all of them.
 
     Args:
         pipe: a loaded diffusers video pipeline.
@@ -113,9 +119,11 @@ def search_plan(
             into it; before anything runs.
         OSError: a file cannot be written; before anything runs, where that shows by then.
         OutOfReach: a ValueError, no plan keeps the budget; as soon as that is clear.
+        OtherProcessFailed: a RuntimeError, in the processes beside the one that failed.
         Interrupted: a KeyboardInterrupt, which says what is kept.
     """
     found = check_pipeline(pipe)
+    check_searchable(found)
     prompts = check_prompts(pipe, prompts)
     call = check_call(pipe, call)
     check_budget(budget)
@@ -136,16 +144,22 @@ def search_plan(
     measures_spans = weights is None and budget.kind != "sparse_vdit" and len(edges) > 1
     if measures_spans:
         check_callback(pipe)
-    plan_file, scores_file = check_places(out, scores_path)
-    screen = Screen(progress)
-    search = _Search(pipe, found, prompts, call, settings, Ask(budget, dense_steps, weights), screen, measures_spans)
-    path = scores_file or cached_scores(search.identity())
-    keeper = Keeper(path, partial(search.check, str(path)), len(prompts), len(edges))
-    with only_writer(path, "another search measures into it"), _telling(keeper):
-        screen.say(f"calibration runs are kept in {path}")
-        plan = search.plan(keeper)
-        if plan_file is not None:
-            plan.save(plan_file)
+    ask = Ask(budget, dense_steps, weights)
+    with processes() as here:
+        plan_file, scores_file = here.first(partial(check_places, out, scores_path))
+        screen = Screen(progress and here.is_first)
+        search = _Search(pipe, found, prompts, call, settings, ask, screen, measures_spans, here)
+        identity = search.identity()
+        here.agree(
+            "search", {**identity, "budget": budget.to_json(), "dense_steps": dense_steps, "span_weights": weights}
+        )
+        path = scores_file or here.first(partial(cached_scores, identity))
+        keeper = Keeper(path, partial(search.check, str(path)), len(prompts), len(edges))
+        with _alone(path, here), _telling(keeper, here):
+            screen.say(f"calibration runs are kept in {path}")
+            plan = search.plan(keeper)
+            if plan_file is not None:
+                here.first(partial(_save, plan, plan_file))
     return plan
 
 
@@ -159,18 +173,39 @@ class Ask:
 
 
 @contextmanager
-def _telling(keeper: Keeper) -> Iterator[None]:
+def _alone(path: Path, here: Processes) -> Iterator[None]:
+    """No other search measures into the scores meanwhile; the first process sees to that for all."""
+    with ExitStack() as held:
+
+        def hold() -> None:
+            held.enter_context(only_writer(path, "another search measures into it"))
+
+        here.first(hold)
+        yield
+
+
+@contextmanager
+def _telling(keeper: Keeper, here: Processes) -> Iterator[None]:
     """Whatever ends a search early says what is kept."""
     try:
         yield
     except KeyboardInterrupt as error:
-        raise Interrupted(keeper.kept(), GO_ON) from error
+        raise Interrupted(_kept(keeper, here), GO_ON) from error
     except OutOfReach as error:
-        raise OutOfReach(f"{error}. Of the search, {keeper.kept()}") from error
+        raise OutOfReach(f"{error}. Of the search, {_kept(keeper, here)}") from error
+
+
+def _kept(keeper: Keeper, here: Processes) -> str:
+    return keeper.kept() if here.is_first else f"finished prompts are kept by the first process, in {keeper.path}"
+
+
+def _save(plan: Plan, path: Path) -> None:
+    plan.save(path)
 
 
 class _Search:
-    """One search on one pipeline."""
+    """One search on one pipeline, or on one in each process. What all processes know (scores, times) is the same in all, so
+    that they decide the same."""
 
     def __init__(
         self,
@@ -182,6 +217,7 @@ class _Search:
         ask: Ask,
         screen: Screen,
         measures_spans: bool,
+        here: Processes,
     ) -> None:
         self.pipe = pipe
         self.prompts = prompts
@@ -190,6 +226,7 @@ class _Search:
         self.ask = ask
         self.screen = screen
         self.measures_spans = measures_spans
+        self.here = here
         self.reference: Tensor | None = None  # final latents of the first prompt, dense
         self.labels = [prompt_label(prompt) for prompt in prompts]
         self.models = {name: family.shape(module) for name, (module, family) in found.items()}
@@ -214,8 +251,7 @@ class _Search:
     def plan(self, keeper: Keeper) -> Plan:
         """The whole search; what it measures is kept on the way."""
         scores = self.probe(keeper)
-        cost = self.cost(scores, keeper.path)
-        cost.save(cost_file(keeper.path))
+        cost = self.here.first(partial(self.cost, scores, keeper.path))
         ask = self.ask
         if self.measures_spans:
             # How spans are weighed decides nothing about what can be reached, so that is known before they are measured.
@@ -227,18 +263,18 @@ class _Search:
             f"attention {found.attention_ratio:.0%} of dense, error {found.error:.2g}"
         )
         plan = make_plan(scores, cost, found, ask.budget)
-        for warning in plan.provenance.get("warnings", ()):
+        for warning in plan.provenance.get("warnings", ()) if self.here.is_first else ():
             self.screen.warn(warning)
         return plan
 
     def probe(self, keeper: Keeper) -> Scores:
         """The scores of all prompts; runs that were kept are not repeated."""
-        scores = keeper.load()
+        scores = self.here.first(keeper.load)
         done = len(scores.runs) if scores else 0
         if scores and done >= len(self.prompts):
             self.screen.say(f"probe: all {done} prompts were finished before")
             return scores
-        trial = self._trial()
+        trial = self.here.each(self._trial)[0]  # which also warms up every process
         self._check_reach(trial.attention_share, trial.steps, "a step")
         if scores is None:
             scores = self._empty(trial.layout, trial.steps)
@@ -248,18 +284,50 @@ class _Search:
             self.screen.say(
                 "stored masks cannot be chosen: the first prompt makes them, it takes a second one to judge them"
             )
-        with self.screen.bar("probe", trial.steps * (len(self.prompts) - done)) as advance:
-            while (number := len(scores.runs)) < len(self.prompts):
-                on_step = partial(_advance, advance, trial.steps * (number - done))
-                scores = keeper.save(self._run(scores, trial, number, on_step))
+        with self.screen.bar("probe", trial.steps * len(self._rounds(done))) as advance:
+            rounds = 0
+            while len(scores.runs) < len(self.prompts):
+                on_step = partial(_advance, advance, trial.steps * rounds)
+                together, rounds = self._rounds(len(scores.runs))[0], rounds + 1
+                scores = self._save(keeper, self._plus(scores, trial, together, on_step))
                 self._check_reach(scores.attention_share, trial.steps, "a generation")
         return scores
 
+    def _rounds(self, done: int) -> list[range]:
+        """The numbers of the prompts that are run together, one in each process, when so many are done. The first is alone where
+        others need what it records."""
+        left = range(done, len(self.prompts))
+        alone = 1 if left and done == 0 and self.settings.first_run_first else 0
+        starts = range(left.start + alone, left.stop, self.here.count)
+        return [range(done, 1)] * alone + [range(each, min(each + self.here.count, left.stop)) for each in starts]
+
+    def _plus(self, scores: Scores, trial: Trial, together: range, on_step: Callable[[int], None]) -> Scores:
+        """The scores and those of some prompts, in their order."""
+
+        def own() -> tuple[CalibrationRun, dict[str, Array]] | None:
+            rank = self.here.rank
+            return self._run(scores, trial, together[rank], on_step) if rank < len(together) else None
+
+        for found in self.here.each(own)[: len(together)]:
+            assert found is not None
+            scores = scores.plus(*found)
+        return scores
+
+    def _save(self, keeper: Keeper, scores: Scores) -> Scores:
+        """Keeps `scores`; returns what is kept then, see `Keeper.save`."""
+
+        def save() -> Scores | None:
+            kept = keeper.save(scores)
+            return None if kept is scores else kept
+
+        return self.here.first(save) or scores
+
     def cost(self, scores: Scores, path: Path) -> Cost:
-        """The time of every candidate on this pipeline's device, at its shape, with its attention backend."""
+        """The time of every candidate on this pipeline's device, at its shape, with its attention backend; kept as well."""
         with self.screen.bar("cost", 100) as advance:
             timer = CostTimer(scores, str(path), COST_SECONDS, lambda share: advance(int(100 * share)))
             run_pipeline(self.pipe, timer.engine, self.prompts[0], self.call, self.settings.seed)
+        timer.cost.save(cost_file(path))
         return timer.cost
 
     def spans(self, scores: Scores, keeper: Keeper) -> Scores:
@@ -267,10 +335,15 @@ class _Search:
         first = len(scores.impacts)
         if first == len(scores.spans):
             return scores
+        if self.here.count > 1:
+            self.reference = self.here.first(self._reference)
         with self.screen.bar("spans", 100 * (len(scores.spans) - first)) as advance:
             while (span := len(scores.impacts)) < len(scores.spans):
-                value = self._impact(scores, span, partial(_advance, advance, 100 * (span - first)))
-                scores = keeper.save(replace(scores, impacts=(*scores.impacts, value)))
+                own, on_percent = span + self.here.rank, partial(_advance, advance, 100 * (span - first))
+                values = self.here.each(partial(self._impact, scores, own, on_percent))
+                impacts = (*scores.impacts, *(value for value in values if value is not None))
+                scores = self._save(keeper, replace(scores, impacts=impacts))
+                advance(100 * (len(scores.impacts) - first))
         return scores
 
     def _check_reach(self, share: float, steps: int, of: str) -> None:
@@ -283,13 +356,20 @@ class _Search:
             return True
         return False
 
-    def _impact(self, scores: Scores, span: int, on_percent: Callable[[int], None]) -> float:
+    def _reference(self) -> Tensor:
+        if self.reference is None:
+            self.reference = self._latents(lambda site: Dense(), lambda percent: None)
+        return self.reference
+
+    def _impact(self, scores: Scores, span: int, on_percent: Callable[[int], None]) -> float | None:
+        """Of one span; None where there is no such span."""
+        if span >= len(scores.spans):
+            return None
         choice = span_choice(scores, span)
         if not span_errors(scores, choice).any():
             return 1.0  # no call falls into this span
-        if self.reference is None:
-            self.reference = self._latents(lambda site: Dense(), lambda percent: None)
-        return impact(scores, choice, self._latents(plan_engine(scores, choice), on_percent), self.reference)
+        reference = self._reference()
+        return impact(scores, choice, self._latents(plan_engine(scores, choice), on_percent), reference)
 
     def _latents(self, make_engine: Callable[[Site], Engine], on_percent: Callable[[int], None]) -> Tensor:
         """Final latents of the first prompt."""
@@ -297,7 +377,10 @@ class _Search:
         run_pipeline(self.pipe, make_engine, self.prompts[0], self.call, self.settings.seed, last)
         return last.latents
 
-    def _run(self, scores: Scores, trial: Trial, number: int, on_step: Callable[[int], None]) -> Scores:
+    def _run(
+        self, scores: Scores, trial: Trial, number: int, on_step: Callable[[int], None]
+    ) -> tuple[CalibrationRun, dict[str, Array]]:
+        """One calibration run, and of its sums those that hold something: stored masks take gigabytes, in the first run only."""
         probe = RunProbe(
             self.settings,
             self.models,
@@ -314,7 +397,8 @@ class _Search:
         if last is not None:
             self.reference = last.latents
         on_step(trial.steps)
-        return scores.plus(probe.finished(prompt_label(self.prompts[number]), seconds), probe.sums)
+        sums = {name: array for name, array in probe.sums.items() if array.any()}
+        return probe.finished(prompt_label(self.prompts[number]), seconds), sums
 
     def _trial(self) -> Trial:
         def make_probe(layout: TokenLayout, steps: int) -> RunProbe:
@@ -343,19 +427,22 @@ class _Search:
     def _estimate(self, trial: Trial, done: int) -> None:
         schedule = ProbeSchedule.of(self.settings, trial.steps)
         layers = max(model.layers for model in self.models.values())
-        runs = len(self.prompts) - done
+        rounds = len(self._rounds(done))
         generation = trial.steps * trial.step_seconds
         per_run = generation + schedule.observed * trial.calls * layers * trial.measure_seconds
         # At most: the orders, which the trial has chosen too, are chosen only once.
         masks = len(schedule.segments) * layers * trial.calibrate_seconds if done == 0 else 0.0
-        spans = len(self.settings.spans) * generation if self.measures_spans else 0.0
+        spans = -(-len(self.settings.spans) // self.here.count) * generation if self.measures_spans else 0.0
         model = next(iter(self.models.values()))
         memory = measuring_bytes(trial.layout.tokens, model, self.settings)
         self.screen.say(
             f"search: {trial.layout.tokens:,} tokens, {len(self.settings.candidates)} candidates; {done} of {len(self.prompts)} "
-            f"prompts finished before; about {clock(runs * per_run + masks + spans + 1.5 * COST_SECONDS)} to go, "
-            f"and {memory / 2**20:,.0f} MiB beside the pipeline's own memory"
+            f"prompts finished before; about {clock(rounds * per_run + masks + spans + 1.5 * COST_SECONDS)} to go, "
+            f"and {memory / 2**20:,.0f} MiB beside the pipeline's own memory{self._side_by_side()}"
         )
+
+    def _side_by_side(self) -> str:
+        return f", in each of {self.here.count} processes" if self.here.count > 1 else ""
 
 
 def _advance(advance: Callable[[int], None], before: int, step: int) -> None:

@@ -67,7 +67,8 @@ class RunProbe:
         number: int,
         on_call: Callable[[AttentionCall], None] = lambda call: None,
     ) -> None:
-        """`before`: the sums of earlier runs (stripes' running mean, stored masks); `number`: of this run, from 0."""
+        """`before`: the sums of earlier runs, of which what the first one has recorded is used (stripes' columns, stored masks).
+        `number`: of this run, from 0."""
         self.settings = settings
         self.models = models
         self.layout = layout
@@ -158,7 +159,7 @@ class RunProbe:
     @contextmanager
     def _measuring(self, call: AttentionCall, device: torch.device) -> Iterator[None]:
         """Counts the time inside as ours, and checks that the tokens lie as everywhere else; texts may differ in length."""
-        if call.layout.whole != self.layout:
+        if not self._lies_alike(call.layout.whole):
             raise RuntimeError(
                 f"expected one layout per search, {self.layout}, found {call.layout} at layer {call.layer} of {call.transformer}"
             )
@@ -168,6 +169,13 @@ class RunProbe:
             yield
         _wait(device)
         self.measuring_seconds += time.perf_counter() - begin
+
+    def _lies_alike(self, layout: TokenLayout) -> bool:
+        """Whether errors at this layout add up with the others: all but the text is the same, and for stored masks that too."""
+        if layout == self.layout or self.settings.in_segments:
+            return layout == self.layout
+        mine, other = ([each for each in some.segments if each.kind != "text"] for some in (self.layout, layout))
+        return mine == other
 
     def _chunks(self, tokens: int, heads: int, dim: int) -> Iterator[slice]:
         """The heads that are measured together."""

@@ -15,6 +15,7 @@ from diffusers_accel.api import attach
 from diffusers_accel.attach.site import Engine, Site
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.support.identity import plain
+from diffusers_accel.support.seeded import seeded
 
 Prompt = str | Mapping[str, Any]
 
@@ -50,12 +51,13 @@ def run_pipeline(
     Returns:
         True when the generation ran to its end, False when an engine or `at_step_end` said `Enough`.
     """
-    arguments = {**call, **as_arguments(prompt), "generator": torch.Generator("cpu").manual_seed(seed)}
+    arguments = {**call, **as_arguments(prompt)}
     if at_step_end is not None:
         arguments["callback_on_step_end"] = at_step_end
-    with _quiet(pipe), attach(pipe, make_engine):
+    device = torch.device(pipe._execution_device)
+    with _quiet(pipe), attach(pipe, make_engine), seeded(seed, device) as generator:
         try:
-            pipe(**arguments)
+            pipe(**arguments, generator=generator)
             return True
         except BaseException as reason:
             if hasattr(pipe, "maybe_free_model_hooks"):

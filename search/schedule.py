@@ -48,6 +48,11 @@ class ProbeSettings:
         """Whether the first calibration run chooses something for each segment of the schedule."""
         return any(each.in_segments for each in recorders(self.candidates))
 
+    @property
+    def first_run_first(self) -> bool:
+        """Whether later calibration runs need what the first one has recorded."""
+        return any(each.first_run_first for each in recorders(self.candidates))
+
 
 @dataclass(frozen=True)
 class ProbeSchedule:

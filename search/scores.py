@@ -47,9 +47,10 @@ class Scores(ScoresData):
         runs: the finished calibration runs, one generation each.
         sums: arrays per transformer `t`, fp64 unless said otherwise, with S spans, L layers, H heads, C candidates:
             `samples/t` (int64), `error/t`, `error_square/t`, `mse/t`, `density/t` [S, L, H, C]; `energy/t` [S, L, H];
-            `mass/t` [L, H, frames, rows]; `mass_samples/t` (int64) [L]. With stored candidates of O orders also the
-            calibration of the first run: `order_sparse/t`, `order_quant/t` [L, H, O] and `levels/t` (uint8)
-            [segments, L, H, blocks, blocks], see `search.stored_masks`.
+            `mass/t` [L, H, frames, rows]; `mass_samples/t` (int64) [L]; the same of the first run, `first_mass/t` and
+            `first_mass_samples/t`. With stored candidates of O orders also the calibration of the first run:
+            `order_sparse/t`, `order_quant/t` [L, H, O] and `levels/t` (uint8) [segments, L, H, blocks, blocks], see
+            `search.stored_masks`.
         impacts: per span, as far as measured, the relative squared error of the final latents per unit of summed error
             (`search.sensitivity`); 1 for a span without a call.
 
@@ -70,8 +71,8 @@ class Scores(ScoresData):
         return {name: np.zeros(shape, kind) for name, (shape, kind) in arrays.items()}
 
     def plus(self, done: CalibrationRun, sums: Mapping[str, Array]) -> Scores:
-        """These scores and one more calibration run."""
-        total = {name: old + sums[name] for name, old in self.sums.items()}
+        """These scores and one more calibration run; of its `sums`, those that hold nothing may be left out."""
+        total = {name: old + sums[name] if name in sums else old for name, old in self.sums.items()}
         return replace(self, runs=(*self.runs, done), sums=total)
 
     def samples(self, transformer: str) -> Array:

@@ -24,7 +24,7 @@ from diffusers_accel.layout import Segment, TokenLayout
 from diffusers_accel.methods import Method
 from diffusers_accel.shape import ModelShape
 
-KIND = Kind("diffusers_accel.scores", 4, "delete the file, or name another one, and probe again")
+KIND = Kind("diffusers_accel.scores", 5, "delete the file, or name another one, and probe again")
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -60,7 +60,7 @@ def plan_engine(scores: Scores, choice: Mapping[str, Array]) -> Callable[[Site],
     plan = Plan(scores.family, dict(scores.models), methods, joined_spans(spans), tensors=plan_tensors(scores, choice))
     partitions = Partitions(plan.tensors)  # shared by the layers, as in a patch
     caches = CacheManager()
-    return lambda site: PlanEngine(site, plan, partitions, 0, caches)
+    return lambda site: PlanEngine(site, plan, partitions, caches)
 
 
 class LastLatents:

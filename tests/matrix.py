@@ -20,7 +20,7 @@ import torch
 
 from diffusers_accel.families import FAMILIES, find
 from diffusers_accel.forwards.named import NAMED_FORWARDS
-from diffusers_accel.methods import NAMED
+from diffusers_accel.methods.named import FOR_EVERY_MODEL
 from tests.families import TINY
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "matrix.md"
@@ -29,7 +29,12 @@ COLUMNS = {
     "test_each_layer_knows_step_branch_and_tokens": "steps, branches, tokens",
     "test_sparse_attention_changes_rows_of_the_video_only": "other rows exact",
     "test_dense_gives_the_frames_of_the_stock_pipeline_and_unpatch_restores_it": "dense is stock",
-    **{f"test_each_method_is_dense_at_density_1_and_another_below-{name}": name for name in NAMED if name != "dense"},
+    **{
+        f"test_each_method_is_dense_at_density_1_and_another_below-{name}": name
+        for name in FOR_EVERY_MODEL
+        if name != "dense"
+    },
+    "test_the_history_is_kept_within_a_chunk_as_the_paper_says": "history",
     **{f"test_each_step_cache_skips_forwards-{name}": name for name in NAMED_FORWARDS},
     "test_calls_of_other_kinds_follow_each_other": "other sizes, steps, batches",
     "test_compiling_keeps_the_graphs_of_the_stock_model-fullgraph": "one graph",

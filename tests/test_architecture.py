@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A room may import from itself and from those before it. As in the table of docs/architecture.md.
 ROOMS = (
     ("files",),
-    ("shape", "layout", "call"),
+    ("extras", "shape", "layout", "call"),
     ("families",),
     ("kernels",),
     ("support",),
@@ -30,7 +30,7 @@ ROOMS = (
     ("starter",),
     ("run",),
     ("report",),
-    ("stage_names", "arguments", "subject", "api"),
+    ("stage_names", "arguments", "subject", "preset", "api"),
     ("search",),
     ("evals",),
     ("step_timing", "doctor"),

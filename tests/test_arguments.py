@@ -49,7 +49,7 @@ class Budget:
         ("radal", {}, ValueError, r"neither a method nor a plan file that exists: did you mean 'radial'\?"),
         ("zzz", {}, ValueError, r"neither a method nor a plan file that exists: The methods are dense, pattern"),
         ("draft", {"densty": 0.3}, TypeError, r"no parameter 'densty'; did you mean 'density'\? it has density, top_p"),
-        (None, {"densty": 0.3}, TypeError, r"'pattern' has no parameter 'densty'"),
+        (None, {"densty": 0.3}, TypeError, r"'draft' has no parameter 'densty'"),
         ("draft", {"density": "0.3"}, TypeError, r"density of 'draft': expected float \| None.* found '0\.3', a str"),
         ("pattern", {"density": True}, TypeError, r"expected float, as in density=0\.5, found True, a bool"),
         ("draft", {"patch": 16}, TypeError, r"patch of 'draft': expected tuple\[int, int\], as in patch=\(8, 16\), found 16"),

@@ -67,7 +67,7 @@ print("imported:", sorted({"torch", "diffusers", "numpy", "transformers"} & set(
 
 
 # Files of cli/ that are no command.
-SHARED = {"__init__", "arguments", "invoke", "loading", "options", "output", "plans", "toy"}
+SHARED = {"__init__", "arguments", "invoke", "launched", "loading", "options", "output", "plans", "toy"}
 
 
 def commands(group: Any, *names: str) -> dict[str, Any]:

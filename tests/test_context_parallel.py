@@ -14,11 +14,18 @@ from diffusers import ContextParallelConfig
 from torch import multiprocessing
 
 from diffusers_accel import Plan, patch
-from diffusers_accel.attach.parallel import all_agree_to_compute, deal
+from diffusers_accel.attach.parallel import all_agree_to_compute, deal, unfit
 from diffusers_accel.families import find
+from diffusers_accel.families.helios import HELIOS
+from diffusers_accel.families.hunyuan_video import HUNYUAN_VIDEO
+from diffusers_accel.families.wan import WAN
+from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import DENSE, Band, Draft, Kept, Method, Patches
 from diffusers_accel.plan import Span
-from tests.tiny import HEADS, LAYERS, tiny_wan, tiny_wan_call
+from tests.families import helios as helios_family
+from tests.families.ltx import LTX
+from tests.families.minimax_h3 import MINIMAX_H3
+from tests.tiny import HEADS, LAYERS, tiny_hunyuan_transformer, tiny_wan, tiny_wan_call
 
 
 def mixed_plan(pipe: Any) -> Plan:
@@ -55,6 +62,32 @@ def clip_of(pipe: Any) -> torch.Tensor:
     return torch.as_tensor(pipe(**tiny_wan_call(output_type="latent")).frames)
 
 
+WITH_TEXT: list[Any] = [("easycache", {"threshold": 0.3, "warm_up": 1}), ("cached", {"density": 0.3})]  # of MiniMax-H3
+
+
+def clip_with_text(pipe: Any) -> torch.Tensor:
+    """Of a model whose text and audio stand in the sequence, before the video."""
+    return torch.as_tensor(MINIMAX_H3.run(pipe, MINIMAX_H3.call(num_inference_steps=3)))
+
+
+def of_other_families(config: ContextParallelConfig) -> dict[str, Any]:
+    """The clip of one with text in its sequence, and what is said to one that cannot."""
+    pipe, ltx = MINIMAX_H3.pipe(), LTX.pipe()
+    pipe.transformer.enable_parallelism(config=config)
+    patch(pipe, WITH_TEXT)
+    found: dict[str, Any] = {"with text": clip_with_text(pipe)}
+    patched = patch(ltx, "draft", density=0.3)
+    ltx.transformer.enable_parallelism(config=config)
+    for said, ask in {"run": lambda: ltx(**LTX.call()), "patched": lambda: patch(ltx, "draft", density=0.3)}.items():
+        with pytest.raises(ValueError, match="does not run under Ulysses") as error:
+            ask()
+        found[said] = str(error.value)
+        patched.unpatch()
+    with pytest.raises(RuntimeError, match="must match the size"):  # of diffusers: the refusal may go when this does
+        ltx(**LTX.call())
+    return found
+
+
 def worker(rank: int, processes: int, port: int, names: Sequence[str], folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -73,24 +106,32 @@ def worker(rank: int, processes: int, port: int, names: Sequence[str], folder: s
                 done.unpatch()
             found[f"{name}, unpatched"] = clip_of(pipe)
         sides = [all_agree_to_compute(rank == one, pipe.transformer, torch.device("cpu")) for one in (0, processes)]
+        if processes == 2:
+            found |= of_other_families(ContextParallelConfig(ulysses_degree=processes, mesh=mesh))
         found["one process wants to compute, none does"] = torch.tensor(sides)
         torch.save(found, Path(folder) / f"{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 
 
-def run_in(processes: int, names: Sequence[str], folder: Path) -> list[dict[str, torch.Tensor]]:
-    """What each process got, by case."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(worker, (processes, port, names, str(folder)), nprocs=processes)
+        port: int = free.getsockname()[1]
+    return port
+
+
+def run_in(processes: int, names: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+    """What each process got, by case."""
+    multiprocessing.spawn(worker, (processes, free_port(), names, str(folder)), nprocs=processes)
     return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
 
 
 @pytest.mark.parametrize(("processes", "names"), [(2, tuple(CASES)), (4, ("mixed plan",))])
 def test_the_clip_is_that_of_one_process(processes: int, names: Sequence[str], tmp_path: Path) -> None:
     found = run_in(processes, names, tmp_path)
+    if processes == 2:
+        check_other_families(found)
     stock = clip_of(tiny_wan())
     assert [clips["one process wants to compute, none does"].tolist() for clips in found] == [[True, False]] * processes
     for name in names:
@@ -102,6 +143,40 @@ def test_the_clip_is_that_of_one_process(processes: int, names: Sequence[str], t
                 assert (clips[f"{name}, {first} first"] - expected).abs().max() <= 1e-5, (name, first)
             assert (clips[f"{name}, unpatched"] - stock).abs().max() <= 1e-5, name
         assert name == "dense" or (expected - stock).abs().max() > 1e-3
+
+
+def check_other_families(found: list[dict[str, Any]]) -> None:
+    pipe = MINIMAX_H3.pipe()
+    stock = clip_with_text(pipe)
+    with patch(pipe, WITH_TEXT):
+        expected = clip_with_text(pipe)
+    assert (expected - stock).abs().max() > 1e-3
+    for clips in found:
+        assert (clips["with text"] - expected).abs().max() <= 1e-5
+        why = (
+            "transformer: LTXVideoTransformer3DModel does not run under Ulysses, also without a patch: diffusers masks"
+        )
+        assert clips["run"].startswith(why) and clips["patched"].startswith(why)
+
+
+def test_text_that_comes_in_pieces_is_refused() -> None:
+    """A plan of the user's own for a model to which diffusers gives none."""
+    model, layout = tiny_hunyuan_transformer(), TokenLayout(3, 4, 4, text_tokens=8, text_at="end")
+    reason = unfit(HUNYUAN_VIDEO, model, layout)
+    assert reason is not None and reason.startswith(
+        "diffusers has no context-parallel plan for HunyuanVideoTransformer3DModel, and under one of your own (cp_plan) text"
+    )
+    assert unfit(HUNYUAN_VIDEO, model, TokenLayout(3, 4, 4)) is None, "without text nothing can be out of order"
+    wan = tiny_wan().transformer
+    assert unfit(WAN, wan, TokenLayout(3, 4, 4)) is None
+
+
+def test_a_history_that_diffusers_amplifies_is_refused() -> None:
+    helios = helios_family.tiny_helios().transformer
+    reason = unfit(HELIOS, helios)
+    assert reason is not None and "with is_amplify_history diffusers looks for" in reason
+    helios.register_to_config(is_amplify_history=False)
+    assert unfit(HELIOS, helios) is None
 
 
 def test_heads_are_dealt_so_that_all_have_as_much_to_do() -> None:

@@ -336,7 +336,7 @@ def test_a_plan_is_at_work_on_fewer_queries(layout: TokenLayout, key_heads: int)
         "wan", {"transformer": ModelShape(1, HEADS, HEAD_DIM)}, methods, (Span(0.0, 1.0, {"transformer": ("abda",)}),)
     )
     site = site_of(layout)
-    site.engine = PlanEngine(site, plan, Partitions({}), 0, CacheManager())
+    site.engine = PlanEngine(site, plan, Partitions({}), CacheManager())
     out = site.attend(*whole(layout, key_heads))
     qkv = inputs(layout, key_heads)
     close(out[:, :, 1:3], sdpa(*qkv)[:, :, 1:3])  # a refresh, and dense

@@ -179,8 +179,11 @@ def test_memories_are_of_one_generation_and_one_expert() -> None:
 # The budget
 
 
+HEADS_OF_QUERIES = 4
+
+
 def queries(tokens: int = 100) -> torch.Tensor:
-    return torch.zeros(2, tokens, 4, 8)
+    return torch.zeros(2, tokens, HEADS_OF_QUERIES, 8)
 
 
 def one_head(tokens: int = 100) -> int:
@@ -195,8 +198,14 @@ def budget(heads_that_fit: float, tokens: int = 100) -> CacheBudget:
     return made
 
 
-def admitted(made: CacheBudget, branch: str = "cond", tokens: int = 100, transformer: str = "transformer") -> list[int]:
-    return [layer for layer in range(4) if made.admits((transformer, layer), (branch, (0, 2)), queries(tokens))]
+def admitted(
+    made: CacheBudget,
+    branch: str = "cond",
+    tokens: int = 100,
+    transformer: str = "transformer",
+    of: int = HEADS_OF_QUERIES,
+) -> list[int]:
+    return [layer for layer in range(4) if made.admits((transformer, layer), (branch, (0, 2)), queries(tokens), of)]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +224,11 @@ def admitted(made: CacheBudget, branch: str = "cond", tokens: int = 100, transfo
 )
 def test_a_budget_admits_by_time_saved_per_byte_what_fits(heads: float, layers: list[int]) -> None:
     assert admitted(budget(heads)) == layers
+
+
+@pytest.mark.parametrize(("heads", "layers"), [(0.99, []), (1, [1]), (2, [1, 3]), (4, [1, 2, 3]), (6, [0, 1, 2, 3])])
+def test_a_process_with_half_of_the_heads_counts_half_of_what_is_kept(heads: float, layers: list[int]) -> None:
+    assert admitted(budget(heads), of=2 * HEADS_OF_QUERIES) == layers
 
 
 def test_the_second_branch_gets_what_the_first_left() -> None:
@@ -250,15 +264,17 @@ def test_groups_of_rows_in_one_call_do_not_overturn_each_other() -> None:
     made = budget(7)
     made._free = free
     for _ in range(3):
-        assert [made.admits(("transformer", layer), ("cond", (0, 2)), queries()) for layer in range(4)] == [
+        assert [
+            made.admits(("transformer", layer), ("cond", (0, 2)), queries(), HEADS_OF_QUERIES) for layer in range(4)
+        ] == [
             False,
             True,
             True,
             False,
         ]
-        assert [made.admits(("transformer", layer), ("cond", (2, 3)), queries()[:1]) for layer in range(4)] == [
-            False
-        ] * 3 + [True]
+        assert [
+            made.admits(("transformer", layer), ("cond", (2, 3)), queries()[:1], HEADS_OF_QUERIES) for layer in range(4)
+        ] == [False] * 3 + [True]
     assert asked == 1
 
 

@@ -24,6 +24,7 @@ from diffusers_accel.methods import (
     All,
     AxisOrder,
     Band,
+    ChunkOnly,
     Draft,
     Drop,
     Kept,
@@ -35,6 +36,7 @@ from diffusers_accel.methods import (
     Skip,
     Stored,
     Stripe,
+    TopHistory,
 )
 from diffusers_accel.methods.blocks import segment_of
 from diffusers_accel.methods.orders import parse_order
@@ -744,6 +746,11 @@ RECIPES: dict[str, tuple[Recipe, dict[str, Any], Recipe]] = {
         Recipe((Method(Patches(), Draft(0.25), rest=Kept(3)),)),
         {"density": 0.3, "refresh_every": 4, "dense_steps": 0.1, "dense_layers": 1, "precision": "int8"},
         Recipe((Method(Patches(), Draft(0.3), "int8", Kept(4)),), 0.1, 1),
+    ),
+    "history": (
+        Recipe((Method(select=ChunkOnly(), rest=Kept(None)),)),
+        {"density": 0.3, "refresh_every": 4, "dense_steps": 0.1, "dense_layers": 1, "precision": "int8"},
+        Recipe((Method(select=TopHistory(0.3), precision="int8", rest=Kept(4)),), 0.1, 1),
     ),
     "reordered": (
         Recipe((Method(HWF, Draft(0.5), AUTO),)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -160,3 +161,14 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         AttributeError, match=r"no attribute 'pach'; it has Budget, Family, Method, Plan, compare, .*patch"
     ):
         _ = diffusers_accel.pach
+
+
+def test_messages_name_extras_that_exist_and_a_command_that_works_from_a_checkout() -> None:
+    sources = [path for folder in HOMES for path in (ROOT / folder).rglob("*.py")]
+    texts = {path: path.read_text(encoding="utf-8") for path in sources}
+    named = {name for text in texts.values() for name in re.findall(r"\binstall\([\"'](\w+)[\"']", text)}
+    extras = CONFIG["project"]["optional-dependencies"]
+    assert {"eval", "triton", "fa4", "xformers"} <= named <= extras.keys()
+    assert not [path for path, text in texts.items() if "diffusers-accel[" in text], (
+        "nothing is published to install it from"
+    )

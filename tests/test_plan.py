@@ -249,7 +249,7 @@ EDITED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         lambda data: data["heads"]["methods"].update(
             a={"select": {"kind": "draft"}, "rest": {"kind": "kept", "refresh_every": True}}
         ),
-        r"heads\.methods\.a: rest\.refresh_every: expected int, found True",
+        r"heads\.methods\.a: rest\.refresh_every: expected int \| None, found True",
     ),
     "rest of no kind": (
         lambda data: data["heads"]["methods"].update(a={"select": {"kind": "draft"}, "rest": {"refresh_every": 3}}),
@@ -402,7 +402,7 @@ def test_a_plan_saved_before_there_was_a_checksum_still_loads(tmp_path: Path) ->
     ("reuse", "message"),
     [
         ({"every": 1}, r"methods\.a: rest: .*expected 2 or more, found 1"),
-        ({"every": True}, r"methods\.a: rest\.refresh_every: expected int, found True"),
+        ({"every": True}, r"methods\.a: rest\.refresh_every: expected int \| None, found True"),
         ({"age": 3}, r"methods\.a: rest 'kept': unknown key 'age'"),
         ({"kind": "pooled"}, r"methods\.a: a method: unknown key 'reuse'"),
         (None, r"methods\.a: rest\.kind: expected one of .*, found None"),

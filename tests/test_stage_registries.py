@@ -61,7 +61,7 @@ LISTED = {
         families_folder,
         (Family,),
         FAMILIES.values(),
-        frozenset({"family", "kandinsky", "projections", "reading", "refused"}),
+        frozenset({"family", "kandinsky", "preset", "projections", "reading", "refused"}),
     ),
     "metrics": Listed(
         metrics_folder,

@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from diffusers_accel.families import Family
+from diffusers_accel.layout import TokenLayout
+
 Attend = Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]
 
 
@@ -27,6 +30,24 @@ def refusal(parallel_config: Any) -> str | None:
         return (
             "ring attention merges pieces inside one backend of diffusers, which a patch cannot stand in for: use "
             "ContextParallelConfig(ulysses_degree=N)"
+        )
+    return None
+
+
+def unfit(family: Family, module: Any, layout: TokenLayout | None = None) -> str | None:
+    """Why this model's attention cannot be ours where processes share its sequence, or None.
+
+    Args:
+        layout: how its tokens lie, where that is known.
+    """
+    if reason := family.no_parallel(module.config):
+        return (
+            f"{type(module).__name__} does not run under Ulysses, also without a patch: {reason}. Run it in one process"
+        )
+    if getattr(module, "_cp_plan", None) is None and layout is not None and len(layout.segments) > 1:
+        return (
+            f"diffusers has no context-parallel plan for {type(module).__name__}, and under one of your own (cp_plan) text and "
+            "video may come piece by piece, in an order that a patch does not know: run it in one process, or without a patch"
         )
     return None
 
@@ -53,7 +74,6 @@ def deal(costs: tuple[float, ...], processes: int) -> tuple[int, ...]:
     return tuple(head for hand in hands for head in sorted(hand))
 
 
-@torch.compiler.disable(reason="exchanges heads for tokens between processes")
 def attend_in_parallel(
     q: Tensor, k: Tensor, v: Tensor, parallel_config: Any, costs: Sequence[float], attend: Attend
 ) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusers_accel.attach.parallel import attend_in_parallel
+from diffusers_accel.attach.parallel import attend_in_parallel, unfit
 from diffusers_accel.attach.site import Site
 from diffusers_accel.families.family import AttentionName, Family
 
@@ -227,13 +227,16 @@ def _attend_here(
             f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}; call diffusers_accel.unpatch(pipe) for such calls"
         )
     if parallel_config is not None:
-        return _attend_in_parallel(query, key, value, parallel_config)
+        return _attend_in_parallel(query, key, value, parallel_config, _RUNNING.handle)
     return attend(query, key, value, _RUNNING.handle)
 
 
-def _attend_in_parallel(q: Tensor, k: Tensor, v: Tensor, parallel_config: Any) -> Tensor:
-    site = SITES[int(_RUNNING.handle)]
+@torch.compiler.disable(reason="exchanges heads for tokens between processes")
+def _attend_in_parallel(q: Tensor, k: Tensor, v: Tensor, parallel_config: Any, handle: Tensor) -> Tensor:
+    site = SITES[int(handle)]
     _check_numbers(site, query=q, key=k, value=v)
+    if reason := unfit(site.model.family, site.model.module, site.model.rows(len(q), site.layer)[0].layout):
+        raise ValueError(f"{site.transformer}: {reason}")
     return attend_in_parallel(q, k, v, parallel_config, site.costs_of_heads(len(q)), site.attend)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffusers_accel.attach.clock import Clock
+from diffusers_accel.attach.host_guidance import scores_skipped
 from diffusers_accel.call import AttentionCall, DenseAttention
 from diffusers_accel.families import Family
 from diffusers_accel.layout import TokenLayout
@@ -219,11 +220,14 @@ class Site:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, heads: tuple[int, ...] | None = None) -> Tensor:
         """q [B, queries, H, D], k and v [B, tokens, H_k, D] -> out like q.
 
-        What the engine is given is cut to tokens that exist as keys, in the order of the layout.
+        What the engine is given is cut to tokens that exist as keys, in the order of the layout. Where a guider of diffusers
+        perturbs a pass by leaving the scores out, the result is v, and the engine is not asked.
 
         Args:
             heads: numbers in the model of the heads that these are; None: all.
         """
+        if q.shape == v.shape and scores_skipped(self.module):
+            return v.clone()
         with self.timer.running(q.device) if self.timer else nullcontext():
             places, parts = self.model.places(q.device), []
             if places is not None:

@@ -36,10 +36,12 @@ def calibrate(
 ) -> None:
     """Find at which steps each head that reuses has to refresh, from one dense generation per prompt, and write the plan."""
     from diffusers_accel.cli.arguments import check_out, check_seed, find_prompts
+    from diffusers_accel.cli.launched import check_one_process
     from diffusers_accel.cli.plans import read_plan
     from diffusers_accel.files import prepare_file
     from diffusers_accel.search.gates import calibrate_gates, check_gated, summary
 
+    check_one_process("calibrate")
     setup.check()
     texts = find_prompts(pipe, prompt, prompts, for_search=True)
     check_seed(seed)

@@ -46,7 +46,7 @@ def load_pipeline(name: str, *, dtype: str | None = None, device: str | None = N
     """Loads a diffusers pipeline in the host's own way.
 
     Args:
-        name: "toy" for the small model of this package, else what `DiffusionPipeline.from_pretrained` takes. What is
+        name: "toy" for the small model of the checkout, else what `DiffusionPipeline.from_pretrained` takes. What is
             written as a path, or lies in a folder that exists, is one: no hub is asked for it.
         dtype: a name of `DTYPES`; None means bfloat16, on a CPU float32.
         device: as torch names it; None means CUDA (or ROCm) where there is one, else the CPU.

@@ -16,7 +16,8 @@ from diffusers_accel.cli.toy import TOY, by_present_name
 Pipe = Annotated[
     str,
     typer.Argument(
-        help="'toy' (the small model of this package), a pipeline's folder, or a hub id.", callback=by_present_name
+        help="'toy' (a small trained model that comes with the checkout, to try things on), a pipeline's folder, or a hub id.",
+        callback=by_present_name,
     ),
 ]
 DtypeFlag = Annotated[
@@ -105,10 +106,11 @@ class Setup:
         }
         return [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
 
-    def load(self) -> Any:
+    def load(self, device: str | None = None) -> Any:
+        """The pipeline, on `device` where it is not the user's own choice that counts."""
         from diffusers_accel.cli.loading import load_pipeline
 
-        return load_pipeline(self.pipe, dtype=self.dtype, device=self.device, offload=self.offload)
+        return load_pipeline(self.pipe, dtype=self.dtype, device=device or self.device, offload=self.offload)
 
 
 def takes_setup(command: Callable[..., None]) -> Callable[..., None]:

@@ -44,9 +44,11 @@ def report(
 ) -> None:
     """Compare plans with dense attention, same prompts, seeds and noise: speed, quality, and the clips side by side.
 
-    Can be stopped and run again: finished clips are kept in OUT.partial until the report is saved.
+    Can be stopped and run again: finished clips are kept in OUT.partial until the report is saved. Under `accelerate launch` the
+    clips are dealt over its processes.
     """
     from diffusers_accel.cli.arguments import check_seed, check_whole, find_prompts
+    from diffusers_accel.cli.launched import launched
     from diffusers_accel.cli.plans import check_steps, read_subjects
 
     setup.check()
@@ -65,11 +67,15 @@ def report(
     subjects = read_subjects(plan)
     check_steps(subjects, setup.call())
     check_asked(subjects, texts, metrics=metrics, seeds=seeds, rounds=rounds)
-    check_report_folder(out)
     partial = out.absolute().with_name(f"{out.absolute().name}.partial")  # removed when the report is saved
-    check_keep(partial)
     asked: dict[str, Any] = {"call": setup.call(), "seeds": seeds, "metrics": metrics, "rounds": rounds}
-    found = compare(setup.load(), subjects, texts, **asked, keep=partial)
+    with launched(setup.device) as here:
+        if here.is_first:
+            check_report_folder(out)
+            check_keep(partial)
+        found = compare(setup.load(here.device), subjects, texts, **asked, keep=partial)
+    if not here.is_first:
+        return
     page = found.save(out)
     show(found.table())
     show(f"{found.headline}\n{page}")

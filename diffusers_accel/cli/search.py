@@ -60,11 +60,13 @@ def search(
 ) -> None:
     """Profile each head of PIPE and write the plan with the least error inside a budget.
 
-    Can be stopped and run again: what was measured is kept beside the plan, and another budget then costs seconds.
+    Can be stopped and run again: what was measured is kept beside the plan, and another budget then costs seconds. Under
+    `accelerate launch` the prompts are dealt over its processes.
     """
     budget = find_budget(speedup, density, epsilon, lam)
     from diffusers_accel import search_plan
     from diffusers_accel.cli.arguments import check_seed, check_share, find_prompts, search_places
+    from diffusers_accel.cli.launched import launched
     from diffusers_accel.search.candidates import candidates_for, check_sets
 
     setup.check()
@@ -72,18 +74,21 @@ def search(
     sets = None if methods is None else check_sets([name.strip() for name in methods.split(",")])
     check_seed(seed)
     check_share("--dense-steps", dense_steps)
-    kept = search_places(out, scores)
-    pipeline = setup.load()
-    plan = search_plan(
-        pipeline,
-        texts,
-        call=setup.call(),
-        budget=budget,
-        candidates=candidates_for(pipeline, sets),
-        dense_steps=dense_steps,
-        seed=seed,
-        scores_path=kept,
-    )
+    with launched(setup.device) as here:
+        kept = search_places(out, scores) if here.is_first else None
+        pipeline = setup.load(here.device)
+        plan = search_plan(
+            pipeline,
+            texts,
+            call=setup.call(),
+            budget=budget,
+            candidates=candidates_for(pipeline, sets),
+            dense_steps=dense_steps,
+            seed=seed,
+            scores_path=kept,
+        )
+    if not here.is_first:
+        return
     warnings = [str(each) for each in plan.provenance.get("warnings", ())]
     if warnings and not force:
         raise Withheld(f"{out}: not written: {'; '.join(warnings)}. What was measured is kept in {kept}")

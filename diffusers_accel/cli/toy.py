@@ -1,4 +1,4 @@
-"""The small model of this package, as the commands take it for PIPE."""
+"""The small model of a checkout, as the commands take it for PIPE."""
 
 from __future__ import annotations
 

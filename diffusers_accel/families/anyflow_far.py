@@ -105,6 +105,7 @@ ANYFLOW_FAR = Family(
     call={"AnyFlowCausalAttnProcessor": _call},
     prepares=_prepares,
     hands_back=True,
+    history=True,
     channels=2,
     no_search="each chunk has a longer history than the one before",
 )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusers_accel.families.family import Family, Observation, argument, text_at
+from diffusers_accel.families.preset import Preset
 from diffusers_accel.layout import TokenLayout
 
 _text = text_at(1)
@@ -31,4 +32,5 @@ COGVIDEOX = Family(
     layout=_layout,
     text=_text,
     channels=2,
+    preset=Preset(0.1, 0, "Rectified SpaAttn 10 % of the steps of CogVideoX1.5, Sparse-vDiT none; no layers either"),
 )

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from diffusers_accel.families.family import Family, text_at
+from diffusers_accel.families.preset import Preset
 from diffusers_accel.families.wan import layout_of_latents, observe_latents
 
 _given = text_at(2)
@@ -30,4 +31,5 @@ COSMOS = Family(
     observe=observe_latents,
     layout=layout_of_latents,
     text=_text,
+    preset=Preset(0.3, 1, "SVG 30 % of the steps and 3 % of the layers"),
 )

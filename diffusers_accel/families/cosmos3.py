@@ -72,5 +72,4 @@ COSMOS3 = Family(
     output_projection=_output_projection,
     latents=("vision_tokens", "sound_tokens", "action_tokens"),
     timestep="vision_timesteps",
-    no_search="its branches have texts of different lengths",
 )

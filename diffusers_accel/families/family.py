@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from diffusers_accel.families.preset import Preset
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.shape import ModelShape
 
@@ -39,6 +40,10 @@ def to_out_of(transformer: Any, name: str) -> Callable[[Tensor], Tensor]:
     """The linear map behind attention in diffusers' attention modules: the first of `to_out`."""
     linear: Callable[[Tensor], Tensor] = transformer.get_submodule(name).to_out[0]
     return linear
+
+
+def _nothing_against(config: Any) -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -73,14 +78,18 @@ class Family:
             takes no step: it runs as it would without us, so its processors must not attend by us either (`call`).
         hands_back: whether the forward's output holds, behind what is denoised, what it was given (a cache): a predicted output
             hands that back as it was.
+        history: whether a video is made chunk by chunk, each with earlier ones as segments of kind "history".
         no_search: why a search cannot measure it yet: that tokens lie otherwise from layer to layer, branch to branch or chunk to
             chunk.
+        no_parallel: transformer's config -> why diffusers' own forward goes wrong where processes share a sequence (Ulysses), or
+            None.
         latents: names of the arguments of the transformer's forward that are denoised, in the order of its outputs, of which
             there may be several (video and audio). Each is a tensor or a list of tensors.
         timestep: name of that argument.
         noisiest: of several timesteps that a forward is given, that of what is denoised: known frames have cleaner ones.
         channels: dimension of the latents in which the channels lie, those that are denoised first; outputs are of the same
             layout. -1 for the last of each.
+        preset: what stays dense in it under `patch(pipe)`.
     """
 
     name: str
@@ -99,11 +108,14 @@ class Family:
     beside: Callable[[Mapping[str, Any]], bool] | None = None
     prepares: Callable[[tuple[Any, ...], Mapping[str, Any]], bool] | None = None
     hands_back: bool = False
+    history: bool = False
     no_search: str | None = None
+    no_parallel: Callable[[Any], str | None] = _nothing_against
     latents: tuple[str, ...] = ("hidden_states",)
     timestep: str = "timestep"
     noisiest: Callable[[Tensor], Tensor] = torch.amax
     channels: int = 1
+    preset: Preset = Preset()
 
 
 def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, position: int) -> Any:

@@ -78,5 +78,7 @@ FRAMEPACK = Family(
     layout=_layout,
     text=_text,
     text_valid=_text_valid,
+    history=True,
+    preset=HUNYUAN_VIDEO.preset,
     no_search="text is cut to the length of each prompt, and each section is a schedule of its own",
 )

@@ -42,6 +42,14 @@ def _layout(config: Any, observation: Observation) -> TokenLayout:
     return TokenLayout.of(*history, Segment.video(layout_of_latents(config, observation[:3]).grid))
 
 
+def _amplified_in_parallel(config: Any) -> str | None:
+    if not config.is_amplify_history:
+        return None
+    return (
+        "with is_amplify_history diffusers looks for the keys of the history by the length of a piece of the sequence"
+    )
+
+
 HELIOS = Family(
     name="helios",
     transformer="diffusers.models.transformers.transformer_helios.HeliosTransformer3DModel",
@@ -50,5 +58,7 @@ HELIOS = Family(
     observe=_observe,
     layout=_layout,
     text=text_at(2),
+    history=True,
+    no_parallel=_amplified_in_parallel,
     no_search="each chunk, and each stage of a pyramid, is a schedule of its own",
 )

@@ -49,6 +49,13 @@ def _layout(config: Any, observation: Observation) -> TokenLayout:
     )
 
 
+def masked_in_parallel(config: Any) -> str:
+    return (
+        "diffusers masks the text of its cross-attention for all heads and a piece of the text, where a process has some heads "
+        "and all of the text"
+    )
+
+
 LTX = Family(
     name="ltx",
     transformer="diffusers.models.transformers.transformer_ltx.LTXVideoTransformer3DModel",
@@ -57,4 +64,5 @@ LTX = Family(
     layout=_layout,
     text=text_at(1),
     channels=2,
+    no_parallel=masked_in_parallel,
 )

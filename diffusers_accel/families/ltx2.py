@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusers_accel.families.family import Family, Observation, argument, optional, text_at
+from diffusers_accel.families.ltx import masked_in_parallel
 from diffusers_accel.layout import Segment, TokenLayout
 
 SIZES = ("num_frames", "height", "width")  # arguments of the forward, from the eleventh on
@@ -49,4 +50,5 @@ LTX2 = Family(
     text=text_at(2),
     latents=("hidden_states", "audio_hidden_states"),
     channels=2,
+    no_parallel=masked_in_parallel,
 )

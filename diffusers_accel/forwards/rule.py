@@ -91,6 +91,10 @@ class Rule(Protocol):
         """Why no step of a schedule of so many can be predicted, which was not asked for, and what to do; else None."""
         ...
 
+    def least(self, steps: int) -> int:
+        """How many steps of a schedule of so many it computes at least, those that compute in any case among them."""
+        ...
+
     def decide(self, now: Now, carry: Any) -> Decision:
         """`now` is the first branch of the step that may be predicted; the other branches follow."""
         ...

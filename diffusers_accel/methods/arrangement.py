@@ -28,6 +28,8 @@ class Arrangement:
             queries begin where those of keys do, else up to two.
         start: fp64 [query blocks], where the first token of a query block lies among the key blocks.
         video_queries, video_keys: the range of the blocks that hold nothing but sparse video; (0, 0) where there are none.
+        history_keys: the range of the blocks that hold nothing but the history of a video that is made chunk by chunk; (0, 0)
+            where there are none.
     """
 
     exact_queries: Tensor
@@ -37,6 +39,7 @@ class Arrangement:
     start: Tensor
     video_queries: Blocks
     video_keys: Blocks
+    history_keys: Blocks
 
     def always(self, first_frame: bool) -> Tensor:
         """bool [key blocks]: which every query reads."""
@@ -51,6 +54,7 @@ def arrangement(order: Order, layout: TokenLayout) -> Arrangement:
     place[index] = torch.arange(layout.tokens)
     asking = order.query_index(layout) + layout.query_start
     exact = exact_tokens(layout)
+    history = torch.cat([torch.full((each.tokens,), each.kind == "history") for each in layout.segments])
     first = torch.zeros(layout.tokens, dtype=torch.bool)
     if order.frame_major and layout.frames > 1:  # a frame alone is the whole video
         first[video_places(layout)[: layout.height * layout.width]] = True
@@ -65,6 +69,7 @@ def arrangement(order: Order, layout: TokenLayout) -> Arrangement:
         start=place[asking[::BLOCK]].double() / BLOCK,
         video_queries=_range(~exact_queries),
         video_keys=_range(~exact_keys),
+        history_keys=_range(~_hold(~history[index])),
     )
 
 
@@ -88,5 +93,7 @@ def _hold(tokens: Tensor) -> Tensor:
 def _range(blocks: Tensor) -> Blocks:
     """Where the one run of blocks lies."""
     places = blocks.nonzero()[:, 0].tolist()
-    assert not places or places[-1] - places[0] + 1 == len(places)  # an order keeps the video together
+    assert not places or places[-1] - places[0] + 1 == len(
+        places
+    )  # an order keeps the video together, a model its history
     return (places[0], places[-1] + 1) if places else (0, 0)

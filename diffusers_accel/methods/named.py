@@ -10,7 +10,7 @@ from diffusers_accel.methods.method import AUTO, DENSE, Method
 from diffusers_accel.methods.orders import AxisOrder, Patches
 from diffusers_accel.methods.rest import Rest
 from diffusers_accel.methods.rests import RESTS, Kept
-from diffusers_accel.methods.selects import All, Band, Draft
+from diffusers_accel.methods.selects import All, Band, ChunkOnly, Draft, TopHistory
 from diffusers_accel.support.suggest import did_you_mean
 
 
@@ -154,6 +154,31 @@ def cached(
     return Recipe(heads=(method,), dense_steps=dense_steps, dense_layers=dense_layers)
 
 
+def history(
+    density: float = 0.0,
+    refresh_every: int | None = None,
+    dense_steps: float = 0.0,
+    dense_layers: int = 0,
+    precision: str = "input",
+) -> Recipe:
+    """FlashBlock (arXiv 2602.05305) for models that make a video chunk by chunk, with a history of clean chunks.
+
+    The first step of a chunk is exact. At the others a chunk attends to itself, and attention over its history is merged in as
+    it was. Costs memory: an output and an LSE per layer and branch, see `cache_memory_fraction` of `patch`.
+
+    Args:
+        density: share of the history's blocks that is read at every step nevertheless, those that score best in a
+            low-resolution map, in [0, 1]; 0 reads none.
+        refresh_every: attend to all of the history at every n-th step, 2 or more; None: at the first step of a chunk alone.
+        dense_steps: share of the schedule that stays dense at its start. The step after it is exact, too.
+        dense_layers: number of first layers that stay dense.
+        precision: of the products, "input", "int8" or "int8_fp8".
+    """
+    select = TopHistory(density) if density else ChunkOnly()
+    method = Method(select=select, precision=precision, rest=Kept(refresh_every))
+    return Recipe(heads=(method,), dense_steps=dense_steps, dense_layers=dense_layers)
+
+
 def reordered(
     density: float = 0.5,
     axes: str = "hwf",
@@ -195,5 +220,7 @@ NAMED: dict[str, Callable[..., Recipe]] = {
     "pattern": pattern,
     "draft": draft,
     "cached": cached,
+    "history": history,
     "reordered": reordered,
 }
+FOR_EVERY_MODEL = tuple(name for name in NAMED if not any(head.select.needs_history for head in NAMED[name]().heads))

@@ -50,6 +50,7 @@ class Select(Stage, ABC):
         wants: what `pattern` looks at of q and k: "means", "tokens" or nothing.
         reads_all: every query reads every key.
         reads_nothing: no query reads anything.
+        needs_history: it tells the keys of earlier chunks from the others, and is for families whose models have these.
     """
 
     given_as: ClassVar[str] = "Method(select=...)"
@@ -57,6 +58,7 @@ class Select(Stage, ABC):
     wants: ClassVar[Wants] = ""
     reads_all: ClassVar[bool] = False
     reads_nothing: ClassVar[bool] = False
+    needs_history: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -67,6 +69,10 @@ class Select(Stage, ABC):
     def label(self) -> str:
         """Its amounts, for tables, such as "0.25"."""
         return ""
+
+    def reads_all_in(self, order: Order, layout: TokenLayout) -> bool:
+        """Whether in this layout every query reads every key."""
+        return self.reads_all
 
     def expected_density(self, order: Order, layout: TokenLayout | None = None) -> float | None:
         """The share of the video's block pairs that it reads, as far as that is known ahead: None where only q and k tell, and

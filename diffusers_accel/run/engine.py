@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, DENSE, Method
 from diffusers_accel.plan import Plan
 from diffusers_accel.plan.uses import made_for
+from diffusers_accel.run.by_size import BySize
 from diffusers_accel.run.launch import Output, run
 from diffusers_accel.run.memory import CacheManager, Layer
 from diffusers_accel.run.partition import Mix, Partitions
@@ -46,6 +49,13 @@ class SiteTally:
     layout: TokenLayout | None = None  # of the last call
 
 
+class SpanMixes(NamedTuple):
+    """A plan with what the heads of one layer do in each of its spans."""
+
+    plan: Plan
+    mixes: list[Mix]
+
+
 class PlanEngine:
     """Attends as the plan says.
 
@@ -53,9 +63,9 @@ class PlanEngine:
         site: where.
         plan: what; it must fit the site's model.
         partitions: shared by the sites of one patch, so that layers with equal heads share their block lists.
-        min_tokens: shorter sequences stay dense (and a note says so); 0 for a plan or method that was asked for.
         caches: what is kept for later steps, shared by the sites of one patch.
         remarks: where to say what holds for the whole patch.
+        by_size: says which plan each call takes instead of `plan`, by its size; None for a plan or method that was asked for.
     """
 
     def __init__(
@@ -63,24 +73,25 @@ class PlanEngine:
         site: Site,
         plan: Plan,
         partitions: Partitions,
-        min_tokens: int,
         caches: CacheManager,
         remarks: Remarks | None = None,
+        by_size: BySize | None = None,
     ) -> None:
         self.site = site
         self.plan = plan
         self.clear()
         self._span: int | None = None  # of the last call
         self._partitions = partitions
-        self._min_tokens = min_tokens
         self._caches = caches
         self._remarks = remarks or Remarks()
+        self._by_size = by_size
         site.costs = self.costs
         self._costs: dict[tuple[int, TokenLayout], list[float]] = {}
         self._layer: Layer = (site.transformer, site.layer)
         self._heads = tuple(range(site.model.shape.heads))
-        spans = [[self._method(span, head) for head in self._heads] for span in range(len(plan.spans))]
+        spans = self._spans(plan)
         self._mixes = [partitions.mix(methods) for methods in spans]
+        self._prepared = {id(plan): SpanMixes(plan, self._mixes)}
         self._made_for = made_for(plan.provenance)
         savings = [
             [self._saving(method, span, head) for head, method in enumerate(methods) if method.rest.remembers]
@@ -105,9 +116,10 @@ class PlanEngine:
         if call.now is not None:
             self._caches.at(call.transformer, call.now)
         self.tally.layout = call.layout
+        running = self._running(call, q)
         if call.layer == 0:
-            self._look_around(call.now)
-        mix = self._uncached(self._mix(q, call), call, q)
+            self._look_around(call.now, running)
+        mix = self._uncached(self._mix(running, call), call, q)
         if mix.dense:
             assert call.dense is not None
             self._count(mix, Output(q, 1.0, 0, ("dense",)))
@@ -118,6 +130,8 @@ class PlanEngine:
         cache = self._caches.of(self._layer, call.stream) if partition.remembering else None
         output = run(partition, call, q, k, v, cache)
         self._count(mix, output)
+        if "reference" in output.kernels:
+            self._say_why_reference(mix, q)
         if q.device.type == "cpu" and any(launch.precision != "input" for launch in partition.launches):
             self.tally.notes["quantized products are simulated on a CPU: their numbers, not their speed"] += 1
         if cache is not None and call.now is not None:
@@ -126,29 +140,57 @@ class PlanEngine:
                 cache.clear()
         return output.out
 
-    def _look_around(self, now: tuple[int, int] | None) -> None:
+    def _running(self, call: AttentionCall, q: Tensor) -> SpanMixes:
+        """The plan that this call takes."""
+        if self._by_size is None:
+            return self._prepared[id(self.plan)]
+        choice = self._by_size.choose(call.layout, call.transformer, q.device.type)
+        if call.layer == 0:
+            self._remarks.say(choice.line, logging.WARNING if choice.dense else logging.INFO)
+        if choice.dense:
+            self.tally.notes[f"{call.layout.video_tokens:,} tokens: dense attention is faster"] += 1
+        plan = choice.plan  # which `by_size` holds, so that its id stays its own
+        if id(plan) not in self._prepared:
+            self._prepared[id(plan)] = SpanMixes(plan, [self._partitions.mix(heads) for heads in self._spans(plan)])
+        return self._prepared[id(plan)]
+
+    def _look_around(self, now: tuple[int, int] | None, running: SpanMixes) -> None:
         """Says what of this call keeps the plan from doing what was asked for."""
+        plan = running.plan
         if getattr(self.site.model.module, "is_cache_enabled", False):
             for remark in caches_on(self.site.model.module):
                 self._remarks.say(remark)
-        if now is not None and len(self._mixes) > 1 and now[0] == 0 and self.plan.by == "share":
-            ran = {self.plan.span_at(step, now[1]) for step in range(now[1])}
-            sparse = {span for span in range(len(self.plan.spans)) if self._sparse(span)}
+        if now is not None and len(running.mixes) > 1 and now[0] == 0 and plan.by == "share":
+            ran = {plan.span_at(step, now[1]) for step in range(now[1])}
+            sparse = {span for span in range(len(plan.spans)) if self._sparse(plan, span)}
             if sparse and not ran & sparse:
-                start = self.plan.spans[min(sparse)].start
+                start = plan.spans[min(sparse)].start
                 self._remarks.say(
                     f"all {now[1]} steps of this call are dense: the plan is sparse from {start:.0%} of the schedule on, "
                     "which no step reaches. Give dense_steps a smaller share, or run more steps"
                 )
 
-    def _sparse(self, span: int) -> bool:
-        """Whether any head of any layer of this transformer is not dense in a span."""
-        rows = self.plan.spans[span].heads[self.site.transformer]
-        return any(not self.plan.methods[symbol].dense for row in rows for symbol in set(row))
+    def _say_why_reference(self, mix: Mix, q: Tensor) -> None:
+        """`patch` refuses what only the reference can run; a model that changes its dtype or device later is found here."""
+        for method in mix.distinct:
+            if reason := method.refuses(q.shape[-1], q.device, q.dtype):
+                self._remarks.say(
+                    f"{method.label}: the reference runs, which computes what it then leaves out, since nothing else takes "
+                    f"{q.dtype} on {q.device.type}, as the model has it now: {reason}. Set dtype and device back, or unpatch"
+                )
 
-    def _method(self, span: int, head: int) -> Method:
+    def _sparse(self, plan: Plan, span: int) -> bool:
+        """Whether any head of any layer of this transformer is not dense in a span."""
+        rows = plan.spans[span].heads[self.site.transformer]
+        return any(not plan.methods[symbol].dense for row in rows for symbol in set(row))
+
+    def _spans(self, plan: Plan) -> list[list[Method]]:
+        """The methods of the heads in each span of a plan."""
+        return [[self._method(plan, span, head) for head in self._heads] for span in range(len(plan.spans))]
+
+    def _method(self, plan: Plan, span: int, head: int) -> Method:
         """The method of a head; one that refreshes at every step of the span is dense."""
-        method = self.plan.method(span, self.site.transformer, self.site.layer, head)
+        method = plan.method(span, self.site.transformer, self.site.layer, head)
         return DENSE if self._refreshed(method, span, head) == 1 else method
 
     def _refreshed(self, method: Method, span: int, head: int) -> float:
@@ -166,28 +208,29 @@ class PlanEngine:
         density = known or 0.5  # where it is not known ahead
         return (1 - density) * (1 - self._refreshed(method, span, head))
 
-    def _mix(self, q: Tensor, call: AttentionCall) -> Mix:
+    def _mix(self, running: SpanMixes, call: AttentionCall) -> Mix:
         """The methods of the running span."""
-        if q.shape[1] < self._min_tokens:
-            self.tally.notes[f"{q.shape[1]:,} tokens: below {self._min_tokens:,} dense attention is faster"] += 1
-            return self._partitions.mix((DENSE,) * q.shape[2])
-        span = running_span(self.plan, call)
+        span = running_span(running.plan, call)
         if span != self._span:
             self._span = span
             self._partitions.leave(self._layer)
-        mix = self._mixes[span]
+        mix = running.mixes[span]
         if call.heads != self._heads:  # some of the model's
             mix = self._partitions.mix(mix.methods[head] for head in call.heads)
         if call.now is None and mix.timed:
             raise _no_clock("a selection or an output of an earlier step is reused")
-        return mix
+        return self._without_history(mix, call.layout) if mix.needs_history else mix
+
+    def _without_history(self, mix: Mix, layout: TokenLayout) -> Mix:
+        """Before there is a history, heads that leave out nothing else are dense."""
+        return self._partitions.mix(DENSE if _reads_all(method, layout) else method for method in mix.methods)
 
     def _uncached(self, mix: Mix, call: AttentionCall, q: Tensor) -> Mix:
         """Heads that keep an output are dense where it does not fit into memory."""
         if not mix.remembers:
             return mix
         budget = self._caches.budget
-        if budget.admits(self._layer, call.stream, q):
+        if budget.admits(self._layer, call.stream, q, len(self._heads)):
             return mix
         self.tally.notes[f"its cache does not fit into {budget.share:.0%} of the free memory: dense"] += 1
         return self._partitions.mix(DENSE if method.rest.remembers else method for method in mix.methods)
@@ -224,6 +267,10 @@ def running_span(plan: Plan, call: AttentionCall) -> int:
     if call.now is None and len(plan.spans) > 1:
         raise _no_clock("the plan has several spans")
     return plan.span_at(*call.now) if call.now else 0
+
+
+def _reads_all(method: Method, layout: TokenLayout) -> bool:
+    return method.precision == "input" and method.select.reads_all_in(method.order, layout)
 
 
 def _leaves_out(method: Method) -> bool:

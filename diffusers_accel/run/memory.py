@@ -94,9 +94,14 @@ class CacheBudget:
         self._admitted.clear()
         self._left = None
 
-    def admits(self, layer: Layer, stream: Stream, q: Tensor) -> bool:
+    def admits(self, layer: Layer, stream: Stream, q: Tensor, of: int) -> bool:
         """Whether a layer may keep its outputs on this stream, for calls of the size of q [B, S, H, D]: decided for all layers
-        of its transformer when the stream is first seen, and not changed before `restart`."""
+        of its transformer when the stream is first seen, and not changed before `restart`.
+
+        Args:
+            of: how many heads the model has. Where q holds some of them, as in processes that share them, so many of those that
+                reuse are taken to be among these as if they were spread evenly, which dealing them by their cost comes near.
+        """
         like = (q.shape, q.dtype, q.device)
         if self._left is None:
             if like != self._like:
@@ -104,15 +109,16 @@ class CacheBudget:
             self._left = self._total
         if (stream, like) not in self._admitted:
             one_head = q.shape[0] * q.shape[1] * (q.shape[3] * q.element_size() + LSE_BYTES)
-            self._admitted[stream, like], self._left = self._fill(layer[0], one_head, self._left)
+            self._admitted[stream, like], self._left = self._fill(layer[0], one_head, (q.shape[2], of), self._left)
         return layer in self._admitted[stream, like]
 
-    def _fill(self, transformer: str, one_head: int, left: int) -> tuple[set[Layer], int]:
-        """The layers that fit, and the bytes that they leave."""
+    def _fill(self, transformer: str, one_head: int, here: tuple[int, int], left: int) -> tuple[set[Layer], int]:
+        """The layers that fit, and the bytes that they leave; `here` are some of so many heads."""
         admitted: set[Layer] = set()
         for _, layer, heads in self._rank:
-            if layer[0] == transformer and heads * one_head <= left:
-                left -= heads * one_head
+            needed = -(-heads * here[0] // here[1]) * one_head
+            if layer[0] == transformer and needed <= left:
+                left -= needed
                 admitted.add(layer)
         return admitted, left
 

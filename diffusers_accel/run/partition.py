@@ -161,6 +161,11 @@ class Mix:
         return any(method.rest.remembers for method in self.distinct)
 
     @cached_property
+    def needs_history(self) -> bool:
+        """Whether some head tells the keys of earlier chunks from the others."""
+        return any(method.select.needs_history for method in self.distinct)
+
+    @cached_property
     def labels(self) -> Counter[str]:
         """Label -> heads."""
         return Counter(method.label for method in self.methods)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from diffusers_accel.support.log import LOG
 
 
@@ -12,12 +14,12 @@ class Remarks:
         self._logged: set[str] = set()
         self._said: dict[str, None] = {}
 
-    def say(self, text: str) -> None:
-        """Keeps the remark for the report; the first time it is a warning in the log too."""
+    def say(self, text: str, level: int = logging.WARNING) -> None:
+        """Keeps the remark for the report; the first time it is logged too, at this level."""
         self._said[text] = None
         if text not in self._logged:
             self._logged.add(text)
-            LOG.warning("%s", text)
+            LOG.log(level, "%s", text)
 
     def clear(self) -> None:
         """What still holds at the next call is said again, but not logged again."""

@@ -45,11 +45,16 @@ def safe(text: str) -> str:
 
 def _explain(error: BaseException, again: str) -> int:
     """Says what has happened and what to do; returns the exit code."""
+    rank = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ else "0"  # of a launcher's processes
+    if rank != "0" and getattr(error, "said_elsewhere", False):  # of OtherProcessFailed
+        return REFUSED
     if isinstance(error, KeyboardInterrupt):
+        if rank != "0":  # the first one says it for all
+            return INTERRUPTED
         kept = getattr(error, "kept", None)  # of Interrupted
         say(f"\ninterrupted: {kept}\ngo on with:  {again}" if kept else "\ninterrupted")
         return INTERRUPTED
-    say(f"error: {error}")
+    say(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}")
     if isinstance(error, Withheld):
         say(f"write it all the same:  {again} --force")
         return WITHHELD

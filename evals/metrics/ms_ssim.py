@@ -14,6 +14,7 @@ import torch
 
 from diffusers_accel.evals.metrics.frame_metric import FrameMetric, FrameScore
 from diffusers_accel.evals.metrics.metric import MetricUnavailable
+from diffusers_accel.extras import install
 
 BATCH = 4  # frames at a time, which bounds the memory
 
@@ -22,7 +23,7 @@ def _load() -> FrameScore:
     try:
         from pytorch_msssim import ms_ssim
     except ImportError as error:
-        raise MetricUnavailable(f"{error}: pip install 'diffusers-accel[eval]'") from error
+        raise MetricUnavailable(f"{error}: {install('eval')}") from error
 
     @torch.no_grad()
     def score(reference: np.ndarray, frames: np.ndarray) -> np.ndarray:

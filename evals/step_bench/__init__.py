@@ -23,12 +23,12 @@ from diffusers_accel.evals.step_bench.rivals import RIVALS
 from diffusers_accel.evals.step_bench.timing import STEPS, STOCK, Row, check_methods
 from diffusers_accel.evals.step_bench.watch import job_place, key, watched, word
 from diffusers_accel.files import append_line, check_appends, only_writer, prepare_file, read_lines
-from diffusers_accel.methods import NAMED
+from diffusers_accel.methods.named import FOR_EVERY_MODEL
 from diffusers_accel.support.interrupted import Interrupted
 
 DRIFT = 0.03  # stock runs that differ more make the row doubtful, which it says
 TIMEOUT = {"cuda": 60.0, "cpu": 1800.0}  # seconds
-METHODS = [*NAMED, *RIVALS]
+METHODS = [*FOR_EVERY_MODEL, *RIVALS]
 REMEDY = "give another --out, or move this file away"
 
 

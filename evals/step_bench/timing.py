@@ -22,6 +22,7 @@ from diffusers_accel.evals.machine import gpu_state
 from diffusers_accel.evals.step_bench.models import BenchModel, Size
 from diffusers_accel.evals.step_bench.rivals import Rival, is_rival, rival
 from diffusers_accel.methods import NAMED
+from diffusers_accel.methods.named import FOR_EVERY_MODEL
 
 STOCK = "stock"  # diffusers' own attention, unpatched
 STEPS = 6
@@ -79,7 +80,7 @@ def measure(
     size: Size | None = None,
     layers: int = 2,
     steps: int = STEPS,
-    methods: Sequence[str] = tuple(NAMED),
+    methods: Sequence[str] = FOR_EVERY_MODEL,
     on_row: Callable[[Row], None] = lambda row: None,
     on_begin: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
@@ -89,7 +90,7 @@ def measure(
         size: (frames, height, width) of the latents; None is the model's own.
         layers: of each kind that are built.
         steps: of the schedule. Steps that a method leaves dense, or at which it refreshes, are part of what it costs.
-        methods: names of `NAMED`, or of rivals (`rivals`), which are measured in the same way.
+        methods: names of `FOR_EVERY_MODEL`, or of rivals (`rivals`), which are measured in the same way.
         on_row: called with each row as it is done.
         on_begin: called with the fields of the row before each run that belongs to it.
 
@@ -138,8 +139,8 @@ def measure(
 
 def check_methods(methods: Sequence[str]) -> None:
     """Raises ValueError where one is neither a named method nor a rival."""
-    if unknown := [method for method in methods if method not in NAMED and not is_rival(method)]:
-        known = f"{', '.join(NAMED)}, or sparsevideo:<its method>"
+    if unknown := [method for method in methods if method not in FOR_EVERY_MODEL and not is_rival(method)]:
+        known = f"{', '.join(FOR_EVERY_MODEL)}, or sparsevideo:<its method>"
         raise ValueError(f"methods must be among {known}, found {', '.join(unknown)}")
 
 

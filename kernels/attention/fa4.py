@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_accel.extras import install
 from diffusers_accel.kernels import hardware
 from diffusers_accel.kernels.attention import reference
 from diffusers_accel.kernels.attention.epilogue import Epilogue
@@ -57,13 +58,13 @@ def unfit() -> str | None:
     try:
         version = metadata.version(PACKAGE)
     except metadata.PackageNotFoundError:
-        return f"needs {PACKAGE}: pip install 'diffusers-accel[fa4]'"
+        return f"needs {PACKAGE}: {install('fa4')}"
     try:
         taken = inspect.signature(importlib.import_module("flash_attn.cute").flash_attn_func).parameters
     except Exception as error:  # whatever a build that does not fit raises is the reason
         return f"{PACKAGE} {version} cannot be imported: {' '.join(str(error).split()) or type(error).__name__}"
     if absent := [name for name in ARGUMENTS if name not in taken]:
-        return f"{PACKAGE} {version} takes no {', '.join(absent)}: pip install -U 'diffusers-accel[fa4]'"
+        return f"{PACKAGE} {version} takes no {', '.join(absent)}: {install('fa4', newer=True)}"
     return None
 
 

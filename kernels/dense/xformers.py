@@ -8,6 +8,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from diffusers_accel.extras import install
 from diffusers_accel.kernels.dense import gpu
 from diffusers_accel.kernels.grouped import each_query_head
 
@@ -18,7 +19,7 @@ def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     if reason is not None:
         return reason
     if importlib.util.find_spec("xformers") is None:
-        return "needs xformers: pip install 'diffusers-accel[xformers]'"
+        return f"needs xformers: {install('xformers')}"
     return gpu.fails(dense, device, dtype, head_dim)
 
 

@@ -20,22 +20,26 @@ from diffusers_accel.shape import ModelShape
 
 
 class ColumnMass(Recorder):
-    """The running mean over all samples so far, by which stripes are also measured: this sample's own, other rows included."""
+    """The mean over all samples of all runs, by which a plan's stripes are chosen.
+
+    They are measured by the running mean over the samples so far of this run, this sample's own other rows included, and of the
+    first run: not by all earlier runs, so that a run finds the same in whichever order and process the others are made.
+    """
 
     splits_rows: ClassVar[bool] = True
+    first_run_first: ClassVar[bool] = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._is_first = not any(self.before[f"first_mass_samples/{name}"].any() for name in self.models)
         self._mean = {
             mass_name(name): torch.zeros(self.sums[f"mass/{name}"].shape, dtype=torch.float64) for name in self.models
         }
 
     @classmethod
     def arrays(cls, candidates: Sequence[Method], shape: ModelShape, layout: TokenLayout, segments: int) -> Kinds:
-        return {
-            "mass": ((shape.layers, shape.heads, layout.frames, layout.height), "f8"),
-            "mass_samples": ((shape.layers,), "i8"),
-        }
+        mass, samples = ((shape.layers, shape.heads, layout.frames, layout.height), "f8"), ((shape.layers,), "i8")
+        return {"mass": mass, "mass_samples": samples, "first_mass": mass, "first_mass_samples": samples}
 
     @classmethod
     def tensors(
@@ -55,6 +59,9 @@ class ColumnMass(Recorder):
         mass[layer, heads] += column_mass(sampled.logits, call.layout).double().cpu().numpy()
         if heads.start == 0:
             samples[layer] += 1
-        total = mass[layer, heads] + self.before[f"mass/{name}"][layer, heads]
-        count = samples[layer] + self.before[f"mass_samples/{name}"][layer]
-        self._mean[mass_name(name)][layer, heads] = torch.from_numpy(total / count)
+        first, first_samples = self.before[f"first_mass/{name}"], self.before[f"first_mass_samples/{name}"]
+        mean = (mass[layer, heads] + first[layer, heads]) / (samples[layer] + first_samples[layer])
+        self._mean[mass_name(name)][layer, heads] = torch.from_numpy(mean)
+        if self._is_first:
+            self.sums[f"first_mass/{name}"][layer, heads] = mass[layer, heads]
+            self.sums[f"first_mass_samples/{name}"][layer] = samples[layer]

@@ -25,17 +25,19 @@ class Recorder(ABC):
     Args:
         candidates: of the search, all of them.
         sums: the arrays of this run, to which it adds.
-        before: those of the earlier runs.
+        before: those of the earlier runs, or of the first one alone.
         models: the transformers.
         masks: how stored masks are chosen.
 
     Class attributes:
         splits_rows: it looks at half of the sampled rows, at which no errors are measured.
         in_segments: it looks at whole calls of the first run, in each segment of the schedule.
+        first_run_first: later runs measure with what the first one has recorded, and with nothing of each other.
     """
 
     splits_rows: ClassVar[bool] = False
     in_segments: ClassVar[bool] = False
+    first_run_first: ClassVar[bool] = False
 
     def __init__(
         self,

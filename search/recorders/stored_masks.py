@@ -35,6 +35,7 @@ class StoredMasks(Recorder):
     masks, as in the paper's code."""
 
     in_segments: ClassVar[bool] = True
+    first_run_first: ClassVar[bool] = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

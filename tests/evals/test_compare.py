@@ -20,6 +20,7 @@ from diffusers_accel.methods import Band, Method, Stored
 from diffusers_accel.plan import Plan, Span
 from diffusers_accel.shape import ModelShape
 from diffusers_accel.support.log import LOG
+from tests.families.skyreels_v2 import tiny_forcing
 from tests.tiny import HEAD_DIM, HEADS, LAYERS, tiny_wan, tiny_wan_call
 
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
@@ -337,6 +338,39 @@ def test_other_noise_is_noticed(pipe: Any) -> None:
     ):
         generate(pipe, PROMPT, noise, CALL)
     assert "prepare_latents" not in vars(pipe)
+
+
+def test_more_noise_behind_the_first_is_noticed(pipe: Any) -> None:
+    noise = SharedNoise(0)
+    generate(pipe, PROMPT, noise, CALL)
+    stock = pipe.prepare_latents
+    with (
+        generating.attribute(pipe, "prepare_latents", lambda *a, **k: (stock(*a, **k), torch.rand(1))[0]),
+        pytest.raises(RuntimeError, match="expected a run to draw as much noise as the first of this clip"),
+    ):
+        generate(pipe, PROMPT, noise, CALL)
+    generate(pipe, PROMPT, noise, CALL)
+
+
+def test_runs_of_several_chunks_have_one_noise() -> None:
+    """Also one that draws for its later chunks from torch's own generator, which is left as it was."""
+    pipe, noise = tiny_forcing(), SharedNoise(0)
+    long_video = {
+        "num_frames": 9,
+        "base_num_frames": 5,
+        "overlap_history": 3,
+        "addnoise_condition": 500,
+        "prompt": None,
+    }
+    call = {**CALL, "num_inference_steps": 1, **long_video}
+    before = torch.get_rng_state()
+    one, other = (generate(pipe, PROMPT, noise, call) for _ in range(2))
+    assert np.array_equal(one.frames, other.frames) and len(one.frames) == 9
+    assert torch.equal(torch.get_rng_state(), before)
+    assert noise._drawn is not None and len(noise._drawn) > 2, "of each chunk, and of the end"
+    torch.manual_seed(1)
+    alone = pipe(**PROMPT, **call, output_type="np", generator=torch.Generator().manual_seed(0)).frames[0]
+    assert not np.array_equal(one.frames, alone), "without that it draws others"
 
 
 def test_missing_metric_gives_rows_that_say_so(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

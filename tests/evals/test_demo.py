@@ -15,7 +15,7 @@ from diffusers_accel.evals import demo, toy
 from diffusers_accel.evals.generate import PipelineRun
 from diffusers_accel.evals.measurement import read_rows
 from diffusers_accel.files import WriteError
-from diffusers_accel.methods import NAMED
+from diffusers_accel.methods.named import FOR_EVERY_MODEL
 from diffusers_accel.search import plan_search
 
 SMALL = {"height": 128, "width": 128, "num_frames": 5, "num_inference_steps": 4, "guidance_scale": 2.0}
@@ -49,7 +49,7 @@ def test_what_fits_is_what_it_costs() -> None:
 
 
 def test_every_named_method_is_shown_unless_time_is_short() -> None:
-    assert set(demo.NAMES) == set(NAMED) - {"dense"}
+    assert set(demo.NAMES) == set(FOR_EVERY_MODEL) - {"dense"}
     assert all(names == len(demo.NAMES) for prompts, names in demo.CHOICES if prompts > 1)
 
 

@@ -23,7 +23,6 @@ from diffusers_accel.evals.report.video import GAIN, encode, encode_difference
 from diffusers_accel.files import WriteError, printable
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import (
-    NAMED,
     AxisOrder,
     Band,
     Draft,
@@ -37,6 +36,7 @@ from diffusers_accel.methods import (
     Stored,
     Stripe,
 )
+from diffusers_accel.methods.named import FOR_EVERY_MODEL
 from diffusers_accel.plan import Plan
 from diffusers_accel.shape import ModelShape
 from tests.evals import synthetic
@@ -231,7 +231,7 @@ SIMULATED = "quantized products are simulated on a CPU: their numbers, not their
 @pytest.fixture(scope="module")
 def all_named(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The text of each file of a report on every named method, as the demo makes it."""
-    names = ["searched plan", *(name for name in NAMED if name != "dense")]
+    names = ["searched plan", *(name for name in FOR_EVERY_MODEL if name != "dense")]
     report = synthetic.report({name: [1.3, 1.4] for name in names}, notes={"reordered": SIMULATED})
     folder = tmp_path_factory.mktemp("named") / "report"
     report.save(folder)

@@ -60,6 +60,7 @@ def test_a_rule_knows_that_nothing_can_be_predicted(rule: Any, idle: int, busy: 
             walk(done, model, [latents(0) + step for step in range(steps)])
             said = [note for note in done.report().notes if f"predicts none of the {steps} steps" in note]
         assert (len(model.ran) == steps) == (steps == idle), steps
+        assert len(model.ran) == rule.least(steps), steps
         assert len(said) == (steps == idle) and (rule.idle(steps) is not None) == (steps == idle)
     if message:
         assert re.search(message, str(rule.idle(idle)))
@@ -67,6 +68,7 @@ def test_a_rule_knows_that_nothing_can_be_predicted(rule: Any, idle: int, busy: 
 
 def test_a_threshold_of_0_is_what_was_asked_for() -> None:
     assert EasyCache(0).idle(5) is None and MagCache((1.0,), threshold=0, retention=1).idle(5) is None
+    assert EasyCache(0).least(5) == MagCache((1.0,), threshold=0).least(5) == 5
 
 
 # As data

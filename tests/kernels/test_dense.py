@@ -178,7 +178,9 @@ def test_old_and_absent_libraries_are_refused(a_gpu: SimpleNamespace, monkeypatc
     a_gpu.cudnn = None
     assert cudnn.refuses(CUDA, BF16, 64) == "this build of PyTorch has no cuDNN"
     monkeypatch.setattr(xformers.importlib.util, "find_spec", lambda name: None)
-    assert xformers.refuses(CUDA, BF16, 64) == "needs xformers: pip install 'diffusers-accel[xformers]'"
+    assert (
+        xformers.refuses(CUDA, BF16, 64) == "needs xformers: pip install '.[xformers]' in a checkout of diffusers_accel"
+    )
 
 
 @pytest.mark.parametrize(

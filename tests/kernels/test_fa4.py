@@ -31,7 +31,7 @@ try:
     INSTALLED = metadata.version(fa4.PACKAGE)
 except metadata.PackageNotFoundError:
     INSTALLED = ""
-needs_package = pytest.mark.skipif(not INSTALLED, reason=f"needs {fa4.PACKAGE}: pip install 'diffusers-accel[fa4]'")
+needs_package = pytest.mark.skipif(not INSTALLED, reason=f"needs {fa4.PACKAGE}: pip install '.[fa4]'")
 
 
 class Lists(NamedTuple):
@@ -189,7 +189,7 @@ def test_a_package_that_is_absent_or_does_not_fit_is_refused(monkeypatch: pytest
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", absent)
-    assert fa4.unfit() == "needs flash-attn-4: pip install 'diffusers-accel[fa4]'"
+    assert fa4.unfit() == "needs flash-attn-4: pip install '.[fa4]' in a checkout of diffusers_accel"
     monkeypatch.setattr(metadata, "version", lambda name: "4.0.0b1")
     monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
     assert "flash-attn-4 4.0.0b1 cannot be imported: " in str(fa4.unfit())

@@ -26,7 +26,7 @@ assert torch.equal(merge([(out, lse)], impl="reference")[1], lse)
 assert merge([(out, lse)])[0].shape == q.shape
 assert pool(q, 32).shape == (1, 4, 2, 8)
 reasons = {choice.name: choice.reason for choice in choices("cpu", torch.float32, 8)}
-assert reasons["cpu"] is None and "pip install 'diffusers-accel[triton]'" in reasons["portable"], reasons
+assert reasons["cpu"] is None and "pip install '.[triton]'" in reasons["portable"], reasons
 try:
     attention(q, q, q, impl="portable")
 except ValueError as error:

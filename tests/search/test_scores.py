@@ -208,7 +208,7 @@ def test_what_was_not_changed_loads(tmp_path):
 def test_another_version_and_other_files_are_refused(tmp_path):
     path = tmp_path / "s.safetensors"
     for texts, message in (
-        ({"version": "2"}, "expected version 4 of diffusers_accel.scores, found '2'; delete the file, or name another"),
+        ({"version": "2"}, "expected version 5 of diffusers_accel.scores, found '2'; delete the file, or name another"),
         ({"format": "other"}, "expected the format diffusers_accel.scores, found 'other'"),
         ({"sha256": "0" * 64}, "the file is damaged; delete the file"),
         ({"content": "[" * 100_000}, "the file is damaged"),

@@ -63,6 +63,9 @@ class EasyCache:
             f"such as warm_up={max(self.looks_back, steps // 5)}, or {enough}"
         )
 
+    def least(self, steps: int) -> int:
+        return min(steps, max(self.warm_up, self.looks_back) + 1) if self.threshold else steps
+
     def decide(self, now: Now, carry: Any) -> Decision:
         if now.run < self.warm_up or len(now.computed) < 2:
             return Decision(True)

@@ -82,6 +82,11 @@ class MagCache:
             "smaller one"
         )
 
+    def least(self, steps: int) -> int:
+        first = max(self._retained(steps), 1)
+        between = max(steps - first - 1, 0)  # before the last one
+        return min(steps, first + between // (self.max_skips + 1) + 1) if self.threshold else steps
+
     def _retained(self, steps: int) -> int:
         """How many steps at the start of a schedule compute."""
         return int(self.retention * steps)

@@ -60,6 +60,9 @@ class Schedule:
             return "the first and the last one compute in any case, and all that lie between are listed: leave some out"
         return None
 
+    def least(self, steps: int) -> int:
+        return len({*self.computes(steps), 0, steps - 1})
+
     def decide(self, now: Now, carry: Any) -> Decision:
         return Decision(now.step in self.computes(now.steps))
 

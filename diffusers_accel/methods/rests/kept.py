@@ -34,21 +34,26 @@ class Kept(Rest):
     """Keep the output and LSE of the unselected blocks.
 
     Args:
-        refresh_every: refresh at every n-th step, counted from the last refresh; 1 would never reuse.
+        refresh_every: refresh at every n-th step, counted from the last refresh; 1 would never reuse. None: never after the
+            first step of a schedule.
         gated: refresh a head where the plan's tensor "refresh/<transformer>" says so (uint8 [segments, layers, heads], 1 =
             refresh at the beginning of that segment, of equal segments of the schedule): what `search.gates.calibrate_gates`
             found from how fast what a head keeps drifts. `refresh_every` is then not used and stays at its default.
     """
 
-    refresh_every: int = USUAL
+    refresh_every: int | None = USUAL
     gated: bool = False
     kind: ClassVar[str] = "kept"
     remembers: ClassVar[bool] = True
     reads: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.refresh_every, int) or isinstance(self.refresh_every, bool) or self.refresh_every < 2:
-            raise ValueError(f"refresh_every is a number of steps, expected 2 or more, found {self.refresh_every!r}")
+        whole = isinstance(self.refresh_every, int) and not isinstance(self.refresh_every, bool)
+        if self.refresh_every is not None and not (whole and self.refresh_every >= 2):
+            raise ValueError(
+                f"refresh_every is a number of steps, expected 2 or more, found {self.refresh_every!r}; None (null in a file) "
+                "refreshes at the first step of a schedule alone"
+            )
         if self.gated and self.refresh_every != USUAL:
             raise ValueError(
                 f"heads with a gate take their refresh steps from the plan: leave refresh_every out, found {self.refresh_every}"
@@ -56,11 +61,13 @@ class Kept(Rest):
 
     @property
     def label(self) -> str:
-        return "cached gated" if self.gated else f"cached {self.refresh_every}"
+        if self.gated:
+            return "cached gated"
+        return "cached" if self.refresh_every is None else f"cached {self.refresh_every}"
 
     @property
     def period(self) -> int:
-        return self.refresh_every
+        return self.refresh_every or FOREVER
 
     @property
     def unmeasured(self) -> str | None:
@@ -70,7 +77,7 @@ class Kept(Rest):
 
     @property
     def representative(self) -> Rest:
-        return Kept(FOREVER)
+        return Kept(None)
 
     @property
     def with_gate(self) -> Rest:
@@ -87,7 +94,7 @@ class Kept(Rest):
         return None
 
     def expected_density(self, density: float | None) -> float | None:
-        return None if density is None or self.gated else density + (1 - density) * refresh_share(self.refresh_every)
+        return None if density is None or self.gated else density + (1 - density) * refresh_share(self.period)
 
     def check(self, uses: Uses, tensors: Tensors) -> None:
         if not self.gated:
@@ -112,13 +119,13 @@ class Kept(Rest):
 
     def refresh_share(self, gate: Tensor | None) -> float:
         if gate is None:
-            return refresh_share(self.refresh_every)
+            return refresh_share(self.period)
         return float(gate.double().mean()) if len(gate) else 0.0
 
     def due(self, held: CacheEntry, now: tuple[int, int], gate: Tensor | None, before: int | None) -> list[bool]:
         if gate is not None:
             return [bool(each) for each in gate[_begun(now, len(gate), before)].any(0)]
-        return [due(now[0] - last, self.refresh_every) for last in held.refreshed]
+        return [due(now[0] - last, self.period) for last in held.refreshed]
 
     def unread(self, read: Read, decision: RefreshDecision, reader: Reader) -> tuple[Partial | None, CacheEntry]:
         held = _renewed(read, decision, reader)

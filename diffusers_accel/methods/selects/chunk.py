@@ -1,0 +1,52 @@
+"""The chunk: everything but the history is read. FlashBlock's internal attention, for video that is made chunk by chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffusers_accel.call import AttentionCall
+from diffusers_accel.layout import TokenLayout
+from diffusers_accel.methods.arrangement import arrangement
+from diffusers_accel.methods.blocks import BLOCK
+from diffusers_accel.methods.order import Order
+from diffusers_accel.methods.select import StaticSelect
+from diffusers_accel.methods.uses import Tensors
+
+
+@dataclass(frozen=True)
+class ChunkOnly(StaticSelect):
+    """The video's queries read all keys but those of the history: the chunk that is denoised, text and whatever else there is
+    (FlashBlock, arXiv 2602.05305).
+
+    With the rest `Kept` the attention over the history is that of an earlier step, as in the paper. Blocks that hold tokens of
+    both are read, so that nothing of the chunk is ever kept.
+    """
+
+    kind: ClassVar[str] = "chunk"
+    needs_history: ClassVar[bool] = True
+
+    def reads_all_in(self, order: Order, layout: TokenLayout) -> bool:
+        return arrangement(order, layout).history_keys == (0, 0)
+
+    def refuses(self, order: Order) -> str | None:
+        return (
+            None
+            if order.identity
+            else f'"{self.kind}" reads the same in every order: leave the order out, found {order}'
+        )
+
+    def expected_density(self, order: Order, layout: TokenLayout | None = None) -> float | None:
+        if layout is None:
+            return None
+        first, stop = arrangement(order, layout).history_keys
+        return 1 - (stop - first) / layout.key_blocks(BLOCK)
+
+    def mask(self, call: AttentionCall, order: Order, tensors: Tensors) -> Tensor:
+        places = arrangement(order, call.layout)
+        mask = torch.ones(len(places.exact_queries), len(places.exact_keys), dtype=torch.bool)
+        mask[~places.exact_queries, slice(*places.history_keys)] = False
+        return mask[None]
