@@ -46,7 +46,7 @@ def check_asked(
 
 def check_installed() -> None:
     """Refuses before the first clip what would otherwise fail after the last."""
-    needed = ("imageio_ffmpeg", "jinja2", "matplotlib", "psutil", "scipy", "skimage")
+    needed = ("imageio_ffmpeg", "jinja2", "matplotlib", "psutil", "scipy")
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ImportError(f"a report needs {', '.join(missing)}, found none: {install('eval')}")
 

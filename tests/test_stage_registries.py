@@ -67,7 +67,9 @@ LISTED = {
         metrics_folder,
         (FrameMetric, ClipMetric, SetMetric),
         [each for each in METRICS.values() if each not in VBENCH],  # made of a table, in one file
-        frozenset({"clip_metric", "clip_set", "frame_metric", "lpips_weights", "metric", "set_metric", "vbench"}),
+        frozenset(
+            {"clip_metric", "clip_set", "frame_metric", "lpips_weights", "metric", "set_metric", "ssim_maps", "vbench"}
+        ),
     ),
 }
 

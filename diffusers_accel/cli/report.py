@@ -31,7 +31,8 @@ def report(
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("report"),
     rounds: Annotated[int, typer.Option("--rounds", help="Timed runs of each clip, each between two dense ones.")] = 1,
     metric: Annotated[
-        list[str] | None, typer.Option("--metric", help="May be given several times. (default: psnr, ssim and lpips)")
+        list[str] | None,
+        typer.Option("--metric", help="May be given several times. (default: psnr, ssim, lpips and psnr_pooled)"),
     ] = None,
     prompt: Prompts = None,
     prompts: PromptFile = None,

@@ -12,14 +12,17 @@ from diffusers_accel.evals.metrics.lpips import LPIPS
 from diffusers_accel.evals.metrics.metric import AnyMetric, MetricUnavailable, Scored
 from diffusers_accel.evals.metrics.ms_ssim import MS_SSIM
 from diffusers_accel.evals.metrics.psnr import PSNR
+from diffusers_accel.evals.metrics.psnr_pooled import PSNR_POOLED
 from diffusers_accel.evals.metrics.set_metric import SetMetric, SetScore
 from diffusers_accel.evals.metrics.ssim import SSIM
+from diffusers_accel.evals.metrics.ssim_gaussian import SSIM_GAUSSIAN
 from diffusers_accel.evals.metrics.vbench import VBENCH
 from diffusers_accel.evals.metrics.vmaf import VMAF
 
-_ALL: tuple[AnyMetric, ...] = (PSNR, SSIM, LPIPS, FLICKERING, MS_SSIM, VMAF, *VBENCH)
+_ALL: tuple[AnyMetric, ...] = (PSNR, SSIM, LPIPS, PSNR_POOLED, SSIM_GAUSSIAN, FLICKERING, MS_SSIM, VMAF, *VBENCH)
 METRICS: dict[str, AnyMetric] = {each.name: each for each in _ALL}
-DEFAULT = (PSNR.name, SSIM.name, LPIPS.name)  # what the field reports; others are measured where they are asked for
+# What the field reports; others are measured where they are asked for.
+DEFAULT = (PSNR.name, SSIM.name, LPIPS.name, PSNR_POOLED.name)
 
 __all__ = [
     "DEFAULT",

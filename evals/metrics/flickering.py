@@ -33,5 +33,6 @@ FLICKERING = ClipMetric(
     protocol="VBench's formula (Huang et al. 2023), computed by this program on raw frames: (255 - MAE) / 255 of neighbouring "
     "frames; 1 is a still image. More than dense is less motion or less flicker, less than dense is more of one of them.",
     fewest=2,
+    comparable="none: VBench's are of its own prompts and of films of 8 bits (`vbench_temporal_flickering`)",
     load=_load,
 )

@@ -86,6 +86,7 @@ LPIPS = FrameMetric(
     better="lower",
     protocol="AlexNet, version 0.1 (Zhang et al. 2018), per frame, at the clip's own size; 0 is identical.",
     smallest=32,
+    comparable="cache-dit's default and others by AlexNet on -1 to 1; none by VGG, such as SVG's, which feeds VGG with 0 to 1",
     load=_load,
     packages=("lpips",),
     needs="weights, fetched once (64 MB), or the extra `lpips`",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from diffusers_accel.files import printable
 
 S = TypeVar("S")
 Scored = tuple[float | None, str | None]  # a value and, where there is something to say of it, a note; or None and why
+RANGE = re.compile(r"(-?[0-9.]+) (?:to (-?[0-9.]+)|upwards)")
 LONGEST_REASON = 300  # characters of why a metric is missing, which each of its rows repeats
 
 
@@ -29,10 +32,11 @@ class Metric(ABC, Generic[S]):
         name: key in `METRICS` and in reports.
         title: as the field writes it.
         unit: "" for a plain number.
-        range: the values that it can take, such as "0 to 1".
+        range: the values that it can take, such as "0 to 1" or "0 upwards"; `limits` reads it.
         better: the direction; "closer" where the value of the dense clip is the best there is.
         protocol: one sentence on how it is computed, its source, and which value means what.
         load: gives the score function; raises MetricUnavailable. Called once per report, before any clip is made.
+        comparable: whose published numbers those of it may stand beside, as far as clips, prompts and seeds are alike too.
         needs: what it needs beside the extra `eval`; "" for nothing.
         packages: that compute it; a report says their versions.
         digits: shown after the decimal point.
@@ -50,9 +54,16 @@ class Metric(ABC, Generic[S]):
     better: Literal["higher", "lower", "closer"]
     protocol: str
     load: Callable[[], S]
+    comparable: str = ""
     needs: str = ""
     packages: tuple[str, ...] = ()
     digits: int = 4
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Least and greatest value of `range`, for axes; infinite where it says "upwards"."""
+        least, most = RANGE.fullmatch(self.range).groups()  # type: ignore[union-attr]
+        return float(least), float(most or math.inf)
 
     @property
     def change(self) -> str:

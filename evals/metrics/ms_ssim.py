@@ -43,6 +43,7 @@ MS_SSIM = FrameMetric(
     protocol="pytorch-msssim, per frame, five scales with the exponents of Wang et al. 2003, Gaussian 11 x 11 window without "
     "padding, mean over the colour channels, data range 1; 1 is identical.",
     smallest=161,
+    comparable="FastVideo and SGLang, who use pytorch-msssim in their tests of whole models",
     load=_load,
     packages=("pytorch-msssim",),
 )

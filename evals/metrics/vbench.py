@@ -47,6 +47,7 @@ VBENCH = tuple(
         # More of these is less motion; the others say that a clip is good or does what was asked for.
         better="closer" if name in ("temporal_flickering", "dynamic_degree") else "higher",
         protocol=f"VBench's dimension {name} by its own program, version 0.1.5, custom input; not normalised.",
+        comparable="VBench of custom input only; its tables are of its own prompts, see `diffusers-accel vbench run`",
         load=partial(_load, name),
         needs="`diffusers-accel vbench setup`" + (" and weights" if DIMENSIONS[name].weights else ""),
     )

@@ -87,6 +87,7 @@ VMAF = FrameMetric(
     protocol="libvmaf in ffmpeg, its default model vmaf_v0.6.1 (fitted to compressed films of 1080 lines), per frame, on BT.709 "
     "luma of 10 bits at the clip's own size; a still clip beside itself gets 97.4.",
     smallest=64,
+    comparable="none of generated clips: only of the same model and size, and then as a difference between two methods",
     load=_load,
     packages=("imageio-ffmpeg",),
     needs="an ffmpeg with libvmaf, such as that of imageio-ffmpeg",

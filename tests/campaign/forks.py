@@ -128,7 +128,7 @@ def _serve() -> None:
     from tests.evals import synthetic
 
     torch.set_num_threads(1)
-    for module in ("scipy.stats", "skimage.metrics", "psutil"):
+    for module in ("scipy.stats", "psutil"):
         __import__(module)
     pipeline()
     html(synthetic.report({"plan": [1.2]}))  # loads fonts and templates

@@ -29,6 +29,7 @@ from diffusers_accel.evals.metrics import (
     MetricUnavailable,
     SetMetric,
 )
+from diffusers_accel.evals.metrics.vbench import VBENCH
 from diffusers_accel.evals.report import Report
 from diffusers_accel.evals.report.video import encode_lossless
 from diffusers_accel.evals.set_films import SetFilms
@@ -50,6 +51,7 @@ OF_FRAMES = FrameMetric(
     better="lower",
     protocol="Mean distance per frame.",
     load=lambda: lambda dense, frames: np.abs(dense.astype(np.float64) - frames).mean((1, 2, 3)),
+    packages=("scipy",),
 )
 OF_ONE_CLIP = ClipMetric(
     name="fake_clip",
@@ -138,6 +140,7 @@ def test_a_metric_of_each_kind_is_in_every_part_of_a_report(report: Report, tmp_
     assert "nearer dense: better" in html and html.count('class="headline') == 2
     (per_clip,) = [line for line in markdown.splitlines() if line.startswith("| prompt")]
     assert OF_FRAMES.title in per_clip and OF_ONE_CLIP.title in per_clip and OF_A_SET.title not in per_clip
+    assert report.provenance["versions"]["scipy"]
     assert "PSNR" not in markdown and "LPIPS" not in html  # no columns of what was not measured
 
 
@@ -292,7 +295,13 @@ def test_numbers_of_dense_count_for_the_largest_report(registered: None, pipe: A
 def test_the_table_of_the_docs_is_that_of_the_registry() -> None:
     text = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
     (table,) = [part for part in text.split("\n\n") if part.startswith("| metric | looks at |")]
-    assert table.splitlines()[2:] == [documented(metric) for metric in METRICS.values() if metric not in FAKES]
+    ours = [metric for metric in METRICS.values() if metric not in FAKES]
+    assert table.splitlines()[2:] == [documented(metric) for metric in ours]
+    (table,) = [part for part in text.split("\n\n") if part.startswith("| metric | may stand beside |")]
+    assert table.splitlines()[2:] == [
+        *(f"| `{metric.name}` | {metric.comparable} |" for metric in ours if metric not in VBENCH),
+        f"| `vbench_...` | {VBENCH[0].comparable} |",
+    ]
 
 
 def documented(metric: AnyMetric) -> str:

@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,54 @@ def checkpoint() -> dict[str, Any]:
     return tree
 
 
-def test_psnr_and_ssim_equal_scikit_image_frame_by_frame() -> None:
-    a, b = clip(0), clip(1)
-    psnr = [peak_signal_noise_ratio(x, y, data_range=1) for x, y in zip(a, b)]
-    ssim = [structural_similarity(x, y, data_range=1, channel_axis=2) for x, y in zip(a, b)]
-    np.testing.assert_array_equal(METRICS["psnr"].load()(a, b), psnr)
-    np.testing.assert_array_equal(METRICS["ssim"].load()(a, b), ssim)
-    by_hand = 10 * math.log10(1 / np.mean((a[0].astype(np.float64) - b[0]) ** 2))
-    assert psnr[0] == pytest.approx(by_hand, rel=1e-5)  # scikit-image squares in float32
+def test_psnr_and_ssim_equal_scikit_image() -> None:
+    """Frame by frame and, pooled, on the whole clip; of frames that are longer than wide, in float32 and in float64."""
+    a, b = clip(0)[:, :33], (clip(0) * 0.7 + clip(1) * 0.2)[:, :33]
+    ssim = partial(structural_similarity, data_range=1, channel_axis=2)
+    gaussian = partial(ssim, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    for name, theirs in (
+        ("psnr", partial(peak_signal_noise_ratio, data_range=1)),
+        ("ssim", ssim),
+        ("ssim_gaussian", gaussian),
+    ):
+        found = METRICS[name].load()(a, b)
+        np.testing.assert_allclose(found, [theirs(*pair) for pair in zip(a.astype(float), b.astype(float))], rtol=1e-12)
+        np.testing.assert_allclose(found, [theirs(*pair) for pair in zip(a, b)], rtol=1e-6)
+    metric = METRICS["psnr_pooled"]
+    value, note = metric.of_clip(metric.load(), b, dense=a) or (None, None)
+    assert (
+        value == pytest.approx(peak_signal_noise_ratio(a.astype(float), b.astype(float), data_range=1)) and note is None
+    )
+
+
+def test_psnr_of_known_errors() -> None:
+    """Errors of 0.1, 0.01 and none: 20 dB, 40 dB and infinite; pooled over the clip, the error 0.0101 / 3 in the square."""
+    dense = np.full((3, 8, 8, 3), 0.5, np.float32)
+    other = dense + np.array([0.1, 0.01, 0], np.float32)[:, None, None, None]
+    mean, pooled = METRICS["psnr"], METRICS["psnr_pooled"]
+    assert mean.of_clip(mean.load(), other, dense) == (pytest.approx(30, abs=1e-4), "1 of 3 frames identical, left out")
+    assert pooled.of_clip(pooled.load(), other, dense) == (pytest.approx(-10 * math.log10(0.0101 / 3), abs=1e-4), None)
+    assert pooled.of_clip(pooled.load(), dense, dense) == (None, "identical")
+
+
+def test_gaussian_ssim_is_that_of_pytorch_msssim() -> None:
+    from pytorch_msssim import ssim
+
+    a, b = clip(0), (clip(0) + clip(1)) / 2
+    x, y = (torch.from_numpy(frames).permute(0, 3, 1, 2) for frames in (a, b))
+    theirs = ssim(x, y, data_range=1.0, size_average=False)
+    np.testing.assert_allclose(METRICS["ssim_gaussian"].load()(a, b), theirs, rtol=1e-5)
+
+
+def test_every_metric_says_its_limits_and_whose_numbers_are_like_it() -> None:
+    for metric in METRICS.values():
+        least, most = metric.limits
+        assert least < most and metric.comparable, metric.name
+    assert (
+        METRICS["psnr"].limits == (0, math.inf)
+        and METRICS["ssim"].limits == (-1, 1)
+        and METRICS["vmaf"].limits == (0, 100)
+    )
 
 
 def test_clip_score_is_the_mean_over_frames() -> None:
@@ -61,7 +102,9 @@ def test_identical_frames_have_no_psnr_and_are_counted() -> None:
     assert metric.of_clip(score, a, dense=a) == (None, "identical")
     b[1] = a[1]
     value, note = metric.of_clip(score, b, dense=a)
-    assert value == np.mean([peak_signal_noise_ratio(a[i], b[i], data_range=1) for i in (0, 2)])
+    assert value == pytest.approx(
+        np.mean([peak_signal_noise_ratio(a[i], b[i], data_range=1) for i in (0, 2)]), rel=1e-6
+    )
     assert note == "1 of 3 frames identical, left out"
     assert METRICS["ssim"].of_clip(METRICS["ssim"].load(), a, dense=a) == (1.0, None)
 
