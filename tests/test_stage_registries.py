@@ -68,7 +68,17 @@ LISTED = {
         (FrameMetric, ClipMetric, SetMetric),
         [each for each in METRICS.values() if each not in VBENCH],  # made of a table, in one file
         frozenset(
-            {"clip_metric", "clip_set", "frame_metric", "lpips_weights", "metric", "set_metric", "ssim_maps", "vbench"}
+            {
+                "clip_metric",
+                "clip_set",
+                "ffmpeg",
+                "frame_metric",
+                "lpips_weights",
+                "metric",
+                "set_metric",
+                "ssim_maps",
+                "vbench",
+            }
         ),
     ),
 }

@@ -18,8 +18,9 @@ from diffusers_accel.evals.metrics.ssim import SSIM
 from diffusers_accel.evals.metrics.ssim_gaussian import SSIM_GAUSSIAN
 from diffusers_accel.evals.metrics.vbench import VBENCH
 from diffusers_accel.evals.metrics.vmaf import VMAF
+from diffusers_accel.evals.metrics.xpsnr import XPSNR
 
-_ALL: tuple[AnyMetric, ...] = (PSNR, SSIM, LPIPS, PSNR_POOLED, SSIM_GAUSSIAN, FLICKERING, MS_SSIM, VMAF, *VBENCH)
+_ALL: tuple[AnyMetric, ...] = (PSNR, SSIM, LPIPS, PSNR_POOLED, SSIM_GAUSSIAN, FLICKERING, MS_SSIM, VMAF, XPSNR, *VBENCH)
 METRICS: dict[str, AnyMetric] = {each.name: each for each in _ALL}
 # What the field reports; others are measured where they are asked for.
 DEFAULT = (PSNR.name, SSIM.name, LPIPS.name, PSNR_POOLED.name)

@@ -32,7 +32,7 @@ class Metric(ABC, Generic[S]):
         name: key in `METRICS` and in reports.
         title: as the field writes it.
         unit: "" for a plain number.
-        range: the values that it can take, such as "0 to 1" or "0 upwards"; `limits` reads it.
+        range: the values that it can take, "0 to 1", "0 upwards" or "any"; `limits` reads it.
         better: the direction; "closer" where the value of the dense clip is the best there is.
         protocol: one sentence on how it is computed, its source, and which value means what.
         load: gives the score function; raises MetricUnavailable. Called once per report, before any clip is made.
@@ -61,7 +61,9 @@ class Metric(ABC, Generic[S]):
 
     @property
     def limits(self) -> tuple[float, float]:
-        """Least and greatest value of `range`, for axes; infinite where it says "upwards"."""
+        """Least and greatest value of `range`, for axes; infinite where it says "upwards" or "any"."""
+        if self.range == "any":
+            return -math.inf, math.inf
         least, most = RANGE.fullmatch(self.range).groups()  # type: ignore[union-attr]
         return float(least), float(most or math.inf)
 

@@ -436,3 +436,37 @@ def test_vmaf_without_its_program_says_what_to_do(tmp_path: Path, monkeypatch: p
     score, frames = METRICS["vmaf"].load(), smooth(0, 2, 64)
     said = "not measured: ffmpeg ended with code 4: no room"
     assert METRICS["vmaf"].of_clip(score, frames, dense=frames) == (None, said)
+
+
+def grey(*levels: int, frames: int = 1, side: int = 40) -> np.ndarray:
+    """Frames of one shade each: levels of luma in limited range, 16 to 235."""
+    shades = (np.array(levels * frames, np.float32) - 16) / 219
+    return shades[:, None, None, None] * np.ones((side, side, 3), np.float32)
+
+
+@pytest.fixture(scope="module")
+def xpsnr_score() -> Any:
+    """The score function; skipped where the ffmpeg of this platform has no xpsnr."""
+    score = METRICS["xpsnr"].loaded()
+    if isinstance(score, str):
+        pytest.skip(score)
+    return score
+
+
+def test_xpsnr_of_a_small_clip_is_the_psnr_of_its_luma(xpsnr_score: Any) -> None:
+    found = xpsnr_score(grey(104, 104, 104), grey(126, 104, 60))
+    np.testing.assert_allclose(
+        found, [20 * math.log10(255 / 22), math.inf, 20 * math.log10(255 / 44)], atol=0.05
+    )  # one level: 0.4
+
+
+def test_xpsnr_weights_errors_by_what_the_dense_clip_hides(xpsnr_score: Any) -> None:
+    dense = grey(126, frames=2, side=128)
+    dense[:, :, :64] = smooth(0, 2, 128)[:, :, :64]
+    error = np.random.default_rng(0).normal(0, 0.05, (2, 128, 64, 1)).astype(np.float32)
+    in_detail, in_flat = dense.copy(), dense.copy()
+    in_detail[:, :, :64] += error
+    in_flat[:, :, 64:] += error
+    assert xpsnr_score(dense, in_detail)[1] > xpsnr_score(dense, in_flat)[1] + 3
+    blurred = ndimage.gaussian_filter(dense, (0, 3, 3, 0))
+    assert xpsnr_score(dense, blurred)[1] > xpsnr_score(blurred, dense)[1] + 1
