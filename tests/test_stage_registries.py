@@ -72,6 +72,7 @@ LISTED = {
                 "clip_metric",
                 "clip_set",
                 "ffmpeg",
+                "flow",
                 "frame_metric",
                 "lpips_weights",
                 "metric",

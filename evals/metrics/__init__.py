@@ -6,7 +6,9 @@ Those of VBench are made of its table of dimensions, in one file.
 
 from diffusers_accel.evals.metrics.clip_metric import ClipMetric, ClipScore
 from diffusers_accel.evals.metrics.clip_set import ClipSet, SetClip
+from diffusers_accel.evals.metrics.dynamic_degree import DYNAMIC_DEGREE
 from diffusers_accel.evals.metrics.flickering import FLICKERING
+from diffusers_accel.evals.metrics.flip import FLIP
 from diffusers_accel.evals.metrics.frame_metric import FrameMetric, FrameScore
 from diffusers_accel.evals.metrics.lpips import LPIPS
 from diffusers_accel.evals.metrics.metric import AnyMetric, MetricUnavailable, Scored
@@ -18,9 +20,24 @@ from diffusers_accel.evals.metrics.ssim import SSIM
 from diffusers_accel.evals.metrics.ssim_gaussian import SSIM_GAUSSIAN
 from diffusers_accel.evals.metrics.vbench import VBENCH
 from diffusers_accel.evals.metrics.vmaf import VMAF
+from diffusers_accel.evals.metrics.warp_error import WARP_ERROR
 from diffusers_accel.evals.metrics.xpsnr import XPSNR
 
-_ALL: tuple[AnyMetric, ...] = (PSNR, SSIM, LPIPS, PSNR_POOLED, SSIM_GAUSSIAN, FLICKERING, MS_SSIM, VMAF, XPSNR, *VBENCH)
+_ALL: tuple[AnyMetric, ...] = (
+    PSNR,
+    SSIM,
+    LPIPS,
+    PSNR_POOLED,
+    SSIM_GAUSSIAN,
+    MS_SSIM,
+    VMAF,
+    XPSNR,
+    FLIP,
+    FLICKERING,
+    WARP_ERROR,
+    DYNAMIC_DEGREE,
+    *VBENCH,
+)
 METRICS: dict[str, AnyMetric] = {each.name: each for each in _ALL}
 # What the field reports; others are measured where they are asked for.
 DEFAULT = (PSNR.name, SSIM.name, LPIPS.name, PSNR_POOLED.name)

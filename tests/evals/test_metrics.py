@@ -470,3 +470,71 @@ def test_xpsnr_weights_errors_by_what_the_dense_clip_hides(xpsnr_score: Any) -> 
     assert xpsnr_score(dense, in_detail)[1] > xpsnr_score(dense, in_flat)[1] + 3
     blurred = ndimage.gaussian_filter(dense, (0, 3, 3, 0))
     assert xpsnr_score(dense, blurred)[1] > xpsnr_score(blurred, dense)[1] + 1
+
+
+def loaded(name: str) -> Any:
+    """A metric and its score function; skipped where its package has no build for this platform."""
+    score = METRICS[name].loaded()
+    if isinstance(score, str):
+        pytest.skip(score)
+    return METRICS[name], score
+
+
+def test_flip_of_plain_frames_is_what_its_paper_says() -> None:
+    """Without detail only lightness counts: |dL*|^0.7, as a share of green beside blue, of which the first 0.4 are 0.95."""
+    metric, score = loaded("flip")
+    most = 203.29**0.7  # HyAB distance of green and blue in Hunt-adjusted CIELAB
+
+    def expected(a: float, b: float) -> float:
+        share = abs(lightness(a) - lightness(b)) ** 0.7 / most
+        return share * 0.95 / 0.4 if share < 0.4 else 0.95 + (share - 0.4) / 0.6 * 0.05
+
+    shades = ((0.0, 1.0), (0.5, 0.6), (0.2, 0.2))
+    dense, other = (
+        np.array(column, np.float32)[:, None, None, None] * np.ones((40, 48, 3), np.float32) for column in zip(*shades)
+    )
+    values = [expected(*pair) for pair in shades]
+    assert metric.of_clip(score, other, dense) == (pytest.approx(np.mean(values), rel=2e-3), None)
+    np.testing.assert_allclose(score(dense, other), values, rtol=2e-3)
+
+
+def lightness(shade: float) -> float:
+    """L* of a grey in sRGB."""
+    linear = shade / 12.92 if shade <= 0.04045 else ((shade + 0.055) / 1.055) ** 2.4
+    return 116 * linear ** (1 / 3) - 16 if linear > 0.008856 else 903.3 * linear
+
+
+def moving(step: tuple[int, int], frames: int = 3, side: int = 96) -> np.ndarray:
+    """Texture that goes `step` pixels (down, right) a frame."""
+    whole = smooth(0, 1, 160)[0, :, :160]
+    starts = [(20 - n * step[0], 20 - n * step[1]) for n in range(frames)]
+    return np.stack([whole[y : y + side, x : x + side] for y, x in starts])
+
+
+def test_dynamic_degree_is_the_length_of_the_motion() -> None:
+    metric, score = loaded("dynamic_degree")
+    assert score(moving((3, 4))) == pytest.approx(5 / 96, rel=0.1)
+    assert score(moving((3, 4), side=64)) == pytest.approx(5 / 64, rel=0.1)
+    assert score(moving((0, 0))) == pytest.approx(0, abs=1e-3)
+    corner = moving((0, 0))
+    corner[:, :24, :24] = moving((0, 2))[:, :24, :24]  # a sixteenth of the frame moves
+    assert 1 / 96 < score(corner) < 3 / 96
+
+
+def test_warp_error_is_what_motion_does_not_explain() -> None:
+    metric, score = loaded("warp_error")
+    still, clip = moving((0, 0)), moving((3, 4))
+    assert score(still) == 0 and score(clip) < 2e-5 < np.square(clip[1:] - clip[:-1]).mean() / 100
+    clip[1] += 0.05  # a flash, between two pairs
+    assert score(clip) == pytest.approx(0.05**2, rel=0.1)
+    noise = np.random.default_rng(0).random((2, 64, 64, 3), dtype=np.float32)
+    assert not score(noise) <= 1e-3  # what cannot be followed, or is far apart
+
+
+@pytest.mark.parametrize("name, module", [("flip", "flip_evaluator"), ("warp_error", "cv2"), ("dynamic_degree", "cv2")])
+def test_what_an_extra_brings_is_missed_with_its_command(
+    name: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MetricUnavailable, match=rf"{module}.*pip install '\.\[metrics\]'"):
+        METRICS[name].load()
