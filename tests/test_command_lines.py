@@ -214,6 +214,11 @@ WRONG = [
     ("vbench show my-wan", "vbench.json: expected a JSON file, found nothing there"),
     ("vbench show half.json", "half.json: expected JSON"),
     ("vbench show half.json --env my-wan", "--env: expected without RESULT"),
+    # metrics
+    ("metrics shwo", "show"),
+    ("metrics fetch", "name"),
+    ("metrics fetch lpisp", "found 'lpisp'; did you mean \"lpips\"?"),
+    ("metrics fetch psnr", "expected a metric with weights to fetch (lpips, lpips_vgg, dists), found 'psnr'"),
     # the benchmark
     ("bench --shapes tooy", "found 'tooy'; did you mean \"toy\"?"),
     ("bench --operators attentoin", 'did you mean "attention"?'),

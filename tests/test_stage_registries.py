@@ -71,14 +71,18 @@ LISTED = {
             {
                 "clip_metric",
                 "clip_set",
+                "dists_weights",
                 "ffmpeg",
                 "flow",
                 "frame_metric",
                 "lpips_weights",
                 "metric",
+                "published",
+                "readiness",
                 "set_metric",
                 "ssim_maps",
                 "vbench",
+                "vgg16",
             }
         ),
     ),

@@ -14,6 +14,8 @@ from diffusers_accel.cli import (
     bench,
     calibrate,
     doctor,
+    metrics_fetch,
+    metrics_show,
     plan_schema,
     plan_show,
     report,
@@ -35,6 +37,8 @@ app = typer.Typer(
 )
 plan_app = typer.Typer(help="Look at plan files.")
 app.add_typer(plan_app, name="plan")
+metrics_app = typer.Typer(help="What reports measure quality by.")
+app.add_typer(metrics_app, name="metrics")
 vbench_app = typer.Typer(help="Measure films by VBench, in an environment of its own.")
 app.add_typer(vbench_app, name="vbench")
 
@@ -46,6 +50,8 @@ app.command("report")(report.report)
 app.command("bench", **bench.SETTINGS)(bench.bench)
 plan_app.command("show")(plan_show.plan_show)
 plan_app.command("schema")(plan_schema.plan_schema)
+metrics_app.command("show")(metrics_show.metrics_show)
+metrics_app.command("fetch")(metrics_fetch.metrics_fetch)
 vbench_app.command("setup")(vbench_setup.vbench_setup)
 vbench_app.command("run")(vbench_run.vbench_run)
 vbench_app.command("show")(vbench_show.vbench_show)

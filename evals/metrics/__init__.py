@@ -6,11 +6,13 @@ Those of VBench are made of its table of dimensions, in one file.
 
 from diffusers_accel.evals.metrics.clip_metric import ClipMetric, ClipScore
 from diffusers_accel.evals.metrics.clip_set import ClipSet, SetClip
+from diffusers_accel.evals.metrics.dists import DISTS
 from diffusers_accel.evals.metrics.dynamic_degree import DYNAMIC_DEGREE
 from diffusers_accel.evals.metrics.flickering import FLICKERING
 from diffusers_accel.evals.metrics.flip import FLIP
 from diffusers_accel.evals.metrics.frame_metric import FrameMetric, FrameScore
 from diffusers_accel.evals.metrics.lpips import LPIPS
+from diffusers_accel.evals.metrics.lpips_vgg import LPIPS_VGG
 from diffusers_accel.evals.metrics.metric import AnyMetric, MetricUnavailable, Scored
 from diffusers_accel.evals.metrics.ms_ssim import MS_SSIM
 from diffusers_accel.evals.metrics.psnr import PSNR
@@ -30,6 +32,8 @@ _ALL: tuple[AnyMetric, ...] = (
     PSNR_POOLED,
     SSIM_GAUSSIAN,
     MS_SSIM,
+    LPIPS_VGG,
+    DISTS,
     VMAF,
     XPSNR,
     FLIP,

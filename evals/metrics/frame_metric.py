@@ -54,6 +54,11 @@ class FrameMetric(PerClipMetric[FrameScore]):
         return value, note
 
 
+def device() -> torch.device:
+    """Where frames are compared: on the GPU, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def per_frame(score: Callable[[Tensor, Tensor], Tensor]) -> FrameScore:
     """A score of a frame beside the dense one, both [H, W, 3] float64, applied to every frame of a clip.
 
@@ -62,9 +67,8 @@ def per_frame(score: Callable[[Tensor, Tensor], Tensor]) -> FrameScore:
 
     @torch.no_grad()
     def scores(reference: np.ndarray, frames: np.ndarray) -> np.ndarray:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         pairs = zip(torch.from_numpy(reference), torch.from_numpy(frames), strict=True)
-        found = [score(*(frame.to(device).double() for frame in pair)) for pair in pairs]
+        found = [score(*(frame.to(device()).double() for frame in pair)) for pair in pairs]
         return torch.stack(found).cpu().numpy()
 
     return scores

@@ -13,6 +13,7 @@ import numpy as np
 
 from diffusers_accel.evals.metrics.clip_set import ClipSet
 from diffusers_accel.files import printable
+from diffusers_accel.support.log import LOG
 
 S = TypeVar("S")
 Scored = tuple[float | None, str | None]  # a value and, where there is something to say of it, a note; or None and why
@@ -38,6 +39,8 @@ class Metric(ABC, Generic[S]):
         load: gives the score function; raises MetricUnavailable. Called once per report, before any clip is made.
         comparable: whose published numbers those of it may stand beside, as far as clips, prompts and seeds are alike too.
         needs: what it needs beside the extra `eval`; "" for nothing.
+        fetch: gets and keeps its published weights, where it has some that can be had, and says what it does; raises
+            MetricUnavailable. Only where the user asks: `load` never fetches.
         packages: that compute it; a report says their versions.
         digits: shown after the decimal point.
     """
@@ -56,6 +59,7 @@ class Metric(ABC, Generic[S]):
     load: Callable[[], S]
     comparable: str = ""
     needs: str = ""
+    fetch: Callable[[Callable[[str], None]], None] | None = None
     packages: tuple[str, ...] = ()
     digits: int = 4
 
@@ -73,11 +77,13 @@ class Metric(ABC, Generic[S]):
         return f"{self.name}_change"
 
     def loaded(self) -> S | str:
-        """The score function, or why there is none."""
+        """The score function, or why there is none, which is said at once: before anything is generated."""
         try:
             return self.load()
         except MetricUnavailable as reason:
-            return printable(reason)[:LONGEST_REASON]
+            why = printable(reason)[:LONGEST_REASON]
+            LOG.warning("%s will not be measured: %s", self.title, why)
+            return why
 
     def of_clip(self, score: S | str, frames: np.ndarray, dense: np.ndarray | None) -> Scored | None:
         """The value of one clip; None where this kind has none.

@@ -29,7 +29,7 @@ from diffusers_accel.evals.compare import compare
 from diffusers_accel.evals.kept import KIND as COMPARISON
 from diffusers_accel.evals.kept import RUN, Identity
 from diffusers_accel.evals.measurement import read_rows, write_rows
-from diffusers_accel.evals.metrics import lpips_weights
+from diffusers_accel.evals.metrics import lpips_weights, published
 from diffusers_accel.evals.report.render import html, markdown
 from diffusers_accel.evals.toy.training.nested import flatten
 from diffusers_accel.evals.toy.training.run_state import RunState
@@ -330,7 +330,7 @@ SMALL_WEIGHTS = {"conv0.weight": torch.arange(12.0).reshape(3, 4), "conv0.bias":
 
 
 def write_lpips(folder: Path) -> tuple[Path, ...]:
-    cache = lpips_weights.cache_file()
+    cache = published.cache_file("lpips_alex")
     cache.parent.mkdir(parents=True, exist_ok=True)
     cache.write_bytes(encode_tensors(SMALL_WEIGHTS))
     return (cache,)
@@ -375,8 +375,8 @@ def subject(
 ) -> Iterator[Subject]:
     name: str = request.param
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "mutants" / "cache"))
-    monkeypatch.setenv(lpips_weights.OFFLINE, "1")
-    monkeypatch.setattr(lpips_weights, "TENSORS_SHA256", lpips_weights.fingerprint(SMALL_WEIGHTS))
+    small = replace(lpips_weights.NETWORKS["alexnet"], tensors_sha256=published.fingerprint(SMALL_WEIGHTS))
+    monkeypatch.setitem(lpips_weights.NETWORKS, "alexnet", small)
     scores, cost = Scores.load(searched / "s.safetensors"), Cost.load(searched / "s.cost.json")
     again = folder / "again"
     again.mkdir()
@@ -442,7 +442,9 @@ def subject(
         "run state": Subject(
             "run state", write_run_state, load_run_state, picture_of_state, state_says, seal=seal_document
         ),
-        "LPIPS cache": Subject("LPIPS cache", write_lpips, lambda path: lpips_weights.load(), picture_of_tensors),
+        "LPIPS cache": Subject(
+            "LPIPS cache", write_lpips, lambda path: lpips_weights.load("alexnet", "lpips"), picture_of_tensors
+        ),
         "prompts": Subject(
             "prompts",
             write_prompts,

