@@ -6,6 +6,7 @@ Those of VBench are made of its table of dimensions, in one file.
 
 from diffusers_accel.evals.metrics.clip_metric import ClipMetric, ClipScore
 from diffusers_accel.evals.metrics.clip_set import ClipSet, SetClip
+from diffusers_accel.evals.metrics.cvvdp import CVVDP
 from diffusers_accel.evals.metrics.dists import DISTS
 from diffusers_accel.evals.metrics.dynamic_degree import DYNAMIC_DEGREE
 from diffusers_accel.evals.metrics.flickering import FLICKERING
@@ -37,6 +38,7 @@ _ALL: tuple[AnyMetric, ...] = (
     VMAF,
     XPSNR,
     FLIP,
+    CVVDP,
     FLICKERING,
     WARP_ERROR,
     DYNAMIC_DEGREE,

@@ -41,7 +41,8 @@ def distance(reference: Tensor, frames: Tensor, weights: Mapping[str, Tensor]) -
     sizes = [each.shape[1] // 2 for each in found]
     parts = zip(weights["alpha"].split(sizes), weights["beta"].split(sizes), strict=True)
     total = weights["alpha"].sum() + weights["beta"].sum()
-    return 1 - sum((each * torch.cat(part)).sum(1) for each, part in zip(found, parts, strict=True)) / total
+    similar = sum((each * torch.cat(part)).sum(1) for each, part in zip(found, parts, strict=True))
+    return (1 - similar / total).clamp(min=0)  # identical frames are off by rounding
 
 
 def _all(x: Tensor, weights: Mapping[str, Tensor]) -> list[Tensor]:

@@ -17,7 +17,7 @@ from diffusers_accel.support.log import LOG
 
 S = TypeVar("S")
 Scored = tuple[float | None, str | None]  # a value and, where there is something to say of it, a note; or None and why
-RANGE = re.compile(r"(-?[0-9.]+) (?:to (-?[0-9.]+)|upwards)")
+RANGE = re.compile(r"any|up to (?P<only>[0-9.]+)|(?P<least>-?[0-9.]+) (?:to (?P<most>[0-9.]+)|upwards)")
 LONGEST_REASON = 300  # characters of why a metric is missing, which each of its rows repeats
 
 
@@ -33,7 +33,7 @@ class Metric(ABC, Generic[S]):
         name: key in `METRICS` and in reports.
         title: as the field writes it.
         unit: "" for a plain number.
-        range: the values that it can take, "0 to 1", "0 upwards" or "any"; `limits` reads it.
+        range: the values that it can take, "0 to 1", "0 upwards", "up to 10" or "any"; `limits` reads it.
         better: the direction; "closer" where the value of the dense clip is the best there is.
         protocol: one sentence on how it is computed, its source, and which value means what.
         load: gives the score function; raises MetricUnavailable. Called once per report, before any clip is made.
@@ -65,11 +65,10 @@ class Metric(ABC, Generic[S]):
 
     @property
     def limits(self) -> tuple[float, float]:
-        """Least and greatest value of `range`, for axes; infinite where it says "upwards" or "any"."""
-        if self.range == "any":
-            return -math.inf, math.inf
-        least, most = RANGE.fullmatch(self.range).groups()  # type: ignore[union-attr]
-        return float(least), float(most or math.inf)
+        """Least and greatest value of `range`, for axes; infinite where it names none."""
+        found = RANGE.fullmatch(self.range)
+        assert found is not None, f"{self.name}: {self.range}"
+        return float(found["least"] or -math.inf), float(found["most"] or found["only"] or math.inf)
 
     @property
     def change(self) -> str:

@@ -94,11 +94,9 @@ def test_every_metric_says_its_limits_and_whose_numbers_are_like_it() -> None:
     for metric in METRICS.values():
         least, most = metric.limits
         assert least < most and metric.comparable, metric.name
-    assert (
-        METRICS["psnr"].limits == (0, math.inf)
-        and METRICS["ssim"].limits == (-1, 1)
-        and METRICS["vmaf"].limits == (0, 100)
-    )
+    limits = {name: METRICS[name].limits for name in ("psnr", "ssim", "vmaf", "cvvdp", "xpsnr")}
+    assert limits["psnr"] == (0, math.inf) and limits["ssim"] == (-1, 1) and limits["vmaf"] == (0, 100)
+    assert limits["cvvdp"] == (-math.inf, 10) and limits["xpsnr"] == (-math.inf, math.inf)
 
 
 def test_clip_score_is_the_mean_over_frames() -> None:
@@ -671,3 +669,34 @@ def test_readiness_says_what_each_metric_lacks(tmp_path: Path, monkeypatch: pyte
         assert line[1] == "-" and " ".join(line).endswith(
             f"not on this machine: diffusers-accel metrics fetch {line[0]}"
         )
+
+
+def test_cvvdp_gets_the_clip_before_the_dense_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package needs torchvision, which this project's tests do without; so a double that takes what it takes."""
+
+    class Double:
+        def __init__(self, display_name: str, device: torch.device, quiet: bool) -> None:
+            assert display_name == "standard_4k" and quiet
+
+        def predict(
+            self, test: Tensor, reference: Tensor, dim_order: str, frames_per_second: int
+        ) -> tuple[Tensor, None]:
+            assert dim_order == "FHWC" and frames_per_second == 25 and test.shape == reference.shape == (3, 8, 9, 3)
+            return 10 + (test - 2 * reference).amax(), None
+
+    package = types.ModuleType("pycvvdp")
+    package.cvvdp = Double  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pycvvdp", package)
+    metric, dense = METRICS["cvvdp"], np.zeros((3, 8, 9, 3), np.float32)
+    assert metric.of_clip(metric.load(), dense + 1.5, dense=dense) == (11, None), "clipped to 1"
+    assert metric.of_clip(metric.load(), dense, dense=dense + 0.25) == (9.5, None)
+    monkeypatch.setitem(sys.modules, "pycvvdp", None)
+    with pytest.raises(MetricUnavailable, match=r"pycvvdp.*pip install '\.\[cvvdp\]'"):
+        metric.load()
+
+
+def test_cvvdp_of_identical_clips_is_10_and_less_for_more_noise() -> None:
+    _, score = loaded("cvvdp")
+    dense, noise = smooth(0, 4, 64), np.random.default_rng(0).normal(0, 1, (4, 64, 72, 3)).astype(np.float32)
+    values = [score(dense, dense + amount * noise)[0] for amount in (0, 0.05, 0.2)]
+    assert values[0] == pytest.approx(10, abs=1e-3) and values[0] > values[1] + 0.05 > values[2] + 0.1
