@@ -4,6 +4,7 @@ A new one is one file here that makes a `FrameMetric`, `ClipMetric` or `SetMetri
 Those of VBench are made of its table of dimensions, in one file.
 """
 
+from diffusers_accel.evals.metrics.brisque import BRISQUE
 from diffusers_accel.evals.metrics.clip_metric import ClipMetric, ClipScore
 from diffusers_accel.evals.metrics.clip_set import ClipSet, SetClip
 from diffusers_accel.evals.metrics.cvvdp import CVVDP
@@ -42,6 +43,7 @@ _ALL: tuple[AnyMetric, ...] = (
     FLICKERING,
     WARP_ERROR,
     DYNAMIC_DEGREE,
+    BRISQUE,
     *VBENCH,
 )
 METRICS: dict[str, AnyMetric] = {each.name: each for each in _ALL}
