@@ -9,7 +9,6 @@ from tests import matrix
 from tests.families import TINY
 from tests.families.test_every_family import FIRST, PACKED
 
-
 WITH_HISTORY = {family.name for family in FAMILIES.values() if family.history}
 
 
