@@ -108,7 +108,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     assert f"Version: {diffusers_accel.__version__}\n" in metadata
     assert "License-Expression: Apache-2.0\n" in metadata
-    for extra in ("triton", "eval", "metrics", "brisque", "cvvdp", "lpips", "xformers", "dev"):
+    for extra in ("triton", "eval", "metrics", "brisque", "cvvdp", "xformers", "dev"):
         assert f"Provides-Extra: {extra}\n" in metadata
     (scripts,) = (archive.read(n).decode() for n in archive.namelist() if n.endswith(".dist-info/entry_points.txt"))
     assert "diffusers-accel = diffusers_accel.cli:main" in scripts

@@ -1,8 +1,10 @@
 """Learned perceptual image patch similarity (Zhang et al. 2018, arXiv 1801.03924), AlexNet version 0.1.
 
 Frames go through AlexNet; each of its five ReLU outputs is scaled to unit length along the channels, the squared
-differences are weighted per channel by the published linear heads, averaged over positions and added up. The `lpips` package
-is used where it works; otherwise the same arithmetic runs here on the same published weights, without torchvision.
+differences are weighted per channel by the published linear heads, averaged over positions and added up. The
+package `lpips` does the same on the same published weights, but needs torchvision and fetches AlexNet unasked.
+
+Unit: none. Range: 0, which is identical, upwards.
 """
 
 from __future__ import annotations
@@ -74,15 +76,8 @@ def weights_of(network: str, metric: str) -> dict[str, Tensor]:
 
 
 def _load() -> FrameScore:
-    try:
-        import lpips as package
-
-        return scorer(package.LPIPS(net="alex", verbose=False).eval().to(device()))
-    except (
-        Exception
-    ):  # it needs torchvision, which raises more than ImportError beside a CPU build of torch, and a download
-        weights = weights_of("alexnet", "lpips")
-        return scorer(lambda a, b: distance(a, b, weights))
+    weights = weights_of("alexnet", "lpips")
+    return scorer(lambda a, b: distance(a, b, weights))
 
 
 LPIPS = FrameMetric(
@@ -95,7 +90,6 @@ LPIPS = FrameMetric(
     smallest=32,
     comparable="cache-dit's default and others by AlexNet on -1 to 1; none by VGG, such as SVG's, which feeds VGG with 0 to 1",
     load=_load,
-    packages=("lpips",),
-    needs="`diffusers-accel metrics fetch lpips` (64 MB), or the extra `lpips`",
+    needs="`diffusers-accel metrics fetch lpips` (64 MB)",
     fetch=lpips_weights.fetch,
 )

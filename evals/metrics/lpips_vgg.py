@@ -1,6 +1,6 @@
 """LPIPS (Zhang et al. 2018, arXiv 1801.03924) with VGG16 instead of AlexNet, version 0.1: another number, see `lpips`.
 
-Unit: none. Range: 0, which is identical, upwards; about 0.7 for pictures that have nothing in common.
+Unit: none. Range: 0, which is identical, upwards.
 """
 
 from __future__ import annotations

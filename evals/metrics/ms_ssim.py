@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from diffusers_accel.evals.metrics.frame_metric import FrameMetric, FrameScore
+from diffusers_accel.evals.metrics.frame_metric import FrameMetric, FrameScore, device
 from diffusers_accel.evals.metrics.metric import MetricUnavailable
 from diffusers_accel.extras import install
 
@@ -27,9 +27,10 @@ def _load() -> FrameScore:
 
     @torch.no_grad()
     def score(reference: np.ndarray, frames: np.ndarray) -> np.ndarray:
-        pairs = [torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float() for x in (reference, frames)]
-        batches = zip(*(x.split(BATCH) for x in pairs), strict=True)
-        return torch.cat([ms_ssim(a, b, data_range=1.0, size_average=False) for a, b in batches]).double().numpy()
+        clips = (torch.from_numpy(np.ascontiguousarray(x)).split(BATCH) for x in (reference, frames))
+        batches = ([x.to(device()).permute(0, 3, 1, 2).float() for x in pair] for pair in zip(*clips, strict=True))
+        found = [ms_ssim(a, b, data_range=1.0, size_average=False) for a, b in batches]
+        return torch.cat(found).double().cpu().numpy()
 
     return score
 
