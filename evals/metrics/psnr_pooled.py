@@ -1,7 +1,7 @@
 """Peak signal-to-noise ratio of a whole clip: of the mean squared error over all its frames.
 
-Never higher than the mean of the frames' own (`psnr`), by Jensen's inequality; on generated clips 0.9 to 3.1 dB lower, because
-bad frames weigh more. The two are never to be compared with each other.
+Never higher than the mean of the frames' own (`psnr`), by Jensen's inequality: bad frames weigh more. The two are not to be
+compared with each other.
 
 Unit: dB. Range: 0 upwards; identical clips have none.
 """

@@ -38,7 +38,7 @@ XPSNR = FrameMetric(
     better="higher",
     protocol="the xpsnr filter of ffmpeg (Helmrich et al. 2020), per frame, on BT.709 luma of 8 bits at the clip's own size and "
     "25 frames a second; identical frames are left out of the mean and counted.",
-    comparable="none of generated clips; of codecs, those of luma by ffmpeg or VVenC at the same size",
+    comparable="none of generated clips; of codecs, those of luma by ffmpeg at the same size",
     load=_load,
     packages=("imageio-ffmpeg",),
     needs="an ffmpeg with xpsnr, such as that of imageio-ffmpeg",
