@@ -199,11 +199,14 @@ def check_clips(texts: Sequence[str], seeds: Sequence[int], subjects: int, metri
     clips = len(texts) * len(seeds)
     of_clips = [METRICS[name] for name in metrics if METRICS[name].scores_clips]
     of_dense = sum(metric.scores_dense for metric in of_clips)
-    rows = clips * (subjects * (2 + len(of_clips)) + of_dense)
+    pairs = subjects * (subjects - 1) // 2 * (1 + len(of_clips))
+    rows = clips * (subjects * (2 + len(of_clips)) + of_dense) + pairs
     if rows > MOST_ROWS:
+        more = f", and {clips:,} x {of_dense} of dense" if of_dense else ""
+        more += f", and {pairs:,} of pairs of subjects" if pairs else ""
         raise ValueError(
             f"expected at most {MOST_ROWS:,} numbers in one report, found {rows:,} ({clips:,} clips x {subjects} subjects x "
-            f"{2 + len(of_clips)}{f', and {clips:,} x {of_dense} of dense' if of_dense else ''}): compare fewer clips at once"
+            f"{2 + len(of_clips)}{more}): compare fewer clips or subjects at once"
         )
 
 

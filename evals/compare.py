@@ -34,6 +34,7 @@ from diffusers_accel.evals.generate import (
 from diffusers_accel.evals.kept import KeptClips, identify
 from diffusers_accel.evals.machine import git_sha, machine, versions
 from diffusers_accel.evals.metrics import DEFAULT, METRICS, Scored
+from diffusers_accel.evals.pairs import pair_rows
 from diffusers_accel.evals.report import Clip, Report, Subject
 from diffusers_accel.evals.report.video import encode, encode_difference
 from diffusers_accel.evals.set_films import SetFilms
@@ -326,8 +327,9 @@ class _Session:
         rows += quality_rows(BASELINE, dense, None, clips, provenance)
         for name in self.plans:
             rows += cost_rows(name, tallies[name], BASELINE, provenance, memory)
-            rows += speed_rows(name, tallies[name], dense, clips, provenance)
-            rows += quality_rows(name, tallies[name], dense, clips, provenance)
+            rows += speed_rows(name, tallies[name], dense, clips, provenance, len(self.plans))
+            rows += quality_rows(name, tallies[name], dense, clips, provenance, len(self.plans))
+        rows += pair_rows({name: tallies[name] for name in self.plans}, dense, clips, provenance)
         subjects = tuple(Subject(name, plan, tallies[name].layers) for name, plan in self.plans.items())
         return Report(tuple(rows), clips, subjects, provenance, kept)
 

@@ -59,6 +59,11 @@ class Metric(ABC, Generic[S]):
         """The name of the rows that say how far it is from its value for dense."""
         return f"{self.name}_change"
 
+    @property
+    def difference(self) -> str:
+        """The name of the rows that say how far it is from its value for another subject."""
+        return f"{self.name}_difference"
+
     def loaded(self) -> S | str:
         """The score function, or why there is none."""
         try:

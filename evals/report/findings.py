@@ -56,3 +56,7 @@ class Findings:
         """The row of a metric of a subject, over all clips or of one; None where there is none."""
         key = clip.key if clip else None
         return next((r for r in self.rows if (r.metric, r.subject, r.clip) == (metric, subject, key)), None)
+
+    def pair(self, metric: str, one: str, other: str) -> Measurement | None:
+        """The row of what the first of two subjects has more than the other, over all clips."""
+        return next((r for r in self.rows if (r.metric, r.subject, r.baseline) == (metric, one, other)), None)

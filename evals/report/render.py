@@ -14,9 +14,10 @@ from markupsafe import Markup
 
 from diffusers_accel.evals.measurement import Measurement
 from diffusers_accel.evals.metrics import METRICS, AnyMetric
-from diffusers_accel.evals.report import charts, words
+from diffusers_accel.evals.report import charts, pair_table, words
 from diffusers_accel.evals.report.colours import Colour, method_colours
 from diffusers_accel.evals.report.findings import Clip, Findings, Subject
+from diffusers_accel.evals.report.worst import worst_first
 from diffusers_accel.files import printable
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import Method
@@ -85,7 +86,10 @@ def _shared(report: Findings) -> dict[str, Any]:
         "table": [words.cells(report, name) for name in ("dense", *names)],
         "notes": _notes(report),
         "clip_headings": ("prompt", "seed", "subject", "speed-up", "time", *titles),
-        "clip_table": [_clip_row(report, clip, name) for clip in report.clips for name in names],
+        "clip_table": [_clip_row(report, clip, name) for clip in worst_first(report) for name in names],
+        "pair_headings": pair_table.HEADINGS,
+        "pair_table": pair_table.lines(report),
+        "intervals": words.intervals(report),
         "protocol": report.provenance["protocol"],
         "provenance": _facts(report.provenance),
     }

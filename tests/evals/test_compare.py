@@ -172,18 +172,36 @@ def test_quality_is_of_raw_frames_against_dense(found: dict[str, Any], pipe: Any
     total = report.row("psnr", "file")
     assert total.value == pytest.approx(np.mean(values))
     assert total.spread.std == pytest.approx(np.std(values, ddof=1), rel=1e-4)
-    assert total.spread.low <= total.value <= total.spread.high
+    assert (total.spread.n, total.spread.prompts, total.spread.comparisons) == (3, 1, 3)
+    assert total.spread.low is None, "three clips of one prompt are too few"
 
 
 def test_speed_rows_agree(found: dict[str, Any]) -> None:
     report = found["report"]
     ratios = [report.row("speedup", "file", clip).value for clip in report.clips]
-    assert report.row("speedup", "file").value == pytest.approx(np.median(ratios))
+    assert report.row("speedup", "file").value == pytest.approx(np.prod(ratios) ** (1 / 3))
     for subject in ("dense", "file", "all dense", "named"):
         assert 0 < report.row("attention_time", subject).value < 10 * report.row("time", subject).value
         assert 0 < report.row("attention_share", subject).value < 1
         assert report.row("peak_memory", subject).value > 2**20
         assert "resident" in report.row("peak_memory", subject).note
+
+
+def test_subjects_are_compared_with_each_other_clip_by_clip(found: dict[str, Any]) -> None:
+    report = found["report"]
+    ratios, more = [], []
+    for clip in report.clips:
+        speed, psnr = (
+            [report.row(metric, name, clip).value for name in ("file", "named")] for metric in ("speedup", "psnr")
+        )
+        ratios.append(speed[0] / speed[1])
+        more.append(psnr[0] - psnr[1])
+    assert report.pair("speed_ratio", "file", "named").value == pytest.approx(np.prod(ratios) ** (1 / 3))
+    row = report.pair("psnr_difference", "file", "named")
+    assert row.value == pytest.approx(np.mean(more)) and row.spread.median == pytest.approx(np.median(more))
+    assert (row.spread.comparisons, row.unit, row.better) == (3, "dB", "higher")
+    identical = report.pair("psnr_difference", "file", "all dense")
+    assert identical.value is None and identical.note == "identical"
 
 
 def test_provenance_is_whole(found: dict[str, Any]) -> None:
