@@ -34,6 +34,8 @@ from diffusers_accel.evals.generate import (
 from diffusers_accel.evals.kept import KeptClips, identify
 from diffusers_accel.evals.machine import git_sha, machine, versions
 from diffusers_accel.evals.metrics import DEFAULT, METRICS, Scored
+from diffusers_accel.evals.order import SEED as ORDER_SEED
+from diffusers_accel.evals.order import order
 from diffusers_accel.evals.pairs import pair_rows
 from diffusers_accel.evals.report import Clip, Report, Subject
 from diffusers_accel.evals.report.video import encode, encode_difference
@@ -47,6 +49,7 @@ from diffusers_accel.evals.tally import (
     protocol,
     quality_rows,
     speed_rows,
+    warm_up_rows,
 )
 from diffusers_accel.files import printable, quoted
 from diffusers_accel.plan import Plan
@@ -174,6 +177,7 @@ class _Session:
             if remark := forwards.idle(self.steps):
                 LOG.warning("%s: %s", printable(name), remark)
         self.tokens: dict[str, int] = {}
+        self.warmed: dict[str, float] = {}  # ms of the warm-up by subject, until a clip has taken note of it
 
     def clips(
         self,
@@ -192,18 +196,19 @@ class _Session:
             self.warm_up(*clips[own[0]][:2])
             for number in own:
                 yield number, self.clip(number, *clips[number], rounds, media=number < show)
+                self.warmed = {}
 
     def warm_up(self, prompt: Prompt, seed: int) -> None:
         """A few steps of everything, so that compilation and first allocations fall outside the timed runs, and what cannot
         run at this size is refused before any clip."""
         call = {**self.call, "num_inference_steps": min(WARM_UP_STEPS, self.steps)}
         self.bar("warm-up")
-        generate(self.pipe, prompt, SharedNoise(seed), call)
+        self.warmed[BASELINE] = generate(self.pipe, prompt, SharedNoise(seed), call).milliseconds
         for name, plan in self.plans.items():
             try:
                 # A step cache adds nothing to so few steps, and may be made for more.
                 with self._patched(name, replace(plan, forwards=None)) as patched:
-                    generate(self.pipe, prompt, SharedNoise(seed), call)
+                    self.warmed[name] = generate(self.pipe, prompt, SharedNoise(seed), call).milliseconds
                     layout = patched.layout
                 assert layout is not None
                 for transformer in plan.models:
@@ -224,7 +229,7 @@ class _Session:
         differences: dict[str, bytes] = {}
         repeat: list[float] = []
         for number in range(rounds):
-            for name in self.plans:
+            for name in order(list(self.plans), index * rounds + number):
                 run = self._run(name, prompt, noise, text, seen)
                 if number == 0:
                     self._score(seen[name], run.frames, dense.frames)
@@ -244,9 +249,11 @@ class _Session:
             repeat=repeat,
             patch_difference=None if patched is None else largest_difference(dense.frames, patched.frames),
             fps=self.fps,
+            warm_up=self.warmed,
             films=lossless,
         )
-        return ClipRecord(numbers, films, differences)
+        in_order = [{name: each[name] for name in seen if name in each} for each in (films, differences)]
+        return ClipRecord(numbers, *in_order)
 
     def _score(self, into: Seen, frames: np.ndarray, dense: np.ndarray | None) -> None:
         """By each metric that has a value for these frames, which are dense themselves where `dense` is None."""
@@ -301,6 +308,7 @@ class _Session:
             into.layers[:] = [LayerSeen(**row) for row in report.rows]
             into.notes[:] = report.notes
         into.times.append(run.milliseconds)
+        into.middles.append(run.middle)
         into.peaks.append(run.peak_bytes)
         return run
 
@@ -324,6 +332,7 @@ class _Session:
             raise RuntimeError("expected the first clip to hold a dense run under a patch, found none")
         rows = [*cost_rows(BASELINE, dense, None, provenance, memory)]
         rows += noise_rows(dense, repeat, patch_difference, provenance)
+        rows += warm_up_rows(numbers, provenance)
         rows += quality_rows(BASELINE, dense, None, clips, provenance)
         for name in self.plans:
             rows += cost_rows(name, tallies[name], BASELINE, provenance, memory)
@@ -360,6 +369,11 @@ class _Session:
             "prompts": prompts,
             "seeds": seeds,
             "rounds": rounds,
+            "order": {
+                "seed": ORDER_SEED,
+                "first": order(list(self.plans), 0),
+                "then": "turned by one place a clip and round",
+            },
             **({"forwards": cached} if (cached := self._step_caches()) else {}),
             **({"processes": self.here.count} if self.here.count > 1 else {}),
             "protocol": protocol(

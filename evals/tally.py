@@ -25,6 +25,7 @@ class SubjectTally:
     """What was seen of one subject (or of the dense baseline)."""
 
     times: list[list[float]] = field(default_factory=list)  # [clip][run], ms
+    middles: list[list[float]] = field(default_factory=list)  # the same, when half of a run was over
     attention: list[float] = field(default_factory=list)  # ms per run
     shares: list[float] = field(default_factory=list)  # of attention in the time of that very run
     peaks: list[int] = field(default_factory=list)
@@ -40,6 +41,7 @@ class SubjectTally:
         tally = SubjectTally(sets=sets)
         for seen in (clip.seen[name] for clip in clips):
             tally.times.append(seen.times)
+            tally.middles.append(seen.middles)
             tally.attention += seen.attention
             tally.shares += seen.shares
             tally.peaks += seen.peaks
@@ -51,8 +53,12 @@ class SubjectTally:
         return tally
 
     def speedups(self, dense: SubjectTally) -> list[float]:
-        """Of each clip."""
-        return [float(np.median(a) / np.median(b)) for a, b in zip(dense.times, self.times, strict=True)]
+        """Of each clip: the time of dense at the middle of a run, between the dense runs beside it, over what the run took."""
+        clips = zip(self.middles, self.times, dense.middles, dense.times, strict=True)
+        return [
+            float(np.median(np.interp(middles, dense_middles, dense_times) / np.asarray(times)))
+            for middles, times, dense_middles, dense_times in clips
+        ]
 
     @property
     def notes(self) -> str | None:
@@ -185,12 +191,23 @@ def noise_rows(
     dense: SubjectTally, repeat: Sequence[float], patch_difference: float, provenance: dict[str, Any]
 ) -> Iterator[Measurement]:
     """How far the dense runs are from each other: what no difference below should be read into."""
-    drift, spread = summarise([clip[-1] / clip[0] - 1 for clip in dense.times], "median")
-    yield Measurement("dense_drift", drift, "", "neither", BASELINE, BASELINE, provenance, spread)
+    drifts = [clip[-1] / clip[0] - 1 for clip in dense.times]
+    size, spread = summarise([abs(drift) for drift in drifts], "median")  # of sizes: +20 % and -20 % are no rest
+    ends = f"{min(drifts):+.1%} to {max(drifts):+.1%}"
+    yield Measurement("dense_drift", size, "", "neither", BASELINE, BASELINE, provenance, spread, note=ends)
     for metric, value in (("repeat_difference", max(repeat)), ("dense_patch_difference", patch_difference)):
         yield Measurement(
             metric, value, "", "lower", BASELINE, BASELINE, provenance, note=None if value else "identical"
         )
+
+
+def warm_up_rows(clips: Sequence[ClipNumbers], provenance: dict[str, Any]) -> Iterator[Measurement]:
+    """What the warm-up took of each, compilation and first allocations included; of several processes the longest."""
+    seen = [clip.warm_up for clip in clips if clip.warm_up]
+    for name in seen[0] if seen else ():
+        longest = max(each[name] for each in seen)
+        baseline = None if name == BASELINE else BASELINE
+        yield Measurement("warm_up", longest, "ms", "lower", name, baseline, provenance)
 
 
 def protocol(
@@ -201,10 +218,11 @@ def protocol(
         f"{clips} clips (every prompt with every seed). The baseline is the same pipeline, unpatched. For each clip the initial "
         "noise comes from a CPU generator of its seed and was checked to be the same, bit for bit, in every run.",
         f"Each clip was run dense, then with each subject, then dense again ({rounds} such round{'s' * (rounds > 1)}), after a "
-        f"warm-up of {WARM_UP_STEPS} steps. Time is the wall time of the whole pipeline call, text encoder and decoder included; "
+        f"warm-up of {WARM_UP_STEPS} steps, which is in no time below. The subjects' order is a seeded one, turned by one place "
+        "with each clip and round. Time is the wall time of the whole pipeline call, text encoder and decoder included; "
         "each patched clip starts from a fresh patch, so that making its block lists is inside its time.",
-        "The speed-up of a clip is its median dense time over its median patched time; the speed-up of a subject is the "
-        "geometric mean over clips.",
+        "A run's speed-up is the time of dense at the middle of that run, on the line between the dense runs before and after "
+        "it, over its own time; a clip's is the median over its runs, a subject's the geometric mean over clips.",
         *_of_metrics([METRICS[name] for name in metrics]),
         "± is the sample standard deviation over clips. Intervals are Student's t on what is paired clip by clip (same prompt, "
         "seed and noise), of speed-ups on their logarithms; seeds of one prompt count once, by their mean. 95 % hold for all "

@@ -116,12 +116,19 @@ def _notes(report: Findings) -> list[str]:
         report.row(m, "dense") for m in ("dense_drift", "repeat_difference", "dense_patch_difference")
     )
     assert drift and drift.value is not None and repeat and patched  # every report has these rows
-    longer = f"the last took {abs(drift.value):.1%} {'longer' if drift.value > 0 else 'less'} than the first"
+    apart = f"the last took {drift.value:.1%} more or less time than the first (median of the sizes; {drift.note})"
     return [
         *notes,
-        f"Dense runs of the same clip: {_difference(repeat)}; {longer} (median).",
+        f"Dense runs of the same clip: {_difference(repeat)}; {apart}.",
+        *_warm_up(report),
         f"Dense under an all-dense patch against dense unpatched: {_difference(patched)}.",
     ]
+
+
+def _warm_up(report: Findings) -> list[str]:
+    rows = [row for row in report.rows if row.metric == "warm_up"]
+    took = ", ".join(f"{row.subject} {words.number(row)}" for row in rows)
+    return [f"Warm-up, which is in no time above: {took}."] if rows else []
 
 
 def _difference(row: Measurement) -> str:
@@ -130,7 +137,7 @@ def _difference(row: Measurement) -> str:
 
 def _facts(provenance: Any) -> list[tuple[str, str]]:
     """Machine, versions, shapes and settings, as pairs of text."""
-    keys = ("machine", "versions", "pipeline", "call", "clip", "tokens", "prompts", "seeds")
+    keys = ("machine", "versions", "pipeline", "call", "clip", "tokens", "prompts", "seeds", "order")
     return [(key, _flat(provenance[key])) for key in keys if provenance.get(key)]
 
 

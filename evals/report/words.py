@@ -24,7 +24,9 @@ def measured(report: Findings) -> list[AnyMetric]:
 def headings(report: Findings) -> tuple[str, ...]:
     """Of the table."""
     titles = (metric.title for metric in measured(report))
-    return ("", "speed-up", "time a clip", "in attention", "density", *titles, "peak memory")
+    memory = report.row("peak_memory", "dense")
+    whole = " of the process" if memory and "whole process" in (memory.note or "") else ""
+    return ("", "speed-up", "time a clip", "in attention", "density", *titles, f"peak memory{whole}")
 
 
 def seconds(milliseconds: float) -> str:
@@ -170,10 +172,10 @@ def _beyond_noise(report: Findings, speedup: Measurement) -> bool | None:
 
 
 def _drift(report: Findings) -> float:
-    """How far the first and last dense runs of a clip are apart, as a share of time."""
+    """How far the first and last dense runs of a clip are apart, as a share of time; the median of the sizes."""
     row = report.row("dense_drift", "dense")
     assert row and row.value is not None  # every report has it
-    return abs(row.value)
+    return row.value
 
 
 def _verdict(report: Findings, speedup: Measurement) -> str:

@@ -16,6 +16,7 @@ from diffusers_accel.evals.compare import compare
 from diffusers_accel.evals.generate import SharedNoise, generate
 from diffusers_accel.evals.measurement import read_rows
 from diffusers_accel.evals.metrics import METRICS
+from diffusers_accel.evals.report import render
 from diffusers_accel.methods import Band, Method, Stored
 from diffusers_accel.plan import Plan, Span
 from diffusers_accel.shape import ModelShape
@@ -185,6 +186,9 @@ def test_speed_rows_agree(found: dict[str, Any]) -> None:
         assert 0 < report.row("attention_share", subject).value < 1
         assert report.row("peak_memory", subject).value > 2**20
         assert "resident" in report.row("peak_memory", subject).note
+        assert report.row("warm_up", subject).value > 0
+    text = render.markdown(report)
+    assert "| peak memory of the process |" in text and "Warm-up, which is in no time above: dense " in text
 
 
 def test_subjects_are_compared_with_each_other_clip_by_clip(found: dict[str, Any]) -> None:
@@ -204,11 +208,22 @@ def test_subjects_are_compared_with_each_other_clip_by_clip(found: dict[str, Any
     assert identical.value is None and identical.note == "identical"
 
 
+def test_the_order_of_subjects_turns_from_clip_to_clip(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    stock = comparing._Session._run
+    monkeypatch.setattr(comparing._Session, "_run", lambda self, name, *a: (ran.append(name), stock(self, name, *a))[1])
+    call = {**CALL, "num_inference_steps": 1}
+    compare(pipe, {"a": "dense", "b": "dense"}, [PROMPT], call=call, seeds=(0, 1), metrics=(), show=0, progress=False)
+    assert ran[0] == ran[3] == ran[4] == ran[7] == "dense"
+    assert ran[1:3] == ran[6:4:-1] and sorted(ran[1:3]) == ["a", "b"]
+
+
 def test_provenance_is_whole(found: dict[str, Any]) -> None:
     provenance = found["report"].provenance
     assert provenance["call"] == CALL
     assert provenance["clip"] == {"frames": 5, "height": 64, "width": 64}
     assert provenance["tokens"] == {"frames": 3, "height": 16, "width": 16, "text": 0}
+    assert sorted(provenance["order"]["first"]) == ["all dense", "file", "named"]
     assert provenance["seeds"] == [0, 1, 2] and provenance["prompts"] == ["embedded prompt 1"]
     assert provenance["pipeline"]["transformers"]["transformer"]["heads"] == HEADS
     assert provenance["versions"]["scikit-image"] and "pytorch-msssim" not in provenance["versions"]

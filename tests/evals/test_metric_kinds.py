@@ -276,9 +276,9 @@ def test_clips_that_were_stored_before_there_were_kinds_are_read(pipe: Any, tmp_
     run(pipe, metrics=("psnr",), keep=tmp_path / "kept", seeds=[0])
     path = tmp_path / "kept" / "clip-0000.safetensors"
     header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])["__metadata__"]
-    fields = "prompt seed shape tokens seen repeat patch_difference fps comparison"
+    fields = "prompt seed shape tokens seen repeat patch_difference fps warm_up comparison"
     assert sorted(json.loads(header["content"])) == sorted(fields.split())
-    assert header["version"] == "2"
+    assert header["version"] == "3"
     numbers = ClipRecord.load(path).numbers
     assert numbers.films == {}
     assert numbers.seen["dense"].scores == {} and set(numbers.seen["band"].scores) == {"psnr"}
