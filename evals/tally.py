@@ -211,9 +211,18 @@ def warm_up_rows(clips: Sequence[ClipNumbers], provenance: dict[str, Any]) -> It
 
 
 def protocol(
-    metrics: Iterable[str], clips: int, rounds: int, memory: str, processes: int = 1, shared: bool = False
+    metrics: Iterable[str],
+    clips: int,
+    rounds: int,
+    memory: str,
+    processes: int = 1,
+    shared: bool = False,
+    floor: str | None = None,
 ) -> list[str]:
-    """How the numbers were made, in sentences; by several processes on devices of their own, or on a `shared` CPU."""
+    """How the numbers were made, in sentences; by several processes on devices of their own, or on a `shared` CPU.
+
+    floor: its kernel, where there is one.
+    """
     return [
         f"{clips} clips (every prompt with every seed). The baseline is the same pipeline, unpatched. For each clip the initial "
         "noise comes from a CPU generator of its seed and was checked to be the same, bit for bit, in every run.",
@@ -221,6 +230,7 @@ def protocol(
         f"warm-up of {WARM_UP_STEPS} steps, which is in no time below. The subjects' order is a seeded one, turned by one place "
         "with each clip and round. Time is the wall time of the whole pipeline call, text encoder and decoder included; "
         "each patched clip starts from a fresh patch, so that making its block lists is inside its time.",
+        *([_of_floor(floor)] if floor else []),
         "A run's speed-up is the time of dense at the middle of that run, on the line between the dense runs before and after "
         "it, over its own time; a clip's is the median over its runs, a subject's the geometric mean over clips.",
         *_of_metrics([METRICS[name] for name in metrics]),
@@ -234,6 +244,14 @@ def protocol(
         f"Peak memory: {memory}.",
         *([_side_by_side(processes, shared)] if processes > 1 else []),
     ]
+
+
+def _of_floor(kernel: str) -> str:
+    return (
+        f"The floor is one more run of each clip, with self-attention dense as before but in another exact kernel, {kernel}; its "
+        "place among the subjects turns with theirs. A subject's distance from it is paired clip by clip and above 0 where the "
+        "subject is worse, whichever way the metric points."
+    )
 
 
 def _side_by_side(processes: int, shared: bool) -> str:

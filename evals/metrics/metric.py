@@ -60,6 +60,11 @@ class Metric(ABC, Generic[S]):
         return f"{self.name}_change"
 
     @property
+    def from_floor(self) -> str:
+        """The name of the rows that say how much worse it is than for the floor."""
+        return f"{self.name}_from_floor"
+
+    @property
     def difference(self) -> str:
         """The name of the rows that say how far it is from its value for another subject."""
         return f"{self.name}_difference"

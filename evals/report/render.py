@@ -16,7 +16,7 @@ from diffusers_accel.evals.measurement import Measurement
 from diffusers_accel.evals.metrics import METRICS, AnyMetric
 from diffusers_accel.evals.report import charts, pair_table, words
 from diffusers_accel.evals.report.colours import Colour, method_colours
-from diffusers_accel.evals.report.findings import Clip, Findings, Subject
+from diffusers_accel.evals.report.findings import FLOOR, Clip, Findings, Subject
 from diffusers_accel.evals.report.worst import worst_first
 from diffusers_accel.files import printable
 from diffusers_accel.layout import TokenLayout
@@ -83,10 +83,10 @@ def _shared(report: Findings) -> dict[str, Any]:
         "sentences": [words.sentence(report, name) for name in names],
         "verdicts": [words.faster(report, name) for name in names],
         "headings": words.headings(report),
-        "table": [words.cells(report, name) for name in ("dense", *names)],
+        "table": [words.cells(report, name) for name in ("dense", *report.names)],
         "notes": _notes(report),
         "clip_headings": ("prompt", "seed", "subject", "speed-up", "time", *titles),
-        "clip_table": [_clip_row(report, clip, name) for clip in worst_first(report) for name in names],
+        "clip_table": [_clip_row(report, clip, name) for clip in worst_first(report) for name in report.names],
         "pair_headings": pair_table.HEADINGS,
         "pair_table": pair_table.lines(report),
         "intervals": words.intervals(report),
@@ -120,8 +120,19 @@ def _notes(report: Findings) -> list[str]:
     return [
         *notes,
         f"Dense runs of the same clip: {_difference(repeat)}; {apart}.",
+        *_floor(report),
         *_warm_up(report),
         f"Dense under an all-dense patch against dense unpatched: {_difference(patched)}.",
+    ]
+
+
+def _floor(report: Findings) -> list[str]:
+    if FLOOR not in report.names:
+        return []
+    kernel = report.provenance[FLOOR]
+    return [
+        f"Floor: dense attention in another exact kernel, {kernel}, on the same clips. What is no worse than the floor cannot be "
+        "told from a change of kernel."
     ]
 
 

@@ -88,10 +88,15 @@ def intervals(report: Findings) -> str:
 
 
 def quality(report: Findings, metric: AnyMetric, subject: str, clip: Clip | None = None) -> str:
-    """A metric of a subject and, where dense has one too, its change from that; "" without a row."""
+    """A metric of a subject, its change from dense where that has one too, and over all clips how far from the floor it is; ""
+    without a row."""
     row = report.row(metric.name, subject, clip)
-    change = _change(report, metric, subject, clip)
-    return number(row) + (f" ({change:+.{metric.digits}f} from dense)" if change is not None else "")
+    beside = []
+    if (change := _change(report, metric, subject, clip)) is not None:
+        beside.append(f"{change:+.{metric.digits}f} from dense")
+    if clip is None and (floor := report.row(metric.from_floor, subject)) and floor.value is not None:
+        beside.append(f"{abs(floor.value):.{metric.digits}f} {'better' if floor.value < 0 else 'worse'} than the floor")
+    return number(row) + (f" ({', '.join(beside)})" if beside else "")
 
 
 def _change(report: Findings, metric: AnyMetric, subject: str, clip: Clip | None) -> float | None:

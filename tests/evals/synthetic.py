@@ -54,17 +54,19 @@ def report(
     notes: dict[str, str] | None = None,
     prompt: str = "a red <square> | moves",
     prompts: int = 1,
+    floor: float | None = None,
 ) -> Report:
     """A report of these speed-ups per subject and clip; LPIPS is missing, with that note, where one is given.
 
     `prompts`: so many, in turn, each with seeds of its own.
-    `notes`: what the patch of a subject noted. Subjects with the names of methods have their plans.
+    `floor`: the PSNR of a floor. `notes`: what the patch of a subject noted. Subjects with the names of methods have their plans.
     """
     provenance: dict[str, Any] = {
         "machine": {"cpu": "a processor", "cores": 2},
         "versions": {"torch": "2.13.0"},
         "prompts": [prompt],
         "protocol": ["first sentence", "second sentence"],
+        **({"floor": "torch's attention in float64"} if floor else {}),
     }
     count = len(next(iter(ratios.values())))
     clips = []
@@ -89,6 +91,9 @@ def report(
     ]
     rows += [row("peak_memory", 2.0**30, "dense"), row("dense_drift", drift, "dense", note=f"-1.0% to {drift:+.1%}")]
     rows += [row("repeat_difference", 0.0, "dense", note="identical"), row("dense_patch_difference", 0.02, "dense")]
+    if floor:
+        rows += [row(metric, value, "floor") for metric, value in (("psnr", floor), ("ssim", 0.999), ("lpips", 0.001))]
+        rows += [row(metric, value, "floor") for metric, value in (("time", 2000.0), ("speedup", 0.5))]
     for name, values in ratios.items():
         texts = [clip.prompt for clip in clips]
         mean, spread = estimate(values, texts, comparisons=len(ratios), ratio=True)

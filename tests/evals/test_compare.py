@@ -63,7 +63,9 @@ def found(pipe: Any, plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> di
     plan.save(path)
     before = state(pipe)
     subjects = {"file": path, "all dense": "dense", "named": ("pattern", {"density": 0.5})}
-    report = compare(pipe, subjects, [PROMPT], call=CALL, seeds=(0, 1, 2), metrics=FAST, show=1, progress=False)
+    report = compare(
+        pipe, subjects, [PROMPT], call=CALL, seeds=(0, 1, 2), metrics=FAST, show=1, floor=False, progress=False
+    )
     return {"report": report, "before": before, "after": state(pipe)}
 
 
@@ -122,7 +124,7 @@ def test_density_is_that_of_the_whole_run(found: dict[str, Any]) -> None:
 
 def test_what_the_patch_noted_is_kept(pipe: Any) -> None:
     subjects = {"quantized": ("pattern", {"precision": "int8"}), "exact": "pattern"}
-    report = compare(pipe, subjects, [PROMPT], call=CALL, metrics=(), show=0, progress=False)
+    report = compare(pipe, subjects, [PROMPT], call=CALL, metrics=(), show=0, floor=False, progress=False)
     said = "quantized products are simulated on a CPU: their numbers, not their speed"
     sparse = "18 of 24 calls"  # 3 of 4 steps, in 3 layers, for both branches
     small = "768 tokens are 6 blocks of 128, too few to leave any out"
@@ -135,11 +137,15 @@ def test_what_the_patch_noted_is_kept(pipe: Any) -> None:
 def test_what_is_said_of_the_patch_as_a_whole_is_in_every_part_of_the_report(pipe: Any, tmp_path: Path) -> None:
     """And stays there where the clips come from a comparison that was interrupted."""
     subjects = {"small": ("draft", {"density": 0.01}), "nothing": "dense"}
-    found = compare(pipe, subjects, [PROMPT], call=CALL, metrics=(), show=0, progress=False, keep=tmp_path / "kept")
+    found = compare(
+        pipe, subjects, [PROMPT], call=CALL, metrics=(), show=0, floor=False, progress=False, keep=tmp_path / "kept"
+    )
     said = "draft 8x16 0.01: density 0.01 was asked for"
     for report in (
         found,
-        compare(pipe, subjects, [PROMPT], call=CALL, metrics=(), show=0, progress=False, keep=tmp_path / "kept"),
+        compare(
+            pipe, subjects, [PROMPT], call=CALL, metrics=(), show=0, floor=False, progress=False, keep=tmp_path / "kept"
+        ),
     ):
         note = report.row("time", "small").note
         assert note and said in note and report.row("time", "nothing").note is None
@@ -152,7 +158,7 @@ def test_what_is_said_of_the_patch_as_a_whole_is_in_every_part_of_the_report(pip
 
 def test_the_cache_budget_of_a_subject_holds_in_its_runs(pipe: Any) -> None:
     subjects = {"room": "cached", "none": ("cached", {"cache_memory_fraction": 0.0})}
-    report = compare(pipe, subjects, [PROMPT], call=CALL, metrics=("psnr",), show=0, progress=False)
+    report = compare(pipe, subjects, [PROMPT], call=CALL, metrics=("psnr",), show=0, floor=False, progress=False)
     assert report.row("density", "room").value < report.row("density", "none").value == 1
     assert report.row("time", "none").note == "its cache does not fit into 0% of the free memory: dense"
     assert report.row("psnr", "none").note == "identical"
@@ -213,7 +219,17 @@ def test_the_order_of_subjects_turns_from_clip_to_clip(pipe: Any, monkeypatch: p
     stock = comparing._Session._run
     monkeypatch.setattr(comparing._Session, "_run", lambda self, name, *a: (ran.append(name), stock(self, name, *a))[1])
     call = {**CALL, "num_inference_steps": 1}
-    compare(pipe, {"a": "dense", "b": "dense"}, [PROMPT], call=call, seeds=(0, 1), metrics=(), show=0, progress=False)
+    compare(
+        pipe,
+        {"a": "dense", "b": "dense"},
+        [PROMPT],
+        call=call,
+        seeds=(0, 1),
+        metrics=(),
+        show=0,
+        floor=False,
+        progress=False,
+    )
     assert ran[0] == ran[3] == ran[4] == ran[7] == "dense"
     assert ran[1:3] == ran[6:4:-1] and sorted(ran[1:3]) == ["a", "b"]
 
@@ -262,7 +278,11 @@ def test_shown_clips_have_films(found: dict[str, Any], tmp_path: Path) -> None:
         ({"prompts": [{"nonsense": 1}]}, ValueError, r"prompts\[0\]: .*found \['nonsense'\]"),
         ({"prompts": [{**PROMPT, "generator": None}]}, ValueError, r"prompts\[0\]: .*'generator'"),
         ({"prompts": ["a", "a"]}, ValueError, "expected each once"),
-        ({"prompts": [str(n) for n in range(9000)]}, ValueError, "found 45,000 .*compare fewer clips"),
+        (
+            {"prompts": [str(n) for n in range(9000)]},
+            ValueError,
+            "found 90,000 .9,000 clips x 1 subjects and the floor x 5.: compare fewer clips",
+        ),
         ({"metrics": "psnr"}, TypeError, "metrics: expected a list of names"),
         ({"metrics": ("psnr", "fvd")}, ValueError, "psnr, ssim, lpips, .*found 'fvd'"),
         ({"metrics": ["pnsr"]}, ValueError, "found 'pnsr'; did you mean \"psnr\"?"),
@@ -279,6 +299,8 @@ def test_shown_clips_have_films(found: dict[str, Any], tmp_path: Path) -> None:
         ({"rounds": 1.5}, ValueError, "rounds: .*found 1.5"),
         ({"show": -1}, ValueError, "show: expected a whole number from 0"),
         ({"fps": "16"}, ValueError, "fps: expected a whole number .*found '16'"),
+        ({"subjects": {"Floor": "pattern"}}, ValueError, "'Floor' is the floor's name; give the subject another"),
+        ({"floor": 1}, TypeError, "floor: expected True or False, found 1"),
         ({"keep": 3}, TypeError, "keep: expected the path of a folder"),
         ({"call": 3}, TypeError, "call: expected a mapping of arguments"),
         ({"call": {**CALL, "generator": None}}, ValueError, "'generator' is set by compare; give `seeds`"),
@@ -340,11 +362,11 @@ def test_patched_pipeline_is_refused() -> None:
         compare(pipe, {"a": "pattern"}, [PROMPT], call=CALL, progress=False)
 
 
-@pytest.mark.parametrize("fails_at", [2, 4, 12])
+@pytest.mark.parametrize("fails_at", [2, 4, 6, 12, 16])
 def test_failure_in_mid_run_leaves_the_pipeline_as_found(
     pipe: Any, fails_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the warm-up, in a dense and in a patched run."""
+    """At the warm-up, of the floor too, in a dense and in the two others."""
     before, calls = state(pipe), 0
     stock = type(pipe.scheduler).step
 
@@ -357,7 +379,7 @@ def test_failure_in_mid_run_leaves_the_pipeline_as_found(
 
     monkeypatch.setattr(type(pipe.scheduler), "step", step)
     with pytest.raises(RuntimeError, match="out of luck"):
-        compare(pipe, {"a": "pattern"}, [PROMPT], call=CALL, metrics=(), progress=False)
+        compare(pipe, {"a": "pattern"}, [PROMPT], call=CALL, metrics=(), show=0, progress=False)
     assert state(pipe) == before
 
 
@@ -409,14 +431,16 @@ def test_runs_of_several_chunks_have_one_noise() -> None:
 def test_missing_metric_gives_rows_that_say_so(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("DIFFUSERS_ACCEL_OFFLINE", "1")
-    report = compare(pipe, {"a": "pattern"}, [PROMPT], call=CALL, metrics=("lpips",), show=0, progress=False)
+    report = compare(
+        pipe, {"a": "pattern"}, [PROMPT], call=CALL, metrics=("lpips",), show=0, floor=False, progress=False
+    )
     row = report.row("lpips", "a")
     assert row.value is None and "forbids" in row.note
     assert "LPIPS not measured" in report.headline
 
 
 def test_progress_counts_every_step(pipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    compare(pipe, {"a": "pattern"}, [PROMPT], call=CALL, metrics=(), show=0, progress=True)
+    compare(pipe, {"a": "pattern"}, [PROMPT], call=CALL, metrics=(), show=0, floor=False, progress=True)
     assert "16/16" in capsys.readouterr().err  # dense, patched, dense, and dense under a patch: 4 runs of 4 steps
 
 
@@ -434,7 +458,15 @@ def test_step_caches_are_compared_with_and_without_a_method_for_the_heads(pipe: 
         "nothing": ("easycache", {"threshold": 0}),
     }
     report = compare(
-        pipe, subjects, [PROMPT], call=CALL, metrics=("psnr",), show=0, progress=False, keep=tmp_path / "kept"
+        pipe,
+        subjects,
+        [PROMPT],
+        call=CALL,
+        metrics=("psnr",),
+        show=0,
+        floor=False,
+        progress=False,
+        keep=tmp_path / "kept",
     )
     rows = {(row.subject, row.metric): row.value for row in report.rows}
     assert rows["cache", "density"] == pytest.approx(3 / 4), "of 4 steps, the last computes too"

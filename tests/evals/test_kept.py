@@ -38,7 +38,7 @@ ONE: dict[str, Any] = {**FEW, "seeds": [0]}
 
 def run(pipe: Any, keep: Path | None, **changes: Any) -> Report:
     arguments: dict[str, Any] = {"call": SHORT, "seeds": range(CLIPS), "metrics": ("psnr",), "show": 1, "fps": 8}
-    arguments |= {"progress": False, "subjects": SUBJECTS, "prompts": [PROMPT], **changes}
+    arguments |= {"floor": False, "progress": False, "subjects": SUBJECTS, "prompts": [PROMPT], **changes}
     return compare(pipe, arguments.pop("subjects"), arguments.pop("prompts"), keep=keep, **arguments)
 
 
