@@ -193,7 +193,7 @@ def noise_rows(
     """How far the dense runs are from each other: what no difference below should be read into."""
     drifts = [clip[-1] / clip[0] - 1 for clip in dense.times]
     size, spread = summarise([abs(drift) for drift in drifts], "median")  # of sizes: +20 % and -20 % are no rest
-    ends = f"{min(drifts):+.1%} to {max(drifts):+.1%}"
+    ends = f"{min(drifts):+.1%} to {max(drifts):+.1%}" if len(drifts) > 1 else f"{drifts[0]:+.1%} in the one clip"
     yield Measurement("dense_drift", size, "", "neither", BASELINE, BASELINE, provenance, spread, note=ends)
     for metric, value in (("repeat_difference", max(repeat)), ("dense_patch_difference", patch_difference)):
         yield Measurement(

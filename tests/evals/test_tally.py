@@ -37,3 +37,5 @@ def test_drift_to_both_sides_is_no_rest() -> None:
     dense = tally([[100.0, 120.0], [100.0, 80.0], [100.0, 100.0], [100.0, 110.0]], [[0.0, 1.0]] * 4)
     drift = next(noise_rows(dense, [0.0], 0.0, {}))
     assert drift.value == pytest.approx(0.15) and drift.note == "-20.0% to +20.0%"
+    one = next(noise_rows(tally([[100.0, 92.0]], [[0.0, 1.0]]), [0.0], 0.0, {}))
+    assert one.value == pytest.approx(0.08) and one.note == "-8.0% in the one clip"
