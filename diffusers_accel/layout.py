@@ -277,6 +277,11 @@ class TokenLayout:
         return next(run.start for run in self.runs if run.segment.queries)
 
     @property
+    def has_history(self) -> bool:
+        """Whether it is a chunk of a video, with tokens of earlier ones."""
+        return any(each.kind == "history" for each in self.segments)
+
+    @property
     def existing_queries(self) -> int:
         """How many queries, from the first, are of tokens that exist."""
         return min(self.query_start + self.queries, self.keys) - self.query_start

@@ -56,6 +56,8 @@ def preset_by_size(recipe: Recipe, resolved: Plan, found: Found, parameters: Map
 def kept_dense(recipe: Recipe) -> str:
     """What a recipe leaves dense, in words."""
     layers = {0: "", 1: " and the first layer"}.get(recipe.dense_layers, f" and the first {recipe.dense_layers} layers")
+    if not recipe.dense_steps:
+        return f"{layers.removeprefix(' and ')} stay dense" if layers else "nothing stays dense"
     return f"the first {recipe.dense_steps:.0%} of the steps{layers} stay dense"
 
 

@@ -222,7 +222,7 @@ def time_step(pipe: Any, call: Mapping[str, Any], most: int | None = None) -> St
 
 
 def full_call(pipe: Any, call: Mapping[str, Any], most: int | None = None) -> dict[str, Any]:
-    """The arguments of a call that decodes nothing, with a prompt and a seed, and of at most so many steps."""
+    """The arguments of a call that decodes as little as it can, with a prompt and a seed, and of at most so many steps."""
     defaults = inspect.signature(type(pipe).__call__).parameters
     prompt = {} if "prompt" not in defaults or {"prompt", "prompt_embeds"} & set(call) else {"prompt": PROMPT}
     seed = {"generator": torch.Generator("cpu").manual_seed(0)}
@@ -231,7 +231,12 @@ def full_call(pipe: Any, call: Mapping[str, Any], most: int | None = None) -> di
         name = STEPS if STEPS in defaults else STAGES
         asked = call.get(name, defaults[name].default)
         steps = {name: min(most, asked) if isinstance(asked, int) else [min(most, each) for each in asked]}
-    return {**prompt, **seed, **call, **steps, "output_type": "latent"}
+    return {**prompt, **seed, **call, **steps, "output_type": _cheapest_output(pipe)}
+
+
+def _cheapest_output(pipe: Any) -> str:
+    """Latents; a tensor of frames where a pipeline decodes in any case, as Kandinsky6SRPipeline does, tile by tile."""
+    return "latent" if '"latent"' in inspect.getsource(type(pipe).__call__) else "pt"
 
 
 def _device_of(pipe: Any) -> torch.device:

@@ -16,6 +16,7 @@ from diffusers_accel.evals.metrics import METRICS
 from diffusers_accel.evals.report.findings import FLOOR
 from diffusers_accel.evals.tally import BASELINE
 from diffusers_accel.extras import install
+from diffusers_accel.families import find
 from diffusers_accel.files import FileError, check_json, printable, quoted
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.support.suggest import did_you_mean
@@ -73,6 +74,12 @@ def check_pipeline(pipe: Any) -> None:
         raise TypeError(
             f"pipe: expected a loaded diffusers pipeline, such as a WanPipeline, found {type(pipe).__name__}"
         )
+    for name, (module, _) in find(pipe).items():
+        if getattr(module, "_parallel_config", None) is not None:
+            raise ValueError(
+                f"{name} shares each sequence with other processes, among which a comparison deals its clips: compare with a "
+                "pipeline that is not parallel, in one process or several, and run the plan in parallel afterwards"
+            )
 
 
 def check_subjects(subjects: Any) -> None:

@@ -131,6 +131,7 @@ def compare(
     clips = [(prompt, seed, text) for prompt, text in zip(prompts, texts, strict=True) for seed in seeds]
     with ExitStack() as opened:
         here = opened.enter_context(processes())
+        here.agree("answer whether clips are kept (keep=...)", keep is not None)
         kept = None
         if keep is not None or here.count > 1:
             settings: dict[str, Any] = {"rounds": rounds, "metrics": list(metrics), "show": show, "fps": fps}
@@ -481,6 +482,11 @@ def _left(done: int, clips: int, kept: KeptClips | None) -> str:
 def _resolved(pipe: Any, subject: PlanLike) -> Plan:
     """The plan of a subject, read once; what does not fit is refused now, not after the first clip."""
     plan, parameters = subject if isinstance(subject, tuple) else (subject, {})
+    if plan is None:
+        raise TypeError(
+            "subjects: expected one plan or method for each, found None, for which patch(pipe) chooses by the size of each call: "
+            'name what it says that it takes, such as ("draft", {"density": 0.3, "dense_steps": 0.25, "dense_layers": 1})'
+        )
     with patch(pipe, plan, **parameters) as patched:
         return patched.plan
 

@@ -106,7 +106,7 @@ def calibrate_gates(
         raise Interrupted(kept, "Call calibrate_gates again with the same arguments; it begins anew") from error
     gates = {name: watch.gate(name) for name in plan.models if _reusing(plan, name)}
     counts = _counts(plan, gates, watch)
-    _check_compared(counts)
+    _check_compared(counts, watch.compared)
     return replace(
         plan,
         methods={symbol: _gated(method) for symbol, method in plan.methods.items()},
@@ -209,6 +209,11 @@ class Watch:
                 self._watch(members, call, q, k, v)
         assert call.dense is not None
         return call.dense(q, k, v)
+
+    @property
+    def compared(self) -> bool:
+        """Whether what some head leaves unread was there at two steps in turn."""
+        return any(bool(calibration.seen.any()) for calibration in self._calibrations.values())
 
     def gate(self, transformer: str) -> Tensor:
         """uint8 [steps, layers, heads], 1 where a head has to refresh."""
@@ -350,11 +355,12 @@ def _counts(plan: Plan, gates: Mapping[str, Tensor], watch: Watch) -> dict[str, 
     return {"steps": watch.steps, **found}
 
 
-def _check_compared(counts: Mapping[str, int]) -> None:
-    if counts["by_interval"] == counts["head_steps"]:  # every head-step is the first of its span
+def _check_compared(counts: Mapping[str, int], compared: bool) -> None:
+    if not compared:  # every head-step is the first of its span, or nothing was left unread
         raise ValueError(
             f"in a call of {counts['steps']} steps no head of this plan reuses at two steps of one span, so that nothing "
-            "could be compared: calibrate with more steps, or with a plan of longer spans"
+            "could be compared: calibrate with more steps, with a plan of longer spans or, where it keeps the history of chunks, "
+            "with a call of several chunks"
         )
 
 

@@ -19,7 +19,9 @@ from diffusers_accel.kernels.attention import Choice
 from diffusers_accel.layout import Segment, TokenLayout
 from diffusers_accel.run import by_size
 from diffusers_accel.shape import ModelShape
+from diffusers_accel.step_timing import full_call
 from tests.families import hunyuan_video15
+from tests.families.kandinsky6_sr import tiny_kandinsky6_sr
 from tests.families.test_other_calls import pyramid, pyramid_call
 from tests.tiny import HEAD_DIM, HEADS, LAYERS, TEXT_TOKENS, tiny_hunyuan, tiny_hunyuan_call, tiny_wan, tiny_wan_call
 
@@ -344,3 +346,7 @@ def test_a_compiled_model_is_looked_at_without_its_graph() -> None:
     found = masked_attention(pipe, [pipe.transformer], tiny_hunyuan_call(), layouts)
     assert found is not None and (found.calls, found.of, found.mask) == (LAYERS, LAYERS, (1, 1, 1, 788))
     assert counter.frame_count == 0
+
+
+def test_a_pipeline_that_decodes_in_any_case_is_asked_for_a_tensor() -> None:
+    assert [full_call(pipe, {})["output_type"] for pipe in (tiny_wan(), tiny_kandinsky6_sr())] == ["latent", "pt"]

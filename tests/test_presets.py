@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_accel import patch
+from diffusers_accel import Plan, patch
 from diffusers_accel.families import FAMILIES, find
 from diffusers_accel.families.preset import Preset
+from diffusers_accel.layout import Segment, TokenLayout
+from diffusers_accel.methods import Method
 from diffusers_accel.preset import preset_recipe
 from diffusers_accel.run import by_size
 from diffusers_accel.run.by_size import PUBLISHED, density_at, preset_density, wins_from
@@ -98,6 +100,14 @@ def test_narrow_models_read_half_whatever_the_size() -> None:
     assert [preset_density(75_600, "cuda", shape) for shape in (WIDE, NARROW)] == [0.3, 0.5]
 
 
+def test_a_small_chunk_is_told_of_its_history() -> None:
+    chunk = TokenLayout.of(Segment("history", 9000, queries=False), Segment.video((3, 16, 16)))
+    model = ModelShape(2, 2, 16)
+    plan = Plan.uniform(Method(), "anyflow_far", {"transformer": model})
+    sized = by_size.BySize("anyflow_far", "", "draft", {"transformer": model}, lambda density: plan, plan, False)
+    assert sized.choose(chunk, "transformer", "cpu").line.endswith('attention over its history: patch(pipe, "history")')
+
+
 @pytest.mark.parametrize(("device", "least"), [("cpu", 4_096), ("cuda", 16_384)])
 def test_it_is_dense_below_what_can_win_on_a_device(device: str, least: int) -> None:
     assert wins_from(device) == least
@@ -143,7 +153,7 @@ def test_what_is_asked_for_holds_at_every_size(small_sizes: None, logged: list[t
         assert {label for row in done.report().rows for label in row["methods"]} == {"draft 8x16 0.34"}
         frames(pipe, height=32)
         assert done.plan.dense, "a size where nothing can win stays dense all the same"
-    assert any("576 tokens: draft as asked for; the first 0% of the steps stay dense" in line for _, line in logged)
+    assert any("576 tokens: draft as asked for; nothing stays dense" in line for _, line in logged)
 
 
 def test_a_named_method_is_not_touched_by_the_size(small_sizes: None) -> None:

@@ -126,6 +126,11 @@ class Calibration:
         """Drops what is cached, but no mean: the next step of each layer and branch begins a new sample."""
         self._cached.clear()
 
+    @property
+    def seen(self) -> Tensor:
+        """bool `[steps, layers]`: where something was compared."""
+        return self._samples[..., 0] > 0
+
     def means(self) -> tuple[Tensor, Tensor]:
         """Mean cosine and mean change of the log-sum-exp, fp64 `[steps, layers, heads]`; NaN where nothing was compared."""
         cosine, change = self._sums / self._samples

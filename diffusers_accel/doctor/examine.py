@@ -136,6 +136,7 @@ def _remarks(
     processor = family.self_attention(module)[0][1].processor
     said = (
         remarks.of_few_steps(max(stages), family.preset.dense_steps),
+        remarks.of_chunks(family.history),
         remarks.of_masks(masked_attention(pipe, modules, call, timing.layouts)),
         remarks.of_backend(
             remarks.capability_of(timing.device),

@@ -26,6 +26,13 @@ def of_few_steps(steps: int, dense_steps: float) -> str | None:
     )
 
 
+def of_chunks(by_chunks: bool) -> str | None:
+    """A clip of several chunks takes the loop several times."""
+    if not by_chunks:
+        return None
+    return "this model makes a video chunk by chunk: the times of a loop are those of one chunk, of which a clip may have several"
+
+
 def of_masks(found: MaskedAttention | None) -> str | None:
     """A mask over the video keeps flash attention away; a patch has none."""
     if found is None:

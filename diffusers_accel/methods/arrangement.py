@@ -28,8 +28,6 @@ class Arrangement:
             queries begin where those of keys do, else up to two.
         start: fp64 [query blocks], where the first token of a query block lies among the key blocks.
         video_queries, video_keys: the range of the blocks that hold nothing but sparse video; (0, 0) where there are none.
-        history_keys: the range of the blocks that hold nothing but the history of a video that is made chunk by chunk; (0, 0)
-            where there are none.
     """
 
     exact_queries: Tensor
@@ -39,7 +37,6 @@ class Arrangement:
     start: Tensor
     video_queries: Blocks
     video_keys: Blocks
-    history_keys: Blocks
 
     def always(self, first_frame: bool) -> Tensor:
         """bool [key blocks]: which every query reads."""
@@ -54,7 +51,6 @@ def arrangement(order: Order, layout: TokenLayout) -> Arrangement:
     place[index] = torch.arange(layout.tokens)
     asking = order.query_index(layout) + layout.query_start
     exact = exact_tokens(layout)
-    history = torch.cat([torch.full((each.tokens,), each.kind == "history") for each in layout.segments])
     first = torch.zeros(layout.tokens, dtype=torch.bool)
     if order.frame_major and layout.frames > 1:  # a frame alone is the whole video
         first[video_places(layout)[: layout.height * layout.width]] = True
@@ -69,8 +65,28 @@ def arrangement(order: Order, layout: TokenLayout) -> Arrangement:
         start=place[asking[::BLOCK]].double() / BLOCK,
         video_queries=_range(~exact_queries),
         video_keys=_range(~exact_keys),
-        history_keys=_range(~_hold(~history[index])),
     )
+
+
+@kept(64)
+def history_keys(order: Order, layout: TokenLayout) -> Blocks:
+    """The range of the key blocks that hold nothing but the history of a video that is made chunk by chunk; (0, 0) where there
+    are none.
+
+    Raises:
+        ValueError: other tokens stand between two parts of the history.
+    """
+    history = torch.cat([torch.full((each.tokens,), each.kind == "history") for each in layout.segments])
+    places = history[order.index(layout)][: layout.keys].nonzero()[:, 0]
+    if not len(places):
+        return 0, 0
+    first, stop = int(places[0]), int(places[-1]) + 1
+    if stop - first != len(places):
+        raise ValueError(
+            f"expected the history of a video in one place of the sequence, found other tokens between its parts in {layout}"
+        )
+    begin, end = -(-first // BLOCK), (-(-stop // BLOCK) if stop == layout.keys else stop // BLOCK)
+    return (begin, end) if begin < end else (0, 0)
 
 
 def wanted_blocks(density: float, places: Arrangement, text_counts: bool) -> int:
@@ -93,7 +109,5 @@ def _hold(tokens: Tensor) -> Tensor:
 def _range(blocks: Tensor) -> Blocks:
     """Where the one run of blocks lies."""
     places = blocks.nonzero()[:, 0].tolist()
-    assert not places or places[-1] - places[0] + 1 == len(
-        places
-    )  # an order keeps the video together, a model its history
+    assert not places or places[-1] - places[0] + 1 == len(places)  # an order keeps the video together
     return (places[0], places[-1] + 1) if places else (0, 0)

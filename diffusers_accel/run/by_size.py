@@ -54,6 +54,13 @@ def preset_density(tokens: int, device: str, shape: ModelShape) -> float | None:
     return max(density_at(tokens), NARROW_DENSITY) if narrow else density_at(tokens)
 
 
+# Where all is dense, by whether there is a history.
+ADVICE = {
+    False: 'Generate more frames or a larger picture, or name a method, as in patch(pipe, "draft")',
+    True: 'What can be saved of a chunk is attention over its history: patch(pipe, "history")',
+}
+
+
 @dataclass(frozen=True)
 class SizeChoice:
     """What a size takes.
@@ -95,24 +102,24 @@ class BySize:
         self._name, self._kept, self._method = name, kept, method
         self._shapes, self._plan_at, self._dense, self._given = shapes, plan_at, dense, given
         self._plans: dict[float | None, Plan] = {}
-        self._choices: dict[tuple[int, str, str], SizeChoice] = {}
+        self._choices: dict[tuple[int, bool, str, str], SizeChoice] = {}
         self.plan = self._plan(None if given else NARROW_DENSITY)  # that ran last; before a call that of a small video
 
     def choose(self, layout: TokenLayout, transformer: str, device: str) -> SizeChoice:
         """What a call with this layout takes on a device of this type."""
-        key = layout.video_tokens, transformer, device
+        key = layout.video_tokens, layout.has_history, transformer, device
         if key not in self._choices:
             self._choices[key] = self._choice(*key)
         choice = self._choices[key]
         self.plan = choice.plan
         return choice
 
-    def _choice(self, tokens: int, transformer: str, device: str) -> SizeChoice:
+    def _choice(self, tokens: int, has_history: bool, transformer: str, device: str) -> SizeChoice:
         density = preset_density(tokens, device, self._shapes[transformer])
         if density is None:
             line = (
-                f"dense: {tokens:,} tokens; sparse attention cannot win below {wins_from(device):,} here ({device}). Generate "
-                'more frames or a larger picture, or name a method, as in patch(pipe, "draft")'
+                f"dense: {tokens:,} tokens; sparse attention cannot win below {wins_from(device):,} here ({device}). "
+                + ADVICE[has_history]
             )
             return SizeChoice(True, self._dense, line)
         if self._given:

@@ -124,7 +124,7 @@ class PlanEngine:
             assert call.dense is not None
             self._count(mix, Output(q, 1.0, 0, ("dense",)))
             return call.dense(q, k, v)
-        if q.shape[1] < FEW_TOKENS and (sparse := next(filter(_leaves_out, mix.distinct), None)):
+        if q.shape[1] < FEW_TOKENS and (sparse := next(filter(_leaves_out_video, mix.distinct), None)):
             self._remarks.say(_too_few(sparse.label, q.shape[1]))
         partition = self._partitions.find(mix, call, q.device)
         cache = self._caches.of(self._layer, call.stream) if partition.remembering else None
@@ -191,14 +191,14 @@ class PlanEngine:
     def _method(self, plan: Plan, span: int, head: int) -> Method:
         """The method of a head; one that refreshes at every step of the span is dense."""
         method = plan.method(span, self.site.transformer, self.site.layer, head)
-        return DENSE if self._refreshed(method, span, head) == 1 else method
+        return DENSE if self._refreshed(plan, method, span, head) == 1 else method
 
-    def _refreshed(self, method: Method, span: int, head: int) -> float:
+    def _refreshed(self, plan: Plan, method: Method, span: int, head: int) -> float:
         """At what share of a span's steps a head refreshes what it keeps; which steps a window of sigma holds, only a call tells,
         so that all of its gate counts for each of them."""
-        gate = method.rest.gate(self._layer, (head,), self.plan.tensors)
-        if gate is not None and self.plan.by == "share":  # a short span may hold no segment: nothing is due in it
-            gate = gate[[each for each in range(len(gate)) if self.plan.span_at(each, len(gate)) == span]]
+        gate = method.rest.gate(self._layer, (head,), plan.tensors)
+        if gate is not None and plan.by == "share":  # a short span may hold no segment: nothing is due in it
+            gate = gate[[each for each in range(len(gate)) if plan.span_at(each, len(gate)) == span]]
         gate = None if gate is None else gate[:, 0]
         return method.rest.refresh_share(gate)
 
@@ -206,7 +206,7 @@ class PlanEngine:
         """What share of a head's dense attention is saved in a span by what it keeps."""
         known = method.select.expected_density(method.order, self._made_for)
         density = known or 0.5  # where it is not known ahead
-        return (1 - density) * (1 - self._refreshed(method, span, head))
+        return (1 - density) * (1 - self._refreshed(self.plan, method, span, head))
 
     def _mix(self, running: SpanMixes, call: AttentionCall) -> Mix:
         """The methods of the running span."""
@@ -273,9 +273,9 @@ def _reads_all(method: Method, layout: TokenLayout) -> bool:
     return method.precision == "input" and method.select.reads_all_in(method.order, layout)
 
 
-def _leaves_out(method: Method) -> bool:
-    """Whether it reads some blocks and leaves out others."""
-    return not (method.select.reads_all or method.skips)
+def _leaves_out_video(method: Method) -> bool:
+    """Whether it reads some blocks of the video and leaves out others."""
+    return not (method.select.reads_all or method.skips or method.select.needs_history)
 
 
 def _too_few(label: str, tokens: int) -> str:

@@ -64,14 +64,31 @@ class Processes:
         if failure is not None:
             raise failure
         for rank, (_, why) in enumerate(told):
-            if why is not None:
-                raise OtherProcessFailed(f"process {rank} of {self.count} failed: {why}")
+            self._check_done(rank, why)
         return [found for found, _ in told]
 
     def first(self, work: Callable[[], T]) -> T:
         """The first process does it, while the others wait; everybody gets what it has found. Raises as `each` does."""
-        found: Any = self.each(work if self.is_first else _nothing)[0]
+        if self.count == 1:
+            return work()
+        told: list[Any] = [None, None]
+        failure = None
+        if self.is_first:
+            try:
+                told[0] = work()
+            except Exception as error:
+                failure, told[1] = error, f"{type(error).__name__}: {error}"
+        with _connected(self.count):
+            dist.broadcast_object_list(told, src=0, group=self.group)
+        if failure is not None:
+            raise failure
+        self._check_done(0, told[1])
+        found: T = told[0]
         return found
+
+    def _check_done(self, rank: int, why: str | None) -> None:
+        if why is not None:
+            raise OtherProcessFailed(f"process {rank} of {self.count} failed: {why}")
 
     def agree(self, what: str, mine: Any) -> None:
         """Makes sure that all processes have been given the same.
@@ -90,12 +107,8 @@ class Processes:
 
     def _gathered(self, mine: Any) -> list[Any]:
         told: list[Any] = [None] * self.count
-        try:
+        with _connected(self.count):
             dist.all_gather_object(told, mine, group=self.group)
-        except RuntimeError as error:  # its connections are closed
-            raise OtherProcessFailed(
-                f"another of the {self.count} processes has ended; what it says itself tells why"
-            ) from error
         return told
 
 
@@ -123,8 +136,15 @@ def processes() -> Iterator[Processes]:
         dist.destroy_process_group(group)
 
 
-def _nothing() -> Any:
-    return None
+@contextmanager
+def _connected(count: int) -> Iterator[None]:
+    """Says what it means when the connections to other processes are closed."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OtherProcessFailed(
+            f"another of the {count} processes has ended; what it says itself tells why ({error})"
+        ) from error
 
 
 def _difference(one: Any, other: Any) -> tuple[Any, Any]:

@@ -13,8 +13,7 @@ from torch import Tensor
 def seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
     """A fresh CPU generator of a seed for a pipeline's call. torch's own generators, from which some pipelines draw as well, have
     that seed meanwhile, and afterwards the state that they had."""
-    devices = [_index(device)] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(range(torch.cuda.device_count())):  # all that manual_seed reaches
         torch.manual_seed(seed)
         yield torch.Generator("cpu").manual_seed(seed)
 

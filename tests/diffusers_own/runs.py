@@ -85,6 +85,8 @@ def compared(checkout: Path, results: Path, cache: Path, family: Family, kind: s
         seam = "models" if kind == "models" else "pipelines"
         dense, also = _run(checkout, done.files, cache, results / f"{family.name}.{kind}.dense.jsonl", seconds, seam)
         done.finished = ended and also
+        if also:  # a test that is missing where all ran was lost by the patch
+            dense = {test: {"outcome": "failed", "attention": 0, "why": "did not run"} for test in stock} | dense
         _compare(done, stock, dense)
     kept_at.write_text(json.dumps(asdict(done), indent=1), encoding="utf-8")
     return done
@@ -131,6 +133,8 @@ def _run(
     for line in lines:  # a teardown that fails comes after its call
         if line["outcome"] != "passed" or line["test"] not in by_test:
             by_test[line["test"]] = line
+    if ran.returncode not in (0, 1):  # 1: tests failed; anything else: pytest itself was stopped
+        raise SystemExit(f"pytest ended with {ran.returncode}:\n{ran.stdout[-2000:]}\n{ran.stderr[-2000:]}")
     return by_test, OVER not in ran.stdout
 
 

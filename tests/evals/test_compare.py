@@ -271,6 +271,7 @@ def test_shown_clips_have_films(found: dict[str, Any], tmp_path: Path) -> None:
         ({"prompts": "a red circle"}, TypeError, "expected a list of texts"),
         ({"prompts": 3}, TypeError, "prompts: expected a list of texts, found 3"),
         ({"prompts": {"prompt_embeds": 1}}, TypeError, "prompts: expected a list of texts"),
+        ({"subjects": {"a": None}}, TypeError, "subjects: expected one plan .*found None"),
         ({"prompts": [" "]}, ValueError, "empty string"),
         ({"prompts": ["x" * 5_000_000]}, ValueError, r"prompts\[0\]: expected at most 10,000 characters"),
         ({"prompts": ["half \udfff"]}, ValueError, r"prompts\[0\]: expected Unicode"),
@@ -327,6 +328,13 @@ def test_what_is_no_pipeline_is_refused(pipe: Any) -> None:
     ):
         with pytest.raises(TypeError, match=f"pipe: expected a .*{says}"):
             compare(wrong, {"a": "pattern"}, [PROMPT], call=CALL, progress=False)
+
+
+def test_a_pipeline_whose_processes_share_a_sequence_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would exchange pieces of different clips."""
+    monkeypatch.setattr(pipe.transformer, "_parallel_config", object(), raising=False)
+    with pytest.raises(ValueError, match="transformer shares each sequence with other processes.* not parallel"):
+        compare(pipe, {"a": "pattern"}, [PROMPT], call=CALL, progress=False)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "in the last tenth of the schedule"])

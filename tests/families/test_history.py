@@ -16,7 +16,7 @@ from diffusers_accel.api import attach
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.families import FAMILIES, find
 from diffusers_accel.layout import Segment, TokenLayout
-from diffusers_accel.methods import BLOCK, NAMED, AxisOrder, ChunkOnly, Kept, Method, TopHistory
+from diffusers_accel.methods import BLOCK, NAMED, AxisOrder, Band, ChunkOnly, Kept, Method, TopHistory
 from diffusers_accel.methods.select import Inputs
 from diffusers_accel.search.candidates import candidates, check_candidates
 from diffusers_accel.search.gates import calibrate_gates, summary
@@ -163,3 +163,22 @@ def test_orders_make_no_difference_to_it() -> None:
     for select in (ChunkOnly(), TopHistory(0.3)):
         with pytest.raises(ValueError, match="leave the order out"):
             Method(AxisOrder("hwf"), select)
+
+
+def test_a_call_without_a_history_calibrates_no_gate() -> None:
+    pipe = tiny_far()
+    module, family = find(pipe)["transformer"]
+    plan = Plan.uniform(NAMED["history"](), family.name, {"transformer": family.shape(module)})
+    call = far_chunks(chunk_partition=[3], num_frames=5, num_inference_steps=2)
+    prompt = {name: call.pop(name) for name in list(call) if name.startswith(("prompt", "negative"))}
+    call.pop("generator")
+    with pytest.raises(ValueError, match="nothing could be compared: .* with a call of several chunks"):
+        calibrate_gates(pipe, plan, [prompt], call=call, progress=False)
+
+
+def test_a_history_in_pieces_is_refused_by_those_that_need_it_alone() -> None:
+    part = Segment("history", 256)
+    call = AttentionCall(TokenLayout.of(part, Segment.video((2, 8, 16)), part))
+    assert Band(0.5).pattern(call, ORDER, {}, Inputs(torch.device("cpu"))).key_blocks == 6
+    with pytest.raises(ValueError, match="expected the history of a video in one place"):
+        ChunkOnly().pattern(call, ORDER, {}, Inputs(torch.device("cpu")))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods.arrangement import arrangement
+from diffusers_accel.methods.arrangement import arrangement, history_keys
 from diffusers_accel.methods.blocks import BLOCK
 from diffusers_accel.methods.order import Order
 from diffusers_accel.methods.select import StaticSelect
@@ -30,7 +30,7 @@ class ChunkOnly(StaticSelect):
     needs_history: ClassVar[bool] = True
 
     def reads_all_in(self, order: Order, layout: TokenLayout) -> bool:
-        return arrangement(order, layout).history_keys == (0, 0)
+        return history_keys(order, layout) == (0, 0)
 
     def refuses(self, order: Order) -> str | None:
         return (
@@ -42,11 +42,11 @@ class ChunkOnly(StaticSelect):
     def expected_density(self, order: Order, layout: TokenLayout | None = None) -> float | None:
         if layout is None:
             return None
-        first, stop = arrangement(order, layout).history_keys
+        first, stop = history_keys(order, layout)
         return 1 - (stop - first) / layout.key_blocks(BLOCK)
 
     def mask(self, call: AttentionCall, order: Order, tensors: Tensors) -> Tensor:
         places = arrangement(order, call.layout)
         mask = torch.ones(len(places.exact_queries), len(places.exact_keys), dtype=torch.bool)
-        mask[~places.exact_queries, slice(*places.history_keys)] = False
+        mask[~places.exact_queries, slice(*history_keys(order, call.layout))] = False
         return mask[None]

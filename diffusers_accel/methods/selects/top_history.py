@@ -9,7 +9,7 @@ from diffusers_accel.call import AttentionCall
 from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.kernels.select import select
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.methods.arrangement import arrangement
+from diffusers_accel.methods.arrangement import arrangement, history_keys
 from diffusers_accel.methods.blocks import BLOCK, check_density
 from diffusers_accel.methods.order import Order
 from diffusers_accel.methods.select import Inputs, Select, Wants
@@ -38,7 +38,7 @@ class TopHistory(Select):
         return f"{self.density:g}"
 
     def reads_all_in(self, order: Order, layout: TokenLayout) -> bool:
-        return arrangement(order, layout).history_keys == (0, 0)
+        return history_keys(order, layout) == (0, 0)
 
     def refuses(self, order: Order) -> str | None:
         return (
@@ -50,13 +50,14 @@ class TopHistory(Select):
     def expected_density(self, order: Order, layout: TokenLayout | None = None) -> float | None:
         if layout is None:
             return None
-        first, stop = arrangement(order, layout).history_keys
+        first, stop = history_keys(order, layout)
         return 1 - (stop - first - _blocks(self.density, stop - first)) / layout.key_blocks(BLOCK)
 
     def pattern(self, call: AttentionCall, order: Order, tensors: Tensors, inputs: Inputs) -> BlockPattern:
         assert inputs.means is not None
         layout, places = call.layout, arrangement(order, call.layout)
-        if places.history_keys == (0, 0) or places.video_queries == (0, 0):  # every block is read by all
+        history = history_keys(order, layout)
+        if history == (0, 0) or places.video_queries == (0, 0):  # every block is read by all
             return BlockPattern.full(len(call.heads), layout.queries, layout.keys, BLOCK, BLOCK, device=inputs.device)
         return select(
             *inputs.means,
@@ -64,7 +65,7 @@ class TopHistory(Select):
             keys=layout.keys,
             density=self.density,
             per="row",
-            competing=places.history_keys,
+            competing=history,
             competing_queries=places.video_queries,
             block_q=BLOCK,
             block_k=BLOCK,
