@@ -165,9 +165,10 @@ class KeptClips:
         """Removes what a comparison has written, and the folder where it holds nothing else."""
         with contextlib.suppress(OSError, FileError):  # somebody has begun the same comparison again: it is theirs now
             with only_writer(self.folder / RUN, "another comparison writes into this folder"):
-                for path in (*self.folder.glob(CLIPS), *self.folder.glob(".*.tmp"), self.folder / RUN):
+                for path in (*self.folder.glob(CLIPS), *self.folder.glob(".*.tmp")):
                     path.unlink(missing_ok=True)
                 self.films.remove()
+                (self.folder / RUN).unlink(missing_ok=True)  # last: without it what is left would be nobody's
             (self.folder / LOCK).unlink(missing_ok=True)
             self.folder.rmdir()
 
