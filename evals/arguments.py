@@ -13,6 +13,7 @@ from torch import nn
 
 from diffusers_accel.evals.generate import RESERVED, Prompt
 from diffusers_accel.evals.metrics import METRICS
+from diffusers_accel.evals.report.findings import FLOOR
 from diffusers_accel.evals.tally import BASELINE
 from diffusers_accel.extras import install
 from diffusers_accel.families import find
@@ -20,6 +21,7 @@ from diffusers_accel.files import FileError, check_json, printable, quoted
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.support.suggest import did_you_mean
 
+KEPT_NAMES = {BASELINE: "baseline", FLOOR: "floor"}
 LONGEST_NAME, LONGEST_PROMPT = 100, 10_000  # characters
 LARGEST_SEED = 2**63 - 1
 MOST_ROWS = 25_000  # in 16 MiB of JSON, what stands beside the numbers included
@@ -27,7 +29,15 @@ MOST_TOLD = 4 * 2**20  # bytes of prompts in a report, of the 16 MiB that it may
 
 
 def check_asked(
-    subjects: Any, texts: Sequence[str], *, metrics: Any, seeds: Any, rounds: Any, show: Any = 4, fps: Any = 16
+    subjects: Any,
+    texts: Sequence[str],
+    *,
+    metrics: Any,
+    seeds: Any,
+    rounds: Any,
+    show: Any = 4,
+    fps: Any = 16,
+    floor: Any = True,
 ) -> tuple[tuple[str, ...], list[int]]:
     """All that can be said before a pipeline is loaded; `texts` are those of its prompts.
 
@@ -39,9 +49,11 @@ def check_asked(
     metrics, seeds = check_metrics(metrics), check_seeds(seeds)
     for name, value, least in (("rounds", rounds, 1), ("show", show, 0), ("fps", fps, 1)):
         check_whole(name, value, least)
+    if not isinstance(floor, bool):
+        raise TypeError(f"floor: expected True or False, found {quoted(floor)}")
     for number, text in enumerate(texts):
         _check_text(text, f"prompts[{number}]")
-    check_clips(texts, seeds, len(subjects), metrics)
+    check_clips(texts, seeds, len(subjects), metrics, floor)
     return metrics, seeds
 
 
@@ -86,8 +98,8 @@ def check_subjects(subjects: Any) -> None:
             raise ValueError(f"subjects: expected names with letters in them, found {quoted(name)}")
         if len(name) > LONGEST_NAME:
             raise ValueError(f"subjects: expected names of at most {LONGEST_NAME} characters, found {quoted(name)}")
-        if key == BASELINE:
-            raise ValueError(f"subjects: {quoted(name)} is the baseline's name; give the subject another")
+        if key in (BASELINE, FLOOR):
+            raise ValueError(f"subjects: {quoted(name)} is the {KEPT_NAMES[key]}'s name; give the subject another")
         if key in seen:
             raise ValueError(
                 f"subjects: {quoted(seen[key])} and {quoted(name)} would look the same in a table; give each its own name"
@@ -189,7 +201,7 @@ def check_keep(keep: Any) -> None:
         raise TypeError(f'keep: expected the path of a folder, such as "report.partial", or None, found {quoted(keep)}')
 
 
-def check_clips(texts: Sequence[str], seeds: Sequence[int], subjects: int, metrics: Sequence[str]) -> None:
+def check_clips(texts: Sequence[str], seeds: Sequence[int], subjects: int, metrics: Sequence[str], floor: bool) -> None:
     """Refuses prompts that a table could not tell apart, and more clips than one report can hold."""
     twice = next((text for text in texts if texts.count(text) > 1), None)
     if twice is not None:
@@ -206,11 +218,15 @@ def check_clips(texts: Sequence[str], seeds: Sequence[int], subjects: int, metri
     clips = len(texts) * len(seeds)
     of_clips = [METRICS[name] for name in metrics if METRICS[name].scores_clips]
     of_dense = sum(metric.scores_dense for metric in of_clips)
-    rows = clips * (subjects * (2 + len(of_clips)) + of_dense)
+    pairs = subjects * (subjects - 1) // 2 * (1 + len(of_clips))
+    rows = clips * ((subjects + floor) * (2 + len(of_clips)) + of_dense) + pairs
     if rows > MOST_ROWS:
+        more = f", and {clips:,} x {of_dense} of dense" if of_dense else ""
+        more += f", and {pairs:,} of pairs of subjects" if pairs else ""
         raise ValueError(
-            f"expected at most {MOST_ROWS:,} numbers in one report, found {rows:,} ({clips:,} clips x {subjects} subjects x "
-            f"{2 + len(of_clips)}{f', and {clips:,} x {of_dense} of dense' if of_dense else ''}): compare fewer clips at once"
+            f"expected at most {MOST_ROWS:,} numbers in one report, found {rows:,} ({clips:,} clips x "
+            f"{subjects} subjects{' and the floor' if floor else ''} x {2 + len(of_clips)}{more}): compare fewer clips or "
+            "subjects at once"
         )
 
 

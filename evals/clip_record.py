@@ -15,7 +15,7 @@ from diffusers_accel.evals.report import Media
 from diffusers_accel.evals.report.video import GAIN
 from diffusers_accel.files import FileError, Kind, Schema, load_tensor_document, printable, quoted, save_tensor_document
 
-KIND = Kind("diffusers_accel.clip", version=2, remedy="delete it, and this clip is measured again")
+KIND = Kind("diffusers_accel.clip", version=3, remedy="delete it, and this clip is measured again")
 MOST = 1_000_000  # layers: what is above it is a mistake
 FILM, DIFFERENCE = "film/", "difference/"  # before the subject's name, in the file
 
@@ -43,11 +43,13 @@ class LayerSeen(Schema, frozen=True):
 class Seen(Schema, frozen=True):
     """Of one subject, or of the dense baseline, whose attention is timed in the first clip only.
 
-    Times are in ms, one per run; `layers` are the rows of `Patch.report()` of the last run and `notes` its notes on the patch as
-    a whole; a score is a value, or None and why.
+    Times are in ms, one per run, and so are `middles`, when half of a run was over, on the clock of the process; `layers` are
+    the rows of `Patch.report()` of the last run and `notes` its notes on the patch as a whole; a score is a value, or None and
+    why.
     """
 
     times: list[Time] = []
+    middles: list[float] = []
     peaks: list[AnyNumber] = []
     attention: list[Share] = []
     shares: list[Share] = []
@@ -62,8 +64,8 @@ class ClipNumbers(Schema, frozen=True, omit_defaults=True):
 
     shape: frames, height and width in pixels. tokens: of the video per axis, and of the text. seen: by subject, "dense"
     included. repeat: largest difference of each later dense run from the first. patch_difference: the same of a dense run
-    under an all-dense patch, of the first clip only. films: of the lossless films for metrics of sets, sha256 by subject.
-    comparison: in a file, the checksum of what it belongs to.
+    under an all-dense patch, of the first clip only. warm_up: ms by subject, of the first clip of each process. films: of the
+    lossless films for metrics of sets, sha256 by subject. comparison: in a file, the checksum of what it belongs to.
     """
 
     prompt: str
@@ -74,6 +76,7 @@ class ClipNumbers(Schema, frozen=True, omit_defaults=True):
     repeat: Annotated[list[float], msgspec.Meta(min_length=1)]
     patch_difference: float | None
     fps: int
+    warm_up: dict[str, Time] = {}
     films: dict[str, str] = {}
     comparison: str = ""
 
@@ -126,8 +129,8 @@ class ClipRecord:
 def _unequal(seen: Seen) -> str | None:
     """What is wrong where a subject's lists are not of the same runs, or its layers' rows not of one run."""
     runs = len(seen.times)
-    if not runs or len(seen.peaks) != runs:
-        return f"expected a time and a peak of each run, found {runs} and {len(seen.peaks)}"
+    if not runs or {len(seen.middles), len(seen.peaks)} != {runs}:
+        return f"expected a time, its middle and a peak of each run, found {runs}, {len(seen.middles)} and {len(seen.peaks)}"
     timed = {"attention": len(seen.attention), "shares": len(seen.shares), "densities": len(seen.densities)}
     if seen.layers and set(timed.values()) != {runs}:
         return f"expected attention, shares and densities of {runs} runs, found {quoted(timed)}"

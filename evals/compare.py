@@ -21,6 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffusers_accel.api import Patch, patch
 from diffusers_accel.evals import arguments
 from diffusers_accel.evals.clip_record import ClipNumbers, ClipRecord, LayerSeen, Seen
+from diffusers_accel.evals.floor import another_kernel, describe
+from diffusers_accel.evals.floor_rows import floor_rows
 from diffusers_accel.evals.generate import (
     PipelineRun,
     Prompt,
@@ -34,7 +36,11 @@ from diffusers_accel.evals.generate import (
 from diffusers_accel.evals.kept import KeptClips, identify
 from diffusers_accel.evals.machine import git_sha, machine, versions
 from diffusers_accel.evals.metrics import DEFAULT, METRICS, Scored
+from diffusers_accel.evals.order import SEED as ORDER_SEED
+from diffusers_accel.evals.order import order
+from diffusers_accel.evals.pairs import pair_rows
 from diffusers_accel.evals.report import Clip, Report, Subject
+from diffusers_accel.evals.report.findings import FLOOR
 from diffusers_accel.evals.report.video import encode, encode_difference
 from diffusers_accel.evals.set_films import SetFilms
 from diffusers_accel.evals.tally import (
@@ -46,7 +52,9 @@ from diffusers_accel.evals.tally import (
     protocol,
     quality_rows,
     speed_rows,
+    warm_up_rows,
 )
+from diffusers_accel.families import find
 from diffusers_accel.files import printable, quoted
 from diffusers_accel.plan import Plan
 from diffusers_accel.plan.size import check_size
@@ -71,6 +79,7 @@ def compare(
     rounds: int = 1,
     show: int = 4,
     fps: int = 16,
+    floor: bool = True,
     progress: bool = True,
     keep: str | os.PathLike[str] | None = None,
 ) -> Report:
@@ -96,6 +105,9 @@ def compare(
         rounds: how many patched runs of each clip are timed, each between two dense ones.
         show: at most so many clips are kept as video for the report's page.
         fps: of those videos.
+        floor: run each clip once more, with dense attention in another exact kernel (`evals.floor`): the distance that a mere
+            change of kernel makes, which stands in every table and chart. Costs that run: the time of a dense one on a GPU, on a
+            CPU its attention takes about 2.5 times as long.
         progress: show a progress bar.
         keep: a folder in which each clip is kept as soon as it is finished. The same comparison, started again after whatever
             stopped it, measures the others only; `Report.save` removes the folder. None keeps nothing.
@@ -112,7 +124,7 @@ def compare(
     arguments.check_keep(keep)
     texts = [prompt_text(prompt, number) for number, prompt in enumerate(prompts)]
     metrics, seeds = arguments.check_asked(
-        subjects, texts, metrics=metrics, seeds=seeds, rounds=rounds, show=show, fps=fps
+        subjects, texts, metrics=metrics, seeds=seeds, rounds=rounds, show=show, fps=fps, floor=floor
     )
     plans = {name: _resolved(pipe, subject) for name, subject in subjects.items()}
     options = {name: _options(subject) for name, subject in subjects.items()}
@@ -123,7 +135,7 @@ def compare(
         kept = None
         if keep is not None or here.count > 1:
             settings: dict[str, Any] = {"rounds": rounds, "metrics": list(metrics), "show": show, "fps": fps}
-            settings["processes"] = here.count
+            settings |= {"processes": here.count, "floor": floor}
             identity = identify(pipe, plans, options, call=call, prompts=prompts, seeds=seeds, **settings)
             here.agree("comparison", msgspec.to_builtins(identity))
             kept = KeptClips(Path(keep), identity) if keep is not None else None
@@ -132,7 +144,7 @@ def compare(
         films = None
         if not all(METRICS[name].scores_clips for name in metrics):
             films = kept.films if kept else SetFilms(here.first(partial(_scratch, opened)), fps)
-        session = _Session(pipe, plans, options, dict(call), scores, fps, films, here)
+        session = _Session(pipe, plans, options, dict(call), scores, fps, films, floor, here)
         left = [number for number in range(len(clips)) if number not in done]
         try:
             own = left[here.rank :: here.count]
@@ -160,11 +172,13 @@ class _Session:
         scores: dict[str, Any],
         fps: int,
         films: SetFilms | None,
+        floor: bool,
         here: Processes = ALONE,
     ) -> None:
         """`scores`: by metric, its score function or why there is none. `films`: for metrics of sets, where there are any."""
         self.pipe, self.plans, self.options = pipe, plans, options
         self.call, self.scores, self.fps, self.films, self.here = call, scores, fps, films, here
+        self.beside = (*([FLOOR] if floor else []), *plans)  # what is compared with dense
         self.bar: Callable[[str | None], None]
         stock = inspect.signature(type(pipe).__call__).parameters
         self.steps = int(call.get("num_inference_steps", stock["num_inference_steps"].default))
@@ -174,6 +188,7 @@ class _Session:
             if remark := forwards.idle(self.steps):
                 LOG.warning("%s: %s", printable(name), remark)
         self.tokens: dict[str, int] = {}
+        self.warmed: dict[str, float] = {}  # ms of the warm-up by subject, until a clip has taken note of it
 
     def clips(
         self,
@@ -186,24 +201,27 @@ class _Session:
         """The clips of this process, with their numbers, each as soon as it is finished."""
         if not own:
             return
-        steps = self.steps * (len(own) * (1 + rounds * (1 + len(self.plans))) + (0 in own))
+        steps = self.steps * (len(own) * (1 + rounds * (1 + len(self.plans)) + (FLOOR in self.beside)) + (0 in own))
         quiet = {**getattr(self.pipe, "_progress_bar_config", {}), "disable": True}
         with attribute(self.pipe, "_progress_bar_config", quiet), _bar(progress, steps) as self.bar:
             self.warm_up(*clips[own[0]][:2])
             for number in own:
                 yield number, self.clip(number, *clips[number], rounds, media=number < show)
+                self.warmed = {}
 
     def warm_up(self, prompt: Prompt, seed: int) -> None:
         """A few steps of everything, so that compilation and first allocations fall outside the timed runs, and what cannot
         run at this size is refused before any clip."""
         call = {**self.call, "num_inference_steps": min(WARM_UP_STEPS, self.steps)}
         self.bar("warm-up")
-        generate(self.pipe, prompt, SharedNoise(seed), call)
+        self.warmed[BASELINE] = generate(self.pipe, prompt, SharedNoise(seed), call).milliseconds
+        if FLOOR in self.beside:
+            self._warm_up_floor(prompt, seed, call)
         for name, plan in self.plans.items():
             try:
                 # A step cache adds nothing to so few steps, and may be made for more.
                 with self._patched(name, replace(plan, forwards=None)) as patched:
-                    generate(self.pipe, prompt, SharedNoise(seed), call)
+                    self.warmed[name] = generate(self.pipe, prompt, SharedNoise(seed), call).milliseconds
                     layout = patched.layout
                 assert layout is not None
                 for transformer in plan.models:
@@ -213,10 +231,25 @@ class _Session:
         video = {"frames": layout.frames, "height": layout.height, "width": layout.width}
         self.tokens = {**video, "text": layout.text_tokens}
 
+    def _warm_up_floor(self, prompt: Prompt, seed: int, call: Mapping[str, Any]) -> None:
+        with another_kernel(self.pipe):
+            try:
+                self.warmed[FLOOR] = generate(self.pipe, prompt, SharedNoise(seed), call).milliseconds
+            except (RuntimeError, TypeError) as error:
+                raise RuntimeError(
+                    f"the floor, dense attention in another exact kernel ({self._floor_kernel()}), cannot run here: "
+                    f"{str(error)[:300]}. Give floor=False (--no-floor)"
+                ) from error
+
+    def _floor_kernel(self) -> str:
+        transformer: Any = next(iter(find(self.pipe).values()))[0]
+        return describe(device_of(self.pipe), transformer.dtype)
+
     def clip(self, index: int, prompt: Prompt, seed: int, text: str, rounds: int, media: bool) -> ClipRecord:
-        """A dense run, then rounds of a run with each subject and a dense one; after the first clip dense under a patch."""
+        """A dense run, then rounds of a run with each subject and a dense one, in the first of them the floor too; after the
+        first clip dense under a patch."""
         noise = SharedNoise(seed)
-        seen = {name: Seen() for name in (BASELINE, *self.plans)}
+        seen = {name: Seen() for name in (BASELINE, *self.beside)}
         dense = self._run(BASELINE, prompt, noise, text, seen)
         self._score(seen[BASELINE], dense.frames, None)
         lossless = self._keep_for_sets(BASELINE, index, dense.frames)
@@ -224,12 +257,14 @@ class _Session:
         differences: dict[str, bytes] = {}
         repeat: list[float] = []
         for number in range(rounds):
-            for name in self.plans:
+            for name in order(self.beside, index * rounds + number):
+                if name == FLOOR and number > 0:
+                    continue
                 run = self._run(name, prompt, noise, text, seen)
                 if number == 0:
                     self._score(seen[name], run.frames, dense.frames)
                     lossless |= self._keep_for_sets(name, index, run.frames)
-                    if media:
+                    if media and name != FLOOR:
                         films[name] = encode(run.frames, self.fps)
                         differences[name] = encode_difference(dense.frames, run.frames, self.fps)
             again = self._run(BASELINE, prompt, noise, text, seen)
@@ -244,9 +279,11 @@ class _Session:
             repeat=repeat,
             patch_difference=None if patched is None else largest_difference(dense.frames, patched.frames),
             fps=self.fps,
+            warm_up=self.warmed,
             films=lossless,
         )
-        return ClipRecord(numbers, films, differences)
+        in_order = [{name: each[name] for name in seen if name in each} for each in (films, differences)]
+        return ClipRecord(numbers, *in_order)
 
     def _score(self, into: Seen, frames: np.ndarray, dense: np.ndarray | None) -> None:
         """By each metric that has a value for these frames, which are dense themselves where `dense` is None."""
@@ -264,7 +301,7 @@ class _Session:
         if self.films is None:
             return {}
         clips, found = [record.numbers for record in records], {}
-        for subject in (BASELINE, *self.plans):
+        for subject in (BASELINE, *self.beside):
             films = self.films.of(subject, clips)
             scored = {name: METRICS[name].of_set(score, films) for name, score in self.scores.items()}
             found[subject] = {name: value for name, value in scored.items() if value is not None}
@@ -289,6 +326,11 @@ class _Session:
         into = seen[name]
         if name == BASELINE:
             run = generate(self.pipe, prompt, noise, self.call, lambda: self.bar(None))
+        elif name == FLOOR:
+            with another_kernel(self.pipe) as attached, attached.timed() as timer:
+                run = generate(self.pipe, prompt, noise, self.call, lambda: self.bar(None))
+            into.attention.append(timer.attention_ms)
+            into.shares.append(timer.attention_ms / run.milliseconds)
         else:
             with self._patched(name, self.plans[name]) as patched, patched.timed() as timer:
                 run = generate(self.pipe, prompt, noise, self.call, lambda: self.bar(None))
@@ -301,6 +343,7 @@ class _Session:
             into.layers[:] = [LayerSeen(**row) for row in report.rows]
             into.notes[:] = report.notes
         into.times.append(run.milliseconds)
+        into.middles.append(run.middle)
         into.peaks.append(run.peak_bytes)
         return run
 
@@ -315,7 +358,7 @@ class _Session:
     ) -> Report:
         numbers = [record.numbers for record in records]
         clips = tuple(Clip(record.numbers.prompt, record.numbers.seed, record.media) for record in records)
-        tallies = {name: SubjectTally.of(name, numbers, sets.get(name, {})) for name in (BASELINE, *self.plans)}
+        tallies = {name: SubjectTally.of(name, numbers, sets.get(name, {})) for name in (BASELINE, *self.beside)}
         provenance = self._provenance(numbers, prompts, seeds, rounds)
         dense, memory = tallies[BASELINE], memory_kind(self.pipe)
         repeat = [value for clip in numbers for value in clip.repeat]
@@ -324,11 +367,16 @@ class _Session:
             raise RuntimeError("expected the first clip to hold a dense run under a patch, found none")
         rows = [*cost_rows(BASELINE, dense, None, provenance, memory)]
         rows += noise_rows(dense, repeat, patch_difference, provenance)
+        rows += warm_up_rows(numbers, provenance)
         rows += quality_rows(BASELINE, dense, None, clips, provenance)
-        for name in self.plans:
+        for name in self.beside:
+            several = 1 if name == FLOOR else len(self.plans)
             rows += cost_rows(name, tallies[name], BASELINE, provenance, memory)
-            rows += speed_rows(name, tallies[name], dense, clips, provenance)
-            rows += quality_rows(name, tallies[name], dense, clips, provenance)
+            rows += speed_rows(name, tallies[name], dense, clips, provenance, several)
+            rows += quality_rows(name, tallies[name], dense, clips, provenance, several)
+            if name != FLOOR and FLOOR in tallies:
+                rows += floor_rows(name, tallies[name], tallies[FLOOR], dense, clips, provenance, several)
+        rows += pair_rows({name: tallies[name] for name in self.plans}, dense, clips, provenance)
         subjects = tuple(Subject(name, plan, tallies[name].layers) for name, plan in self.plans.items())
         return Report(tuple(rows), clips, subjects, provenance, kept)
 
@@ -359,6 +407,12 @@ class _Session:
             "prompts": prompts,
             "seeds": seeds,
             "rounds": rounds,
+            "order": {
+                "seed": ORDER_SEED,
+                "first": order(self.beside, 0),
+                "then": "turned by one place a clip and round",
+            },
+            **({FLOOR: self._floor_kernel()} if FLOOR in self.beside else {}),
             **({"forwards": cached} if (cached := self._step_caches()) else {}),
             **({"processes": self.here.count} if self.here.count > 1 else {}),
             "protocol": protocol(
@@ -368,6 +422,7 @@ class _Session:
                 memory_kind(self.pipe),
                 self.here.count,
                 shared=device_of(self.pipe).type == "cpu",
+                floor=self._floor_kernel() if FLOOR in self.beside else None,
             ),
         }
 

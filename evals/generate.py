@@ -36,12 +36,14 @@ class PipelineRun:
     """One call of the pipeline.
 
     frames: [F, H, W, 3] float32 in 0..1, before any video encoder. milliseconds: of the whole call, text encoder and
-    decoder included. peak_bytes: highest memory during the call (see `memory_kind`).
+    decoder included. peak_bytes: highest memory during the call (see `memory_kind`). middle: ms at half of the call, on the
+    process's clock.
     """
 
     frames: np.ndarray
     milliseconds: float
     peak_bytes: int
+    middle: float = 0.0
 
 
 def prompt_text(prompt: Prompt, number: int) -> str:
@@ -137,7 +139,9 @@ def generate(
     frames = np.asarray(output.frames if hasattr(output, "frames") else output.video)  # Cosmos 3 calls it so
     if frames.ndim != 5 or frames.shape[0] != 1 or frames.shape[-1] != 3:
         raise TypeError(f"expected frames [1, F, H, W, 3] of {type(pipe).__name__}, found {list(frames.shape)}")
-    return PipelineRun(np.ascontiguousarray(frames[0], dtype=np.float32), milliseconds, memory.peak)
+    return PipelineRun(
+        np.ascontiguousarray(frames[0], dtype=np.float32), milliseconds, memory.peak, start * 1e3 + milliseconds / 2
+    )
 
 
 def device_of(pipe: Any) -> torch.device:
@@ -147,7 +151,11 @@ def device_of(pipe: Any) -> torch.device:
 
 def memory_kind(pipe: Any) -> str:
     """What `PipelineRun.peak_bytes` counts."""
-    return "CUDA allocator" if device_of(pipe).type == "cuda" else "resident set of the process, sampled"
+    return (
+        "CUDA allocator"
+        if device_of(pipe).type == "cuda"
+        else "resident set of the whole process, sampled: the model is in it"
+    )
 
 
 class _PeakMemory:

@@ -19,6 +19,7 @@ from diffusers_accel.evals.clip_record import KIND as CLIP
 from diffusers_accel.evals.clip_record import ClipRecord
 from diffusers_accel.evals.machine import git_sha, machine, versions
 from diffusers_accel.evals.metrics import METRICS
+from diffusers_accel.evals.report.findings import FLOOR
 from diffusers_accel.evals.set_films import SetFilms
 from diffusers_accel.evals.tally import BASELINE
 from diffusers_accel.families import find
@@ -49,7 +50,7 @@ class Identity(Schema, frozen=True):
     """What makes two comparisons the same, so that one may go on with the clips of the other.
 
     prompts: texts, or hashes of what stands in their place. subjects: name -> hash of the plan and the parameters beside it.
-    processes: how many measured side by side, which times depend on.
+    processes: how many measured side by side, which times depend on. floor: whether there is one.
     """
 
     pipeline: str
@@ -67,6 +68,7 @@ class Identity(Schema, frozen=True):
     show: int
     fps: int
     processes: int = 1
+    floor: bool = False
 
 
 def identify(
@@ -138,9 +140,10 @@ class KeptClips:
             )
         per_clip = {name for name in self.identity.metrics if METRICS[name].scores_clips}
         of_dense = {name for name in per_clip if METRICS[name].scores_dense}
-        expected = {BASELINE: of_dense, **dict.fromkeys(self.identity.subjects, per_clip)}
+        unpatched = (BASELINE, FLOOR) if self.identity.floor else (BASELINE,)
+        expected = {**dict.fromkeys((*unpatched, *self.identity.subjects), per_clip), BASELINE: of_dense}
         found = {name: set(seen.scores) for name, seen in numbers.seen.items()}
-        if found != expected or any(bool(seen.layers) == (name == BASELINE) for name, seen in numbers.seen.items()):
+        if found != expected or any(bool(seen.layers) == (name in unpatched) for name, seen in numbers.seen.items()):
             raise FileError(
                 f"{printable(path)}: expected what was seen of {quoted(list(expected))} by {quoted(self.identity.metrics)}, "
                 f"found other subjects or metrics; {CLIP.remedy}"
@@ -162,9 +165,10 @@ class KeptClips:
         """Removes what a comparison has written, and the folder where it holds nothing else."""
         with contextlib.suppress(OSError, FileError):  # somebody has begun the same comparison again: it is theirs now
             with only_writer(self.folder / RUN, "another comparison writes into this folder"):
-                for path in (*self.folder.glob(CLIPS), *self.folder.glob(".*.tmp"), self.folder / RUN):
+                for path in (*self.folder.glob(CLIPS), *self.folder.glob(".*.tmp")):
                     path.unlink(missing_ok=True)
                 self.films.remove()
+                (self.folder / RUN).unlink(missing_ok=True)  # last: without it what is left would be nobody's
             (self.folder / LOCK).unlink(missing_ok=True)
             self.folder.rmdir()
 

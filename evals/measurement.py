@@ -1,4 +1,4 @@
-"""A measured number together with what is needed to get it again, and the statistics of several of them."""
+"""A measured number together with what is needed to get it again; `intervals` has the statistics of several."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-import numpy as np
 
 from diffusers_accel.files import FileError, Kind, Schema, load_document, printable, save_document
 
-KIND = Kind("diffusers_accel.report", version=2, remedy="make the report again")
+KIND = Kind("diffusers_accel.report", version=3, remedy="make the report again")
 Better = Literal["higher", "lower", "closer", "neither"]  # closer: to the value of dense; a change to 0
 Index = Annotated[int, msgspec.Meta(ge=0)]  # of a list in the same file
-CONFIDENCE = 0.95
-MIN_FOR_INTERVAL = 3  # a bootstrap of two values only ever draws those two
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How far the values behind one number lie apart.
+    """How far the values behind one number lie apart, and how sure the number is.
 
-    `std` is the sample standard deviation (n - 1); `low` and `high` bound the 95 % bootstrap interval of the same
-    statistic (percentile method; None for fewer than three values). All in the unit of the number.
+    `std` is the sample standard deviation (n - 1). `low` and `high` bound the 95 % interval, where the number has one (see
+    `intervals.estimate`): it rests on `prompts`, as seeds of one prompt count once, and was widened for `comparisons` intervals
+    side by side. All in the unit of the number.
     """
 
     n: int
     std: float | None = None
     low: float | None = None
     high: float | None = None
+    median: float | None = None
+    prompts: int = 0
+    comparisons: int = 1
 
 
 @dataclass(frozen=True)
@@ -63,28 +64,6 @@ class Measurement:
                 f"{self.metric} of {self.subject!r}: expected a finite value, found {self.value}; "
                 "give None and a note (JSON has neither infinity nor NaN)"
             )
-
-
-def summarise(values: Sequence[float], statistic: Literal["mean", "median"]) -> tuple[float, Spread]:
-    """The statistic of finite `values` and its spread; at least one value. The bootstrap is seeded, so repeatable."""
-    data = np.asarray(values, dtype=np.float64)
-    if data.size == 0 or not np.isfinite(data).all():
-        raise ValueError(f"expected one or more finite values, found {list(values)}")
-    function = np.mean if statistic == "mean" else np.median
-    centre = float(function(data))
-    if data.size == 1:
-        return centre, Spread(1)
-    std = float(data.std(ddof=1))
-    if data.size < MIN_FOR_INTERVAL:
-        return centre, Spread(data.size, std)
-    if std == 0.0:
-        return centre, Spread(data.size, 0.0, centre, centre)
-    from scipy.stats import bootstrap
-
-    interval = bootstrap(
-        (data,), function, confidence_level=CONFIDENCE, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return centre, Spread(data.size, std, float(interval.low), float(interval.high))
 
 
 def write_rows(path: str | os.PathLike[str], rows: Sequence[Measurement], headline: str = "") -> None:
@@ -126,6 +105,9 @@ class _Spread(Schema, frozen=True):
     std: float | None
     low: float | None
     high: float | None
+    median: float | None
+    prompts: Annotated[int, msgspec.Meta(ge=0)]
+    comparisons: Annotated[int, msgspec.Meta(ge=1)]
 
 
 class _Row(Schema, frozen=True, omit_defaults=True):

@@ -11,7 +11,8 @@ import msgspec
 import numpy as np
 
 from diffusers_accel.evals.clip_record import ClipNumbers
-from diffusers_accel.evals.measurement import Measurement, Spread, summarise
+from diffusers_accel.evals.intervals import FEWEST, estimate, summarise
+from diffusers_accel.evals.measurement import Measurement, Spread
 from diffusers_accel.evals.metrics import METRICS, AnyMetric, Scored
 from diffusers_accel.evals.report import Clip
 
@@ -24,6 +25,7 @@ class SubjectTally:
     """What was seen of one subject (or of the dense baseline)."""
 
     times: list[list[float]] = field(default_factory=list)  # [clip][run], ms
+    middles: list[list[float]] = field(default_factory=list)  # the same, when half of a run was over
     attention: list[float] = field(default_factory=list)  # ms per run
     shares: list[float] = field(default_factory=list)  # of attention in the time of that very run
     peaks: list[int] = field(default_factory=list)
@@ -39,6 +41,7 @@ class SubjectTally:
         tally = SubjectTally(sets=sets)
         for seen in (clip.seen[name] for clip in clips):
             tally.times.append(seen.times)
+            tally.middles.append(seen.middles)
             tally.attention += seen.attention
             tally.shares += seen.shares
             tally.peaks += seen.peaks
@@ -49,6 +52,14 @@ class SubjectTally:
             tally.remarks += [note for note in seen.notes if note not in tally.remarks]
         return tally
 
+    def speedups(self, dense: SubjectTally) -> list[float]:
+        """Of each clip: the time of dense at the middle of a run, between the dense runs beside it, over what the run took."""
+        clips = zip(self.middles, self.times, dense.middles, dense.times, strict=True)
+        return [
+            float(np.median(np.interp(middles, dense_middles, dense_times) / np.asarray(times)))
+            for middles, times, dense_middles, dense_times in clips
+        ]
+
     @property
     def notes(self) -> str | None:
         """What the patch noted, such as why layers stayed dense, that products were simulated, or that the size is too small."""
@@ -58,39 +69,62 @@ class SubjectTally:
         return "; ".join([*layers, *self.remarks]) or None
 
 
-def _over_clips(found: Sequence[Scored]) -> tuple[float | None, Spread | None, str | None]:
-    """Mean and spread over the clips that have a value, and a note about the others."""
-    values = [value for value, _ in found if value is not None]
+def over_clips(
+    found: Sequence[Scored], prompts: Sequence[str], comparisons: int
+) -> tuple[float | None, Spread | None, str | None]:
+    """Mean and spread over the clips that have a value, and a note about the others; `prompts` are those of the clips."""
+    there = [(value, prompt) for (value, _), prompt in zip(found, prompts, strict=True) if value is not None]
     notes = list(dict.fromkeys(note for value, note in found if value is None and note))
-    if not values:
+    if not there:
         return None, None, "; ".join(notes)
-    mean, spread = summarise(values, "mean")
+    values, of = zip(*there, strict=True)
+    mean, spread = estimate(values, of, comparisons=comparisons)
     missing = len(found) - len(values)
     return mean, spread, f"{missing} of {len(found)} clips left out: {'; '.join(notes)}" if missing else None
 
 
 def quality_rows(
-    name: str, tally: SubjectTally, dense: SubjectTally | None, clips: Sequence[Clip], provenance: dict[str, Any]
+    name: str,
+    tally: SubjectTally,
+    dense: SubjectTally | None,
+    clips: Sequence[Clip],
+    provenance: dict[str, Any],
+    comparisons: int = 1,
 ) -> Iterator[Measurement]:
     """Each metric over all clips and its change from `dense`, then per clip; of dense itself where `dense` is None."""
+    prompts = [clip.prompt for clip in clips]
     for metric_name, found in tally.scores.items():
-        beside = dense.scores.get(metric_name) if dense else None
-        yield from _over_all(METRICS[metric_name], name, found, beside, provenance)
+        metric = METRICS[metric_name]
+        yield _over_all(metric, name, found, prompts, provenance, comparisons)
+        if beside := dense.scores.get(metric_name) if dense else None:
+            yield _over_all(metric, name, changes(found, beside), prompts, provenance, comparisons, metric.change)
         for clip, scored in zip(clips, found, strict=True):
-            yield _row(METRICS[metric_name], name, scored, provenance, clip.key)
+            yield _row(metric, name, scored, provenance, clip.key)
     for metric_name, scored in tally.sets.items():
-        beside = [dense.sets[metric_name]] if dense else None
-        yield from _over_all(METRICS[metric_name], name, [scored], beside, provenance)
+        metric = METRICS[metric_name]
+        yield _of_set(metric, name, scored, provenance)
+        if dense:
+            yield _of_set(metric, name, change(scored, dense.sets[metric_name]), provenance, metric.change)
 
 
 def _over_all(
-    metric: AnyMetric, name: str, found: list[Scored], dense: list[Scored] | None, provenance: dict[str, Any]
-) -> Iterator[Measurement]:
-    mean, spread, note = _over_clips(found)
-    yield _row(metric, name, (mean, note), provenance, spread=spread)
-    if dense:
-        mean, spread, note = _over_clips([_change(mine, theirs) for mine, theirs in zip(found, dense, strict=True)])
-        yield _row(metric, name, (mean, note), provenance, spread=spread, label=metric.change)
+    metric: AnyMetric,
+    name: str,
+    found: Sequence[Scored],
+    prompts: Sequence[str],
+    provenance: dict[str, Any],
+    comparisons: int,
+    label: str = "",
+) -> Measurement:
+    mean, spread, note = over_clips(found, prompts, comparisons)
+    return _row(metric, name, (mean, note), provenance, spread=spread, label=label)
+
+
+def _of_set(metric: AnyMetric, name: str, scored: Scored, provenance: dict[str, Any], label: str = "") -> Measurement:
+    """One number of all clips together: nothing says how far it would be for others."""
+    value, note = scored
+    spread = None if value is None else Spread(1)
+    return _row(metric, name, (value, None if spread else note), provenance, spread=spread, label=label)
 
 
 def _row(
@@ -108,7 +142,13 @@ def _row(
     return Measurement(label, value, metric.unit, metric.better, name, baseline, provenance, spread, clip, note)
 
 
-def _change(mine: Scored, theirs: Scored) -> Scored:
+def changes(mine: Sequence[Scored], theirs: Sequence[Scored]) -> list[Scored]:
+    """Clip by clip."""
+    return [change(a, b) for a, b in zip(mine, theirs, strict=True)]
+
+
+def change(mine: Scored, theirs: Scored) -> Scored:
+    """What the first has more; none where one of them has no value, and why."""
     if mine[0] is None or theirs[0] is None:
         return None, mine[1] if mine[0] is None else theirs[1]
     return mine[0] - theirs[0], None
@@ -131,12 +171,17 @@ def cost_rows(
 
 
 def speed_rows(
-    name: str, tally: SubjectTally, dense: SubjectTally, clips: Sequence[Clip], provenance: dict[str, Any]
+    name: str,
+    tally: SubjectTally,
+    dense: SubjectTally,
+    clips: Sequence[Clip],
+    provenance: dict[str, Any],
+    comparisons: int = 1,
 ) -> Iterator[Measurement]:
     """Speed-up over all clips, then speed-up and time per clip."""
-    ratios = [float(np.median(a) / np.median(b)) for a, b in zip(dense.times, tally.times, strict=True)]
-    median, spread = summarise(ratios, "median")
-    yield Measurement("speedup", median, "x", "higher", name, BASELINE, provenance, spread)
+    ratios = tally.speedups(dense)
+    mean, spread = estimate(ratios, [clip.prompt for clip in clips], comparisons=comparisons, ratio=True)
+    yield Measurement("speedup", mean, "x", "higher", name, BASELINE, provenance, spread)
     for clip, ratio, times in zip(clips, ratios, tally.times, strict=True):
         yield Measurement("speedup", ratio, "x", "higher", name, BASELINE, provenance, clip=clip.key)
         yield Measurement("time", float(np.median(times)), "ms", "lower", name, BASELINE, provenance, clip=clip.key)
@@ -146,34 +191,67 @@ def noise_rows(
     dense: SubjectTally, repeat: Sequence[float], patch_difference: float, provenance: dict[str, Any]
 ) -> Iterator[Measurement]:
     """How far the dense runs are from each other: what no difference below should be read into."""
-    drift, spread = summarise([clip[-1] / clip[0] - 1 for clip in dense.times], "median")
-    yield Measurement("dense_drift", drift, "", "neither", BASELINE, BASELINE, provenance, spread)
+    drifts = [clip[-1] / clip[0] - 1 for clip in dense.times]
+    size, spread = summarise([abs(drift) for drift in drifts], "median")  # of sizes: +20 % and -20 % are no rest
+    ends = f"{min(drifts):+.1%} to {max(drifts):+.1%}" if len(drifts) > 1 else f"{drifts[0]:+.1%} in the one clip"
+    yield Measurement("dense_drift", size, "", "neither", BASELINE, BASELINE, provenance, spread, note=ends)
     for metric, value in (("repeat_difference", max(repeat)), ("dense_patch_difference", patch_difference)):
         yield Measurement(
             metric, value, "", "lower", BASELINE, BASELINE, provenance, note=None if value else "identical"
         )
 
 
+def warm_up_rows(clips: Sequence[ClipNumbers], provenance: dict[str, Any]) -> Iterator[Measurement]:
+    """What the warm-up took of each, compilation and first allocations included; of several processes the longest."""
+    seen = [clip.warm_up for clip in clips if clip.warm_up]
+    for name in seen[0] if seen else ():
+        longest = max(each[name] for each in seen)
+        baseline = None if name == BASELINE else BASELINE
+        yield Measurement("warm_up", longest, "ms", "lower", name, baseline, provenance)
+
+
 def protocol(
-    metrics: Iterable[str], clips: int, rounds: int, memory: str, processes: int = 1, shared: bool = False
+    metrics: Iterable[str],
+    clips: int,
+    rounds: int,
+    memory: str,
+    processes: int = 1,
+    shared: bool = False,
+    floor: str | None = None,
 ) -> list[str]:
-    """How the numbers were made, in sentences; by several processes on devices of their own, or on a `shared` CPU."""
+    """How the numbers were made, in sentences; by several processes on devices of their own, or on a `shared` CPU.
+
+    floor: its kernel, where there is one.
+    """
     return [
         f"{clips} clips (every prompt with every seed). The baseline is the same pipeline, unpatched. For each clip the initial "
         "noise comes from a CPU generator of its seed and was checked to be the same, bit for bit, in every run.",
         f"Each clip was run dense, then with each subject, then dense again ({rounds} such round{'s' * (rounds > 1)}), after a "
-        f"warm-up of {WARM_UP_STEPS} steps. Time is the wall time of the whole pipeline call, text encoder and decoder included; "
+        f"warm-up of {WARM_UP_STEPS} steps, which is in no time below. The subjects' order is a seeded one, turned by one place "
+        "with each clip and round. Time is the wall time of the whole pipeline call, text encoder and decoder included; "
         "each patched clip starts from a fresh patch, so that making its block lists is inside its time.",
-        "The speed-up of a clip is its median dense time over its median patched time; the speed-up of a subject is the median "
-        "over clips.",
+        *([_of_floor(floor)] if floor else []),
+        "A run's speed-up is the time of dense at the middle of that run, on the line between the dense runs before and after "
+        "it, over its own time; a clip's is the median over its runs, a subject's the geometric mean over clips.",
         *_of_metrics([METRICS[name] for name in metrics]),
-        "Spread is the sample standard deviation over clips and, from three clips on, the 95 % bootstrap interval (percentile).",
+        "± is the sample standard deviation over clips. Intervals are Student's t on what is paired clip by clip (same prompt, "
+        "seed and noise), of speed-ups on their logarithms; seeds of one prompt count once, by their mean. 95 % hold for all "
+        "subjects together, and for all pairs of subjects together (Bonferroni). Below "
+        f"{FEWEST} prompts there is no interval: too few clips to tell.",
         "Density is the computed share of block pairs over the whole run, dense steps and layers included.",
         "Attention time is the time inside self-attention; that of the baseline comes from one extra run of the first clip "
         "under an all-dense patch.",
         f"Peak memory: {memory}.",
         *([_side_by_side(processes, shared)] if processes > 1 else []),
     ]
+
+
+def _of_floor(kernel: str) -> str:
+    return (
+        f"The floor is one more run of each clip, with self-attention dense as before but in another exact kernel, {kernel}; its "
+        "place among the subjects turns with theirs. A subject's distance from it is paired clip by clip and above 0 where the "
+        "subject is worse, whichever way the metric points."
+    )
 
 
 def _side_by_side(processes: int, shared: bool) -> str:

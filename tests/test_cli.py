@@ -236,8 +236,23 @@ def test_doctor_search_and_report_of_a_pipeline_folder(
     assert "half" in printed
     assert {"report.json", "report.md", "report.html"} <= {file.name for file in pages.iterdir()}
     rows = json.loads((pages / "report.json").read_text())["measurements"]
-    assert {"plan", "half"} <= {row["subject"] for row in rows}
+    assert {"dense", "floor", "plan", "half"} == {row["subject"] for row in rows}
     assert str(pages / "report.html") in printed and "plan" in printed
+    run(
+        "report",
+        folder,
+        "--plan",
+        "half=pattern",
+        "--no-floor",
+        "--metric",
+        "ssim",
+        "--out",
+        pages,
+        *quality[4:],
+        *SMALL,
+    )
+    rows = json.loads((pages / "report.json").read_text())["measurements"]
+    assert {"dense", "half"} == {row["subject"] for row in rows}
 
 
 def test_calibration_of_a_pipeline_folder(

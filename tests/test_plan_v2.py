@@ -530,7 +530,7 @@ def test_a_comparison_of_step_caches_shows_them(tmp_path: Path) -> None:
     }
     embeds = {key: call.pop(key) for key in ("prompt_embeds", "negative_prompt_embeds")}
     subjects = {"cache": cached(warm_up=1, threshold=9.0), "both": [schedule(steps=[0]), bands()]}
-    found = compare(tiny_wan(), subjects, [embeds], call=call, metrics=("psnr",), progress=False)
+    found = compare(tiny_wan(), subjects, [embeds], call=call, metrics=("psnr",), floor=False, progress=False)
     cache, both = found.subjects
     assert cache.plan == subjects["cache"] and both.plan == bands(forwards=schedule(steps=[0]))
     page = html(found)

@@ -51,7 +51,13 @@ def report_of(pipe: Any, keep: Path | None = None) -> Report:
     call = a_call(num_inference_steps=2)
     del call["output_type"]
     subjects = {"draft": ("draft", {"density": 0.4, "dense_steps": 0})}
-    asked: dict[str, Any] = {"seeds": (0, 1, 2), "metrics": ("psnr", "ssim"), "show": 2, "progress": False}
+    asked: dict[str, Any] = {
+        "seeds": (0, 1, 2),
+        "metrics": ("psnr", "ssim"),
+        "show": 2,
+        "floor": False,
+        "progress": False,
+    }
     return compare(pipe, subjects, [a_prompt(0)], call=call, keep=keep, **asked)
 
 

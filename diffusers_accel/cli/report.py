@@ -40,6 +40,13 @@ def report(
         list[int] | None,
         typer.Option("--seed", help="May be given several times. (default: 0)"),
     ] = None,
+    floor: Annotated[
+        bool,
+        typer.Option(
+            "--floor/--no-floor",
+            help="One more run of each clip, dense in another exact kernel: how far that alone is from dense.",
+        ),
+    ] = True,
     *,
     setup: Setup,
 ) -> None:
@@ -67,9 +74,9 @@ def report(
         check_seed(each)
     subjects = read_subjects(plan)
     check_steps(subjects, setup.call())
-    check_asked(subjects, texts, metrics=metrics, seeds=seeds, rounds=rounds)
+    check_asked(subjects, texts, metrics=metrics, seeds=seeds, rounds=rounds, floor=floor)
     partial = out.absolute().with_name(f"{out.absolute().name}.partial")  # removed when the report is saved
-    asked: dict[str, Any] = {"call": setup.call(), "seeds": seeds, "metrics": metrics, "rounds": rounds}
+    asked: dict[str, Any] = {"call": setup.call(), "seeds": seeds, "metrics": metrics, "rounds": rounds, "floor": floor}
     with launched(setup.device) as here:
         if here.is_first:
             check_report_folder(out)

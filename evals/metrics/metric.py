@@ -75,6 +75,16 @@ class Metric(ABC, Generic[S]):
         """The name of the rows that say how far it is from its value for dense."""
         return f"{self.name}_change"
 
+    @property
+    def from_floor(self) -> str:
+        """The name of the rows that say how much worse it is than for the floor."""
+        return f"{self.name}_from_floor"
+
+    @property
+    def difference(self) -> str:
+        """The name of the rows that say how far it is from its value for another subject."""
+        return f"{self.name}_difference"
+
     def loaded(self) -> S | str:
         """The score function, or why there is none, which is said at once: before anything is generated."""
         try:

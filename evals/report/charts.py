@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_accel.evals.measurement import Measurement
 from diffusers_accel.evals.metrics import METRICS, AnyMetric
-from diffusers_accel.evals.report.findings import Findings
+from diffusers_accel.evals.report.findings import FLOOR, Findings
 from diffusers_accel.files import printable
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ INK, LINE = "#000001", "#000002"
 SERIES = tuple(f"#00001{i}" for i in range(6))
 SHORT, LONGEST = 14, 28  # characters of a name in a legend of two columns, and in any
 BETTER = {"higher": "↑ better", "lower": "↓ better", "closer": "nearer dense: better"}
-DASHED = (0, (4, 3))
+DASHED, DOTTED = (0, (4, 3)), (0, (1, 2))
 MARKERS = ("o", "s", "D", "^", "v", "P")
 _VARIABLES = {INK: "var(--ink)", LINE: "var(--line)"} | {c: f"var(--series-{i})" for i, c in enumerate(SERIES)}
 _STYLE: dict[Any, Any] = {
@@ -51,7 +51,8 @@ def quality_speed(report: Findings) -> list[str]:
     for metric in METRICS.values():
         points = [_point(report, metric.name, subject.name) for subject in report.subjects]
         if any(points):
-            charts.append(_quality_chart(metric, report.row(metric.name, "dense"), points))
+            dense, floor = (report.row(metric.name, name) for name in ("dense", FLOOR))
+            charts.append(_quality_chart(metric, dense, floor, points))
     return charts
 
 
@@ -72,8 +73,10 @@ def _point(
     return subject, speed, quality, dots
 
 
-def _quality_chart(metric: AnyMetric, dense: Measurement | None, points: Sequence[Any]) -> str:
-    """With a second dashed line where dense has a value of its own."""
+def _quality_chart(
+    metric: AnyMetric, dense: Measurement | None, floor: Measurement | None, points: Sequence[Any]
+) -> str:
+    """With a second dashed line where dense has a value of its own, and a dotted one at the floor."""
 
     def draw(axes: Axes) -> None:
         axes.axvline(1.0, color=INK, linewidth=1, linestyle=DASHED)
@@ -95,13 +98,30 @@ def _quality_chart(metric: AnyMetric, dense: Measurement | None, points: Sequenc
         axes.margins(0.18)
         at: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "va": "top"}
         axes.annotate("dense", (1.0, 1.0), xytext=(4, 0), **at)
+        if floor and floor.value is not None:
+            _draw_floor(axes, floor.value, metric)
         axes.set_xlabel("speed-up, end to end (x)   faster →")
         unit = f" ({metric.unit})" if metric.unit else ""
         axes.set_ylabel(f"{metric.title}{unit}   {BETTER[metric.better]}")
         _legend(axes)
 
     found = "; ".join(f"{p[0]}: {p[1].value:.2f}x at {p[2].value:.{metric.digits}f}" for p in points if p)
+    found += f"; floor at {floor.value:.{metric.digits}f}" if floor and floor.value is not None else ""
     return _svg(f"quality-{metric.name}", f"{metric.title} against speed-up. {found}", draw, (4.4, 3.3))
+
+
+def _draw_floor(axes: Axes, value: float, metric: AnyMetric) -> None:
+    """A dotted line; at the edge where the floor is so far off that nothing else could be told apart."""
+    low, high = axes.get_ylim()
+    beyond = not low - (high - low) <= value <= high + (high - low)
+    at = min(max(value, low), high) if beyond else value
+    axes.axhline(at, color=INK, linewidth=1, linestyle=DOTTED, clip_on=not beyond)
+    if beyond:
+        axes.set_ylim(low, high)
+    text = f"floor {value:.{metric.digits}f}{', beyond this edge' if beyond else ''}"
+    where: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "ha": "right"}
+    below = at == high
+    axes.annotate(text, (1.0, at), xytext=(0, -3 if below else 3), va="top" if below else "bottom", **where)
 
 
 def _density_chart(report: Findings, transformer: str) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 from diffusers_accel.evals.measurement import Measurement
 from diffusers_accel.plan import Plan
 
+FLOOR = "floor"  # the name of the runs with dense attention in another exact kernel
+
 
 @dataclass(frozen=True)
 class Media:
@@ -52,7 +54,17 @@ class Findings:
     subjects: tuple[Subject, ...]
     provenance: Mapping[str, Any] = field(repr=False)
 
+    @property
+    def names(self) -> list[str]:
+        """What stands beside dense: the floor, where there is one, and the subjects."""
+        floor = [FLOOR] if any(row.subject == FLOOR for row in self.rows) else []
+        return [*floor, *(subject.name for subject in self.subjects)]
+
     def row(self, metric: str, subject: str, clip: Clip | None = None) -> Measurement | None:
         """The row of a metric of a subject, over all clips or of one; None where there is none."""
         key = clip.key if clip else None
         return next((r for r in self.rows if (r.metric, r.subject, r.clip) == (metric, subject, key)), None)
+
+    def pair(self, metric: str, one: str, other: str) -> Measurement | None:
+        """The row of what the first of two subjects has more than the other, over all clips."""
+        return next((r for r in self.rows if (r.metric, r.subject, r.baseline) == (metric, one, other)), None)

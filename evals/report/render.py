@@ -14,9 +14,10 @@ from markupsafe import Markup
 
 from diffusers_accel.evals.measurement import Measurement
 from diffusers_accel.evals.metrics import METRICS, AnyMetric
-from diffusers_accel.evals.report import charts, words
+from diffusers_accel.evals.report import charts, pair_table, words
 from diffusers_accel.evals.report.colours import Colour, method_colours
-from diffusers_accel.evals.report.findings import Clip, Findings, Subject
+from diffusers_accel.evals.report.findings import FLOOR, Clip, Findings, Subject
+from diffusers_accel.evals.report.worst import worst_first
 from diffusers_accel.files import printable
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import Method
@@ -82,10 +83,13 @@ def _shared(report: Findings) -> dict[str, Any]:
         "sentences": [words.sentence(report, name) for name in names],
         "verdicts": [words.faster(report, name) for name in names],
         "headings": words.headings(report),
-        "table": [words.cells(report, name) for name in ("dense", *names)],
+        "table": [words.cells(report, name) for name in ("dense", *report.names)],
         "notes": _notes(report),
         "clip_headings": ("prompt", "seed", "subject", "speed-up", "time", *titles),
-        "clip_table": [_clip_row(report, clip, name) for clip in report.clips for name in names],
+        "clip_table": [_clip_row(report, clip, name) for clip in worst_first(report) for name in report.names],
+        "pair_headings": pair_table.HEADINGS,
+        "pair_table": pair_table.lines(report),
+        "intervals": words.intervals(report),
         "protocol": report.provenance["protocol"],
         "provenance": _facts(report.provenance),
     }
@@ -112,12 +116,30 @@ def _notes(report: Findings) -> list[str]:
         report.row(m, "dense") for m in ("dense_drift", "repeat_difference", "dense_patch_difference")
     )
     assert drift and drift.value is not None and repeat and patched  # every report has these rows
-    longer = f"the last took {abs(drift.value):.1%} {'longer' if drift.value > 0 else 'less'} than the first"
+    apart = f"the last took {drift.value:.1%} more or less time than the first (median of the sizes; {drift.note})"
     return [
         *notes,
-        f"Dense runs of the same clip: {_difference(repeat)}; {longer} (median).",
+        f"Dense runs of the same clip: {_difference(repeat)}; {apart}.",
+        *_floor(report),
+        *_warm_up(report),
         f"Dense under an all-dense patch against dense unpatched: {_difference(patched)}.",
     ]
+
+
+def _floor(report: Findings) -> list[str]:
+    if FLOOR not in report.names:
+        return []
+    kernel = report.provenance[FLOOR]
+    return [
+        f"Floor: dense attention in another exact kernel, {kernel}, on the same clips. What is no worse than the floor cannot be "
+        "told from a change of kernel."
+    ]
+
+
+def _warm_up(report: Findings) -> list[str]:
+    rows = [row for row in report.rows if row.metric == "warm_up"]
+    took = ", ".join(f"{row.subject} {words.number(row)}" for row in rows)
+    return [f"Warm-up, which is in no time above: {took}."] if rows else []
 
 
 def _difference(row: Measurement) -> str:
@@ -126,7 +148,7 @@ def _difference(row: Measurement) -> str:
 
 def _facts(provenance: Any) -> list[tuple[str, str]]:
     """Machine, versions, shapes and settings, as pairs of text."""
-    keys = ("machine", "versions", "pipeline", "call", "clip", "tokens", "prompts", "seeds")
+    keys = ("machine", "versions", "pipeline", "call", "clip", "tokens", "prompts", "seeds", "order")
     return [(key, _flat(provenance[key])) for key in keys if provenance.get(key)]
 
 

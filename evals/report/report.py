@@ -41,9 +41,10 @@ class Report(Findings):
 
     def table(self) -> Table:
         """For the terminal: a column per subject, so that it fits into 80 characters."""
-        columns = [words.cells(self, name) for name in ("dense", *(subject.name for subject in self.subjects))]
+        columns = [words.cells(self, name) for name in ("dense", *self.names)]
         headings = [Column(Text(printable(column[0]))) for column in columns]  # as texts, in which nothing is markup
         table = Table("", *headings, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+        table.caption = words.intervals(self)
         for heading, *cells in list(zip(words.headings(self), *columns, strict=True))[1:]:
             table.add_row(heading, *cells)
         return table

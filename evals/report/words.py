@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 
-from diffusers_accel.evals.measurement import Measurement
+from diffusers_accel.evals.intervals import FEWEST
+from diffusers_accel.evals.measurement import Measurement, Spread
 from diffusers_accel.evals.metrics import METRICS, AnyMetric
 from diffusers_accel.evals.report.findings import Clip, Findings, Subject
+from diffusers_accel.evals.report.worst import clip_name, worst_of
 
 UNSTEADY = 0.05  # drift between dense runs above which times are called rough
-DIGITS = {"speedup": 2, "density": 3}  # a metric says its own
+TOO_FEW = "too few clips to tell"
+DIGITS = {"speedup": 2, "speed_ratio": 2, "density": 3}  # a metric says its own
 
 
 def measured(report: Findings) -> list[AnyMetric]:
@@ -21,7 +24,9 @@ def measured(report: Findings) -> list[AnyMetric]:
 def headings(report: Findings) -> tuple[str, ...]:
     """Of the table."""
     titles = (metric.title for metric in measured(report))
-    return ("", "speed-up", "time a clip", "in attention", "density", *titles, "peak memory")
+    memory = report.row("peak_memory", "dense")
+    whole = " of the process" if memory and "whole process" in (memory.note or "") else ""
+    return ("", "speed-up", "time a clip", "in attention", "density", *titles, f"peak memory{whole}")
 
 
 def seconds(milliseconds: float) -> str:
@@ -29,7 +34,7 @@ def seconds(milliseconds: float) -> str:
 
 
 def number(row: Measurement | None) -> str:
-    """A row's value with its unit, and ± its standard deviation where it is a ratio or a quality; "" without a row."""
+    """A row's value with its unit, of a ratio or a quality ± its standard deviation and [its interval]; "" without a row."""
     if row is None:
         return ""
     if row.value is None:
@@ -45,14 +50,53 @@ def number(row: Measurement | None) -> str:
         + ("x" if row.unit == "x" else "")
         + (f" ± {std:.{digits}f}" if std is not None else "")
     )
-    return f"{text} {row.unit}" if row.unit not in ("", "x") else text
+    text = f"{text} {row.unit}" if row.unit not in ("", "x") else text
+    return f"{text} [{bounds(row, digits)}]" if told(row) else text
+
+
+def told(row: Measurement | None) -> bool:
+    """Whether a number has an interval, and so says something of other clips than these."""
+    return row is not None and row.spread is not None and row.spread.low is not None
+
+
+def bounds(row: Measurement, digits: int) -> str:
+    """The interval of a number that has one."""
+    assert row.spread and row.spread.low is not None
+    return f"{row.spread.low:.{digits}f} to {row.spread.high:.{digits}f}"
+
+
+def basis(spread: Spread) -> str:
+    """What an interval rests on, or why there is none."""
+    if spread.low is None:
+        return TOO_FEW
+    several = f", Bonferroni over {spread.comparisons}" if spread.comparisons > 1 else ""
+    return f"t over {spread.prompts} prompts{several}"
+
+
+def intervals(report: Findings) -> str:
+    """What ± and [ ] mean in the table, or why it has no intervals."""
+    prompts = len({clip.prompt for clip in report.clips})
+    found = f"{prompts} prompt{'s' * (prompts > 1)}"
+    if prompts < FEWEST:
+        return f"± is the standard deviation over clips. No intervals: {found}, {TOO_FEW} ({FEWEST} prompts or more)."
+    speedup = report.row("speedup", report.subjects[0].name)
+    assert speedup and speedup.spread
+    return (
+        "± is the standard deviation over clips, [ ] the 95 % interval of the mean over such prompts "
+        f"({basis(speedup.spread)}{' subjects' if speedup.spread.comparisons > 1 else ''})."
+    )
 
 
 def quality(report: Findings, metric: AnyMetric, subject: str, clip: Clip | None = None) -> str:
-    """A metric of a subject and, where dense has one too, its change from that; "" without a row."""
+    """A metric of a subject, its change from dense where that has one too, and over all clips how far from the floor it is; ""
+    without a row."""
     row = report.row(metric.name, subject, clip)
-    change = _change(report, metric, subject, clip)
-    return number(row) + (f" ({change:+.{metric.digits}f} from dense)" if change is not None else "")
+    beside = []
+    if (change := _change(report, metric, subject, clip)) is not None:
+        beside.append(f"{change:+.{metric.digits}f} from dense")
+    if clip is None and (floor := report.row(metric.from_floor, subject)) and floor.value is not None:
+        beside.append(f"{abs(floor.value):.{metric.digits}f} {'better' if floor.value < 0 else 'worse'} than the floor")
+    return number(row) + (f" ({', '.join(beside)})" if beside else "")
 
 
 def _change(report: Findings, metric: AnyMetric, subject: str, clip: Clip | None) -> float | None:
@@ -86,18 +130,19 @@ def sentence(report: Findings, subject: str) -> str:
     """What was found about one subject: whether it was faster, or NOT, and what it cost."""
     speedup, dense, patched = (report.row(*at) for at in (("speedup", subject), ("time", "dense"), ("time", subject)))
     assert speedup and dense and patched and dense.value and patched.value  # every report has these rows
-    clips = len(report.clips)
-    spread = speedup.spread
-    if spread and spread.low is not None:
-        interval = f", 95 % interval {spread.low:.2f} to {spread.high:.2f}"
+    clips, spread = len(report.clips), speedup.spread
+    assert spread
+    if told(speedup):
+        found = f"geometric mean of {clips} clips, 95 % interval {bounds(speedup, 2)} by {basis(spread)}"
+        found += " subjects" if spread.comparisons > 1 else ""
     else:
-        interval = f" ± {spread.std:.2f}" if spread and spread.std is not None else ""
-    basis = f"median of {clips} clips{interval}" if clips > 1 else "one clip, so no spread is known"
+        found = f"geometric mean of {clips} clips ± {spread.std:.2f}" if clips > 1 else "one clip"
+        found += f", {TOO_FEW}"
     drift = _drift(report)
-    basis += f", while dense itself drifted by {drift:.0%}, so times are rough" if drift > UNSTEADY else ""
-    times = f"{basis}; {seconds(dense.value)} → {seconds(patched.value)} a clip"
+    found += f", while dense itself drifted by {drift:.0%}, so times are rough" if drift > UNSTEADY else ""
+    times = f"{found}; {seconds(dense.value)} → {seconds(patched.value)} a clip"
     note = f" Note: {patched.note}." if patched.note else ""
-    return f"{subject} {_verdict(report, speedup)} ({times}), at {_quality(report, subject)}.{note}"
+    return f"{subject} {_verdict(report, speedup)} ({times}), at {_quality(report, subject)}{_worst(report, subject)}.{note}"
 
 
 def ran(subject: Subject) -> str:
@@ -114,34 +159,40 @@ def ran(subject: Subject) -> str:
 
 
 def faster(report: Findings, subject: str) -> bool | None:
-    """True or False where the runs can tell, None where the difference lies within their own noise."""
+    """True or False where the runs can tell for such prompts; None where they are too few, or within their own noise."""
     speedup = report.row("speedup", subject)
-    assert speedup and speedup.value
-    interval = [speedup.spread.low, speedup.spread.high] if speedup.spread else []
-    clips = [row.value for clip in report.clips if (row := report.row("speedup", subject, clip))]
-    bounds = [value for value in interval if value is not None] or [value for value in clips if value is not None]
-    if min(bounds) <= 1 <= max(bounds) or abs(speedup.value - 1) <= _drift(report):
+    assert speedup
+    return _beyond_noise(report, speedup) if told(speedup) else None
+
+
+def _beyond_noise(report: Findings, speedup: Measurement) -> bool | None:
+    """Whether it was faster by more than the drift of dense: by its interval or, without one, in each of these clips."""
+    assert speedup.value and speedup.spread
+    clips = [row.value for clip in report.clips if (row := report.row("speedup", speedup.subject, clip))]
+    interval = [speedup.spread.low, speedup.spread.high] if told(speedup) else clips
+    ends = [value for value in interval if value is not None]
+    if min(ends) <= 1 <= max(ends) or abs(speedup.value - 1) <= _drift(report):
         return None
     return speedup.value > 1
 
 
 def _drift(report: Findings) -> float:
-    """How far the first and last dense runs of a clip are apart, as a share of time."""
+    """How far the first and last dense runs of a clip are apart, as a share of time; the median of the sizes."""
     row = report.row("dense_drift", "dense")
     assert row and row.value is not None  # every report has it
-    return abs(row.value)
+    return row.value
 
 
 def _verdict(report: Findings, speedup: Measurement) -> str:
-    assert speedup.value
-    ratio = f"{speedup.value:.2f}x"
-    match faster(report, speedup.subject):
+    ratio, clips = f"{speedup.value:.2f}x", len(report.clips)
+    where = "" if told(speedup) else " on this clip" if clips == 1 else f" on these {clips} clips"
+    match _beyond_noise(report, speedup):
         case True:
-            return f"ran {ratio} as fast as dense, end to end"
+            return f"ran {ratio} as fast as dense, end to end{where}"
         case False:
-            return f"was NOT faster than dense: {ratio}, end to end"
+            return f"was NOT faster than dense: {ratio}, end to end{where}"
         case None:
-            return f"was not measurably faster or slower than dense: {ratio}, end to end, within the noise of the runs"
+            return f"was not measurably faster or slower than dense: {ratio}, end to end{where}, within the noise of the runs"
 
 
 def _quality(report: Findings, subject: str) -> str:
@@ -151,3 +202,12 @@ def _quality(report: Findings, subject: str) -> str:
     if any(row.note == "identical" for metric in metrics if (row := report.row(metric.name, subject))):
         return "frames identical to dense"
     return ", ".join(f"{metric.title} {quality(report, metric, subject)}" for metric in metrics)
+
+
+def _worst(report: Findings, subject: str) -> str:
+    """Which of several clips came out worst, by the first metric that has a direction."""
+    for metric in measured(report):
+        if len(report.clips) > 1 and (found := worst_of(report, metric, subject)):
+            value, clip = found
+            return f"; worst {metric.title} {value:.{metric.digits}f} in {clip_name(clip)}"
+    return ""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffusers_accel.evals.clip_record import ClipRecord
 from diffusers_accel.evals.kept import CLIPS, FILMS, KIND, RUN, Identity
+from diffusers_accel.evals.report.findings import FLOOR
 from diffusers_accel.evals.set_films import SetFilms
 from diffusers_accel.evals.tally import BASELINE
 from diffusers_accel.evals.vbench.clips import Clips, Film
@@ -29,7 +30,7 @@ def read_comparison(folder: Path) -> dict[str, Clips]:
     for number, record in enumerate(records):
         kept.check(number, record.films, "make the comparison again")
     found = {}
-    for subject in (BASELINE, *identity.subjects):
+    for subject in (BASELINE, *([FLOOR] if identity.floor else []), *identity.subjects):
         films = kept.of(subject, records).clips
         found[subject] = Clips({each.path.name: Film(each.path, each.prompt) for each in films})
     if not all(each.clips for each in found.values()):

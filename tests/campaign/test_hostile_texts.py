@@ -159,7 +159,7 @@ def report_of(names: list[str], prompts: list[str], folder: Path) -> Path:
     found.save(folder)
     rows = read_rows(folder / "report.json")
     assert {row.clip["prompt"] for row in rows if row.clip} == set(prompts)
-    assert {row.subject for row in rows} == {"dense", *names}
+    assert {row.subject for row in rows} == {"dense", "floor", *names}
     return folder
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from diffusers_accel.evals.measurement import Measurement, Spread, summarise
+from diffusers_accel.evals.intervals import estimate
+from diffusers_accel.evals.measurement import Measurement, Spread
 from diffusers_accel.evals.metrics import SetMetric
 from diffusers_accel.evals.report import Clip, Media, Report, Subject
 from diffusers_accel.evals.report.video import encode, encode_difference
@@ -51,23 +53,28 @@ def report(
     lpips: str | None = None,
     notes: dict[str, str] | None = None,
     prompt: str = "a red <square> | moves",
+    prompts: int = 1,
+    floor: float | None = None,
 ) -> Report:
     """A report of these speed-ups per subject and clip; LPIPS is missing, with that note, where one is given.
 
-    `notes`: what the patch of a subject noted. Subjects with the names of methods have their plans.
+    `prompts`: so many, in turn, each with seeds of its own.
+    `floor`: the PSNR of a floor. `notes`: what the patch of a subject noted. Subjects with the names of methods have their plans.
     """
     provenance: dict[str, Any] = {
         "machine": {"cpu": "a processor", "cores": 2},
         "versions": {"torch": "2.13.0"},
         "prompts": [prompt],
         "protocol": ["first sentence", "second sentence"],
+        **({"floor": "torch's attention in float64"} if floor else {}),
     }
     count = len(next(iter(ratios.values())))
     clips = []
     for seed in range(count):
         films = {"dense": encode(frames(0), 8)} | {name: encode(frames(seed + 1), 8) for name in ratios}
         differences = {name: encode_difference(frames(0), frames(seed + 1), 8) for name in ratios}
-        clips.append(Clip(prompt, seed, Media(films, differences, 8, 4) if seed < 2 else None))
+        text = prompt if prompts == 1 else f"{prompt} {seed % prompts}"
+        clips.append(Clip(text, seed, Media(films, differences, 8, 4) if seed < 2 else None))
 
     def row(metric: str, value: float | None, subject: str, **more: Any) -> Measurement:
         unit = {"time": "ms", "attention_time": "ms", "peak_memory": "bytes", "speedup": "x", "psnr": "dB"}.get(
@@ -82,13 +89,17 @@ def report(
         row("attention_share", 0.6, "dense"),
         row("density", 1.0, "dense"),
     ]
-    rows += [row("peak_memory", 2.0**30, "dense"), row("dense_drift", drift, "dense")]
+    rows += [row("peak_memory", 2.0**30, "dense"), row("dense_drift", drift, "dense", note=f"-1.0% to {drift:+.1%}")]
     rows += [row("repeat_difference", 0.0, "dense", note="identical"), row("dense_patch_difference", 0.02, "dense")]
+    if floor:
+        rows += [row(metric, value, "floor") for metric, value in (("psnr", floor), ("ssim", 0.999), ("lpips", 0.001))]
+        rows += [row(metric, value, "floor") for metric, value in (("time", 2000.0), ("speedup", 0.5))]
     for name, values in ratios.items():
-        median, spread = summarise(values, "median")
+        texts = [clip.prompt for clip in clips]
+        mean, spread = estimate(values, texts, comparisons=len(ratios), ratio=True)
         rows += [
-            row("speedup", median, name, spread=spread),
-            row("time", 1000 / median, name, note=(notes or {}).get(name)),
+            row("speedup", mean, name, spread=spread),
+            row("time", 1000 / mean, name, note=(notes or {}).get(name)),
         ]
         rows += [
             row("attention_time", 300.0, name),
@@ -96,12 +107,18 @@ def report(
             row("density", 0.4, name),
             row("peak_memory", 2.0**30, name),
         ]
-        rows += [row("psnr", 27.5, name, spread=Spread(count, 1.25, 26.0, 29.0)), row("ssim", 0.93, name)]
+        rows += [row("psnr", 27.5, name, spread=Spread(count, 1.25)), row("ssim", 0.93, name)]
         rows += [row("lpips", None if lpips else 0.05, name, note=lpips)]
         for clip, value in zip(clips, values, strict=True):
             rows += [row("speedup", value, name, clip=clip.key), row("time", 1000 / value, name, clip=clip.key)]
             rows += [row("psnr", 27.0 + clip.seed, name, clip=clip.key), row("ssim", 0.93, name, clip=clip.key)]
             rows += [row("lpips", None if lpips else 0.05, name, clip=clip.key, note=lpips)]
+    for one, other in combinations(ratios, 2):
+        between = [a / b for a, b in zip(ratios[one], ratios[other], strict=True)]
+        ratio, spread = estimate(between, texts, ratio=True)
+        more, wider = estimate([0.0] * count, texts)
+        rows.append(Measurement("speed_ratio", ratio, "x", "higher", one, other, provenance, spread))
+        rows.append(Measurement("psnr_difference", more, "dB", "higher", one, other, provenance, wider))
     subjects = tuple(
         Subject(name, plan(name, layers, heads), layer_rows(layers, heads, 0.3 + 0.1 * number))
         for number, name in enumerate(ratios)

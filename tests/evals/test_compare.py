@@ -16,6 +16,7 @@ from diffusers_accel.evals.compare import compare
 from diffusers_accel.evals.generate import SharedNoise, generate
 from diffusers_accel.evals.measurement import read_rows
 from diffusers_accel.evals.metrics import METRICS
+from diffusers_accel.evals.report import render
 from diffusers_accel.methods import Band, Method, Stored
 from diffusers_accel.plan import Plan, Span
 from diffusers_accel.shape import ModelShape
@@ -62,7 +63,9 @@ def found(pipe: Any, plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> di
     plan.save(path)
     before = state(pipe)
     subjects = {"file": path, "all dense": "dense", "named": ("pattern", {"density": 0.5})}
-    report = compare(pipe, subjects, [PROMPT], call=CALL, seeds=(0, 1, 2), metrics=FAST, show=1, progress=False)
+    report = compare(
+        pipe, subjects, [PROMPT], call=CALL, seeds=(0, 1, 2), metrics=FAST, show=1, floor=False, progress=False
+    )
     return {"report": report, "before": before, "after": state(pipe)}
 
 
@@ -121,7 +124,7 @@ def test_density_is_that_of_the_whole_run(found: dict[str, Any]) -> None:
 
 def test_what_the_patch_noted_is_kept(pipe: Any) -> None:
     subjects = {"quantized": ("pattern", {"precision": "int8"}), "exact": "pattern"}
-    report = compare(pipe, subjects, [PROMPT], call=CALL, metrics=(), show=0, progress=False)
+    report = compare(pipe, subjects, [PROMPT], call=CALL, metrics=(), show=0, floor=False, progress=False)
     said = "quantized products are simulated on a CPU: their numbers, not their speed"
     sparse = "18 of 24 calls"  # 3 of 4 steps, in 3 layers, for both branches
     small = "768 tokens are 6 blocks of 128, too few to leave any out"
@@ -134,11 +137,15 @@ def test_what_the_patch_noted_is_kept(pipe: Any) -> None:
 def test_what_is_said_of_the_patch_as_a_whole_is_in_every_part_of_the_report(pipe: Any, tmp_path: Path) -> None:
     """And stays there where the clips come from a comparison that was interrupted."""
     subjects = {"small": ("draft", {"density": 0.01}), "nothing": "dense"}
-    found = compare(pipe, subjects, [PROMPT], call=CALL, metrics=(), show=0, progress=False, keep=tmp_path / "kept")
+    found = compare(
+        pipe, subjects, [PROMPT], call=CALL, metrics=(), show=0, floor=False, progress=False, keep=tmp_path / "kept"
+    )
     said = "draft 8x16 0.01: density 0.01 was asked for"
     for report in (
         found,
-        compare(pipe, subjects, [PROMPT], call=CALL, metrics=(), show=0, progress=False, keep=tmp_path / "kept"),
+        compare(
+            pipe, subjects, [PROMPT], call=CALL, metrics=(), show=0, floor=False, progress=False, keep=tmp_path / "kept"
+        ),
     ):
         note = report.row("time", "small").note
         assert note and said in note and report.row("time", "nothing").note is None
@@ -151,7 +158,7 @@ def test_what_is_said_of_the_patch_as_a_whole_is_in_every_part_of_the_report(pip
 
 def test_the_cache_budget_of_a_subject_holds_in_its_runs(pipe: Any) -> None:
     subjects = {"room": "cached", "none": ("cached", {"cache_memory_fraction": 0.0})}
-    report = compare(pipe, subjects, [PROMPT], call=CALL, metrics=("psnr",), show=0, progress=False)
+    report = compare(pipe, subjects, [PROMPT], call=CALL, metrics=("psnr",), show=0, floor=False, progress=False)
     assert report.row("density", "room").value < report.row("density", "none").value == 1
     assert report.row("time", "none").note == "its cache does not fit into 0% of the free memory: dense"
     assert report.row("psnr", "none").note == "identical"
@@ -172,18 +179,59 @@ def test_quality_is_of_raw_frames_against_dense(found: dict[str, Any], pipe: Any
     total = report.row("psnr", "file")
     assert total.value == pytest.approx(np.mean(values))
     assert total.spread.std == pytest.approx(np.std(values, ddof=1), rel=1e-4)
-    assert total.spread.low <= total.value <= total.spread.high
+    assert (total.spread.n, total.spread.prompts, total.spread.comparisons) == (3, 1, 3)
+    assert total.spread.low is None, "three clips of one prompt are too few"
 
 
 def test_speed_rows_agree(found: dict[str, Any]) -> None:
     report = found["report"]
     ratios = [report.row("speedup", "file", clip).value for clip in report.clips]
-    assert report.row("speedup", "file").value == pytest.approx(np.median(ratios))
+    assert report.row("speedup", "file").value == pytest.approx(np.prod(ratios) ** (1 / 3))
     for subject in ("dense", "file", "all dense", "named"):
         assert 0 < report.row("attention_time", subject).value < 10 * report.row("time", subject).value
         assert 0 < report.row("attention_share", subject).value < 1
         assert report.row("peak_memory", subject).value > 2**20
         assert "resident" in report.row("peak_memory", subject).note
+        assert report.row("warm_up", subject).value > 0
+    text = render.markdown(report)
+    assert "| peak memory of the process |" in text and "Warm-up, which is in no time above: dense " in text
+
+
+def test_subjects_are_compared_with_each_other_clip_by_clip(found: dict[str, Any]) -> None:
+    report = found["report"]
+    ratios, more = [], []
+    for clip in report.clips:
+        speed, psnr = (
+            [report.row(metric, name, clip).value for name in ("file", "named")] for metric in ("speedup", "psnr")
+        )
+        ratios.append(speed[0] / speed[1])
+        more.append(psnr[0] - psnr[1])
+    assert report.pair("speed_ratio", "file", "named").value == pytest.approx(np.prod(ratios) ** (1 / 3))
+    row = report.pair("psnr_difference", "file", "named")
+    assert row.value == pytest.approx(np.mean(more)) and row.spread.median == pytest.approx(np.median(more))
+    assert (row.spread.comparisons, row.unit, row.better) == (3, "dB", "higher")
+    identical = report.pair("psnr_difference", "file", "all dense")
+    assert identical.value is None and identical.note == "identical"
+
+
+def test_the_order_of_subjects_turns_from_clip_to_clip(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    stock = comparing._Session._run
+    monkeypatch.setattr(comparing._Session, "_run", lambda self, name, *a: (ran.append(name), stock(self, name, *a))[1])
+    call = {**CALL, "num_inference_steps": 1}
+    compare(
+        pipe,
+        {"a": "dense", "b": "dense"},
+        [PROMPT],
+        call=call,
+        seeds=(0, 1),
+        metrics=(),
+        show=0,
+        floor=False,
+        progress=False,
+    )
+    assert ran[0] == ran[3] == ran[4] == ran[7] == "dense"
+    assert ran[1:3] == ran[6:4:-1] and sorted(ran[1:3]) == ["a", "b"]
 
 
 def test_provenance_is_whole(found: dict[str, Any]) -> None:
@@ -191,6 +239,7 @@ def test_provenance_is_whole(found: dict[str, Any]) -> None:
     assert provenance["call"] == CALL
     assert provenance["clip"] == {"frames": 5, "height": 64, "width": 64}
     assert provenance["tokens"] == {"frames": 3, "height": 16, "width": 16, "text": 0}
+    assert sorted(provenance["order"]["first"]) == ["all dense", "file", "named"]
     assert provenance["seeds"] == [0, 1, 2] and provenance["prompts"] == ["embedded prompt 1"]
     assert provenance["pipeline"]["transformers"]["transformer"]["heads"] == HEADS
     assert provenance["versions"]["torch"] and "pytorch-msssim" not in provenance["versions"]
@@ -230,7 +279,11 @@ def test_shown_clips_have_films(found: dict[str, Any], tmp_path: Path) -> None:
         ({"prompts": [{"nonsense": 1}]}, ValueError, r"prompts\[0\]: .*found \['nonsense'\]"),
         ({"prompts": [{**PROMPT, "generator": None}]}, ValueError, r"prompts\[0\]: .*'generator'"),
         ({"prompts": ["a", "a"]}, ValueError, "expected each once"),
-        ({"prompts": [str(n) for n in range(9000)]}, ValueError, "found 54,000 .*compare fewer clips"),
+        (
+            {"prompts": [str(n) for n in range(9000)]},
+            ValueError,
+            "found 108,000 .9,000 clips x 1 subjects and the floor x 6.: compare fewer clips",
+        ),
         ({"metrics": "psnr"}, TypeError, "metrics: expected a list of names"),
         ({"metrics": ("psnr", "fvd")}, ValueError, "psnr, ssim, lpips, .*found 'fvd'"),
         ({"metrics": ["pnsr"]}, ValueError, "found 'pnsr'; did you mean \"psnr\"?"),
@@ -247,6 +300,8 @@ def test_shown_clips_have_films(found: dict[str, Any], tmp_path: Path) -> None:
         ({"rounds": 1.5}, ValueError, "rounds: .*found 1.5"),
         ({"show": -1}, ValueError, "show: expected a whole number from 0"),
         ({"fps": "16"}, ValueError, "fps: expected a whole number .*found '16'"),
+        ({"subjects": {"Floor": "pattern"}}, ValueError, "'Floor' is the floor's name; give the subject another"),
+        ({"floor": 1}, TypeError, "floor: expected True or False, found 1"),
         ({"keep": 3}, TypeError, "keep: expected the path of a folder"),
         ({"call": 3}, TypeError, "call: expected a mapping of arguments"),
         ({"call": {**CALL, "generator": None}}, ValueError, "'generator' is set by compare; give `seeds`"),
@@ -315,11 +370,11 @@ def test_patched_pipeline_is_refused() -> None:
         compare(pipe, {"a": "pattern"}, [PROMPT], call=CALL, progress=False)
 
 
-@pytest.mark.parametrize("fails_at", [2, 4, 12])
+@pytest.mark.parametrize("fails_at", [2, 4, 6, 12, 16])
 def test_failure_in_mid_run_leaves_the_pipeline_as_found(
     pipe: Any, fails_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the warm-up, in a dense and in a patched run."""
+    """At the warm-up, of the floor too, in a dense and in the two others."""
     before, calls = state(pipe), 0
     stock = type(pipe.scheduler).step
 
@@ -332,7 +387,7 @@ def test_failure_in_mid_run_leaves_the_pipeline_as_found(
 
     monkeypatch.setattr(type(pipe.scheduler), "step", step)
     with pytest.raises(RuntimeError, match="out of luck"):
-        compare(pipe, {"a": "pattern"}, [PROMPT], call=CALL, metrics=(), progress=False)
+        compare(pipe, {"a": "pattern"}, [PROMPT], call=CALL, metrics=(), show=0, progress=False)
     assert state(pipe) == before
 
 
@@ -393,7 +448,9 @@ def test_missing_metric_is_said_before_anything_is_generated_and_in_its_rows(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(LOG, "propagate", True)
     monkeypatch.setattr(comparing, "generate", generated)
-    report = compare(pipe, {"a": "pattern"}, [PROMPT], call=CALL, metrics=("lpips",), show=0, progress=False)
+    report = compare(
+        pipe, {"a": "pattern"}, [PROMPT], call=CALL, metrics=("lpips",), show=0, floor=False, progress=False
+    )
     row = report.row("lpips", "a")
     command = "diffusers-accel metrics fetch lpips"
     assert row.value is None and row.note.endswith(f"not on this machine: {command}")
@@ -403,7 +460,7 @@ def test_missing_metric_is_said_before_anything_is_generated_and_in_its_rows(
 
 
 def test_progress_counts_every_step(pipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    compare(pipe, {"a": "pattern"}, [PROMPT], call=CALL, metrics=(), show=0, progress=True)
+    compare(pipe, {"a": "pattern"}, [PROMPT], call=CALL, metrics=(), show=0, floor=False, progress=True)
     assert "16/16" in capsys.readouterr().err  # dense, patched, dense, and dense under a patch: 4 runs of 4 steps
 
 
@@ -421,7 +478,15 @@ def test_step_caches_are_compared_with_and_without_a_method_for_the_heads(pipe: 
         "nothing": ("easycache", {"threshold": 0}),
     }
     report = compare(
-        pipe, subjects, [PROMPT], call=CALL, metrics=("psnr",), show=0, progress=False, keep=tmp_path / "kept"
+        pipe,
+        subjects,
+        [PROMPT],
+        call=CALL,
+        metrics=("psnr",),
+        show=0,
+        floor=False,
+        progress=False,
+        keep=tmp_path / "kept",
     )
     rows = {(row.subject, row.metric): row.value for row in report.rows}
     assert rows["cache", "density"] == pytest.approx(3 / 4), "of 4 steps, the last computes too"

@@ -29,7 +29,7 @@ from tests.tiny import tiny_wan
 
 SHORT = {**CALL, "num_inference_steps": 2}
 SUBJECTS = {"a sign says [/b]": Method(select=Band(0.34)), "dense too": "dense"}
-TIMES = ("time", "attention_time", "attention_share", "speedup", "dense_drift", "peak_memory")
+TIMES = ("time", "attention_time", "attention_share", "speedup", "speed_ratio", "dense_drift", "warm_up", "peak_memory")
 CLIPS = 3
 FEW: dict[str, Any] = {"show": 0, "seeds": range(2), "subjects": {"band": Method(select=Band(0.34))}}
 
@@ -38,7 +38,7 @@ ONE: dict[str, Any] = {**FEW, "seeds": [0]}
 
 def run(pipe: Any, keep: Path | None, **changes: Any) -> Report:
     arguments: dict[str, Any] = {"call": SHORT, "seeds": range(CLIPS), "metrics": ("psnr",), "show": 1, "fps": 8}
-    arguments |= {"progress": False, "subjects": SUBJECTS, "prompts": [PROMPT], **changes}
+    arguments |= {"floor": False, "progress": False, "subjects": SUBJECTS, "prompts": [PROMPT], **changes}
     return compare(pipe, arguments.pop("subjects"), arguments.pop("prompts"), keep=keep, **arguments)
 
 
@@ -259,9 +259,12 @@ def of_layers(seen: dict[str, Seen], **fields: Any) -> dict[str, Seen]:
     [
         (
             lambda seen: altered(seen, "band", peaks=[]),
-            "seen.band: expected a time and a peak of each run, found 1 and 0",
+            "seen.band: expected a time, its middle and a peak of each run, found 1, 1 and 0",
         ),
-        (lambda seen: altered(seen, "dense", times=[], peaks=[]), "seen.dense: expected a time and a peak of each run"),
+        (
+            lambda seen: altered(seen, "dense", times=[], peaks=[]),
+            "seen.dense: expected a time, its middle and a peak of each run",
+        ),
         (
             lambda seen: altered(seen, "band", densities=[]),
             "seen.band: expected attention, shares and densities of 1 runs",

@@ -96,6 +96,7 @@ NAMES = tuple(fake.name for fake in FAKES)
 
 def run(pipe: Any, **changes: Any) -> Report:
     arguments: dict[str, Any] = {"call": SHORT, "seeds": range(CLIPS), "metrics": NAMES, "show": 1, "progress": False}
+    arguments["floor"] = False
     return compare(pipe, SUBJECTS, [PROMPT], **{**arguments, **changes})
 
 
@@ -274,21 +275,23 @@ def test_a_smallest_size_and_a_least_number_of_frames_are_obeyed(metric: AnyMetr
         assert strict.of_clip(score, few, few) == (None, f"not measured: {metric.title} {why}")
 
 
-def test_clips_that_were_stored_before_there_were_kinds_are_read(pipe: Any, tmp_path: Path) -> None:
-    """They have no key `films`; what has no films is written as they were."""
+def test_a_clip_without_films_has_no_key_of_them(pipe: Any, tmp_path: Path) -> None:
+    """Metrics of sets alone need films."""
     run(pipe, metrics=("psnr",), keep=tmp_path / "kept", seeds=[0])
     path = tmp_path / "kept" / "clip-0000.safetensors"
     header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])["__metadata__"]
-    fields = "prompt seed shape tokens seen repeat patch_difference fps comparison"
+    fields = "prompt seed shape tokens seen repeat patch_difference fps warm_up comparison"
     assert sorted(json.loads(header["content"])) == sorted(fields.split())
-    assert header["version"] == "2"
+    assert header["version"] == "3"
     numbers = ClipRecord.load(path).numbers
     assert numbers.films == {}
     assert numbers.seen["dense"].scores == {} and set(numbers.seen["band"].scores) == {"psnr"}
 
 
 def test_numbers_of_dense_count_for_the_largest_report(registered: None, pipe: Any) -> None:
-    with pytest.raises(ValueError, match=r"found 36,000 \(9,000 clips x 1 subjects x 3, and 9,000 x 1 of dense"):
+    with pytest.raises(
+        ValueError, match=r"found 63,000 \(9,000 clips x 1 subjects and the floor x 3, and 9,000 x 1 of dense"
+    ):
         compare(pipe, {"a": "dense"}, [str(n) for n in range(9000)], call=SHORT, metrics=("fake_clip",))
 
 

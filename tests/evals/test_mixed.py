@@ -11,6 +11,7 @@ import pytest
 
 from diffusers_accel import Plan
 from diffusers_accel.evals import mixed, toy
+from diffusers_accel.evals.intervals import estimate
 from diffusers_accel.evals.measurement import read_rows
 from diffusers_accel.files import WriteError
 from diffusers_accel.methods import DENSE
@@ -65,19 +66,37 @@ def test_budgets_are_corrected_by_what_they_reach() -> None:
     assert again["pattern"].budget["value"] == pytest.approx(1.3 * (1.3 / 1.4) ** 2)
 
 
-def test_the_verdict_says_win_or_lose() -> None:
-    def verdict(mine: float, theirs: float, my_speedup: float = 1.4) -> str:
-        psnr = {"mixed": mine, "draft": theirs, "cached": 1.0}
-        speedup = {"mixed": my_speedup, "draft": 1.4, "cached": 9.0}
-        values = {"psnr": psnr, "speedup": speedup}
-        report: Any = SimpleNamespace(row=lambda metric, name: SimpleNamespace(value=values[metric][name]))
-        return mixed.verdict(report, ["mixed", "draft", "cached"])
+def judged(*singles: tuple[list[float], float]) -> str:
+    """The verdict where the mixed plan has so much more PSNR than each single method on each clip, at so much of its speed."""
+    names = [f"single {number}" for number in range(len(singles))]
+    rows = {}
+    for name, (more, ratio) in zip(names, singles, strict=True):
+        value, spread = estimate(more, [str(clip) for clip in range(len(more))], comparisons=len(singles))
+        rows["psnr_difference", name] = SimpleNamespace(value=value, spread=spread, note=None)
+        rows["speed_ratio", name] = SimpleNamespace(value=ratio)
+    report: Any = SimpleNamespace(pair=lambda metric, one, other: rows[metric, other] if one == "mixed" else None)
+    return mixed.verdict(report, ["mixed", *names])
 
-    found = "mixed 30.00 dB at 1.40x and draft 29.00 dB at 1.40x"
-    assert verdict(30, 29) == f"The mixed plan's PSNR is higher than that of the best single method, draft: {found}."
-    assert "is NOT higher" in verdict(29, 29) and "is NOT higher" in verdict(28, 29, 1.38)
-    assert "is higher" in verdict(30, 29, 1.6) and "is higher" in verdict(30, 29, 1.37)
-    assert verdict(30, 29, 1.3).startswith("No verdict") and verdict(28, 29, 1.5).startswith("No verdict")
+
+def test_a_winner_is_named_by_intervals_alone() -> None:
+    sure, unsure = [2.0, 2.5, 3.0, 1.5] * 2, [9.0, -3.0, -2.0, -1.0] * 2
+    worse = [-each for each in sure]
+    assert "is higher than that of every single method (single 0, single 1)." in judged((sure, 1.0), (sure, 0.98))
+    text = judged((sure, 1.0), (unsure, 1.0), (worse, 1.0))
+    assert "NOT shown to be higher" in text and "single 1 (not told apart), single 2 (NOT higher)." in text
+    assert "- single 0: higher: mean +2.25 dB, median +2.25 dB (95 % interval +1.5" in text
+    assert "t over 8 prompts, Bonferroni over 3 pairs), at 1.00x its speed." in text
+    for few in (sure[:4], [40.0] * 7):
+        text = judged((few, 1.0))
+        assert "Too few clips to tell whether mixing pays: an interval takes 8 prompts or more." in text
+        assert "is higher" not in text and "- single 0: too few clips to tell: mean +" in text
+
+
+def test_more_quality_for_more_time_is_no_win() -> None:
+    sure = [2.0, 2.5, 3.0, 1.5] * 2
+    for more, ratio in ((sure, 0.9), ([-each for each in sure], 1.1)):
+        assert "single 0 (no verdict, the better one is more than 3% slower)." in judged((more, ratio))
+    assert "single 0 (NOT higher)." in judged(([-each for each in sure], 0.9))
 
 
 def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,11 +111,12 @@ def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     text = (out / "mixed.md").read_text()
     assert "| mixed |" in text and text in capsys.readouterr().out
     rows = read_rows(out / "report" / "report.json")
-    compared = {row.subject for row in rows} - {"dense"}
+    compared = {row.subject for row in rows} - {"dense", "floor"}
     assert compared >= {"mixed", "pattern"} and compared <= {"mixed", *SETS}
     assert all(Plan.load(out / f"{name}.json").models["transformer"].layers == 2 for name in compared)
-    assert any(f"best single method, {name}" in text for name in compared)
-    with pytest.raises(ValueError, match="2 or more to search with, found 4 and 1"):
+    assert "Too few clips to tell whether mixing pays" in text or "NOT shown" in text, "one clip names no winner"
+    assert all(f"\n- {name}: " in text for name in compared - {"mixed"})
+    with pytest.raises(ValueError, match="2 or more to search with, found 8 and 1"):
         mixed.main(["--out", str(out), "--search-prompts", "1"])
 
 

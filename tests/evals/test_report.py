@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from diffusers_accel.evals.measurement import read_rows
-from diffusers_accel.evals.report import Subject, charts, check_report_folder, render, words
+from diffusers_accel.evals.report import Subject, charts, check_report_folder, pair_table, render, words
 from diffusers_accel.evals.report.colours import method_colours
 from diffusers_accel.evals.report.video import GAIN, encode, encode_difference
 from diffusers_accel.files import WriteError, printable
@@ -130,7 +130,7 @@ def test_hostile_texts_are_shown_as_they_are_in_markdown(report: Any, folder: Pa
     text = (folder / "report.md").read_text()
     assert "<script" not in text and "\x1b" not in text
     tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
-    assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1", "h2", "h2", "h2"]
+    assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1", "h2", "h2", "h2", "h2"]
     inline = [each for token in tokens for each in token.children or []]
     assert {each.type for each in inline} <= {"text", "text_special"}
     shown = ["".join(each.content for each in token.children or []) for token in tokens if token.type == "inline"]
@@ -186,9 +186,10 @@ def test_page_shows_plan_and_clips(report: Any, folder: Path) -> None:
 def test_markdown_tables_are_whole(folder: Path) -> None:
     lines = (folder / "report.md").read_text().splitlines()
     cells = [re.split(r"(?<!\\)\|", line) for line in lines if line.startswith("|")]
-    assert len({len(row) for row in cells[:5]}) == 1  # headings, rule, dense and two subjects
-    assert len({len(row) for row in cells[5:]}) == 1
-    assert len(cells) == 5 + 2 + 3 * 2
+    # Headings, rule, dense and two subjects; those of the one pair by speed and by PSNR; those of each clip.
+    parts = cells[:5], cells[5:9], cells[9:]
+    assert all(len({len(row) for row in part}) == 1 for part in parts)
+    assert len(parts[2]) == 2 + 3 * 2
 
 
 def test_missing_metric_says_why(folder: Path) -> None:
@@ -198,31 +199,74 @@ def test_missing_metric_says_why(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratios", "drift", "expected", "says"),
+    ("ratios", "prompts", "drift", "expected", "says"),
     [
-        ([1.4, 1.5, 1.45], 0.01, True, "ran 1.45x as fast as dense"),
-        ([0.8, 0.9, 0.85], 0.01, False, "was NOT faster than dense: 0.85x"),
-        ([0.9, 1.2, 1.1], 0.01, None, "not measurably faster or slower"),
-        ([1.03, 1.04, 1.05], 0.06, None, "not measurably faster or slower"),
-        ([1.4], 0.01, True, "one clip, so no spread is known"),
-        ([1.4, 1.6], 0.2, True, "median of 2 clips ± 0.14, while dense itself drifted by 20%, so times are rough"),
-        ([0.9, 1.4], 0.01, None, "not measurably faster or slower"),
+        (
+            [1.4, 1.5, 1.45] * 3,
+            9,
+            0.01,
+            True,
+            "ran 1.45x as fast as dense, end to end (geometric mean of 9 clips, 95 % interval 1.42 to 1.48 by t over 9 prompts;",
+        ),
+        ([0.8, 0.9, 0.85] * 3, 9, 0.01, False, "was NOT faster than dense: 0.85x, end to end ("),
+        ([0.9, 1.2, 1.1] * 3, 9, 0.01, None, "not measurably faster or slower than dense: 1.06x, end to end, within"),
+        ([1.03, 1.04, 1.05] * 3, 9, 0.06, None, "not measurably faster or slower"),
+        (
+            [1.4, 1.5, 1.45] * 3,
+            3,
+            0.01,
+            None,
+            "ran 1.45x as fast as dense, end to end on these 9 clips (geometric mean of 9 clips ± 0.04, too few clips to tell;",
+        ),
+        ([0.8, 0.9], 1, 0.01, None, "was NOT faster than dense: 0.85x, end to end on these 2 clips"),
+        ([1.4], 1, 0.01, None, "ran 1.40x as fast as dense, end to end on this clip (one clip, too few clips to tell;"),
+        ([1.4, 1.6], 1, 0.2, None, "too few clips to tell, while dense itself drifted by 20%, so times are rough"),
+        ([0.9, 1.4], 1, 0.01, None, "not measurably faster or slower than dense: 1.12x, end to end on these 2 clips"),
     ],
     ids=[
         "faster",
         "slower",
         "interval includes 1",
         "within the drift of dense",
+        "many clips of three prompts",
+        "two clips slower",
         "one clip",
         "unsteady",
         "two clips disagree",
     ],
 )
-def test_headline_is_honest(ratios: list[float], drift: float, expected: bool | None, says: str) -> None:
-    report = synthetic.report({"plan": ratios}, drift=drift)
+def test_headline_is_honest(ratios: list[float], prompts: int, drift: float, expected: bool | None, says: str) -> None:
+    report = synthetic.report({"plan": ratios}, drift=drift, prompts=prompts)
     assert words.faster(report, "plan") is expected
     assert says in report.headline
     assert "PSNR 27.50 ± 1.25 dB" in report.headline
+    text = render.markdown(report)
+    assert ("[" in text) == ("95 % interval of the mean" in text) == (prompts >= 8)
+    assert (words.TOO_FEW in text) == (words.TOO_FEW in str(report)) == (prompts < 8)
+
+
+def test_the_worst_clip_is_named_and_comes_first() -> None:
+    """In these reports the PSNR of a clip is 27 dB and its seed: seed 0 is the worst."""
+    report = synthetic.report({"plan": [1.4, 1.5], "second": [1.1, 1.3]}, prompt="a ball")
+    assert "; worst PSNR 27.00 in “a ball” seed 0." in report.headline
+    upside_down = replace(report, clips=report.clips[::-1])
+    table = render.markdown(upside_down).split("The worst clip comes first.")[1]
+    assert re.findall(r"\| a ball \| (\d) \|", table) == ["0", "0", "1", "1"]
+    assert "worst" not in synthetic.report({"plan": [1.4]}).headline
+
+
+def test_subjects_stand_against_each_other() -> None:
+    few = synthetic.report({"one": [1.4, 1.5], "two": [1.0, 1.0], "three": [1.0, 1.5]}, prompt="a ball")
+    found = {line[:2]: line[2:] for line in pair_table.lines(few)}
+    assert len(found) == 3 * 2 and all(line[3] == words.TOO_FEW for line in found.values())
+    assert found["one against two", "speed"] == ("1.45x", "1.45x", "0.07", words.TOO_FEW, "1.40x in “a ball” seed 0")
+    assert found["one against three", "speed"][4] == "1.00x in “a ball” seed 1"
+    assert found["one against two", "PSNR"][:3] == ("+0.00 dB", "+0.00 dB", "0.00")
+    many = synthetic.report({"one": [1.4, 1.5] * 4, "two": [1.0] * 8}, prompts=8)
+    interval = pair_table.lines(many)[0][5]
+    assert re.fullmatch(r"1\.4\d to 1\.[45]\d \(t over 8 prompts\)", interval)
+    assert all("Subjects against each other" in text for text in (render.markdown(many), render.html(many)))
+    assert "Subjects against each other" not in render.markdown(synthetic.report({"one": [1.4, 1.5]}))
 
 
 SIMULATED = "quantized products are simulated on a CPU: their numbers, not their speed"

@@ -281,6 +281,7 @@ def test_the_films_of_a_comparison_are_measured_by_subject(
         "call": {**CALL, "num_inference_steps": 2},
         "metrics": [metric],
         "show": 0,
+        "floor": False,
         "progress": False,
     }
     report = compare(tiny_wan(), {name: Method(select=Band(0.34))}, [PROMPT], **asked, keep=kept)
