@@ -248,7 +248,7 @@ def test_headline_is_honest(ratios: list[float], prompts: int, drift: float, exp
 def test_the_worst_clip_is_named_and_comes_first() -> None:
     """In these reports the PSNR of a clip is 27 dB and its seed: seed 0 is the worst."""
     report = synthetic.report({"plan": [1.4, 1.5], "second": [1.1, 1.3]}, prompt="a ball")
-    assert "; worst PSNR 27.00 in “a ball” seed 0." in report.headline
+    assert "; worst Frame-mean PSNR 27.00 in “a ball” seed 0." in report.headline
     upside_down = replace(report, clips=report.clips[::-1])
     table = render.markdown(upside_down).split("The worst clip comes first.")[1]
     assert re.findall(r"\| a ball \| (\d) \|", table) == ["0", "0", "1", "1"]
@@ -261,7 +261,7 @@ def test_subjects_stand_against_each_other() -> None:
     assert len(found) == 3 * 2 and all(line[3] == words.TOO_FEW for line in found.values())
     assert found["one against two", "speed"] == ("1.45x", "1.45x", "0.07", words.TOO_FEW, "1.40x in “a ball” seed 0")
     assert found["one against three", "speed"][4] == "1.00x in “a ball” seed 1"
-    assert found["one against two", "PSNR"][:3] == ("+0.00 dB", "+0.00 dB", "0.00")
+    assert found["one against two", "Frame-mean PSNR"][:3] == ("+0.00 dB", "+0.00 dB", "0.00")
     many = synthetic.report({"one": [1.4, 1.5] * 4, "two": [1.0] * 8}, prompts=8)
     interval = pair_table.lines(many)[0][5]
     assert re.fullmatch(r"1\.4\d to 1\.[45]\d \(t over 8 prompts\)", interval)
