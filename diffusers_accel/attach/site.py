@@ -234,8 +234,11 @@ class Site:
                 q, k, v = (x.index_select(1, places) for x in (q, k, v))
             for rows in self.model.rows(len(q), self.layer):
                 self._check_sizes(rows.layout, q, k, v)
-                some, keys = slice(rows.start, rows.stop), rows.layout.keys
-                parts.append(self.engine.attend(self._call(rows, heads), q[some], k[some, :keys], v[some, :keys]))
+                own = q, k, v
+                if rows.stop - rows.start != len(q) or rows.layout.keys != k.shape[1]:  # a view costs more than the question
+                    some, keys = slice(rows.start, rows.stop), rows.layout.keys
+                    own = q[some], k[some, :keys], v[some, :keys]
+                parts.append(self.engine.attend(self._call(rows, heads), *own))
             out = parts[0] if len(parts) == 1 else torch.cat(parts)
             return out if places is None else torch.empty_like(out).index_copy_(1, places, out)
 
