@@ -235,7 +235,9 @@ class Site:
             for rows in self.model.rows(len(q), self.layer):
                 self._check_sizes(rows.layout, q, k, v)
                 own = q, k, v
-                if rows.stop - rows.start != len(q) or rows.layout.keys != k.shape[1]:  # a view costs more than the question
+                if (
+                    rows.stop - rows.start != len(q) or rows.layout.keys != k.shape[1]
+                ):  # a view costs more than the question
                     some, keys = slice(rows.start, rows.stop), rows.layout.keys
                     own = q[some], k[some, :keys], v[some, :keys]
                 parts.append(self.engine.attend(self._call(rows, heads), *own))
