@@ -417,8 +417,8 @@ def _check_history(plan: Plan, found: dict[str, Any]) -> None:
     if needy is not None and other is not None:
         known = ", ".join(family.name for family in FAMILIES.values() if family.history)
         raise ValueError(
-            f'"{needy.label}" is for models that make a video chunk by chunk, each with a history ({known}), found {other}, '
-            'whose frames are made together: take "cached", which keeps what a selection leaves out'
+            f'"{needy.label}" ("history") is for models that make a video chunk by chunk, each with a history ({known}), '
+            f'found {other}, whose frames are made together: take "cached", which keeps what a selection leaves out'
         )
 
 

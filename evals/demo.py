@@ -26,7 +26,7 @@ from diffusers_accel.plan import Plan
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.plan_search import search_plan
 
-MINUTES = 8.0
+MINUTES = 10.0
 REPORT = "report"  # folder in the demo's: it is replaced as a whole
 SPEEDUP = 1.4  # asked of the search
 DENSITY = 0.35  # asked instead, where that is out of reach

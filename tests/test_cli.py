@@ -99,6 +99,13 @@ def test_the_package_runs_as_a_module() -> None:
     assert (done.returncode, done.stdout) == (0, f"diffusers-accel {__version__}\n"), done.stderr
 
 
+def test_an_unknown_option_before_a_command_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--versoin"])
+    said = 'error: diffusers-accel: there is no option --versoin; did you mean "--version"?'
+    assert ended.value.code == 2 and capsys.readouterr().err == f"{said}\n"
+
+
 def test_the_version_stands_before_everything_else(capsys: pytest.CaptureFixture[str]) -> None:
     run("--version")
     assert capsys.readouterr().out == f"diffusers-accel {__version__}\n"

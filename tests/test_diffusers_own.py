@@ -33,7 +33,7 @@ def test_a_test_counts_where_it_ran_in_both_and_against_us_where_it_passed_befor
     assert (done.tests, done.passed, done.failed_unpatched, done.attention) == (4, 1, 2, 8)
     assert done.failed_patched == {"tests/test_a.py::ours": "ours\nand more"}
     text = page.written([done], "1.2.3")
-    assert "| wan | lora | 4 | 1 | 2 | 1 | 8 |" in text and "wan: `test_a.py::ours`" in text and "1.2.3" in text
+    assert "| wan | lora | 4 | 1 | 2 | 1 | 8 |" in text and "wan: `ours`" in text and "1.2.3" in text
     assert "- 1 x `both and more`" in text and "- 1 x `theirs and more`" in text and "stopped" not in text
     done.finished = False
     assert "| wan | lora \\* | 4 |" in page.written([done], "1.2.3")

@@ -18,15 +18,15 @@ class Withheld(Exception):
 def run_command(program: str, arguments: Sequence[str], work: Callable[[list[str]], int]) -> NoReturn:
     """Does `work` with the arguments but --debug, and exits: 0 done; 2 refused, with one message; 3 a result withheld; 130
     interrupted. With --debug errors keep their traceback."""
-    rest = [argument for argument in arguments if argument != "--debug"]
+    debug = "--debug" in arguments
     try:
-        code = work(rest)
+        code = work([argument for argument in arguments if argument != "--debug"])  # which may use the list up
         sys.stdout.flush()
     except BrokenPipeError:  # who read our output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except (KeyboardInterrupt, Withheld, ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        if len(rest) < len(arguments):
+        if debug:
             raise
         code = _explain(error, shlex.join([*shlex.split(program), *arguments]))
     sys.exit(code)
