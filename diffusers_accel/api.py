@@ -204,7 +204,8 @@ def patch(
     found = find(pipe)
     shapes = {name: family.shape(module) for name, (module, family) in found.items()}
     family = next(iter(found.values()))[1].name
-    chosen = _choose(pipe, scopes.heads, scopes.parameters, found)
+    asked = scopes.parameters if scopes.heads is not None else checked_parameters(PRESET, scopes.parameters)
+    chosen = _choose(pipe, scopes.heads, asked, found)
     if isinstance(chosen, Recipe):
         _check_leaves_something(chosen, shapes)
     chosen = _with_precision(chosen, pipe, found)
@@ -217,7 +218,7 @@ def patch(
         _check_kernels(pipe, resolved, found)
     by_size = None
     if scopes.heads is None and isinstance(chosen, Recipe) and not resolved.dense:
-        by_size = preset_by_size(chosen, resolved, found, scopes.parameters)
+        by_size = preset_by_size(chosen, resolved, found, asked)
     partitions = Partitions(resolved.tensors)
     engines: list[PlanEngine] = []
     remarks = Remarks()
@@ -366,7 +367,6 @@ def _attach_site(
 def _choose(pipe: Any, plan: Any, parameters: dict[str, Any], found: dict[str, Any]) -> Plan | Recipe | Method:
     """What to run, or of what `patch(pipe)` makes that for each size."""
     if plan is None:
-        parameters = checked_parameters(PRESET, parameters)
         reason = next((reason for _, reason in _refusals(pipe, NAMED[PRESET]().heads, found)), None)
         if reason is None:
             return preset_recipe(found, parameters)

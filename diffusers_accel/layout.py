@@ -276,7 +276,7 @@ class TokenLayout:
         """Position in the sequence of the first query's token."""
         return next(run.start for run in self.runs if run.segment.queries)
 
-    @property
+    @cached_property
     def has_history(self) -> bool:
         """Whether it is a chunk of a video, with tokens of earlier ones."""
         return any(each.kind == "history" for each in self.segments)

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from diffusers_accel.arguments import checked_parameters
 from diffusers_accel.families import Family
 from diffusers_accel.methods import NAMED, Recipe
 from diffusers_accel.plan import Plan
@@ -31,7 +30,6 @@ def preset_recipe(found: Found, parameters: Mapping[str, Any]) -> Recipe:
 
 def preset_by_size(recipe: Recipe, resolved: Plan, found: Found, parameters: Mapping[str, Any]) -> BySize:
     """The plans of the preset: `resolved`, which is `recipe`, at the density of each size, unless the user has asked for one."""
-    parameters = checked_parameters(PRESET, parameters)
 
     def plan_at(density: float | None) -> Plan:
         if density is None:

@@ -114,17 +114,21 @@ class _Mark:
         _synchronize(device)
         self.seconds = time.perf_counter()
         self.attention_ms = attention.attention_ms
-        self.forward_ms, self.forwards = forwards.timer.attention_ms, forwards.count
+        self.forward_ms, self.forwards = forwards.milliseconds, forwards.count
 
 
 class ForwardTimer:
     """Adds up the time of the forwards of some transformers, and counts them."""
 
     def __init__(self, device: torch.device) -> None:
-        self.timer = Timer()
         self.count = 0
+        self._timer = Timer()
         self._device = device
         self._running: list[Any] = []
+
+    @property
+    def milliseconds(self) -> float:
+        return self._timer.attention_ms
 
     @contextmanager
     def on(self, modules: Sequence[nn.Module]) -> Iterator[ForwardTimer]:
@@ -138,7 +142,7 @@ class ForwardTimer:
 
     @torch.compiler.disable(reason="reads a clock")
     def _begin(self, *_: Any) -> None:
-        running = self.timer.running(self._device)
+        running = self._timer.running(self._device)
         running.__enter__()
         self._running.append(running)
 

@@ -140,7 +140,7 @@ def compare(
             here.agree("comparison", msgspec.to_builtins(identity))
             kept = KeptClips(Path(keep), identity) if keep is not None else None
         done = here.first(partial(_opened, opened, kept, clips)) if kept else {}
-        scores = _loaded(metrics, here)
+        scores = {name: METRICS[name].loaded() for name in metrics}
         films = None
         if not all(METRICS[name].scores_clips for name in metrics):
             films = kept.films if kept else SetFilms(here.first(partial(_scratch, opened)), fps)
@@ -433,20 +433,6 @@ def largest_difference(a: np.ndarray, b: np.ndarray) -> float:
         return 0.0
     difference = float(np.abs(a - b).max())
     return difference if np.isfinite(difference) else 1.0
-
-
-def _loaded(metrics: Sequence[str], here: Processes) -> dict[str, Any]:
-    """By metric, its score function or why there is none. The first process loads before the others, so that weights are fetched
-    once."""
-    found: dict[str, Any] = {}
-
-    def load() -> None:
-        found.update({name: METRICS[name].loaded() for name in metrics})
-
-    here.first(load)
-    if not here.is_first:
-        load()
-    return found
 
 
 def _opened(opened: ExitStack, kept: KeptClips, clips: Sequence[tuple[Prompt, int, str]]) -> dict[int, ClipRecord]:

@@ -181,7 +181,7 @@ class Watch:
         self.ran: dict[str, set[int]] = {name: set() for name in plan.models}
         self._thresholds: dict[str, Any] = {"gamma": gamma, "max_lse_change": max_lse_change}
         self._calibrations: dict[Members, Calibration] = {}
-        self._unread: dict[tuple[Members, str], BlockPattern] = {}
+        self._unread: dict[tuple[Members, str, tuple[int, int], TokenLayout], BlockPattern] = {}
         self._at: tuple[str, int] | None = None  # the transformer and the span that run
         self._step = 0  # of the last call
         self._on_share: Callable[[float], None] = lambda share: None
@@ -228,18 +228,17 @@ class Watch:
         found: dict[Method, list[int]] = {}
         for head in call.heads:
             method = self.plan.method(span, *call.place, head)
-            everything = method.select.reads_all_in(method.order, call.layout)
-            if method.rest.with_gate is not None and not everything:
+            if method.rest.with_gate is not None and not method.select.reads_all_in(method.order, call.layout):
                 found.setdefault(method, []).append(head)
         return [Members(*call.place, span, method, tuple(heads)) for method, heads in found.items()]
 
     def _watch(self, members: Members, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> None:
         step, _ = now(call)
         watched = _Unread(members.method, call.of(members.heads), self.plan.tensors, q, k, v)
-        branch = f"{call.branch} {call.rows}"
+        branch, place = f"{call.branch} {call.rows}", (members, call.branch, call.rows, call.layout)
         if members not in self._calibrations:
             self._calibrations[members] = Calibration(self.steps, 1, len(members.heads), **self._thresholds)
-        calibration, held = self._calibrations[members], self._unread.get((members, branch))
+        calibration, held = self._calibrations[members], self._unread.get(place)
         unread = watched.select() if held is None else held
         failed = calibration.observe(0, step, *watched.attend(unread), branch=branch)
         if held is not None and failed.any() and watched.changes:
@@ -247,7 +246,7 @@ class Watch:
             heads = failed.nonzero()[:, 0].tolist()
             calibration.renew(0, heads, *watched.attend(fresh, heads), branch=branch)
             unread = mixed(fresh, held, failed.tolist())
-        self._unread[members, branch] = unread
+        self._unread[place] = unread
 
     def _forget(self) -> None:
         """Of what runs no more, keeps only the means."""

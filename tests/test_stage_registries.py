@@ -29,6 +29,7 @@ from diffusers_accel.methods import RESTS, SELECTS, Band, Draft, Method, Order, 
 from diffusers_accel.methods import orders as orders_folder
 from diffusers_accel.methods import rests as rests_folder
 from diffusers_accel.methods import selects as selects_folder
+from diffusers_accel.methods.historical import HistorySelect
 from diffusers_accel.methods.orders import ORDERS, parse_order
 from diffusers_accel.methods.ranked import RankedSelect
 from diffusers_accel.methods.select import StaticSelect
@@ -122,7 +123,7 @@ def test_members_have_a_file_each_and_none_is_forgotten(name: str) -> None:
     assert {file.parent for file in files} == {place}
     assert {file.name for file in files} == {file.name for file in place.glob("*.py")} - BESIDE
     ours = {each for each in every_subclass(interface) if each.__module__.startswith("diffusers_accel.")}
-    assert ours - {StaticSelect, RankedSelect} == set(members)
+    assert ours - {StaticSelect, RankedSelect, HistorySelect} == set(members)
     assert all(inspect.getdoc(member) and not inspect.isabstract(member) for member in members)
 
 

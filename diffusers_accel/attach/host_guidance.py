@@ -11,5 +11,6 @@ def scores_skipped(attention: nn.Module) -> bool:
     Its hook says so to `F.scaled_dot_product_attention` alone, by a function mode, which an operator of ours does not see. A
     guider puts the hook on for one pass and takes it off after it.
     """
-    hooks = getattr(getattr(attention, "_diffusers_hook", None), "hooks", {})
+    registry = vars(attention).get("_diffusers_hook")  # asked for at every call: a module without one is slow to say so
+    hooks = getattr(registry, "hooks", {})
     return any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values())

@@ -40,7 +40,7 @@ def unfit(family: Family, module: Any, layout: TokenLayout | None = None) -> str
     Args:
         layout: how its tokens lie, where that is known.
     """
-    if reason := family.no_parallel(module.config):
+    if family.no_parallel is not None and (reason := family.no_parallel(module.config)):
         return (
             f"{type(module).__name__} does not run under Ulysses, also without a patch: {reason}. Run it in one process"
         )

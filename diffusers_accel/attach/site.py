@@ -234,10 +234,8 @@ class Site:
                 q, k, v = (x.index_select(1, places) for x in (q, k, v))
             for rows in self.model.rows(len(q), self.layer):
                 self._check_sizes(rows.layout, q, k, v)
-                own = q, k, v
-                if (
-                    rows.stop - rows.start != len(q) or rows.layout.keys != k.shape[1]
-                ):  # a view costs more than the question
+                own = q, k, v  # as they are, where nothing is cut off: three views cost more than to ask
+                if rows.stop - rows.start != len(q) or rows.layout.keys != k.shape[1]:
                     some, keys = slice(rows.start, rows.stop), rows.layout.keys
                     own = q[some], k[some, :keys], v[some, :keys]
                 parts.append(self.engine.attend(self._call(rows, heads), *own))

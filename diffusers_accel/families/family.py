@@ -42,10 +42,6 @@ def to_out_of(transformer: Any, name: str) -> Callable[[Tensor], Tensor]:
     return linear
 
 
-def _nothing_against(config: Any) -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class Family:
     """How to find the self-attention of a transformer class and how its tokens lie.
@@ -110,7 +106,7 @@ class Family:
     hands_back: bool = False
     history: bool = False
     no_search: str | None = None
-    no_parallel: Callable[[Any], str | None] = _nothing_against
+    no_parallel: Callable[[Any], str | None] | None = None
     latents: tuple[str, ...] = ("hidden_states",)
     timestep: str = "timestep"
     noisiest: Callable[[Tensor], Tensor] = torch.amax

@@ -46,8 +46,10 @@ class Dimension:
         return self.name.replace("_", " ").capitalize()
 
 
-_GRIT = ("grit", "bert")
-_OBJECTS = {"weights": _GRIT, "labelled": True, "detectron2": True}
+def _of_objects(name: str) -> Dimension:
+    """One that looks for objects, by GRiT."""
+    return Dimension(name, "semantic", weights=("grit", "bert"), labelled=True, detectron2=True)
+
 
 # In VBench's order.
 DIMENSIONS: dict[str, Dimension] = {
@@ -60,11 +62,11 @@ DIMENSIONS: dict[str, Dimension] = {
         Dimension("dynamic_degree", "quality", weight=0.5, packages="light", weights=("raft",)),
         Dimension("aesthetic_quality", "quality", weights=("clip_l14", "laion")),
         Dimension("imaging_quality", "quality", weights=("musiq",)),
-        Dimension("object_class", "semantic", **_OBJECTS),  # type: ignore[arg-type]
-        Dimension("multiple_objects", "semantic", **_OBJECTS),  # type: ignore[arg-type]
+        _of_objects("object_class"),
+        _of_objects("multiple_objects"),
         Dimension("human_action", "semantic", weights=("umt",)),
-        Dimension("color", "semantic", **_OBJECTS),  # type: ignore[arg-type]
-        Dimension("spatial_relationship", "semantic", **_OBJECTS),  # type: ignore[arg-type]
+        _of_objects("color"),
+        _of_objects("spatial_relationship"),
         Dimension("scene", "semantic", high=0.8222, weights=("tag2text", "bert"), labelled=True),
         Dimension("appearance_style", "semantic", 0.0009, 0.2855, weights=("clip_b32",), labelled=True),
         Dimension("temporal_style", "semantic", high=0.364, weights=("viclip", "bpe")),
@@ -73,9 +75,7 @@ DIMENSIONS: dict[str, Dimension] = {
 }
 CUSTOM = tuple(name for name, each in DIMENSIONS.items() if not each.labelled)
 FLICKERING = "temporal_flickering"
-FILTER = (
-    "raft",
-)  # weights of the filter that finds still clips, which VBench asks for before it measures their flickering
+FILTER = ("raft",)  # weights of VBench's filter for still clips, on which alone it measures flickering
 
 
 def check_dimensions(names: Iterable[str], *, standard: bool) -> tuple[str, ...]:

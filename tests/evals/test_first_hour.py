@@ -151,8 +151,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, monkeypatch: pyte
 
 
 SCRIPT = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in its background ignore it
 from diffusers_accel.evals import first_hour
 from diffusers_accel.evals.first_hour.stages import HourStage
 CODE = sys.argv[2]

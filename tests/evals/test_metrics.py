@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from scipy import ndimage
 from skimage.data import astronaut
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -642,9 +643,13 @@ def test_weights_of_dists_are_tensors_of_torch(tmp_path: Path) -> None:
 def test_readiness_says_what_each_metric_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked = [METRICS[name] for name in ("psnr", "lpips_vgg", "dists")]
-    lines = [line.split() for line in readiness(asked).splitlines()]
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(readiness(asked))
+    lines = [line.split() for line in capture.get().splitlines() if line.strip(" ─")]
     assert lines[0] == ["metric", "unit", "range", "better", "here"]
     assert lines[1] == ["psnr", "dB", "0", "upwards", "higher", "ready"]
+    assert len(lines) == 4
     for line in lines[2:]:
         assert line[1] == "-" and " ".join(line).endswith(
             f"not on this machine: diffusers-accel metrics fetch {line[0]}"

@@ -16,7 +16,7 @@ from diffusers_accel.api import attach
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.families import FAMILIES, find
 from diffusers_accel.layout import Segment, TokenLayout
-from diffusers_accel.methods import BLOCK, NAMED, AxisOrder, Band, ChunkOnly, Kept, Method, TopHistory
+from diffusers_accel.methods import BLOCK, NAMED, AxisOrder, Band, ChunkOnly, Drop, Kept, Method, Pooled, TopHistory
 from diffusers_accel.methods.select import Inputs
 from diffusers_accel.search.candidates import candidates, check_candidates
 from diffusers_accel.search.gates import calibrate_gates, summary
@@ -24,6 +24,7 @@ from tests.families.anyflow_far import tiny_far
 from tests.families.framepack import FRAMEPACK, tiny_framepack
 from tests.families.helios import helios_call, tiny_helios
 from tests.families.test_other_calls import far_chunks
+from tests.stages import attend, sdpa
 from tests.tiny import tiny_wan
 
 ORDER = AxisOrder()
@@ -182,3 +183,15 @@ def test_a_history_in_pieces_is_refused_by_those_that_need_it_alone() -> None:
     assert Band(0.5).pattern(call, ORDER, {}, Inputs(torch.device("cpu"))).key_blocks == 6
     with pytest.raises(ValueError, match="expected the history of a video in one place"):
         ChunkOnly().pattern(call, ORDER, {}, Inputs(torch.device("cpu")))
+
+
+def test_a_pooled_history_of_equal_tokens_is_all_of_it() -> None:
+    layout = TokenLayout.of(Segment("history", 256, queries=False), Segment.video((2, 8, 16)))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, tokens, 2, 16, generator=generator) for tokens in (256, 512, 512))
+    for x in (k, v):
+        x[:, :256] = x[:, :256:128].repeat_interleave(128, dim=1)
+    pooled, dropped = (Method(select=ChunkOnly(), rest=rest) for rest in (Pooled(), Drop()))
+    expected = sdpa(q, k, v)
+    torch.testing.assert_close(attend((pooled,) * 2, layout, (q, k, v)).out, expected)
+    assert (attend((dropped,) * 2, layout, (q, k, v)).out - expected).abs().max() > 0.05

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.call import AttentionCall
-from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods.arrangement import arrangement, history_keys
-from diffusers_accel.methods.blocks import BLOCK
+from diffusers_accel.methods.historical import HistorySelect
 from diffusers_accel.methods.order import Order
 from diffusers_accel.methods.select import StaticSelect
 from diffusers_accel.methods.uses import Tensors
 
 
 @dataclass(frozen=True)
-class ChunkOnly(StaticSelect):
+class ChunkOnly(HistorySelect, StaticSelect):
     """The video's queries read all keys but those of the history: the chunk that is denoised, text and whatever else there is
     (FlashBlock, arXiv 2602.05305).
 
@@ -27,23 +26,9 @@ class ChunkOnly(StaticSelect):
     """
 
     kind: ClassVar[str] = "chunk"
-    needs_history: ClassVar[bool] = True
 
-    def reads_all_in(self, order: Order, layout: TokenLayout) -> bool:
-        return history_keys(order, layout) == (0, 0)
-
-    def refuses(self, order: Order) -> str | None:
-        return (
-            None
-            if order.identity
-            else f'"{self.kind}" reads the same in every order: leave the order out, found {order}'
-        )
-
-    def expected_density(self, order: Order, layout: TokenLayout | None = None) -> float | None:
-        if layout is None:
-            return None
-        first, stop = history_keys(order, layout)
-        return 1 - (stop - first) / layout.key_blocks(BLOCK)
+    def recalled(self, blocks: int) -> int:
+        return 0
 
     def mask(self, call: AttentionCall, order: Order, tensors: Tensors) -> Tensor:
         places = arrangement(order, call.layout)
