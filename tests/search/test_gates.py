@@ -161,6 +161,17 @@ def test_nothing_is_held_of_what_runs_no_more() -> None:
             assert held() == (4, 4), "two methods, two branches, one span"
 
 
+def test_each_chunk_of_a_generation_selects_for_itself() -> None:
+    """Its schedule begins anew, with another history of the same length."""
+    chunks, last = Watch(one_layer((DRAFT,)), -1.0, 99.0), Watch(one_layer((DRAFT,)), -1.0, 99.0)
+    for seed in (0, 1):
+        for step in (0, 1):
+            show(chunks, inputs(1, seed), step, 2)
+    show(last, inputs(1, 1), 0, 2)
+    (held,), (expected,) = chunks._unread.values(), last._unread.values()
+    assert torch.equal(held.mask(), expected.mask())
+
+
 def test_all_branches_and_generations_are_samples() -> None:
     """A head drifts in one of three generations; each begins anew, though the last one ended with other values."""
     same = [inputs(1)] * 3
