@@ -183,7 +183,6 @@ class Watch:
         self._calibrations: dict[Members, Calibration] = {}
         self._unread: dict[tuple[Members, str, tuple[int, int], TokenLayout], BlockPattern] = {}
         self._at: tuple[str, int] | None = None  # the transformer and the span that run
-        self._step = 0  # of the last call
         self._on_share: Callable[[float], None] = lambda share: None
 
     def begin(self, on_share: Callable[[float], None] = lambda share: None) -> None:
@@ -198,9 +197,9 @@ class Watch:
             raise RuntimeError(f"expected {self.steps} steps as in the first call of the pipeline, found {steps}")
         self.steps = steps
         span = self.spans[step] = running_span(self.plan, call)
-        if self._at != (call.transformer, span) or step < self._step:  # the next chunk has another history
+        if self._at != (call.transformer, span):
             self._forget()
-        self._at, self._step = (call.transformer, span), step
+            self._at = call.transformer, span
         self.ran[call.transformer].add(step)
         if call.layer == 0:
             self._on_share(step / steps)
@@ -240,6 +239,7 @@ class Watch:
             self._calibrations[members] = Calibration(self.steps, 1, len(members.heads), **self._thresholds)
         calibration, held = self._calibrations[members], self._unread.get(place)
         unread = watched.select() if held is None else held
+        # A step that does not follow the last one, such as the first of another chunk, begins a sample: all heads select anew.
         failed = calibration.observe(0, step, *watched.attend(unread), branch=branch)
         if held is not None and failed.any() and watched.changes:
             fresh = watched.select()

@@ -163,13 +163,14 @@ def test_nothing_is_held_of_what_runs_no_more() -> None:
 
 def test_each_chunk_of_a_generation_selects_for_itself() -> None:
     """Its schedule begins anew, with another history of the same length."""
-    chunks, last = Watch(one_layer((DRAFT,)), -1.0, 99.0), Watch(one_layer((DRAFT,)), -1.0, 99.0)
+    first, chunks, last = (Watch(one_layer((DRAFT,) * 8), -1.0, 99.0) for _ in range(3))
     for seed in (0, 1):
         for step in (0, 1):
-            show(chunks, inputs(1, seed), step, 2)
-    show(last, inputs(1, 1), 0, 2)
-    (held,), (expected,) = chunks._unread.values(), last._unread.values()
-    assert torch.equal(held.mask(), expected.mask())
+            show(chunks, inputs(8, seed), step, 2)
+    show(first, inputs(8, 0), 0, 2)
+    show(last, inputs(8, 1), 0, 2)
+    other, held, expected = (next(iter(watch._unread.values())).mask() for watch in (first, chunks, last))
+    assert torch.equal(held, expected) and not torch.equal(other, expected)
 
 
 def test_all_branches_and_generations_are_samples() -> None:
