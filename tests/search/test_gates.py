@@ -163,12 +163,13 @@ def test_nothing_is_held_of_what_runs_no_more() -> None:
 
 def test_each_chunk_of_a_generation_selects_for_itself() -> None:
     """Its schedule begins anew, with another history of the same length."""
-    first, chunks, last = (Watch(one_layer((DRAFT,) * 8), -1.0, 99.0) for _ in range(3))
+    plan = one_layer((Method(Patches(), Draft(0.7), rest=Kept(3)),) * 4)  # more than what is read in any case
+    first, chunks, last = (Watch(plan, -1.0, 99.0) for _ in range(3))
     for seed in (0, 1):
         for step in (0, 1):
-            show(chunks, inputs(8, seed), step, 2)
-    show(first, inputs(8, 0), 0, 2)
-    show(last, inputs(8, 1), 0, 2)
+            show(chunks, inputs(4, seed), step, 2)
+    show(first, inputs(4, 0), 0, 2)
+    show(last, inputs(4, 1), 0, 2)
     other, held, expected = (next(iter(watch._unread.values())).mask() for watch in (first, chunks, last))
     assert torch.equal(held, expected) and not torch.equal(other, expected)
 
