@@ -1,7 +1,8 @@
 """Sparse attention for diffusers' video pipelines.
 
-Three verbs and the file between them: `patch(pipe, plan)` makes a loaded pipeline faster in place, `search_plan` profiles
-its heads and returns a `Plan`, `compare` reports what a plan wins and what it costs. Everything is imported at first use,
+Four verbs and the file between them: `patch(pipe, plan)` makes a loaded pipeline faster in place, `search_plan` profiles
+its heads and steps and returns a `Plan`, `tune_plan` corrects one by real clips until it does what was asked, `compare`
+reports what a plan wins and what it costs. Everything is imported at first use,
 so that `diffusers_accel.kernels` needs torch only.
 """
 
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     from diffusers_accel.plan import Plan
     from diffusers_accel.search.budget import Budget
     from diffusers_accel.search.plan_search import search_plan
+    from diffusers_accel.tune import Goal, tune_plan
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
     "Family",
+    "Goal",
     "Method",
     "Plan",
     "compare",
@@ -32,6 +35,7 @@ __all__ = [
     "patch",
     "register_family",
     "search_plan",
+    "tune_plan",
     "unpatch",
 ]
 
@@ -43,6 +47,7 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels").is_dir()
 _HOMES = {
     "Budget": "diffusers_accel.search.budget",
     "Family": "diffusers_accel.families",
+    "Goal": "diffusers_accel.tune",
     "Method": "diffusers_accel.methods",
     "Plan": "diffusers_accel.plan",
     "compare": "diffusers_accel.evals.compare",
@@ -50,6 +55,7 @@ _HOMES = {
     "patch": "diffusers_accel.api",
     "register_family": "diffusers_accel.families",
     "search_plan": "diffusers_accel.search.plan_search",
+    "tune_plan": "diffusers_accel.tune",
     "unpatch": "diffusers_accel.api",
 }
 

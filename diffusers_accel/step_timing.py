@@ -117,41 +117,6 @@ class _Mark:
         self.forward_ms, self.forwards = forwards.milliseconds, forwards.count
 
 
-class ForwardTimer:
-    """Adds up the time of the forwards of some transformers, and counts them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.count = 0
-        self._timer = Timer()
-        self._device = device
-        self._running: list[Any] = []
-
-    @property
-    def milliseconds(self) -> float:
-        return self._timer.attention_ms
-
-    @contextmanager
-    def on(self, modules: Sequence[nn.Module]) -> Iterator[ForwardTimer]:
-        hooks = [module.register_forward_pre_hook(self._begin) for module in modules]
-        hooks += [module.register_forward_hook(self._end) for module in modules]
-        try:
-            yield self
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    @torch.compiler.disable(reason="reads a clock")
-    def _begin(self, *_: Any) -> None:
-        running = self._timer.running(self._device)
-        running.__enter__()
-        self._running.append(running)
-
-    @torch.compiler.disable(reason="reads a clock")
-    def _end(self, *_: Any) -> None:
-        self._running.pop().__exit__(None, None, None)
-        self.count += 1
-
-
 class _Engine:
     """Attends densely, as the user has chosen, and notes what it was given; says where a step begins."""
 

@@ -14,7 +14,7 @@ from diffusers_accel.files import FileError, WriteError, prepare_file, printable
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.search.scores_file import KIND
 
-PLAN, SCORES, COST = ".json", ".scores.safetensors", ".cost.json"
+PLAN, SCORES, COST, STEPS = ".json", ".scores.safetensors", ".cost.json", ".steps.json"
 Place = str | os.PathLike[str]
 
 
@@ -36,8 +36,9 @@ def check_places(
     if plan_file and scores_file is None:
         scores_file = plan_file.with_suffix(SCORES)
     if plan_file and scores_file:
-        beside = cost_file(scores_file)
-        for path, what in ((scores_file, "the scores"), (beside, "the kernel times beside the scores")):
+        beside = (cost_file(scores_file), "the kernel times beside the scores")
+        steps = (steps_file(scores_file), "the step caches beside the scores")
+        for path, what in ((scores_file, "the scores"), beside, steps):
             if _same(plan_file, path):
                 raise ValueError(
                     f"{names[1]}: {what} and the plan would be one file, {quoted(str(plan_file))}; name another one, such as "
@@ -54,14 +55,20 @@ def check_places(
 
 
 def prepare_scores(path: Path) -> None:
-    """Makes sure that the scores and the times beside them can be written. Raises WriteError."""
+    """Makes sure that the scores and what lies beside them can be written. Raises WriteError."""
     prepare_file(path)
     prepare_file(cost_file(path))
+    prepare_file(steps_file(path))
 
 
 def cost_file(scores: Path) -> Path:
     """Where the kernel times of a search are kept."""
     return scores.with_suffix(COST)
+
+
+def steps_file(scores: Path) -> Path:
+    """Where the step caches that a search may choose from are kept."""
+    return scores.with_suffix(STEPS)
 
 
 def cached_scores(identity: Mapping[str, Any]) -> Path:

@@ -31,6 +31,7 @@ def make_plan(scores: Scores, cost: Cost, assignment: Assignment, budget: Budget
         budget=budget.to_json(),
         provenance={**_provenance(scores, cost, assignment), **_recorded(scores, assignment.choice)},
         tensors=plan_tensors(scores, assignment.choice),
+        forwards=assignment.steps.forwards if assignment.steps else None,
     )
 
 
@@ -99,7 +100,8 @@ def _provenance(scores: Scores, cost: Cost, assignment: Assignment) -> dict[str,
             "attention_ratio": assignment.attention_ratio,
             "attention_share": scores.attention_share,
             "speedup": assignment.speedup,
-            "latents_error": latents_error(scores, assignment.choice),
+            "latents_error": latents_error(scores, assignment),
+            **({"steps_error": assignment.steps.error} if assignment.steps else {}),
         },
         **({"warnings": found} if (found := warnings(scores, assignment)) else {}),
     }

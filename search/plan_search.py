@@ -29,7 +29,7 @@ from diffusers_accel.search.arguments import (
     check_weights,
     dense_share,
 )
-from diffusers_accel.search.assign import OutOfReach, assign, check_reach
+from diffusers_accel.search.assign import Assignment, assign
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.candidates import candidates_for, check_candidates
 from diffusers_accel.search.checks import whole_number
@@ -42,15 +42,17 @@ from diffusers_accel.search.identity import (
     environment,
     versions,
 )
-from diffusers_accel.search.keeping import Keeper, cached_scores, check_places, cost_file
-from diffusers_accel.search.plan_making import make_plan
+from diffusers_accel.search.keeping import Keeper, cached_scores, check_places, cost_file, steps_file
 from diffusers_accel.search.predicted import span_errors
 from diffusers_accel.search.probe import RunProbe, measuring_bytes
+from diffusers_accel.search.profile import Profile
+from diffusers_accel.search.reach import OutOfReach, check_reach
 from diffusers_accel.search.running import Prompt, now, prompt_label, run_pipeline
 from diffusers_accel.search.schedule import ProbeSchedule, ProbeSettings, open_share
 from diffusers_accel.search.scores import Array, CalibrationRun, Scores
 from diffusers_accel.search.screen import Screen, clock
 from diffusers_accel.search.sensitivity import Dense, LastLatents, impact, plan_engine, span_choice
+from diffusers_accel.search.step_options import PROMPTS, StepOptions, measure_steps
 from diffusers_accel.search.stored_masks import USUAL_MASKS, MaskSettings
 from diffusers_accel.search.trial import CostTimer, Stopwatch, Trial
 from diffusers_accel.support.interrupted import Interrupted
@@ -76,10 +78,14 @@ def search_plan(
     rows: int = ROWS,
     probe_steps: int = 1,
     masks: MaskSettings = USUAL_MASKS,
+    step_caches: bool = True,
     scores_path: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Plan:
     """Profiles each head on calibration prompts and returns the plan with the least error inside the budget.
+
+    For a speed-up the budget is one over both scopes: how many steps are computed, which, how the others are predicted, and what
+    each head does in those that are.
 
     The pipeline is used as it is (LoRA, offload, quantisation, attention backend) and left as it was, also after Ctrl-C.
     What is measured is kept in a file after each prompt, and the same search goes on from there.
@@ -105,6 +111,8 @@ def search_plan(
         rows: sampled query rows per measured call.
         probe_steps: measured steps per span and prompt.
         masks: how the orders and blocks of stored masks are chosen.
+        step_caches: for a speed-up, also choose which steps are computed; takes one more generation of each of the first
+            `step_options.PROMPTS` prompts, and measured spans (no `span_weights`). False: every step is.
         scores_path: file (.safetensors) that keeps what was measured, for this search alone while it runs; None: beside `out`,
             else in the user's cache. If it exists, the search goes on from there: more prompts can be added, another budget
             costs seconds. The kernel times are kept beside it as .cost.json.
@@ -122,11 +130,94 @@ def search_plan(
         OtherProcessFailed: a RuntimeError, in the processes beside the one that failed.
         Interrupted: a KeyboardInterrupt, which says what is kept.
     """
+    check_budget(budget)
+    _, plan = _search(
+        pipe,
+        prompts,
+        call,
+        budget,
+        out,
+        candidates,
+        spans,
+        dense_steps,
+        span_weights,
+        seed,
+        rows,
+        probe_steps,
+        masks,
+        step_caches,
+        scores_path,
+        progress,
+    )
+    assert plan is not None
+    return plan
+
+
+def search_profile(
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    *,
+    call: Mapping[str, Any],
+    out: str | os.PathLike[str] | None = None,
+    candidates: Sequence[Method] | None = None,
+    spans: Sequence[float] | None = None,
+    dense_steps: float = 0.0,
+    seed: int = 0,
+    rows: int = ROWS,
+    probe_steps: int = 1,
+    masks: MaskSettings = USUAL_MASKS,
+    step_caches: bool = True,
+    scores_path: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Profile:
+    """Measures what `search_plan` measures, and keeps it where that does, for plans of any budget (`Profile.assignments`).
+
+    Arguments and errors as of `search_plan`; `out` is the file that a plan will be written to, beside which the scores stand.
+    """
+    profile, _ = _search(
+        pipe,
+        prompts,
+        call,
+        None,
+        out,
+        candidates,
+        spans,
+        dense_steps,
+        None,
+        seed,
+        rows,
+        probe_steps,
+        masks,
+        step_caches,
+        scores_path,
+        progress,
+    )
+    return profile
+
+
+def _search(
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    call: Mapping[str, Any],
+    budget: Budget | None,
+    out: str | os.PathLike[str] | None,
+    candidates: Sequence[Method] | None,
+    spans: Sequence[float] | None,
+    dense_steps: float,
+    span_weights: Sequence[float] | None,
+    seed: int,
+    rows: int,
+    probe_steps: int,
+    masks: MaskSettings,
+    step_caches: bool,
+    scores_path: str | os.PathLike[str] | None,
+    progress: bool,
+) -> tuple[Profile, Plan | None]:
+    """What was measured, and the plan that was asked for, if one was."""
     found = check_pipeline(pipe)
     check_searchable(found)
     prompts = check_prompts(pipe, prompts)
     call = check_call(pipe, call)
-    check_budget(budget)
     dense_steps = dense_share(pipe, call, dense_steps)
     edges = borders(spans, dense_steps)
     weights = check_weights(span_weights, len(edges))
@@ -141,35 +232,40 @@ def search_plan(
         whole_number("seed", seed, 0),
         masks,
     )
-    measures_spans = weights is None and budget.kind != "sparse_vdit" and len(edges) > 1
+    kind = "speedup" if budget is None else budget.kind
+    measures_spans = weights is None and kind != "sparse_vdit" and len(edges) > 1
     if measures_spans:
         check_callback(pipe)
-    ask = Ask(budget, dense_steps, weights)
+    caches = bool(step_caches) and kind == "speedup" and measures_spans
+    ask = Ask(budget, dense_steps, weights, caches)
     with processes() as here:
         plan_file, scores_file = here.first(partial(check_places, out, scores_path))
         screen = Screen(progress and here.is_first)
         search = _Search(pipe, found, prompts, call, settings, ask, screen, measures_spans, here)
         identity = search.identity()
         here.agree(
-            "search", {**identity, "budget": budget.to_json(), "dense_steps": dense_steps, "span_weights": weights}
+            "search",
+            {**identity, "budget": budget and budget.to_json(), "dense_steps": dense_steps, "span_weights": weights}
         )
         path = scores_file or here.first(partial(cached_scores, identity))
         keeper = Keeper(path, partial(search.check, str(path)), len(prompts), len(edges))
         with _alone(path, here), _telling(keeper, here):
             screen.say(f"calibration runs are kept in {path}")
-            plan = search.plan(keeper)
-            if plan_file is not None:
+            profile = search.profile(keeper)
+            plan = search.plan(profile) if budget is not None else None
+            if plan is not None and plan_file is not None:
                 here.first(partial(_save, plan, plan_file))
-    return plan
+    return profile, plan
 
 
 @dataclass(frozen=True)
 class Ask:
     """What is asked of the plan, and of no measurement."""
 
-    budget: Budget
+    budget: Budget | None
     dense_steps: float
     span_weights: tuple[float, ...] | None
+    step_caches: bool
 
 
 @contextmanager
@@ -248,21 +344,32 @@ class _Search:
         """Refuses scores that another search measured."""
         check_same_search(scores, where, self.config, self.models, self.settings, self.labels)
 
-    def plan(self, keeper: Keeper) -> Plan:
-        """The whole search; what it measures is kept on the way."""
+    def profile(self, keeper: Keeper) -> Profile:
+        """All measurements; they are kept on the way."""
         scores = self.probe(keeper)
         cost = self.here.first(partial(self.cost, scores, keeper.path))
         ask = self.ask
         if self.measures_spans:
-            # How spans are weighed decides nothing about what can be reached, so that is known before they are measured.
-            assign(scores, cost, ask.budget, dense_steps=ask.dense_steps)
+            if ask.budget is not None and not ask.step_caches:
+                # How spans are weighed decides nothing about what can be reached, so that is known before they are measured.
+                assign(scores, cost, ask.budget, dense_steps=ask.dense_steps)
             scores = self.spans(scores, keeper)
-        found = assign(scores, cost, ask.budget, dense_steps=ask.dense_steps, span_weights=ask.span_weights)
-        self.screen.say(
-            f"plan: expected {found.speedup:.2f}x, density {found.density:.2f}, "
-            f"attention {found.attention_ratio:.0%} of dense, error {found.error:.2g}"
+        return Profile(scores, cost, self.steps(scores, keeper.path) if ask.step_caches else None)
+
+    def plan(self, profile: Profile) -> Plan:
+        """The plan that was asked for."""
+        ask = self.ask
+        assert ask.budget is not None
+        found = assign(
+            profile.scores,
+            profile.cost,
+            ask.budget,
+            dense_steps=ask.dense_steps,
+            span_weights=ask.span_weights,
+            steps=profile.steps,
         )
-        plan = make_plan(scores, cost, found, ask.budget)
+        self.screen.say(_expected(found))
+        plan = profile.plan(found, ask.budget)
         for warning in plan.provenance.get("warnings", ()) if self.here.is_first else ():
             self.screen.warn(warning)
         return plan
@@ -346,7 +453,28 @@ class _Search:
                 advance(100 * (len(scores.impacts) - first))
         return scores
 
+    def steps(self, scores: Scores, path: Path) -> StepOptions:
+        """The step caches to choose from; those that were kept are not looked for again."""
+        file = steps_file(path)
+        found = self.here.first(lambda: StepOptions.load(file) if file.exists() else None)
+        if found is not None and found.config == self.config:
+            return found
+        prompts = self.prompts[:PROMPTS]
+
+        def measured() -> StepOptions:
+            with self.screen.bar("steps", len(prompts)) as advance:
+                options = measure_steps(
+                    self.pipe, prompts, self.call, self.settings.seed, scores.seconds, advance
+                )
+            options = replace(options, config=self.config)
+            options.save(file)
+            return options
+
+        return self.here.first(measured)
+
     def _check_reach(self, share: float, steps: int, of: str) -> None:
+        if self.ask.budget is None or self.ask.step_caches:
+            return  # what they save is not known before they are looked at
         check_reach(self.ask.budget, share, open_share(self.settings.spans, steps, self.ask.dense_steps), of)
 
     def _out_of_reach(self, trial: Trial) -> bool:
@@ -443,6 +571,15 @@ class _Search:
 
     def _side_by_side(self) -> str:
         return f", in each of {self.here.count} processes" if self.here.count > 1 else ""
+
+
+def _expected(found: Assignment) -> str:
+    """What a plan is expected to do, in a line."""
+    computed = f", {len(found.steps.computed)} steps computed ({found.steps.forwards.label})" if found.steps else ""
+    return (
+        f"plan: expected {found.speedup:.2f}x{computed}, density {found.density:.2f}, "
+        f"attention {found.attention_ratio:.0%} of dense, error {found.error:.2g}"
+    )
 
 
 def _advance(advance: Callable[[int], None], before: int, step: int) -> None:

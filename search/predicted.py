@@ -25,12 +25,14 @@ def span_errors(scores: Scores, choice: Mapping[str, Array]) -> Array:
     return total
 
 
-def latents_error(scores: Scores, choice: Mapping[str, Array]) -> float | None:
+def latents_error(scores: Scores, assignment: Assignment) -> float | None:
     """The relative squared error of the final latents: that of each span, as measured at `sensitivity.DENSITY`, taken to grow
-    with its summed error. None where the spans were not measured."""
+    with its summed error; and that of the predicted steps. None where the spans were not measured."""
     if len(scores.impacts) < len(scores.spans):
         return None
-    return float((np.array(scores.impacts) * span_errors(scores, choice)).sum())
+    if assignment.steps:
+        return assignment.total()
+    return float((np.array(scores.impacts) * span_errors(scores, assignment.choice)).sum())
 
 
 def warnings(scores: Scores, assignment: Assignment) -> list[str]:
@@ -52,7 +54,7 @@ def warnings(scores: Scores, assignment: Assignment) -> list[str]:
 def _ruin(scores: Scores, assignment: Assignment) -> str | None:
     if assignment.density == 0:
         return "no head attends to anything, at any step"
-    latents = latents_error(scores, assignment.choice)
+    latents = latents_error(scores, assignment)
     if latents is not None and latents >= RUINED_LATENTS:
         return (
             f"the final latents are expected to have a relative squared error of {latents:.2g}, where {RUINED_LATENTS:g} "

@@ -152,6 +152,11 @@ class Scores(ScoresData):
         """Share of a dense generation's wall time that goes to self-attention: median over runs, 0..1."""
         return float(np.median([done.attention_seconds / done.seconds for done in self.runs]))
 
+    @property
+    def seconds(self) -> float:
+        """Wall time of a dense generation, without what was measured in it: median over runs."""
+        return float(np.median([done.seconds for done in self.runs]))
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file whole or not at all, so that a failed save leaves the old one; makes its folder.
 

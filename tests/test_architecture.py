@@ -33,6 +33,7 @@ ROOMS = (
     ("stage_names", "arguments", "subject", "preset", "api"),
     ("search",),
     ("evals",),
+    ("tune",),
     ("step_timing", "doctor"),
     ("cli", "__main__"),
 )

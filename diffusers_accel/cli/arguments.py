@@ -11,7 +11,7 @@ from diffusers_accel.cli.toy import TOY
 from diffusers_accel.files import FileError, printable, quoted, read_bytes
 from diffusers_accel.search.keeping import check_places
 from diffusers_accel.search.scores import Scores
-from diffusers_accel.support.prompts import REPORT, SEARCH
+from diffusers_accel.support.prompts import REPORT, SEARCH, VALIDATION
 from diffusers_accel.support.suggest import did_you_mean_file
 
 MAX_PROMPT_BYTES = 2**20
@@ -76,6 +76,19 @@ def find_prompts(pipe: str, prompt: list[str] | None, file: Path | None, *, for_
 
         return held_out_prompts(8, seed=0)[:4] if for_search else held_out_prompts(8, seed=0)[4:]
     return list(SEARCH if for_search else REPORT)
+
+
+def find_validation(pipe: str, file: Path | None) -> list[str]:
+    """The prompts that decide whether a plan is taken: those of a file, else eight that no other command takes."""
+    if file:
+        given = read_prompts(file)
+        check_prompts(given)
+        return given
+    if pipe == TOY:
+        from diffusers_accel.evals.toy import held_out_prompts
+
+        return held_out_prompts(16, seed=0)[8:]
+    return list(VALIDATION)
 
 
 def check_out(out: Path) -> None:

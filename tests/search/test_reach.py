@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffusers_accel.search import plan_search
-from diffusers_accel.search.assign import SHARE_MARGIN, OutOfReach, check_reach, largest_speedup
+from diffusers_accel.search.reach import SHARE_MARGIN, OutOfReach, check_reach, largest_speedup
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.probe import RunProbe
 from diffusers_accel.search.running import Enough

@@ -1,0 +1,198 @@
+"""The loop: plans are proposed, generated with and corrected until what was asked is met on prompts that the search never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from diffusers_accel.evals.generate import Prompt
+from diffusers_accel.evals.report import Report
+from diffusers_accel.plan import Plan
+from diffusers_accel.search.assign import Assignment
+from diffusers_accel.search.budget import Budget
+from diffusers_accel.search.profile import Profile
+from diffusers_accel.tune.goal import Goal
+from diffusers_accel.tune.lab import Lab, row_of, value_of
+from diffusers_accel.tune.model import Model, Tried, computed
+from diffusers_accel.tune.propose import fastest_within, first_of, proposals
+from diffusers_accel.tune.tuned import Proof, Tuned
+
+TOLERANCE = 0.03  # share by which a measured speed may differ from the one that was asked for
+ROUNDS = 4  # of trials on calibration prompts
+BREADTH = 3  # plans a round
+CHECKS = 3  # times that validation may send a plan back
+FIRST_SPEEDUP = 1.5  # that is tried where a quality is asked for and nothing is known yet
+CLOSE = 0.05  # share by which a loss may differ from the one that was asked for, before validation decides
+SURE = 1.0  # dB: an interval of PSNR of more than that to each side cannot tell
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What each part of a tuning may look at.
+
+    Args:
+        trial: corrects the model; may be those of the search.
+        validation: decides whether a plan is taken.
+        held_out: read once, at the end; where there are none, validation is the last word.
+    """
+
+    trial: Sequence[Prompt]
+    validation: Sequence[Prompt]
+    held_out: Sequence[Prompt] = ()
+
+
+class Tuning:
+    """One tuning.
+
+    Args:
+        profile: what the search measured.
+        lab: makes clips.
+        goal: what is asked; a number of ms per step is a speed-up already.
+        prompts: see `Prompts`.
+        dense_steps: of the search.
+        say: told what is tried and what came of it, a line each.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        lab: Lab,
+        goal: Goal,
+        prompts: Prompts,
+        dense_steps: float = 0.0,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._profile, self._lab, self._goal, self._prompts = profile, lab, goal, prompts
+        self._dense_steps, self._say = dense_steps, say
+        self._history: list[Tried] = []
+        self._loss = 0.0 if goal.is_speed else goal.loss(goal.value)  # that trials aim at
+
+    def run(self) -> tuple[Plan, Report, Proof]:
+        """The plan, and the report and the numbers that decided."""
+        best = self._trials()
+        for check in range(1, CHECKS + 1):
+            plan = self._plan(best)
+            report = self._lab.compare({"plan": plan}, self._prompts.validation)
+            proof = proof_of(report, self._goal, "plan")
+            self._say(f"validation {check}: {_seen(self._goal, proof.speedup, proof.value)} on {proof.clips} clips")
+            again = self._sent_back(best, proof) if check < CHECKS else None
+            if again is None:
+                break
+            best = again
+        if self._prompts.held_out:
+            report = self._lab.compare({"plan": plan}, self._prompts.held_out)
+            proof = proof_of(report, self._goal, "plan")
+            self._say(f"held out: {_seen(self._goal, proof.speedup, proof.value)} on {proof.clips} clips")
+        return plan, report, proof
+
+    def _trials(self) -> Assignment:
+        """The plan that the trials recommend."""
+        model: Model | None = None
+        speedup = self._goal.value if self._goal.is_speed else FIRST_SPEEDUP
+        for number in range(1, ROUNDS + 1):
+            ranked = proposals(self._profile, speedup, model, self._dense_steps)
+            some = first_of(ranked, BREADTH) if model is None else ranked[:BREADTH]
+            tried = self._try(some, number)
+            self._history += tried
+            model = Model.of(self._history, self._goal)
+            if not self._goal.is_speed:
+                speedup = fastest_within(self._profile, self._loss, model, self._dense_steps)
+            best = proposals(self._profile, speedup, model, self._dense_steps)[0]
+            if self._settled(best, tried):
+                break
+        return best
+
+    def _settled(self, best: Assignment, tried: Sequence[Tried]) -> bool:
+        """Whether the plan that is recommended now was just tried, and was what is asked."""
+        same = [each for each in tried if each.computed == computed(best)]
+        if not same:
+            return False
+        if self._goal.is_speed:
+            return abs(same[0].speedup / self._goal.value - 1) <= TOLERANCE / 2
+        return abs(self._goal.loss(same[0].value) / self._loss - 1) <= CLOSE
+
+    def _try(self, some: Sequence[Assignment], number: int) -> list[Tried]:
+        names = {_name(each): each for each in some}
+        report = self._lab.compare({name: self._plan(each) for name, each in names.items()}, self._prompts.trial)
+        tried = []
+        for name, each in names.items():
+            seen = Tried(
+                each,
+                value_of(report, "speedup", name),
+                value_of(report, "psnr", name),
+                value_of(report, self._goal.metric, name),
+            )
+            self._say(f"trial {number}: {name}: {_seen(self._goal, seen.speedup, seen.value)}")
+            tried.append(seen)
+        return tried
+
+    def _sent_back(self, best: Assignment, proof: Proof) -> Assignment | None:
+        """What to validate next, where this plan is not what was asked; None where it is."""
+        model = Model.of(self._history, self._goal)
+        if self._goal.is_speed:
+            if abs(proof.speedup / self._goal.value - 1) <= TOLERANCE:
+                return None
+            slow = {**model.slow, computed(best): best.speedup / proof.speedup}
+            model = replace(model, slow=slow)
+            ranked = proposals(self._profile, self._goal.value, model, self._dense_steps)
+            return next((each for each in ranked if computed(each) == computed(best)), ranked[0])
+        wanted, seen = self._goal.loss(self._goal.value), self._goal.loss(_bound(proof, self._goal))
+        if wanted * 10 ** (-SURE / 10) <= seen <= wanted:
+            return None
+        self._loss *= wanted * 10 ** (-0.3 * SURE / 10) / seen
+        speedup = fastest_within(self._profile, self._loss, model, self._dense_steps)
+        return proposals(self._profile, speedup, model, self._dense_steps)[0]
+
+    def _plan(self, assignment: Assignment) -> Plan:
+        return self._profile.plan(assignment, Budget.speedup(max(1.0, assignment.speedup)))
+
+
+def proof_of(report: Report, goal: Goal, subject: str) -> Proof:
+    """The numbers of a subject."""
+    spread = row_of(report, goal.metric, subject).spread
+    speedup = value_of(report, "speedup", subject)
+    return Proof(speedup, value_of(report, goal.metric, subject), spread, len(report.clips))
+
+
+def verdict(goal: Goal, proof: Proof) -> tuple[bool | None, str]:
+    """Whether a goal is met, None where the clips cannot tell; and that in words."""
+    seen = _seen(goal, proof.speedup, proof.value)
+    if goal.kind == "speedup":
+        met: bool | None = proof.speedup >= (1 - TOLERANCE) * goal.value
+    else:
+        met = _quality(goal, proof)
+    words = {True: "met", False: "NOT met", None: "cannot tell"}[met]
+    return met, f"{goal}: {words}: {seen}{_interval(goal, proof)}, on {proof.clips} clips"
+
+
+def _quality(goal: Goal, proof: Proof) -> bool | None:
+    if proof.spread is None or proof.spread.low is None or proof.spread.high is None:
+        return None
+    low, high = proof.spread.low, proof.spread.high
+    worst, best = (low, high) if goal.higher_is_better else (high, low)
+    if goal.loss(worst) <= goal.loss(goal.value):
+        return True
+    return False if goal.loss(best) > goal.loss(goal.value) else None
+
+
+def _bound(proof: Proof, goal: Goal) -> float:
+    """The worse end of the interval; the mean, where there is none."""
+    if proof.spread is None or proof.spread.low is None or proof.spread.high is None:
+        return proof.value
+    return proof.spread.low if goal.higher_is_better else proof.spread.high
+
+
+def _interval(goal: Goal, proof: Proof) -> str:
+    if proof.spread is None or proof.spread.low is None:
+        return " (too few clips for an interval)"
+    return f" (95 % interval {proof.spread.low:.4g} to {proof.spread.high:.4g})"
+
+
+def _seen(goal: Goal, speedup: float, value: float) -> str:
+    unit = " dB" if goal.metric == "psnr" else ""
+    return f"{speedup:.2f}x, {goal.metric.upper()} {value:.4g}{unit}"
+
+
+def _name(assignment: Assignment) -> str:
+    steps = f"{len(assignment.steps.computed)} steps" if assignment.steps else "all steps"
+    return f"{steps}, density {assignment.density:.2f}"

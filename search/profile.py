@@ -1,0 +1,58 @@
+"""What a search has measured of a pipeline, from which plans for any budget follow in seconds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers_accel.plan import Plan
+from diffusers_accel.search.assign import NO_CORRECTION, Assignment, Correction, assign_each
+from diffusers_accel.search.budget import Budget
+from diffusers_accel.search.cost import Cost
+from diffusers_accel.search.keeping import cost_file, steps_file
+from diffusers_accel.search.plan_making import make_plan
+from diffusers_accel.search.scores import Scores
+from diffusers_accel.search.step_options import StepOptions
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one search measured.
+
+    Args:
+        scores: errors of the heads.
+        cost: times of the candidates.
+        steps: step caches to choose from; None where the search looked at none.
+    """
+
+    scores: Scores
+    cost: Cost
+    steps: StepOptions | None
+
+    @classmethod
+    def load(cls, scores: str | os.PathLike[str]) -> Profile:
+        """Reads what a search kept: its scores and what lies beside them.
+
+        Raises:
+            FileNotFoundError, FileError: as of `Scores.load`.
+        """
+        path = Path(scores)
+        steps = StepOptions.load(steps_file(path)) if steps_file(path).exists() else None
+        return cls(Scores.load(path), Cost.load(cost_file(path)), steps)
+
+    def assignments(
+        self, budget: Budget, *, dense_steps: float = 0.0, correction: Correction = NO_CORRECTION
+    ) -> Sequence[Assignment]:
+        """The best assignment of the heads for each choice of steps that keeps the budget, the one with the least error first.
+
+        Raises:
+            OutOfReach: no plan keeps it.
+        """
+        found = assign_each(self.scores, self.cost, budget, dense_steps=dense_steps, steps=self.steps)
+        return sorted(found, key=lambda each: each.total(correction))
+
+    def plan(self, assignment: Assignment, budget: Budget) -> Plan:
+        """The plan of an assignment."""
+        return make_plan(self.scores, self.cost, assignment, budget)
