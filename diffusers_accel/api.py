@@ -23,6 +23,7 @@ from diffusers_accel.families import FAMILIES, find
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.forwards.report import ForwardsReport
 from diffusers_accel.forwards.scope import Scope
+from diffusers_accel.forwards.wrapper import Interceptor, wrap
 from diffusers_accel.kernels.kept import forget_kept
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import AUTO, NAMED, Method, Recipe
@@ -76,6 +77,11 @@ class Attachment:
         finally:
             for site in self.sites:
                 site.timer = None
+
+    def watch(self, around: Callable[[AttachedModel], Interceptor]) -> None:
+        """Puts `around(model)` around the forwards of every transformer, until `unpatch`."""
+        for model in self._models:
+            self._undo.append(wrap(model.module, model.name, around(model)))
 
     def unpatch(self) -> None:
         """Gives every module its own processor back, bit for bit; harmless when done already.

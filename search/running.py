@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from diffusers_accel.api import attach
-from diffusers_accel.attach.site import Engine, Site
+from diffusers_accel.attach.site import AttachedModel, Engine, Site
 from diffusers_accel.call import AttentionCall
+from diffusers_accel.forwards.wrapper import Interceptor
 from diffusers_accel.support.identity import plain
 from diffusers_accel.support.seeded import seeded
 
@@ -37,16 +38,19 @@ class Enough(Exception):
 
 def run_pipeline(
     pipe: Any,
-    make_engine: Callable[[Site], Engine],
+    make_engine: Callable[[Site], Engine] | None,
     prompt: Prompt,
     call: Mapping[str, Any],
     seed: int,
     at_step_end: Callable[..., dict[str, Tensor]] | None = None,
+    around: Callable[[AttachedModel], Interceptor] | None = None,
 ) -> bool:
     """One generation with `make_engine(site)` at every self-attention; detached again whatever happens.
 
     Args:
+        make_engine: None leaves attention as it is.
         at_step_end: the pipeline's `callback_on_step_end`.
+        around: what stands around the forwards of each transformer, such as a `TrajectoryRecorder`'s.
 
     Returns:
         True when the generation ran to its end, False when an engine or `at_step_end` said `Enough`.
@@ -55,7 +59,9 @@ def run_pipeline(
     if at_step_end is not None:
         arguments["callback_on_step_end"] = at_step_end
     device = torch.device(pipe._execution_device)
-    with _quiet(pipe), attach(pipe, make_engine), seeded(seed, device) as generator:
+    with _quiet(pipe), attach(pipe, make_engine) as attached, seeded(seed, device) as generator:
+        if around is not None:
+            attached.watch(around)
         try:
             pipe(**arguments, generator=generator)
             return True

@@ -1,0 +1,31 @@
+"""Step schedules derived, not typed: one dense generation is recorded, and what each schedule would do to it is worked out
+without the model.
+
+`trajectory`: what is recorded. `trajectory_file`: its file. `recorder`: the recording. `samples`: the elements that errors are
+taken of. `step_map`: what the scheduler does with an output, fitted. `course`: a run that predicts, as its deviation from the
+recorded one. `state_graph`, `run_errors`, `shortest_path`: the best set of computed steps for every number of them. `replay`:
+what a rule that decides while it runs would do, and at which thresholds that changes. `curve`: all of it, as choices.
+"""
+
+from diffusers_accel.search.steps.choice import StepChoice
+from diffusers_accel.search.steps.curve import DEFAULT, step_choices
+from diffusers_accel.search.steps.recorder import TrajectoryRecorder, record, trajectory_identity
+from diffusers_accel.search.steps.replay import ThresholdRange, replay, threshold_ranges
+from diffusers_accel.search.steps.trajectory import Trajectory, TrajectoryStep
+from diffusers_accel.search.steps.trajectory_file import load_trajectory, save_trajectory
+
+__all__ = [
+    "DEFAULT",
+    "StepChoice",
+    "ThresholdRange",
+    "Trajectory",
+    "TrajectoryRecorder",
+    "TrajectoryStep",
+    "load_trajectory",
+    "record",
+    "replay",
+    "save_trajectory",
+    "step_choices",
+    "threshold_ranges",
+    "trajectory_identity",
+]

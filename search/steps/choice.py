@@ -1,0 +1,24 @@
+"""One way to leave steps out, and what it is expected to cost in quality."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffusers_accel.forwards import Forwards
+
+
+@dataclass(frozen=True)
+class StepChoice:
+    """Which steps are computed, and how far the result is expected to be from the dense one.
+
+    Args:
+        forwards: rule and predictor, as `patch` takes them.
+        computed: the steps that are computed, ascending, those that compute in any case among them. Of a rule that decides while
+            it runs: those of the recorded prompt on which it computes most.
+        error: predicted relative squared error of the final latents, 0 or more, mean over the recorded prompts: it ranks choices;
+            the model's answer to deviating latents is not in it.
+    """
+
+    forwards: Forwards
+    computed: tuple[int, ...]
+    error: float

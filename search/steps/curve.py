@@ -1,0 +1,143 @@
+"""For every number of computed steps the best way to leave the others out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from diffusers_accel.forwards import Forwards, Last, Predictor, Rule, Schedule, Taylor
+from diffusers_accel.search.steps.choice import StepChoice
+from diffusers_accel.search.steps.course import Follower
+from diffusers_accel.search.steps.replay import ThresholdRange, threshold_ranges, with_threshold
+from diffusers_accel.search.steps.run_errors import path_error, run_errors
+from diffusers_accel.search.steps.samples import Samples, check_elementwise, sampled
+from diffusers_accel.search.steps.shortest_path import shortest_paths
+from diffusers_accel.search.steps.state_graph import state_graph
+from diffusers_accel.search.steps.step_map import StepFit, fit_steps
+from diffusers_accel.search.steps.trajectory import Trajectory
+
+DEFAULT: tuple[Predictor, ...] = (Last("velocity"), Last("residual"), Taylor(1))
+
+
+def step_choices(
+    trajectories: Sequence[Trajectory], predictors: Sequence[Predictor] = DEFAULT, rules: Sequence[Rule] = ()
+) -> tuple[StepChoice, ...]:
+    """The choice of least predicted error for every number of computed steps that there is one for, fewest first.
+
+    Args:
+        trajectories: recorded prompts of one model and call; errors are means over them.
+        predictors: each is tried for every schedule.
+        rules: that decide while they run, tried with each predictor at every threshold that makes a difference.
+
+    Raises:
+        ValueError: the trajectories are not of one schedule, or a predictor or rule does not fit it.
+    """
+    curve = Curve(trajectories)
+    best: dict[int, StepChoice] = {}
+    for predictor in predictors:
+        for choice in (*curve.schedules(predictor), *(each for rule in rules for each in curve.of_rule(rule, predictor))):
+            count = len(choice.computed)
+            if count not in best or choice.error < best[count].error:
+                best[count] = choice
+    return tuple(best[count] for count in sorted(best))
+
+
+class Curve:
+    """Predicted errors on recorded prompts, of whatever schedule is asked for.
+
+    Raises:
+        ValueError: the trajectories are not of one schedule.
+    """
+
+    def __init__(self, trajectories: Sequence[Trajectory]) -> None:
+        check_alike(trajectories)
+        self.trajectories = tuple(trajectories)
+        self.steps = len(self.trajectories[0].steps)
+        self.fresh = self.trajectories[0].fresh
+        self._samples: list[Samples] = [sampled(each) for each in self.trajectories]
+        self.fits: list[tuple[StepFit, ...]] = [fit_steps(each) for each in self._samples]
+
+    def schedules(self, predictor: Predictor) -> tuple[StepChoice, ...]:
+        """The best schedule for every number of computed steps, with one predictor."""
+        graph = state_graph(self.steps, self.fresh, predictor)
+        tables = [run_errors(each, graph) for each in self._followers(predictor)]
+        # Errors of runs point the same way, so that it is not their squares that add up but their sizes.
+        costs = {
+            state: {end: (sum(table[state][end] for table in tables) / len(tables)) ** 0.5 for end in ends}
+            for state, ends in tables[0].items()
+        }
+        return tuple(
+            StepChoice(Forwards(Schedule(steps=computed), predictor), computed, self.error(predictor, computed))
+            for computed, _ in shortest_paths(graph, costs).values()
+        )
+
+    def error(self, predictor: Predictor, computed: Sequence[int]) -> float:
+        """Predicted error of computing exactly these steps, mean over the prompts."""
+        wanted = frozenset((*computed, *self.fresh))
+        found = [path_error(each, wanted) for each in self._followers(predictor)]
+        return sum(found) / len(found)
+
+    def of_rule(self, rule: Rule, predictor: Predictor) -> tuple[StepChoice, ...]:
+        """A choice for every range of thresholds in which a rule does the same on all prompts, ascending."""
+        ranges = [threshold_ranges(rule, predictor, each) for each in self.trajectories]
+        return tuple(self._choice(rule, predictor, *each) for each in _common(ranges))
+
+    def _choice(
+        self, rule: Rule, predictor: Predictor, threshold: float | None, computed: Sequence[tuple[int, ...]]
+    ) -> StepChoice:
+        """Of one threshold: `computed` on each prompt."""
+        followers = self._followers(predictor)
+        errors = [path_error(one, frozenset(steps)) for one, steps in zip(followers, computed, strict=True)]
+        chosen = rule if threshold is None else with_threshold(rule, threshold)
+        return StepChoice(Forwards(chosen, predictor), max(computed, key=len), sum(errors) / len(errors))
+
+    def _followers(self, predictor: Predictor) -> list[Follower]:
+        check_elementwise(predictor)
+        return [
+            Follower(samples, fits, predictor, predictor.looks_back, self.fresh)
+            for samples, fits in zip(self._samples, self.fits, strict=True)
+        ]
+
+
+def check_alike(trajectories: Sequence[Trajectory]) -> None:
+    """Refuses trajectories of several schedules, models or sizes."""
+    if not trajectories:
+        raise ValueError("trajectories: expected one recorded prompt or more, found none")
+    first = trajectories[0]
+    for number, each in enumerate(trajectories[1:], 1):
+        for what, mine, other in (
+            ("steps", len(first.steps), len(each.steps)),
+            ("transformers", first.transformers, each.transformers),
+            ("latents of shape", list(first.steps[0].x.shape), list(each.steps[0].x.shape)),
+            ("identity", first.identity, each.identity),
+        ):
+            if mine != other:
+                raise ValueError(
+                    f"trajectories[{number}]: expected those of one model and call, with the {what} of the first, {mine}, found "
+                    f"{other}"
+                )
+
+
+def _common(ranges: Sequence[Sequence[ThresholdRange]]) -> Iterator[tuple[float | None, list[tuple[int, ...]]]]:
+    """A threshold from every stretch in which nothing changes on any prompt, and what computes there on each."""
+    if ranges[0][0].high is None:
+        yield None, [each[0].computed for each in ranges]
+        return
+    edges = sorted({0.0, *(one.high for each in ranges for one in each if one.high is not None)})
+    seen: list[list[tuple[int, ...]]] = []
+    for low, high in pairwise(edges):
+        threshold = short_number(low, high)
+        computed = [next(one.computed for one in each if one.high is not None and threshold <= one.high) for each in ranges]
+        if computed not in seen[-1:]:
+            seen.append(computed)
+            yield threshold, computed
+
+
+def short_number(low: float, high: float) -> float:
+    """The number of fewest digits in a range, near its middle; near its lower end where it is wide."""
+    middle = (low + min(high, 2 * low)) / 2 if low else high / 2
+    for digits in range(1, 17):
+        found = float(f"{middle:.{digits}g}")
+        if low < found < high:
+            return found
+    return middle
