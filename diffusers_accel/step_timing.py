@@ -6,14 +6,14 @@ import inspect
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusers_accel.api import attach
+from diffusers_accel.attach.forward_timer import ForwardTimer
 from diffusers_accel.attach.site import Timer
 from diffusers_accel.call import AttentionCall, DenseAttention
 from diffusers_accel.families import find

@@ -88,7 +88,8 @@ def measured(pipe: Any, prompts: list[str], out: Path, speedup: float) -> tuple[
     """What one search measures; an interrupted one goes on. A speed-up that not even the mixed plan reaches is refused."""
     digest = weights_digest(toy.verify_weights())
     path = out / f"search-{__version__}-{digest[:12]}.safetensors"
-    search_plan(pipe, prompts, call=toy.CALL, budget=Budget.speedup(speedup), scores_path=path)
+    budget = Budget.speedup(speedup)
+    search_plan(pipe, prompts, call=toy.CALL, budget=budget, scores_path=path, step_caches=False)
     return Scores.load(path), Cost.load(path.with_suffix(".cost.json"))
 
 

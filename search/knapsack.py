@@ -46,6 +46,18 @@ def knapsack(error: Array, cost: Array, limit: float) -> Array:
     return _improve_one(error, cost, choice, limit)
 
 
+def front(error: Array, cost: Array) -> tuple[Array, Array]:
+    """Of all choices on the walk the total cost, descending, and the total error: what `knapsack` finds for any limit, but for
+    its last improvement. Arguments as there."""
+    items = np.arange(len(error))
+    start = cheapest(np.where(error == error.min(1, keepdims=True), cost, np.inf), error)
+    item, option, slope, saving = _hull_edges(error, cost, start)
+    order = np.lexsort((item, slope))
+    total = float(cost[items, start].sum()) - np.cumsum(np.concatenate([[0.0], saving[order]]))
+    wrong = float(error[items, start].sum()) + np.cumsum(np.concatenate([[0.0], (slope * saving)[order]]))
+    return total, wrong
+
+
 def _hull_edges(error: Array, cost: Array, start: Array) -> tuple[Array, Array, Array, Array]:
     """Edges of all items' lower convex hulls, walked from `start` towards lower cost: item, option, slope, saving."""
     items = np.arange(len(error))

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusers_accel.methods import Method, Order, Select
 from diffusers_accel.plan import Plan, Span
 from diffusers_accel.plan.span import new_symbols
-from diffusers_accel.search.assign import Assignment
+from diffusers_accel.search.assignment import Assignment
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.cost import Cost
 from diffusers_accel.search.predicted import latents_error, warnings

@@ -29,7 +29,8 @@ from diffusers_accel.search.arguments import (
     check_weights,
     dense_share,
 )
-from diffusers_accel.search.assign import Assignment, assign
+from diffusers_accel.search.assign import assign
+from diffusers_accel.search.assignment import Assignment
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.candidates import candidates_for, check_candidates
 from diffusers_accel.search.checks import whole_number
@@ -43,6 +44,7 @@ from diffusers_accel.search.identity import (
     versions,
 )
 from diffusers_accel.search.keeping import Keeper, cached_scores, check_places, cost_file, steps_file
+from diffusers_accel.search.last_latents import LastLatents
 from diffusers_accel.search.predicted import span_errors
 from diffusers_accel.search.probe import RunProbe, measuring_bytes
 from diffusers_accel.search.profile import Profile
@@ -51,7 +53,7 @@ from diffusers_accel.search.running import Prompt, now, prompt_label, run_pipeli
 from diffusers_accel.search.schedule import ProbeSchedule, ProbeSettings, open_share
 from diffusers_accel.search.scores import Array, CalibrationRun, Scores
 from diffusers_accel.search.screen import Screen, clock
-from diffusers_accel.search.sensitivity import Dense, LastLatents, impact, plan_engine, span_choice
+from diffusers_accel.search.sensitivity import Dense, impact, plan_engine, span_choice
 from diffusers_accel.search.step_options import PROMPTS, StepOptions, measure_steps
 from diffusers_accel.search.stored_masks import USUAL_MASKS, MaskSettings
 from diffusers_accel.search.trial import CostTimer, Stopwatch, Trial
@@ -245,7 +247,7 @@ def _search(
         identity = search.identity()
         here.agree(
             "search",
-            {**identity, "budget": budget and budget.to_json(), "dense_steps": dense_steps, "span_weights": weights}
+            {**identity, "budget": budget and budget.to_json(), "dense_steps": dense_steps, "span_weights": weights},
         )
         path = scores_file or here.first(partial(cached_scores, identity))
         keeper = Keeper(path, partial(search.check, str(path)), len(prompts), len(edges))
@@ -463,9 +465,7 @@ class _Search:
 
         def measured() -> StepOptions:
             with self.screen.bar("steps", len(prompts)) as advance:
-                options = measure_steps(
-                    self.pipe, prompts, self.call, self.settings.seed, scores.seconds, advance
-                )
+                options = measure_steps(self.pipe, prompts, self.call, self.settings.seed, scores.seconds, advance)
             options = replace(options, config=self.config)
             options.save(file)
             return options

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from diffusers_accel.search.assign import Assignment
+from diffusers_accel.search.assignment import Assignment
 from diffusers_accel.search.scores import Array, Scores
 
 # Relative squared errors from which on a result is called ruined: half of the amplitude of the final latents, and, where the

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers_accel.plan import Plan
-from diffusers_accel.search.assign import NO_CORRECTION, Assignment, Correction, assign_each
+from diffusers_accel.search.assignment import Assignment
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.cost import Cost
+from diffusers_accel.search.joint import Joint
 from diffusers_accel.search.keeping import cost_file, steps_file
 from diffusers_accel.search.plan_making import make_plan
 from diffusers_accel.search.scores import Scores
@@ -42,16 +42,9 @@ class Profile:
         steps = StepOptions.load(steps_file(path)) if steps_file(path).exists() else None
         return cls(Scores.load(path), Cost.load(cost_file(path)), steps)
 
-    def assignments(
-        self, budget: Budget, *, dense_steps: float = 0.0, correction: Correction = NO_CORRECTION
-    ) -> Sequence[Assignment]:
-        """The best assignment of the heads for each choice of steps that keeps the budget, the one with the least error first.
-
-        Raises:
-            OutOfReach: no plan keeps it.
-        """
-        found = assign_each(self.scores, self.cost, budget, dense_steps=dense_steps, steps=self.steps)
-        return sorted(found, key=lambda each: each.total(correction))
+    def joint(self, dense_steps: float = 0.0) -> Joint:
+        """All pairs of a choice of steps and of heads."""
+        return Joint(self.scores, self.cost, self.steps, dense_steps)
 
     def plan(self, assignment: Assignment, budget: Budget) -> Plan:
         """The plan of an assignment."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -23,7 +22,6 @@ from diffusers_accel.run.partition import Partitions
 from diffusers_accel.search.knapsack import knapsack
 from diffusers_accel.search.plan_making import chosen_spans, joined_spans, plan_tensors
 from diffusers_accel.search.predicted import span_errors
-from diffusers_accel.search.running import Enough
 from diffusers_accel.search.scores import DENSE, Array, Scores
 
 DENSITY = (
@@ -61,44 +59,6 @@ def plan_engine(scores: Scores, choice: Mapping[str, Array]) -> Callable[[Site],
     partitions = Partitions(plan.tensors)  # shared by the layers, as in a patch
     caches = CacheManager()
     return lambda site: PlanEngine(site, plan, partitions, caches)
-
-
-class LastLatents:
-    """A `callback_on_step_end` that keeps the latents of the last step and, if told to, leaves the decoder out.
-
-    Args:
-        stop: end the generation there.
-        on_share: called after each step with the share of the steps that is done.
-    """
-
-    def __init__(self, stop: bool, on_share: Callable[[float], None] = lambda share: None) -> None:
-        self._latents: Tensor | None = None
-        self._stop = stop
-        self._on_share = on_share
-
-    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        steps = steps_that_run(pipe)
-        self._on_share(min(1.0, (step + 1) / steps))
-        self._latents = tensors["latents"]
-        if step + 1 == steps and self._stop:
-            raise Enough
-        return {}
-
-    @property
-    def latents(self) -> Tensor:
-        """fp64, on the CPU; call it after the run."""
-        if self._latents is None:
-            raise RuntimeError(
-                "the pipeline showed no latents at the end of its steps (callback_on_step_end), by which a search measures how "
-                "much each span matters: say it yourself with span_weights, one number per span"
-            )
-        return self._latents.detach().double().cpu()
-
-
-def steps_that_run(pipe: Any) -> int:
-    """Of the schedule of the running call: video to video with a strength below 1 leaves the first ones out."""
-    steps = getattr(pipe, "_num_timesteps", None)
-    return steps if isinstance(steps, int) and steps > 0 else len(pipe.scheduler.timesteps)
 
 
 def impact(scores: Scores, choice: Mapping[str, Array], latents: Tensor, reference: Tensor) -> float:

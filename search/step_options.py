@@ -97,8 +97,7 @@ class StepOptions:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON, whole or not at all."""
         choices = tuple(
-            _Choice(forwards=each.forwards.to_json(), computed=each.computed, error=each.error)
-            for each in self.choices
+            _Choice(forwards=each.forwards.to_json(), computed=each.computed, error=each.error) for each in self.choices
         )
         content = _File(choices=choices, transformers=self.transformers, share=self.share, config=self.config)
         save_document(Path(path), KIND, content)
@@ -143,4 +142,6 @@ def measure_steps(
             trajectories.append(record(pipe, prompt, call, seed + number))
         shares.append(min(1.0, timer.milliseconds / 1e3 / seconds))
         on_prompt(number + 1)
-    return StepOptions(step_choices(trajectories), trajectories[0].transformers, float(np.median(shares)))
+    transformers = trajectories[0].transformers
+    choices = tuple(each for each in step_choices(trajectories) if len(each.computed) < len(transformers))
+    return StepOptions(choices, transformers, float(np.median(shares)))

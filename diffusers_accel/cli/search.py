@@ -35,7 +35,9 @@ def search(
     ms_per_step: Annotated[
         float | None, typer.Option("--ms-per-step", help="Goal: so long a step, in ms, as a mean over the schedule.")
     ] = None,
-    psnr: Annotated[float | None, typer.Option("--psnr", help="Goal: this PSNR against dense in dB, as a mean.")] = None,
+    psnr: Annotated[
+        float | None, typer.Option("--psnr", help="Goal: this PSNR against dense in dB, as a mean.")
+    ] = None,
     ssim: Annotated[float | None, typer.Option("--ssim", help="Goal: this SSIM against dense, as a mean.")] = None,
     lpips: Annotated[
         float | None, typer.Option("--lpips", help="Goal: at most this LPIPS against dense, as a mean.")
@@ -78,7 +80,8 @@ def search(
     prompt: Prompts = None,
     prompts: PromptFile = None,
     validation: Annotated[
-        Path | None, typer.Option("--validation", help="A text file with the prompts that decide. (default: eight of ours)")
+        Path | None,
+        typer.Option("--validation", help="A text file with the prompts that decide. (default: eight of ours)"),
     ] = None,
     held_out: Annotated[
         Path | None, typer.Option("--held-out", help="A text file with prompts that are read once, for the report.")
@@ -142,7 +145,9 @@ def _judged(pipe: str, asked: Budget | Goal, validation: Path | None, held_out: 
     given = {"--validation": validation, "--held-out": held_out, "--report": page}
     if isinstance(asked, Budget):
         if useless := [flag for flag, value in given.items() if value is not None]:
-            raise ValueError(f"{useless[0]}: expected a goal that is proven on clips, such as --speedup 1.5, found none")
+            raise ValueError(
+                f"{useless[0]}: expected a goal that is proven on clips, such as --speedup 1.5, found none"
+            )
         return {}
     if page is not None:
         from diffusers_accel.evals.report import check_report_folder
@@ -189,7 +194,9 @@ def find_asked(
         raise ValueError(f"--speedup: expected a factor above 1, such as 1.4, found {value}")
     if not proof:
         if kind != "speedup":
-            raise ValueError(f"{flag}: expected a goal that the search predicts by itself, --speedup, beside --no-proof")
+            raise ValueError(
+                f"{flag}: expected a goal that the search predicts by itself, --speedup, beside --no-proof"
+            )
         return Budget.speedup(value)
     from diffusers_accel.tune import Goal
 

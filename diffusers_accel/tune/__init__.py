@@ -5,7 +5,7 @@
 """
 
 from diffusers_accel.tune.goal import Goal
-from diffusers_accel.tune.tuned import Tuned
 from diffusers_accel.tune.tune_plan import tune_plan
+from diffusers_accel.tune.tuned import Tuned
 
 __all__ = ["Goal", "Tuned", "tune_plan"]

@@ -81,5 +81,9 @@ class Goal:
         return max(1 - value if self.metric == "ssim" else value, 1e-9)
 
     def __str__(self) -> str:
-        units = {"speedup": f"{self.value:g}x", "ms_per_step": f"{self.value:g} ms a step", "psnr": f"PSNR {self.value:g} dB"}
+        units = {
+            "speedup": f"{self.value:g}x",
+            "ms_per_step": f"{self.value:g} ms a step",
+            "psnr": f"PSNR {self.value:g} dB",
+        }
         return units.get(self.kind, f"{self.kind.upper()} {self.value:g}")

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffusers_accel.search.assign import Assignment, Correction
+from diffusers_accel.search.assignment import NO_CORRECTION, Assignment, Correction
+from diffusers_accel.search.steps.choice import StepChoice
 from diffusers_accel.tune.goal import POWERS, Goal
 
-PRIOR = 0.1  # weight of the belief that errors of heads and of predicted steps are off by the same factor, against one clip
+PRIOR = (
+    0.1  # weight of the belief that errors of heads and of predicted steps are off by the same factor, against one clip
+)
+LEAST = 1e-12  # error that is told from none
 WIDE = math.log(2)  # losses that lie less apart tell nothing of how they grow with the error
 
 
@@ -35,12 +39,12 @@ class Tried:
     @property
     def computed(self) -> int | None:
         """How many steps it computes; None: all."""
-        return computed(self.assignment)
+        return computed(self.assignment.steps)
 
 
-def computed(assignment: Assignment) -> int | None:
+def computed(steps: StepChoice | None) -> int | None:
     """How many steps are computed; None: all, without a step cache."""
-    return len(assignment.steps.computed) if assignment.steps else None
+    return len(steps.computed) if steps else None
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Model:
         """Of what was tried, one plan at least, the latest last."""
         correction = _correction(history)
         slow = {each.computed: each.assignment.speedup / each.speedup for each in history}
-        totals = np.log([each.assignment.total(correction) for each in history])
+        totals = np.log([max(each.assignment.total(correction), LEAST) for each in history])
         losses = np.log([goal.loss(each.value) for each in history])
         power = POWERS[goal.metric]
         if len(history) > 2 and min(np.ptp(totals), np.ptp(losses)) > WIDE:
@@ -73,13 +77,16 @@ class Model:
         offset = float(np.mean(losses - power * totals))
         return cls(correction, slow, statistics.median(slow.values()), offset, power)
 
-    def factor(self, steps: int | None) -> float:
-        """Measured time / expected time, of plans that compute so many steps."""
-        return self.slow.get(steps, self.usual)
+    def factor(self, steps: StepChoice | None) -> float:
+        """Measured time / expected time, of plans with such a choice of steps."""
+        return self.slow.get(computed(steps), self.usual)
 
-    def loss(self, assignment: Assignment) -> float:
-        """The expected loss of the goal's metric."""
-        return math.exp(self.offset + self.power * math.log(max(assignment.total(self.correction), 1e-300)))
+    def loss(self, error: float) -> float:
+        """The expected loss of the goal's metric, of a plan with this corrected error."""
+        return math.exp(self.offset + self.power * math.log(max(error, LEAST)))
+
+
+NOTHING = Model(NO_CORRECTION, {}, 1.0, 0.0, 1.0)  # before anything was tried
 
 
 def _correction(history: Sequence[Tried]) -> Correction:
@@ -87,7 +94,9 @@ def _correction(history: Sequence[Tried]) -> Correction:
     relative deviation, both 0 or more, drawn towards one common factor where the clips do not tell them apart."""
     from scipy.optimize import nnls  # of the extra `eval`
 
-    errors = np.array([[each.assignment.heads_error, each.assignment.total() - each.assignment.heads_error] for each in history])
+    errors = np.array(
+        [[each.assignment.heads_error, each.assignment.total() - each.assignment.heads_error] for each in history]
+    )
     seen = np.array([10 ** (-each.psnr / 10) for each in history])
     told = errors.sum(1) > 0
     if not told.any():

@@ -5,70 +5,40 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from diffusers_accel.search.assign import Assignment
-from diffusers_accel.search.budget import Budget
-from diffusers_accel.search.profile import Profile
-from diffusers_accel.search.reach import OutOfReach
-from diffusers_accel.tune.model import Model, computed
+from diffusers_accel.search.joint import Expected, Joint
+from diffusers_accel.tune.model import Model
 
-HALVINGS = 12  # of the interval in which a speed-up is looked for: to less than 0.1 % of it
-FASTEST = 32.0
+HALVINGS = 24  # of the interval in which a speed-up is looked for
 
 
-def proposals(profile: Profile, speedup: float, model: Model | None, dense_steps: float) -> list[Assignment]:
+def proposals(joint: Joint, speedup: float, model: Model) -> list[Expected]:
     """The best plan for each number of computed steps that should really reach the speed-up, the one with the least expected
     error first.
 
     Raises:
         OutOfReach: there is none.
     """
-    if model is None:
-        return _one_each(profile.assignments(Budget.speedup(speedup), dense_steps=dense_steps), None)
-    found: list[Assignment] = []
-    reason: OutOfReach | None = None
-    for factor in {model.usual, *model.slow.values()}:
-        try:
-            every = profile.assignments(Budget.speedup(max(1.0, speedup * factor)), dense_steps=dense_steps)
-        except OutOfReach as error:
-            reason = error
-            continue
-        found += [each for each in every if model.factor(computed(each)) == factor]
-    if not found:
-        raise reason or OutOfReach(f"a speed-up of {speedup:g} is out of reach")
-    return _one_each(found, model)
+    found: dict[int | None, Expected] = {}
+    for each in joint.ranked(speedup, model.correction, model.factor):
+        found.setdefault(each.computed, each)
+    return list(found.values())
 
 
-def fastest_within(profile: Profile, loss: float, model: Model, dense_steps: float) -> float:
+def fastest_within(joint: Joint, loss: float, model: Model) -> float:
     """The largest speed-up at which a plan should have at most this loss of the goal's metric; 1 where there is none."""
-    low, high = 0.0, math.log(FASTEST)
+    low, high = 0.0, math.log(max(1.0, joint.fastest(model.factor)))
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        try:
-            best = proposals(profile, math.exp(middle), model, dense_steps)[0]
-        except OutOfReach:
-            high = middle
-        else:
-            low, high = (middle, high) if model.loss(best) <= loss else (low, middle)
+        expected = joint.ranked(math.exp(middle), model.correction, model.factor)[0].error
+        low, high = (middle, high) if model.loss(expected) <= loss else (low, middle)
     return math.exp(low)
 
 
-def first_of(ranked: Sequence[Assignment], most: int) -> list[Assignment]:
+def first_of(ranked: Sequence[Expected], most: int) -> list[Expected]:
     """Plans that tell most of both scopes: the best, that of all steps, and the one whose heads are closest to dense."""
     heads_only = [each for each in ranked if each.steps is None]
-    cached = sorted((each for each in ranked if each.steps), key=lambda each: (each.heads_error, each.total()))
-    found: dict[int | None, Assignment] = {}
+    cached = sorted((each for each in ranked if each.steps), key=lambda each: (each.heads_error, each.error))
+    found: dict[int | None, Expected] = {}
     for each in (*ranked[:1], *heads_only, *cached[:1], *ranked):
-        found.setdefault(computed(each), each)
+        found.setdefault(each.computed, each)
     return list(found.values())[:most]
-
-
-def _one_each(found: Sequence[Assignment], model: Model | None) -> list[Assignment]:
-    """The best of each number of computed steps, the best of all first."""
-
-    def error(assignment: Assignment) -> float:
-        return assignment.total(model.correction) if model else assignment.total()
-
-    best: dict[int | None, Assignment] = {}
-    for each in sorted(found, key=error):
-        best.setdefault(computed(each), each)
-    return list(best.values())

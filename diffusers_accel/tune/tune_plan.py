@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from diffusers_accel.files import quoted
@@ -41,8 +40,8 @@ def tune_plan(
     """Finds the mix of step caches and sparse heads that reaches a goal, and proves it on clips.
 
     What `search_profile` predicts is tried on clips of its own prompts, and its error and its times are corrected by what they
-    show, until a plan does there what is asked. Validation decides: a speed has to be met within 3 %, a quality by the lower end of
-    the 95 % interval of its mean; else the plan goes back. Held-out prompts are read once, at the end.
+    show, until a plan does there what is asked. Validation decides: a speed has to be met within 3 %, a quality by the lower end
+    of the 95 % interval of its mean; else the plan goes back. Held-out prompts are read once, at the end.
 
     Args:
         pipe: a loaded diffusers video pipeline.
@@ -65,7 +64,9 @@ def tune_plan(
     if not isinstance(goal, Goal):
         raise TypeError(f"goal: expected a Goal, such as Goal.speedup(2), found {quoted(goal)}")
     if not validation:
-        raise ValueError("validation: expected prompts on which a plan is judged, 8 or more for an interval, found none")
+        raise ValueError(
+            "validation: expected prompts on which a plan is judged, 8 or more for an interval, found none"
+        )
     profile = search_profile(
         pipe, prompts, call=call, out=out, seed=seed, dense_steps=dense_steps, progress=progress, **search
     )
@@ -76,7 +77,9 @@ def tune_plan(
     screen, asked = Screen(progress and first), _as_speedup(goal, profile)
     plan, report, proof = Tuning(profile, lab, asked, parts, dense_steps, screen.say).run()
     met, words = verdict(asked, proof)
-    plan = replace(plan, provenance={**plan.provenance, "tuned": {"goal": str(goal), "met": met, **proof.to_json(goal.metric)}})
+    plan = replace(
+        plan, provenance={**plan.provenance, "tuned": {"goal": str(goal), "met": met, **proof.to_json(goal.metric)}}
+    )
     if out is not None and first:
         plan.save(out)
     screen.say(words)
@@ -88,7 +91,9 @@ def _as_speedup(goal: Goal, profile: Profile) -> Goal:
     if goal.kind != "ms_per_step":
         return goal
     if profile.steps is None:
-        raise ValueError("goal: ms a step are told by the dense runs that step caches are derived from: give step_caches=True")
+        raise ValueError(
+            "goal: ms a step are told by the dense runs that step caches are derived from: give step_caches=True"
+        )
     dense = profile.steps.share * profile.scores.seconds * 1e3 / len(profile.steps.transformers)
     if goal.value >= dense:
         raise ValueError(

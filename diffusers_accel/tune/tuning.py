@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from diffusers_accel.evals.generate import Prompt
 from diffusers_accel.evals.report import Report
 from diffusers_accel.plan import Plan
-from diffusers_accel.search.assign import Assignment
+from diffusers_accel.search.assignment import Assignment
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.profile import Profile
+from diffusers_accel.search.reach import OutOfReach
 from diffusers_accel.tune.goal import Goal
 from diffusers_accel.tune.lab import Lab, row_of, value_of
-from diffusers_accel.tune.model import Model, Tried, computed
+from diffusers_accel.tune.model import NOTHING, Model, Tried, computed
 from diffusers_accel.tune.propose import fastest_within, first_of, proposals
-from diffusers_accel.tune.tuned import Proof, Tuned
+from diffusers_accel.tune.tuned import Proof
 
 TOLERANCE = 0.03  # share by which a measured speed may differ from the one that was asked for
 ROUNDS = 4  # of trials on calibration prompts
@@ -63,7 +64,7 @@ class Tuning:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._profile, self._lab, self._goal, self._prompts = profile, lab, goal, prompts
-        self._dense_steps, self._say = dense_steps, say
+        self._joint, self._say = profile.joint(dense_steps), say
         self._history: list[Tried] = []
         self._loss = 0.0 if goal.is_speed else goal.loss(goal.value)  # that trials aim at
 
@@ -75,7 +76,7 @@ class Tuning:
             report = self._lab.compare({"plan": plan}, self._prompts.validation)
             proof = proof_of(report, self._goal, "plan")
             self._say(f"validation {check}: {_seen(self._goal, proof.speedup, proof.value)} on {proof.clips} clips")
-            again = self._sent_back(best, proof) if check < CHECKS else None
+            again = self._again(best, proof) if check < CHECKS else None
             if again is None:
                 break
             best = again
@@ -87,24 +88,34 @@ class Tuning:
 
     def _trials(self) -> Assignment:
         """The plan that the trials recommend."""
-        model: Model | None = None
+        model = NOTHING
         speedup = self._goal.value if self._goal.is_speed else FIRST_SPEEDUP
         for number in range(1, ROUNDS + 1):
-            ranked = proposals(self._profile, speedup, model, self._dense_steps)
-            some = first_of(ranked, BREADTH) if model is None else ranked[:BREADTH]
-            tried = self._try(some, number)
+            ranked = proposals(self._joint, speedup, model)
+            some = first_of(ranked, BREADTH) if model is NOTHING else ranked[:BREADTH]
+            tried = self._try([self._joint.assignment(each) for each in some], number)
             self._history += tried
             model = Model.of(self._history, self._goal)
             if not self._goal.is_speed:
-                speedup = fastest_within(self._profile, self._loss, model, self._dense_steps)
-            best = proposals(self._profile, speedup, model, self._dense_steps)[0]
+                speedup = fastest_within(self._joint, self._loss, model)
+            try:
+                best = self._joint.assignment(proposals(self._joint, speedup, model)[0])
+            except OutOfReach as reason:  # as it turns out: the best that there is goes on
+                self._say(str(reason))
+                return self._closest()
             if self._settled(best, tried):
                 break
         return best
 
+    def _closest(self) -> Assignment:
+        """Of what was tried the plan that comes closest to the goal."""
+        if self._goal.is_speed:
+            return max(self._history, key=lambda each: each.speedup).assignment
+        return min(self._history, key=lambda each: self._goal.loss(each.value)).assignment
+
     def _settled(self, best: Assignment, tried: Sequence[Tried]) -> bool:
         """Whether the plan that is recommended now was just tried, and was what is asked."""
-        same = [each for each in tried if each.computed == computed(best)]
+        same = [each for each in tried if each.computed == computed(best.steps)]
         if not same:
             return False
         if self._goal.is_speed:
@@ -126,22 +137,30 @@ class Tuning:
             tried.append(seen)
         return tried
 
+    def _again(self, best: Assignment, proof: Proof) -> Assignment | None:
+        """What to validate next; None where this plan stays, because it is what was asked or there is no better one."""
+        try:
+            return self._sent_back(best, proof)
+        except OutOfReach as reason:
+            self._say(str(reason))
+            return None
+
     def _sent_back(self, best: Assignment, proof: Proof) -> Assignment | None:
         """What to validate next, where this plan is not what was asked; None where it is."""
         model = Model.of(self._history, self._goal)
         if self._goal.is_speed:
             if abs(proof.speedup / self._goal.value - 1) <= TOLERANCE:
                 return None
-            slow = {**model.slow, computed(best): best.speedup / proof.speedup}
-            model = replace(model, slow=slow)
-            ranked = proposals(self._profile, self._goal.value, model, self._dense_steps)
-            return next((each for each in ranked if computed(each) == computed(best)), ranked[0])
+            same = computed(best.steps)
+            model = replace(model, slow={**model.slow, same: best.speedup / proof.speedup})
+            ranked = proposals(self._joint, self._goal.value, model)
+            return self._joint.assignment(next((each for each in ranked if each.computed == same), ranked[0]))
         wanted, seen = self._goal.loss(self._goal.value), self._goal.loss(_bound(proof, self._goal))
         if wanted * 10 ** (-SURE / 10) <= seen <= wanted:
             return None
         self._loss *= wanted * 10 ** (-0.3 * SURE / 10) / seen
-        speedup = fastest_within(self._profile, self._loss, model, self._dense_steps)
-        return proposals(self._profile, speedup, model, self._dense_steps)[0]
+        speedup = fastest_within(self._joint, self._loss, model)
+        return self._joint.assignment(proposals(self._joint, speedup, model)[0])
 
     def _plan(self, assignment: Assignment) -> Plan:
         return self._profile.plan(assignment, Budget.speedup(max(1.0, assignment.speedup)))

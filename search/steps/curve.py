@@ -35,7 +35,10 @@ def step_choices(
     curve = Curve(trajectories)
     best: dict[int, StepChoice] = {}
     for predictor in predictors:
-        for choice in (*curve.schedules(predictor), *(each for rule in rules for each in curve.of_rule(rule, predictor))):
+        for choice in (
+            *curve.schedules(predictor),
+            *(each for rule in rules for each in curve.of_rule(rule, predictor)),
+        ):
             count = len(choice.computed)
             if count not in best or choice.error < best[count].error:
                 best[count] = choice
@@ -127,7 +130,9 @@ def _common(ranges: Sequence[Sequence[ThresholdRange]]) -> Iterator[tuple[float 
     seen: list[list[tuple[int, ...]]] = []
     for low, high in pairwise(edges):
         threshold = short_number(low, high)
-        computed = [next(one.computed for one in each if one.high is not None and threshold <= one.high) for each in ranges]
+        computed = [
+            next(one.computed for one in each if one.high is not None and threshold <= one.high) for each in ranges
+        ]
         if computed not in seen[-1:]:
             seen.append(computed)
             yield threshold, computed

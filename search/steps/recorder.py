@@ -13,8 +13,8 @@ from torch import Tensor
 from diffusers_accel.attach.site import AttachedModel
 from diffusers_accel.forwards.calls import ForwardReader, Given, opened
 from diffusers_accel.search.arguments import check_call, check_pipeline, check_prompts
+from diffusers_accel.search.last_latents import LastLatents
 from diffusers_accel.search.running import Prompt, prompt_label, run_pipeline
-from diffusers_accel.search.sensitivity import LastLatents
 from diffusers_accel.search.steps.trajectory import Trajectory, TrajectoryStep
 from diffusers_accel.support.identity import components, fingerprint, model_name, plain
 

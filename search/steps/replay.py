@@ -141,7 +141,9 @@ class _Replay:
         members = [part for part in samples.v[course.step] if part[0] == branch]
         x, before = (_repeated(self._follower.x(course, lag), len(members)) for lag in (0, 1))
         computed = tuple(
-            Computed(some[0].step, some[0].timestep, _repeated(some[0].x, len(some)), torch.cat([each.v for each in some]))
+            Computed(
+                some[0].step, some[0].timestep, _repeated(some[0].x, len(some)), torch.cat([each.v for each in some])
+            )
             for some in zip(*(course.known[part] for part in members), strict=True)
         )
         timestep = samples.timesteps[course.step]

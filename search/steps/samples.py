@@ -121,8 +121,4 @@ def _samples(trajectory: Trajectory, take) -> Samples:  # type: ignore[no-untype
 def parts(step: TrajectoryStep) -> dict[Part, Tensor]:
     """The outputs of a step, each of the shape of the latents."""
     rows = len(step.x)
-    return {
-        (branch, number): part
-        for branch, v in step.v.items()
-        for number, part in enumerate(v.split(rows))
-    }
+    return {(branch, number): part for branch, v in step.v.items() for number, part in enumerate(v.split(rows))}

@@ -46,7 +46,9 @@ def save_trajectory(path: str | os.PathLike[str], trajectory: Trajectory) -> Non
     header = _Header(
         prompt=trajectory.prompt,
         identity=dict(trajectory.identity),
-        steps=tuple(_Step(transformer=s.transformer, timestep=s.timestep, branches=tuple(s.v)) for s in trajectory.steps),
+        steps=tuple(
+            _Step(transformer=s.transformer, timestep=s.timestep, branches=tuple(s.v)) for s in trajectory.steps
+        ),
     )
     prepare_file(path)
     save_tensor_document(path, KIND, header, _tensors(trajectory))

@@ -32,8 +32,8 @@ def uniform(error: float, *impacts: float) -> tuple[Scores, Assignment]:
 def test_the_error_of_the_latents_adds_up_over_spans() -> None:
     scores, found = uniform(0.1, 0.01, 0.02)
     assert span_errors(scores, found.choice).tolist() == pytest.approx([2 * 4 * 0.1, 6 * 4 * 0.1])
-    assert latents_error(scores, found.choice) == pytest.approx(0.01 * 0.8 + 0.02 * 2.4)
-    assert latents_error(*(uniform(0.1)[0], found.choice)) is None, "no span was measured"
+    assert latents_error(scores, found) == pytest.approx(0.01 * 0.8 + 0.02 * 2.4)
+    assert latents_error(*(uniform(0.1)[0], found)) is None, "no span was measured"
 
 
 def test_a_plan_slower_than_dense_says_so() -> None:

@@ -12,9 +12,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanVideoToVideoPipeline
 
 from diffusers_accel.api import patch
 from diffusers_accel.plan import Plan
+from diffusers_accel.search.last_latents import LastLatents
 from diffusers_accel.search.running import Enough
 from diffusers_accel.search.scores import Scores
-from diffusers_accel.search.sensitivity import LastLatents
 from tests.search.test_search import a_call, a_prompt, search
 from tests.tiny import tiny_wan_transformer, tiny_wan_vae
 

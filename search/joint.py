@@ -1,0 +1,150 @@
+"""One budget over both scopes: for each choice of computed steps the front of the heads' errors over their time.
+
+A front is walked once (`search.knapsack`); what any speed-up costs is then read off it, for all choices of steps at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from diffusers_accel.methods import Method
+from diffusers_accel.search.assignment import (
+    NO_CORRECTION,
+    Assignment,
+    Correction,
+    Tables,
+    build_tables,
+    dense_time,
+    least_error,
+    span_weights,
+    summary,
+)
+from diffusers_accel.search.cost import Cost
+from diffusers_accel.search.coverage import Coverage
+from diffusers_accel.search.knapsack import front
+from diffusers_accel.search.reach import OutOfReach
+from diffusers_accel.search.scores import Array, Scores
+from diffusers_accel.search.step_options import StepOptions
+from diffusers_accel.search.steps.choice import StepChoice
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A choice of steps, with what the heads would cost beside it.
+
+    Args:
+        steps: None: every step is computed.
+        speedup: that is asked of it by the predicted times.
+        heads_error: of the best choice of heads then.
+        error: of both scopes, corrected.
+    """
+
+    steps: StepChoice | None
+    speedup: float
+    heads_error: float
+    error: float
+
+    @property
+    def computed(self) -> int | None:
+        """How many steps are computed; None: all, without a step cache."""
+        return len(self.steps.computed) if self.steps else None
+
+
+class Joint:
+    """All pairs of a choice of steps and of heads.
+
+    Args:
+        scores, cost: as of `assign`; all spans have to be measured where there are step caches to choose from.
+        steps: None: every step is computed.
+        dense_steps, among: as of `assign`.
+
+    Raises:
+        ValueError: spans were not measured, so that errors of heads and of predicted steps have no common unit.
+    """
+
+    def __init__(
+        self,
+        scores: Scores,
+        cost: Cost,
+        steps: StepOptions | None,
+        dense_steps: float = 0.0,
+        among: Collection[Method] | None = None,
+    ) -> None:
+        if steps is not None and len(scores.impacts) < len(scores.spans):
+            raise ValueError(
+                "steps: expected scores whose spans were measured, by which errors of heads and of predicted steps are compared; "
+                "search without step caches"
+            )
+        self._scores, self._steps = scores, steps or StepOptions((), tuple(scores.models), 1.0)
+        self._weights = span_weights(scores, None)
+        self._tables = build_tables(scores, cost, self._weights, dense_steps, among)
+        choices = [None, *(each for each in self._steps.choices if self._steps.computes_first(each, dense_steps))]
+        self._fronts = [(chosen, *self._front(self._covered(chosen))) for chosen in choices]
+
+    def ranked(
+        self,
+        speedup: float,
+        correction: Correction = NO_CORRECTION,
+        slow: Callable[[StepChoice | None], float] = lambda steps: 1.0,
+    ) -> list[Expected]:
+        """Every choice of steps with which a generation is so many times as fast, that of the least expected error first.
+
+        Args:
+            correction: of the errors.
+            slow: real time / predicted time with a choice of steps.
+
+        Raises:
+            OutOfReach: there is none.
+        """
+        found = []
+        for chosen, ratios, errors in self._fronts:
+            asked = max(1.0, speedup * slow(chosen))
+            ratio = self._steps.attention_left(1 / asked, self._scores.attention_share, chosen)
+            inside = np.flatnonzero(ratios <= ratio * (1 + 1e-9))
+            if len(inside):
+                heads = float(errors[inside[0]])
+                predicted = chosen.error if chosen else 0.0
+                total = correction.heads * heads + correction.forwards * predicted
+                found.append(Expected(chosen, asked, heads, total))
+        if not found:
+            raise OutOfReach(
+                f"a speed-up of {speedup:g} is out of reach: step caches and sparse attention together make a generation here "
+                f"{self.fastest(slow):.2f} times as fast at most; ask for less"
+            )
+        return sorted(found, key=lambda each: each.error)
+
+    def fastest(self, slow: Callable[[StepChoice | None], float] = lambda steps: 1.0) -> float:
+        """The largest speed-up that there is."""
+        share = self._scores.attention_share
+        return max(
+            self._steps.speedup(share, float(ratios[-1]), chosen) / slow(chosen) for chosen, ratios, _ in self._fronts
+        )
+
+    def assignment(self, expected: Expected) -> Assignment:
+        """The choice of heads for one of `ranked`."""
+        left = self._covered(expected.steps)
+        ratio = self._steps.attention_left(1 / expected.speedup, self._scores.attention_share, expected.steps)
+        limit = ratio * dense_time(self._tables)
+        choice = least_error(left, {name: table.time for name, table in left.items()}, limit)
+        return summary(self._scores, self._tables, left, choice, self._steps, expected.steps)
+
+    def _covered(self, chosen: StepChoice | None) -> Tables:
+        """The tables where only the chosen steps run."""
+        if chosen is None:
+            return self._tables
+        spans, transformers = self._scores.spans, self._steps.transformers
+        return {
+            name: table.under(Coverage.of(spans, transformers, name, chosen.computed), self._weights)
+            for name, table in self._tables.items()
+        }
+
+    def _front(self, tables: Tables) -> tuple[Array, Array]:
+        """Attention's time / that of dense attention in all steps, descending, and the heads' error."""
+        options = len(self._scores.candidates)
+        error = np.concatenate([table.error.reshape(-1, options) for table in tables.values()])
+        time = np.concatenate([table.time.reshape(-1, options) for table in tables.values()])
+        total, wrong = front(error, time)
+        return total / dense_time(self._tables), wrong
