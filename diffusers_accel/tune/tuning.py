@@ -75,7 +75,7 @@ class Tuning:
             plan = self._plan(best)
             report = self._lab.compare({"plan": plan}, self._prompts.validation)
             proof = proof_of(report, self._goal, "plan")
-            self._say(f"validation {check}: {_seen(self._goal, proof.speedup, proof.value)} on {proof.clips} clips")
+            self._say(f"validation {check}: {_seen(self._goal, proof.speedup, proof.value)} on {_clips(proof)}")
             again = self._again(best, proof) if check < CHECKS else None
             if again is None:
                 break
@@ -83,7 +83,7 @@ class Tuning:
         if self._prompts.held_out:
             report = self._lab.compare({"plan": plan}, self._prompts.held_out)
             proof = proof_of(report, self._goal, "plan")
-            self._say(f"held out: {_seen(self._goal, proof.speedup, proof.value)} on {proof.clips} clips")
+            self._say(f"held out: {_seen(self._goal, proof.speedup, proof.value)} on {_clips(proof)}")
         return plan, report, proof
 
     def _trials(self) -> Assignment:
@@ -181,7 +181,7 @@ def verdict(goal: Goal, proof: Proof) -> tuple[bool | None, str]:
     else:
         met = _quality(goal, proof)
     words = {True: "met", False: "NOT met", None: "cannot tell"}[met]
-    return met, f"{goal}: {words}: {seen}{_interval(goal, proof)}, on {proof.clips} clips"
+    return met, f"{goal}: {words}: {seen}{_interval(goal, proof)}, on {_clips(proof)}"
 
 
 def _quality(goal: Goal, proof: Proof) -> bool | None:
@@ -210,6 +210,10 @@ def _interval(goal: Goal, proof: Proof) -> str:
 def _seen(goal: Goal, speedup: float, value: float) -> str:
     unit = " dB" if goal.metric == "psnr" else ""
     return f"{speedup:.2f}x, {goal.metric.upper()} {value:.4g}{unit}"
+
+
+def _clips(proof: Proof) -> str:
+    return f"{proof.clips} clip{'s' * (proof.clips > 1)}"
 
 
 def _name(assignment: Assignment) -> str:

@@ -10,28 +10,32 @@ import pytest
 from diffusers_accel import Goal, tune_plan
 from diffusers_accel.plan import Plan
 from diffusers_accel.search import plan_search
+from diffusers_accel.tune import tuning
 from tests.search.test_search import METHODS, a_call, a_prompt, processors
 from tests.tiny import tiny_wan
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On so small a model times are noise, in which no loop would settle: one round, one check."""
     monkeypatch.setattr(plan_search, "COST_SECONDS", 0.05)
+    monkeypatch.setattr(tuning, "ROUNDS", 1)
+    monkeypatch.setattr(tuning, "CHECKS", 1)
 
 
 def tuned(goal: Goal, **options: Any) -> Any:
-    call = {name: value for name, value in a_call(num_inference_steps=6).items() if name != "output_type"}
+    call = {name: value for name, value in a_call(num_inference_steps=4).items() if name != "output_type"}
     options = {"validation": [a_prompt(2)], "candidates": METHODS, "rows": 64, "progress": False, **options}
     return tune_plan(tiny_wan(), [a_prompt(0)], goal, call=call, **options)
 
 
 def test_a_plan_comes_with_its_proof(tmp_path: Path) -> None:
-    found = tuned(Goal.speedup(1.2), out=tmp_path / "plan.json", held_out=[a_prompt(3), a_prompt(4)])
-    assert found.proof.clips == 2 == len(found.report.clips)
+    found = tuned(Goal.speedup(1.01), out=tmp_path / "plan.json", held_out=[a_prompt(3)])
+    assert found.proof.clips == 1 == len(found.report.clips)
     told = Plan.load(tmp_path / "plan.json").provenance["tuned"]
-    assert told["goal"] == "1.2x" and told["met"] == found.met and told["speedup"] == found.proof.speedup
-    assert told["clips"] == 2 and told["interval"] is None
-    assert found.verdict.startswith("1.2x: ") and found.verdict.endswith("on 2 clips")
+    assert told["goal"] == "1.01x" and told["met"] == found.met and told["speedup"] == found.proof.speedup
+    assert told["clips"] == 1 and told["interval"] is None
+    assert found.verdict.startswith("1.01x: ") and found.verdict.endswith("on 1 clip")
     assert (tmp_path / "plan.scores.steps.json").exists()
 
 
