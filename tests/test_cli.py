@@ -12,14 +12,15 @@ import pytest
 import typer
 
 from diffusers_accel import Plan, __version__, cli
-from diffusers_accel.cli.arguments import find_prompts
+from diffusers_accel.cli.arguments import find_prompts, find_validation
 from diffusers_accel.cli.options import Setup
-from diffusers_accel.cli.search import find_budget
+from diffusers_accel.cli.search import find_asked
 from diffusers_accel.evals import kernel_bench
 from diffusers_accel.evals.toy import CALL
 from diffusers_accel.methods import NAMED
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.budget import Budget
+from diffusers_accel.tune import Goal
 from diffusers_accel.shape import ModelShape
 from tests.tiny import save_small_wan
 
@@ -159,11 +160,18 @@ def test_a_refusal_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "found nothing there" in refused(capsys, "plan", "show", tmp_path / "gone.json")
 
 
-def test_budgets() -> None:
-    assert find_budget(None, None, None, None) == Budget.density(0.4)
-    assert find_budget(1.5, None, None, None) == Budget.speedup(1.5)
-    assert find_budget(None, None, 0.1, None) == Budget.sparse_vdit(0.1, 0.5)
-    assert find_budget(None, None, 0.1, 0.3) == Budget.sparse_vdit(0.1, 0.3)
+def test_what_a_search_is_asked_for() -> None:
+    def asked(density: float | None = None, epsilon: float | None = None, lam: float | None = None, **rest: Any) -> Any:
+        proof = rest.pop("proof", True)
+        return find_asked(
+            {**dict.fromkeys(("speedup", "ms_per_step", "psnr", "ssim", "lpips")), **rest}, density, epsilon, lam, proof
+        )
+
+    assert asked() == Goal.speedup(1.5) and asked(speedup=2.0) == Goal.speedup(2.0)
+    assert asked(psnr=32.0) == Goal.psnr(32) and asked(ms_per_step=80.0) == Goal.ms_per_step(80)
+    assert asked(speedup=2.0, proof=False) == Budget.speedup(2.0)
+    assert asked(0.4) == Budget.density(0.4)
+    assert asked(None, 0.1) == Budget.sparse_vdit(0.1, 0.5) and asked(None, 0.1, 0.3) == Budget.sparse_vdit(0.1, 0.3)
 
 
 def test_calls_hold_what_was_given() -> None:
@@ -182,7 +190,8 @@ def test_calls_hold_what_was_given() -> None:
 def test_prompts_of_search_and_report_differ(tmp_path: Path) -> None:
     for pipe in ("toy", "some/pipeline"):
         search, report = (find_prompts(pipe, None, None, for_search=which) for which in (True, False))
-        assert len({*search, *report}) == 8
+        validation = find_validation(pipe, None)
+        assert len({*search, *report, *validation}) == 16 and len(validation) == 8  # the fewest that give an interval
     (tmp_path / "prompts.txt").write_text("a red circle\n\n  a blue square \n")
     assert find_prompts("toy", None, tmp_path / "prompts.txt", for_search=True) == ["a red circle", "a blue square"]
     assert find_prompts("toy", ["one"], None, for_search=False) == ["one"]

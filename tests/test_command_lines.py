@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -319,6 +320,8 @@ def searched(monkeypatch: pytest.MonkeyPatch, **provenance: Any) -> None:
     plan = Plan.uniform(NAMED["draft"](), "wan", MODELS)
     plan.provenance.update(provenance)
     monkeypatch.setattr("diffusers_accel.search_plan", lambda *_, **__: plan, raising=False)
+    tuned = SimpleNamespace(plan=plan, met=True, verdict="1.5x: met", report=None)
+    monkeypatch.setattr("diffusers_accel.tune_plan", lambda *_, **__: tuned, raising=False)
 
 
 def interrupted(stop: KeyboardInterrupt) -> Any:
@@ -371,12 +374,32 @@ def test_a_plan_that_the_search_warns_of_is_written_only_when_forced(
     assert ended.value.code == 0 and out.exists()
 
 
+def test_a_goal_that_is_not_met_is_a_reason_to_write_no_plan(
+    loaded: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = Plan.uniform(NAMED["draft"](), "wan", MODELS)
+    asked: dict[str, Any] = {}
+
+    def tune(pipe: Any, texts: list[str], goal: Any, **options: Any) -> Any:
+        asked.update(options, goal=goal, texts=texts)
+        return SimpleNamespace(plan=plan, met=False, verdict="PSNR 40 dB: NOT met: 1.00x, PSNR 35 dB", report=None)
+
+    loaded.setattr("diffusers_accel.tune_plan", tune, raising=False)
+    (tmp_path / "decide.txt").write_text("one\ntwo\n")
+    out = tmp_path / "p.json"
+    line = ["search", "my-wan", "--out", str(out), "--psnr", "40", "--validation", str(tmp_path / "decide.txt")]
+    code, text = stopped(capsys, line)
+    assert code == 3 and not out.exists() and "not written: PSNR 40 dB: NOT met: 1.00x, PSNR 35 dB. What was" in text
+    assert str(asked["goal"]) == "PSNR 40 dB" and asked["validation"] == ["one", "two"] and asked["held_out"] == ()
+    assert asked["step_caches"] is True and len(asked["texts"]) == 4
+
+
 def test_ctrl_c_says_what_is_kept_and_the_command_that_goes_on(
     loaded: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["search", "my-wan", "--out", str(tmp_path / "p.json"), "--prompt", "it's red"]
     stop = Interrupted("2 of 4 prompts are kept in p.scores.safetensors.")
-    loaded.setattr("diffusers_accel.search_plan", interrupted(stop), raising=False)
+    loaded.setattr("diffusers_accel.tune_plan", interrupted(stop), raising=False)
     code, text = stopped(capsys, line)
     assert code == 130
     assert text == (
