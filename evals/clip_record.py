@@ -15,7 +15,7 @@ from diffusers_accel.evals.report import Media
 from diffusers_accel.evals.report.video import GAIN
 from diffusers_accel.files import FileError, Kind, Schema, load_tensor_document, printable, quoted, save_tensor_document
 
-KIND = Kind("diffusers_accel.clip", version=3, remedy="delete it, and this clip is measured again")
+KIND = Kind("diffusers_accel.clip", version=4, remedy="delete it, and this clip is measured again")
 MOST = 1_000_000  # layers: what is above it is a mistake
 FILM, DIFFERENCE = "film/", "difference/"  # before the subject's name, in the file
 
@@ -65,7 +65,8 @@ class ClipNumbers(Schema, frozen=True, omit_defaults=True):
     shape: frames, height and width in pixels. tokens: of the video per axis, and of the text. seen: by subject, "dense"
     included. repeat: largest difference of each later dense run from the first. patch_difference: the same of a dense run
     under an all-dense patch, of the first clip only. warm_up: ms by subject, of the first clip of each process. films: of the
-    lossless films for metrics of sets, sha256 by subject. comparison: in a file, the checksum of what it belongs to.
+    lossless films for metrics of sets, sha256 by subject. dense_calls: of attention under an all-dense patch, by transformer
+    and layer, of the first clip only. comparison: in a file, the checksum of what it belongs to.
     """
 
     prompt: str
@@ -78,6 +79,7 @@ class ClipNumbers(Schema, frozen=True, omit_defaults=True):
     fps: int
     warm_up: dict[str, Time] = {}
     films: dict[str, str] = {}
+    dense_calls: dict[str, list[AnyNumber]] = {}
     comparison: str = ""
 
 

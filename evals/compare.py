@@ -33,7 +33,8 @@ from diffusers_accel.evals.generate import (
     memory_kind,
     prompt_text,
 )
-from diffusers_accel.evals.kept import KeptClips, identify
+from diffusers_accel.evals.host_use import HostUse, apart, switched_on
+from diffusers_accel.evals.kept import Identity, KeptClips, identify
 from diffusers_accel.evals.machine import git_sha, machine, versions
 from diffusers_accel.evals.metrics import DEFAULT, METRICS, Scored
 from diffusers_accel.evals.order import SEED as ORDER_SEED
@@ -41,8 +42,9 @@ from diffusers_accel.evals.order import order
 from diffusers_accel.evals.pairs import pair_rows
 from diffusers_accel.evals.report import Clip, Report, Subject
 from diffusers_accel.evals.report.findings import FLOOR
-from diffusers_accel.evals.report.video import encode, encode_difference
+from diffusers_accel.evals.report.video import difference_pixels, encode, pixels
 from diffusers_accel.evals.set_films import SetFilms
+from diffusers_accel.evals.shown import WorstSoFar, drop_films, worst_of_records
 from diffusers_accel.evals.tally import (
     BASELINE,
     WARM_UP_STEPS,
@@ -62,6 +64,7 @@ from diffusers_accel.subject import Patchable
 from diffusers_accel.support.interrupted import Interrupted
 from diffusers_accel.support.log import LOG
 from diffusers_accel.support.processes import ALONE, Processes, processes
+from diffusers_accel.support.progress import ProgressLines
 
 DISTRIBUTIONS = ("torch", "triton", "diffusers", "diffusers-accel", "numpy")  # beside those of the metrics
 # What a subject may be; a pair gives the parameters of `patch`: of a named method, and cache_memory_fraction.
@@ -97,13 +100,14 @@ def compare(
         subjects: name -> what `patch` takes: a Plan, a method's name, a path to a plan file, a Method, Recipe or step cache, a
             list such as ["easycache", "draft"]; or (one of these, parameters of `patch`), such as ("cached", {"refresh_every": 2,
             "cache_memory_fraction": 0.5}). Under a step cache alone attention is patched to be dense, so that its time is
-            measured.
+            measured. Also what diffusers does itself, alone or in such a list (`evals.host_use`): one of its caches, as
+            ("first_block_cache", {"threshold": 0.1}), or another backend of dense attention, as ("backend", {"name": "sage"}).
         prompts: texts; or mappings of pipeline arguments, such as prompt_embeds, for a pipeline without a text encoder.
         call: what else the pipeline is called with, such as height, width, num_frames, num_inference_steps, guidance_scale.
         seeds: of the CPU generator that makes the initial noise.
         metrics: names out of `METRICS`, of any kind. One that cannot be computed here gives rows without value that say why.
         rounds: how many patched runs of each clip are timed, each between two dense ones.
-        show: at most so many clips are kept as video for the report's page.
+        show: so many clips, the worst, are kept as video for the report's page.
         fps: of those videos.
         floor: run each clip once more, with dense attention in another exact kernel (`evals.floor`): the distance that a mere
             change of kernel makes, which stands in every table and chart. Costs that run: the time of a dense one on a GPU, on a
@@ -126,38 +130,44 @@ def compare(
     metrics, seeds = arguments.check_asked(
         subjects, texts, metrics=metrics, seeds=seeds, rounds=rounds, show=show, fps=fps, floor=floor
     )
-    plans = {name: _resolved(pipe, subject) for name, subject in subjects.items()}
+    steps = _steps(pipe, call)
+    hosts = {name: _host(name, subject) for name, subject in subjects.items()}
+    plans = {name: _resolved(pipe, name, subject, hosts[name], steps) for name, subject in subjects.items()}
     options = {name: _options(subject) for name, subject in subjects.items()}
     clips = [(prompt, seed, text) for prompt, text in zip(prompts, texts, strict=True) for seed in seeds]
     with ExitStack() as opened:
         here = opened.enter_context(processes())
         here.agree("answer whether clips are kept (keep=...)", keep is not None)
-        kept = None
-        if keep is not None or here.count > 1:
-            settings: dict[str, Any] = {"rounds": rounds, "metrics": list(metrics), "show": show, "fps": fps}
-            settings |= {"processes": here.count, "floor": floor}
-            identity = identify(pipe, plans, options, call=call, prompts=prompts, seeds=seeds, **settings)
-            here.agree("comparison", msgspec.to_builtins(identity))
-            kept = KeptClips(Path(keep), identity) if keep is not None else None
+        settings: dict[str, Any] = {"rounds": rounds, "metrics": list(metrics), "show": show, "fps": fps}
+        settings |= {"processes": here.count, "floor": floor}
+        identity = identify(pipe, plans, options, hosts, call=call, prompts=prompts, seeds=seeds, **settings)
+        here.agree("comparison", msgspec.to_builtins(identity))
+        kept = KeptClips(Path(keep), identity) if keep is not None else None
         done = here.first(partial(_opened, opened, kept, clips)) if kept else {}
         scores = {name: METRICS[name].loaded() for name in metrics}
         films = None
         if not all(METRICS[name].scores_clips for name in metrics):
             films = kept.films if kept else SetFilms(here.first(partial(_scratch, opened)), fps)
-        session = _Session(pipe, plans, options, dict(call), scores, fps, films, floor, here)
+        session = _Session(pipe, plans, options, hosts, dict(call), scores, fps, films, floor, here)
         left = [number for number in range(len(clips)) if number not in done]
         try:
             own = left[here.rank :: here.count]
-            with closing(session.clips(clips, own, rounds, show, progress and here.is_first)) as finished:
+            worst = worst_of_records(done, plans, show)
+            with closing(session.clips(clips, own, rounds, worst, progress and here.is_first)) as finished:
                 for _ in range(0, len(left), here.count):
                     found = [each for each in here.each(partial(next, finished, None)) if each is not None]
-                    here.first(partial(_keep, kept, found))
                     done |= dict(found)
+                    changed = drop_films(done, worst_of_records(done, plans, show).numbers)
+                    numbers = [number for number, _ in found]
+                    numbers += sorted(changed.difference(numbers))
+                    here.first(partial(_keep, kept, {number: done[number] for number in numbers}))
+            # Where a kill came between a clip and the films that it replaced.
+            drop_films(done, worst_of_records(done, plans, show).numbers)
             records = [done[number] for number in range(len(clips))]
             sets = here.first(partial(session.set_scores, records))
         except KeyboardInterrupt as stop:
             raise Interrupted(_left(len(done), len(clips), kept)) from stop
-    return session.report(records, sets, texts, seeds, rounds, kept if here.is_first else None)
+    return session.report(records, sets, texts, seeds, rounds, identity, kept if here.is_first else None)
 
 
 class _Session:
@@ -168,6 +178,7 @@ class _Session:
         pipe: Any,
         plans: dict[str, Plan],
         options: dict[str, dict[str, Any]],
+        hosts: dict[str, HostUse],
         call: dict[str, Any],
         scores: dict[str, Any],
         fps: int,
@@ -176,12 +187,11 @@ class _Session:
         here: Processes = ALONE,
     ) -> None:
         """`scores`: by metric, its score function or why there is none. `films`: for metrics of sets, where there are any."""
-        self.pipe, self.plans, self.options = pipe, plans, options
+        self.pipe, self.plans, self.options, self.hosts = pipe, plans, options, hosts
         self.call, self.scores, self.fps, self.films, self.here = call, scores, fps, films, here
         self.beside = (*([FLOOR] if floor else []), *plans)  # what is compared with dense
         self.bar: Callable[[str | None], None]
-        stock = inspect.signature(type(pipe).__call__).parameters
-        self.steps = int(call.get("num_inference_steps", stock["num_inference_steps"].default))
+        self.steps = _steps(pipe, call)
         step_caches = {name: plan.forwards for name, plan in plans.items() if plan.forwards}
         arguments.check_step_caches(step_caches, self.steps)
         for name, forwards in step_caches.items():
@@ -195,10 +205,11 @@ class _Session:
         clips: Sequence[tuple[Prompt, int, str]],
         own: Sequence[int],
         rounds: int,
-        show: int,
+        worst: WorstSoFar,
         progress: bool,
     ) -> Generator[tuple[int, ClipRecord]]:
-        """The clips of this process, with their numbers, each as soon as it is finished."""
+        """The clips of this process, with their numbers, each as soon as it is finished; with films if it is among the worst of
+        those that this process knows."""
         if not own:
             return
         steps = self.steps * (len(own) * (1 + rounds * (1 + len(self.plans)) + (FLOOR in self.beside)) + (0 in own))
@@ -206,7 +217,7 @@ class _Session:
         with attribute(self.pipe, "_progress_bar_config", quiet), _bar(progress, steps) as self.bar:
             self.warm_up(*clips[own[0]][:2])
             for number in own:
-                yield number, self.clip(number, *clips[number], rounds, media=number < show)
+                yield number, self.clip(number, *clips[number], rounds, worst)
                 self.warmed = {}
 
     def warm_up(self, prompt: Prompt, seed: int) -> None:
@@ -219,8 +230,9 @@ class _Session:
             self._warm_up_floor(prompt, seed, call)
         for name, plan in self.plans.items():
             try:
-                # A step cache adds nothing to so few steps, and may be made for more.
-                with self._patched(name, replace(plan, forwards=None)) as patched:
+                # A step cache adds nothing to so few steps, and may be made for more; so may one of diffusers.
+                host = replace(self.hosts[name], cache=None, parameters={})
+                with self._patched(name, replace(plan, forwards=None), host) as patched:
                     self.warmed[name] = generate(self.pipe, prompt, SharedNoise(seed), call).milliseconds
                     layout = patched.layout
                 assert layout is not None
@@ -228,6 +240,7 @@ class _Session:
                     check_size(plan, transformer, layout)
             except ValueError as error:
                 raise ValueError(f"subjects[{quoted(name)}]: {error}") from error
+        assert layout is not None
         video = {"frames": layout.frames, "height": layout.height, "width": layout.width}
         self.tokens = {**video, "text": layout.text_tokens}
 
@@ -245,16 +258,15 @@ class _Session:
         transformer: Any = next(iter(find(self.pipe).values()))[0]
         return describe(device_of(self.pipe), transformer.dtype)
 
-    def clip(self, index: int, prompt: Prompt, seed: int, text: str, rounds: int, media: bool) -> ClipRecord:
+    def clip(self, index: int, prompt: Prompt, seed: int, text: str, rounds: int, worst: WorstSoFar) -> ClipRecord:
         """A dense run, then rounds of a run with each subject and a dense one, in the first of them the floor too; after the
         first clip dense under a patch."""
         noise = SharedNoise(seed)
         seen = {name: Seen() for name in (BASELINE, *self.beside)}
         dense = self._run(BASELINE, prompt, noise, text, seen)
-        self._score(seen[BASELINE], dense.frames, None)
+        self._score(seen[BASELINE], dense, None)
         lossless = self._keep_for_sets(BASELINE, index, dense.frames)
-        films = {BASELINE: encode(dense.frames, self.fps)} if media else {}
-        differences: dict[str, bytes] = {}
+        shown, differences = {BASELINE: pixels(dense.frames)} if worst.count else {}, {}
         repeat: list[float] = []
         for number in range(rounds):
             for name in order(self.beside, index * rounds + number):
@@ -262,14 +274,14 @@ class _Session:
                     continue
                 run = self._run(name, prompt, noise, text, seen)
                 if number == 0:
-                    self._score(seen[name], run.frames, dense.frames)
+                    self._score(seen[name], run, dense)
                     lossless |= self._keep_for_sets(name, index, run.frames)
-                    if media and name != FLOOR:
-                        films[name] = encode(run.frames, self.fps)
-                        differences[name] = encode_difference(dense.frames, run.frames, self.fps)
+                    if worst.count and name != FLOOR:
+                        shown[name] = pixels(run.frames)
+                        differences[name] = difference_pixels(dense.frames, run.frames)
             again = self._run(BASELINE, prompt, noise, text, seen)
             repeat.append(largest_difference(dense.frames, again.frames))
-        patched = self._dense_attention(prompt, noise, text, seen[BASELINE]) if index == 0 else None
+        patched, calls = self._dense_attention(prompt, noise, text, seen[BASELINE]) if index == 0 else (None, {})
         numbers = ClipNumbers(
             prompt=text,
             seed=seed,
@@ -281,14 +293,19 @@ class _Session:
             fps=self.fps,
             warm_up=self.warmed,
             films=lossless,
+            dense_calls=calls,
         )
-        in_order = [{name: each[name] for name in seen if name in each} for each in (films, differences)]
-        return ClipRecord(numbers, *in_order)
+        if not worst.add(index, seen):
+            return ClipRecord(numbers)
+        films = [{name: each[name] for name in seen if name in each} for each in (shown, differences)]
+        return ClipRecord(numbers, *({name: encode(film, self.fps) for name, film in each.items()} for each in films))
 
-    def _score(self, into: Seen, frames: np.ndarray, dense: np.ndarray | None) -> None:
-        """By each metric that has a value for these frames, which are dense themselves where `dense` is None."""
+    def _score(self, into: Seen, run: PipelineRun, dense: PipelineRun | None) -> None:
+        """By each metric that has a value for this run, which is the dense one itself where `dense` is None."""
+        frames, latents = (dense.frames, dense.latents) if dense else (None, ())
         for name, score in self.scores.items():
-            if (found := METRICS[name].of_clip(score, frames, dense)) is not None:
+            found = METRICS[name].of_clip(score, run.frames, frames, (run.latents, latents))
+            if found is not None:
                 into.scores[name] = found
 
     def _keep_for_sets(self, name: str, index: int, frames: np.ndarray) -> dict[str, str]:
@@ -307,19 +324,27 @@ class _Session:
             found[subject] = {name: value for name, value in scored.items() if value is not None}
         return found
 
-    def _dense_attention(self, prompt: Prompt, noise: SharedNoise, text: str, seen: Seen) -> PipelineRun:
-        """Attention's share of a dense run, seen through an all-dense patch."""
+    def _dense_attention(
+        self, prompt: Prompt, noise: SharedNoise, text: str, seen: Seen
+    ) -> tuple[PipelineRun, dict[str, list[int]]]:
+        """A dense run, seen through an all-dense patch: attention's share goes into `seen`; how often each layer of each
+        transformer was called."""
         self.bar(f"dense under a patch · {text}")
         with patch(self.pipe, "dense") as patched, patched.timed() as timer:
             run = generate(self.pipe, prompt, noise, self.call, lambda: self.bar(None))
         seen.attention.append(timer.attention_ms)
         seen.shares.append(timer.attention_ms / run.milliseconds)
-        return run
+        calls: dict[str, list[int]] = {}
+        for row in patched.report().rows:
+            calls.setdefault(row["transformer"], []).append(row["calls"])
+        return run, calls
 
-    def _patched(self, name: str, plan: Plan) -> Patch:
+    @contextmanager
+    def _patched(self, name: str, plan: Plan, host: HostUse) -> Iterator[Patch]:
         """With its attention patched in any case, so that its time is measured."""
-        apart: Patchable = [replace(plan, forwards=None), plan.forwards] if plan.forwards else plan
-        return patch(self.pipe, apart, **self.options[name])
+        scopes: Patchable = [replace(plan, forwards=None), plan.forwards] if plan.forwards else plan
+        with switched_on(self.pipe, host, self.steps), patch(self.pipe, scopes, **self.options[name]) as patched:
+            yield patched
 
     def _run(self, name: str, prompt: Prompt, noise: SharedNoise, text: str, seen: Mapping[str, Seen]) -> PipelineRun:
         self.bar(f"{name} · {text}")
@@ -332,9 +357,10 @@ class _Session:
             into.attention.append(timer.attention_ms)
             into.shares.append(timer.attention_ms / run.milliseconds)
         else:
-            with self._patched(name, self.plans[name]) as patched, patched.timed() as timer:
-                run = generate(self.pipe, prompt, noise, self.call, lambda: self.bar(None))
-            report = patched.report()
+            with self._patched(name, self.plans[name], self.hosts[name]) as patched:
+                with patched.timed() as timer:
+                    run = generate(self.pipe, prompt, noise, self.call, lambda: self.bar(None))
+                report = patched.report()  # before the cache is off, of which it says something
             if report.density is None:
                 raise RuntimeError(f"{name}: the pipeline ran, but no patched self-attention did; nothing to compare")
             into.attention.append(timer.attention_ms)
@@ -354,17 +380,21 @@ class _Session:
         prompts: list[str],
         seeds: list[int],
         rounds: int,
+        identity: Identity,
         kept: KeptClips | None,
     ) -> Report:
         numbers = [record.numbers for record in records]
         clips = tuple(Clip(record.numbers.prompt, record.numbers.seed, record.media) for record in records)
+        patch_difference = numbers[0].patch_difference
+        if patch_difference is None or not numbers[0].dense_calls:
+            raise RuntimeError("expected the first clip to hold a dense run under a patch, found none")
         tallies = {name: SubjectTally.of(name, numbers, sets.get(name, {})) for name in (BASELINE, *self.beside)}
-        provenance = self._provenance(numbers, prompts, seeds, rounds)
+        for name, host in self.hosts.items():
+            if host.cache:  # what it leaves out reaches no layer, and so is in no density
+                tallies[name] = tallies[name].over(numbers[0].dense_calls, numbers)
+        provenance = self._provenance(numbers, prompts, seeds, rounds, identity)
         dense, memory = tallies[BASELINE], memory_kind(self.pipe)
         repeat = [value for clip in numbers for value in clip.repeat]
-        patch_difference = numbers[0].patch_difference
-        if patch_difference is None:
-            raise RuntimeError("expected the first clip to hold a dense run under a patch, found none")
         rows = [*cost_rows(BASELINE, dense, None, provenance, memory)]
         rows += noise_rows(dense, repeat, patch_difference, provenance)
         rows += warm_up_rows(numbers, provenance)
@@ -377,15 +407,18 @@ class _Session:
             if name != FLOOR and FLOOR in tallies:
                 rows += floor_rows(name, tallies[name], tallies[FLOOR], dense, clips, provenance, several)
         rows += pair_rows({name: tallies[name] for name in self.plans}, dense, clips, provenance)
-        subjects = tuple(Subject(name, plan, tallies[name].layers) for name, plan in self.plans.items())
+        subjects = tuple(
+            Subject(name, plan, tallies[name].layers, self.hosts[name].label) for name, plan in self.plans.items()
+        )
         return Report(tuple(rows), clips, subjects, provenance, kept)
 
     def _step_caches(self) -> dict[str, Any]:
         return {name: plan.forwards.to_json() for name, plan in self.plans.items() if plan.forwards}
 
     def _provenance(
-        self, clips: Sequence[ClipNumbers], prompts: list[str], seeds: list[int], rounds: int
+        self, clips: Sequence[ClipNumbers], prompts: list[str], seeds: list[int], rounds: int, identity: Identity
     ) -> dict[str, Any]:
+        hosts = {name: host.label for name, host in self.hosts.items() if host.label}
         transformers = {}
         for name, shape in next(iter(self.plans.values())).models.items():
             model = getattr(self.pipe, name)
@@ -398,6 +431,9 @@ class _Session:
             "versions": {**versions(tuple(packages)), **({"revision": sha} if (sha := git_sha()) else {})},
             "pipeline": {
                 "class": type(self.pipe).__name__,
+                "model": identity.model,
+                "weights": identity.weights,
+                "components": identity.components,
                 "device": str(device_of(self.pipe)),
                 "transformers": transformers,
             },
@@ -414,6 +450,7 @@ class _Session:
             },
             **({FLOOR: self._floor_kernel()} if FLOOR in self.beside else {}),
             **({"forwards": cached} if (cached := self._step_caches()) else {}),
+            **({"diffusers": hosts} if hosts else {}),
             **({"processes": self.here.count} if self.here.count > 1 else {}),
             "protocol": protocol(
                 self.scores,
@@ -446,9 +483,9 @@ def _scratch(opened: ExitStack) -> Path:
     return Path(opened.enter_context(TemporaryDirectory()))
 
 
-def _keep(kept: KeptClips | None, found: Sequence[tuple[int, ClipRecord]]) -> None:
+def _keep(kept: KeptClips | None, records: Mapping[int, ClipRecord]) -> None:
     if kept:
-        for number, record in found:
+        for number, record in records.items():
             kept.save(number, record)
 
 
@@ -462,19 +499,43 @@ def _left(done: int, clips: int, kept: KeptClips | None) -> str:
     """What a user who stopped a comparison has of it."""
     if kept is None:
         return "nothing is kept of this comparison: give it a folder to keep its clips in (keep=...)"
+    if not done:
+        return "no clip was finished yet: the next start begins with the first"
     return f"{done} of {clips} clips are kept in {printable(kept.folder)}; the same comparison, started again, goes on after them"
 
 
-def _resolved(pipe: Any, subject: PlanLike) -> Plan:
+def _steps(pipe: Any, call: Mapping[str, Any]) -> int:
+    stock = inspect.signature(type(pipe).__call__).parameters
+    return int(call.get("num_inference_steps", stock["num_inference_steps"].default))
+
+
+def _parts(subject: PlanLike) -> tuple[HostUse, Any, Mapping[str, Any]]:
+    """What of a subject is diffusers', what `patch` takes of it, and its parameters."""
+    return apart(*(subject if isinstance(subject, tuple) else (subject, {})))
+
+
+def _host(name: str, subject: PlanLike) -> HostUse:
+    try:
+        return _parts(subject)[0]
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"subjects[{quoted(name)}]: {error}") from error
+
+
+def _resolved(pipe: Any, name: str, subject: PlanLike, host: HostUse, steps: int) -> Plan:
     """The plan of a subject, read once; what does not fit is refused now, not after the first clip."""
-    plan, parameters = subject if isinstance(subject, tuple) else (subject, {})
+    _, plan, parameters = _parts(subject)
     if plan is None:
         raise TypeError(
             "subjects: expected one plan or method for each, found None, for which patch(pipe) chooses by the size of each call: "
             'name what it says that it takes, such as ("draft", {"density": 0.3, "dense_steps": 0.25, "dense_layers": 1})'
         )
     with patch(pipe, plan, **parameters) as patched:
-        return patched.plan
+        found = patched.plan
+    try:
+        with switched_on(pipe, host, steps):
+            return found
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise type(error)(f"subjects[{quoted(name)}]: {error}") from error
 
 
 def _options(subject: PlanLike) -> dict[str, Any]:
@@ -502,14 +563,38 @@ def _bar(shown: bool, steps: int) -> Iterator[Callable[[str | None], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+    console = Console(stderr=True)
+    if shown and not console.is_terminal and not console.is_jupyter:
+        yield _lines(console, steps)
+        return
+    with Progress(*columns, console=console, disable=not shown) as bar:
         task = bar.add_task("warm-up", total=steps)
 
         def say(what: str | None) -> None:
             if what is None:
                 bar.advance(task)
             else:
-                what = printable(what[:48])
-                bar.update(task, description=what if len(what) < 48 else what[:47] + "…")
+                bar.update(task, description=_short(what))
 
         yield say
+
+
+def _lines(console: Console, steps: int) -> Callable[[str | None], None]:
+    """The same for where there is no terminal."""
+    lines = ProgressLines(
+        steps, lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    )
+    done, now = 0, ""
+
+    def say(what: str | None) -> None:
+        nonlocal done, now
+        done, now = (done + 1, now) if what is None else (done, _short(what))
+        lines.tell(done, now)
+
+    return say
+
+
+def _short(what: str) -> str:
+    """In one line, of what fits beside a bar."""
+    what = printable(what[:48])
+    return what if len(what) < 48 else what[:47] + "…"

@@ -24,7 +24,7 @@ RESERVED = {
     "output_type": "frames are always raw arrays",
     "return_dict": "leave it out",
     "num_videos_per_prompt": "give more `seeds`",
-    "callback_on_step_end": "the progress bar uses it",
+    "callback_on_step_end": "the progress bar and the metrics of latents use it",
 }
 RSS_PERIOD_S = 0.02
 
@@ -37,13 +37,15 @@ class PipelineRun:
 
     frames: [F, H, W, 3] float32 in 0..1, before any video encoder. milliseconds: of the whole call, text encoder and
     decoder included. peak_bytes: highest memory during the call (see `memory_kind`). middle: ms at half of the call, on the
-    process's clock.
+    process's clock. latents: what denoising ended with, float32 in the pipeline's own shape, of each chunk where it
+    makes several; none where its `callback_on_step_end` shows none.
     """
 
     frames: np.ndarray
     milliseconds: float
     peak_bytes: int
     middle: float = 0.0
+    latents: tuple[np.ndarray, ...] = ()
 
 
 def prompt_text(prompt: Prompt, number: int) -> str:
@@ -129,8 +131,9 @@ def generate(
 ) -> PipelineRun:
     """Run the pipeline once, as it is."""
     arguments = {**call, **({"prompt": prompt} if isinstance(prompt, str) else prompt), "output_type": "np"}
-    if on_step and "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
-        arguments["callback_on_step_end"] = lambda *_: on_step() or {}
+    ends = _Ends(on_step)
+    if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
+        arguments["callback_on_step_end"] = ends
     with noise.watching(pipe) as generator, _PeakMemory(pipe) as memory:
         start = time.perf_counter()
         output = pipe(**arguments, generator=generator)
@@ -140,8 +143,31 @@ def generate(
     if frames.ndim != 5 or frames.shape[0] != 1 or frames.shape[-1] != 3:
         raise TypeError(f"expected frames [1, F, H, W, 3] of {type(pipe).__name__}, found {list(frames.shape)}")
     return PipelineRun(
-        np.ascontiguousarray(frames[0], dtype=np.float32), milliseconds, memory.peak, start * 1e3 + milliseconds / 2
+        np.ascontiguousarray(frames[0], dtype=np.float32),
+        milliseconds,
+        memory.peak,
+        start * 1e3 + milliseconds / 2,
+        tuple(each.float().cpu().numpy() for each in ends.latents),
     )
+
+
+class _Ends:
+    """A callback of a pipeline for the end of each step, which keeps the latents that the last one leaves, of each chunk."""
+
+    def __init__(self, on_step: Callable[[], None] | None) -> None:
+        self.latents: list[torch.Tensor] = []
+        self._on_step, self._step = on_step, -1
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+        latents = given.get("latents")
+        if isinstance(latents, torch.Tensor):
+            if step > self._step and self.latents:  # else another chunk begins
+                self.latents.pop()
+            self.latents.append(latents.detach().clone())
+            self._step = step
+        if self._on_step:
+            self._on_step()
+        return {}
 
 
 def device_of(pipe: Any) -> torch.device:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffusers_accel.evals.clip_record import KIND as CLIP
 from diffusers_accel.evals.clip_record import ClipRecord
+from diffusers_accel.evals.host_use import HostUse
 from diffusers_accel.evals.machine import git_sha, machine, versions
 from diffusers_accel.evals.metrics import METRICS
 from diffusers_accel.evals.report.findings import FLOOR
@@ -49,7 +50,8 @@ WHICH = ("torch", "triton", "diffusers", "diffusers-accel")
 class Identity(Schema, frozen=True):
     """What makes two comparisons the same, so that one may go on with the clips of the other.
 
-    prompts: texts, or hashes of what stands in their place. subjects: name -> hash of the plan and the parameters beside it.
+    prompts: texts, or hashes of what stands in their place. subjects: name -> hash of the plan, its parameters and
+    what of diffusers is on.
     processes: how many measured side by side, which times depend on. floor: whether there is one.
     """
 
@@ -75,6 +77,7 @@ def identify(
     pipe: Any,
     plans: Mapping[str, Plan],
     options: Mapping[str, Mapping[str, Any]],
+    hosts: Mapping[str, HostUse],
     *,
     call: Mapping[str, Any],
     prompts: list[Any],
@@ -92,7 +95,7 @@ def identify(
         versions={**versions(WHICH), **({"revision": sha} if (sha := git_sha()) else {})},
         call=plain(call),
         prompts=plain(prompts),
-        subjects={name: _digest(plan, options[name]) for name, plan in plans.items()},
+        subjects={name: _digest(plan, options[name], hosts[name]) for name, plan in plans.items()},
         **settings,
     )
 
@@ -186,6 +189,12 @@ class KeptClips:
             _check_own(self.folder)
             save_document(self.folder / RUN, KIND, self.identity)
             return
+        if found != self.identity and not any(
+            self.folder.glob(CLIPS)
+        ):  # nothing to mix: it was stopped before its first clip
+            self.films.remove()
+            save_document(self.folder / RUN, KIND, self.identity)
+            return
         _check_same(self.folder, found, self.identity)
 
 
@@ -221,11 +230,11 @@ def _check_same(folder: Path, kept: Identity, asked: Identity) -> None:
         )
 
 
-def _digest(plan: Plan, options: Mapping[str, Any]) -> str:
-    """Of what a plan does; not of how it was found."""
+def _digest(plan: Plan, options: Mapping[str, Any], host: HostUse) -> str:
+    """Of what a plan does, and diffusers beside it; not of how it was found."""
     data = {key: value for key, value in plan_file.plain(plan).items() if key not in ("budget", "provenance")}
     tensors = {name: _bytes(each) for name, each in sorted(plan.tensors.items())}
-    return checksum({"plan": data, "tensors": tensors, **plain(options)})
+    return checksum({"plan": data, "tensors": tensors, "host": plain(dataclasses.asdict(host)), **plain(options)})
 
 
 def _bytes(tensor: Tensor) -> str:

@@ -4,7 +4,7 @@ python -m diffusers_accel.evals.mixed --speedup 1.4 --prompts 8 --out mixed
 
 One search of the toy model measures all candidates. From its scores a plan is made of each method alone and one of all,
 at the same speed-up. What each plan really reaches is tried on the search's prompts, a prompt a round, and its budget
-corrected by that. All plans are then compared on prompts that the search has not seen.
+corrected by that. All plans are then compared on prompts that the search has not seen. Stopped and run again, it goes on.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ ROUNDS = 2  # of correction
 SAME_TIME = 0.03  # share by which measured times may differ and still be compared
 MIXED, HIGHER = "mixed", "higher"
 REPORT = "report"  # folder in that of the plans: it is replaced as a whole
+PARTIAL = "report-{:g}.partial"  # of a speed-up: keeps the clips until the report is written
 HEADINGS = ("plan", "expected speed-up", "measured", "density", "PSNR", "SSIM", "methods, by share of heads")
 
 
@@ -71,17 +72,32 @@ def main(arguments: list[str] | None = None) -> None:
     plans, missing = find_plans(scores, cost, dict.fromkeys((MIXED, *SETS), options.speedup))
     if MIXED not in plans:
         raise ValueError(missing[MIXED])
-    for prompt in known[:ROUNDS]:
-        console.print("A clip with each plan, to correct their budgets by what they reach.")
-        tried = compare(pipe, plans, [prompt], call=toy.CALL, metrics=("psnr",), floor=False)
-        plans = corrected(scores, cost, plans, tried, options.speedup)
-    for name, plan in plans.items():
-        plan.save(options.out / f"{name}.json")
-    report = compare(pipe, plans, held_out, call=toy.CALL)
+    partial = options.out / PARTIAL.format(options.speedup)
+    if partial.is_dir():  # of a comparison that was stopped, which goes on with its own plans
+        files = {name: options.out / f"{name}.json" for name in (MIXED, *SETS)}
+        plans = {name: Plan.load(path) for name, path in files.items() if path.exists()}
+    else:
+        for prompt in known[:ROUNDS]:
+            console.print("A clip with each plan, to correct their budgets by what they reach.")
+            tried = compare(pipe, plans, [prompt], call=toy.CALL, metrics=("psnr",), floor=False)
+            plans = corrected(scores, cost, plans, tried, options.speedup)
+        save(plans, options.out)
+    report = compare(pipe, plans, held_out, call=toy.CALL, keep=partial)
     report.save(options.out / REPORT)
+    missing = {name: reason for name, reason in missing.items() if name not in plans}
     text = summary(report, plans, missing, options.speedup)
     write_whole(options.out / "mixed.md", text.encode())
     console.print(text)
+
+
+def save(plans: Mapping[str, Plan], out: Path) -> None:
+    """Each under its name, and no other's of an earlier run."""
+    for name in (MIXED, *SETS):
+        path = out / f"{name}.json"
+        if name in plans:
+            plans[name].save(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def measured(pipe: Any, prompts: list[str], out: Path, speedup: float) -> tuple[Scores, Cost]:
@@ -212,6 +228,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("stopped; run it again and the search goes on from where it was")
+        sys.exit("stopped; run it again and it goes on from where it was")
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -24,6 +24,7 @@ WARM_UP_STEPS = 2
 class SubjectTally:
     """What was seen of one subject (or of the dense baseline)."""
 
+    name: str = ""
     times: list[list[float]] = field(default_factory=list)  # [clip][run], ms
     middles: list[list[float]] = field(default_factory=list)  # the same, when half of a run was over
     attention: list[float] = field(default_factory=list)  # ms per run
@@ -38,7 +39,7 @@ class SubjectTally:
     @staticmethod
     def of(name: str, clips: Sequence[ClipNumbers], sets: Mapping[str, Scored]) -> SubjectTally:
         """Of all clips of one subject."""
-        tally = SubjectTally(sets=sets)
+        tally = SubjectTally(name, sets=sets)
         for seen in (clip.seen[name] for clip in clips):
             tally.times.append(seen.times)
             tally.middles.append(seen.middles)
@@ -51,6 +52,18 @@ class SubjectTally:
             tally.layers = [msgspec.structs.asdict(row) for row in seen.layers]
             tally.remarks += [note for note in seen.notes if note not in tally.remarks]
         return tally
+
+    def over(self, dense_calls: Mapping[str, Sequence[int]], clips: Sequence[ClipNumbers]) -> SubjectTally:
+        """With densities of the whole run, where a cache of diffusers has left calls out: what never ran counts as 0."""
+        every = sum(sum(calls) for calls in dense_calls.values())
+        densities = [
+            sum(row.calls * (row.density or 0.0) for row in clip.seen[self.name].layers) / every for clip in clips
+        ]
+        layers = [
+            {**row, "density": row["calls"] * (row["density"] or 0.0) / dense_calls[row["transformer"]][row["layer"]]}
+            for row in self.layers
+        ]
+        return replace(self, densities=densities, layers=layers)
 
     def speedups(self, dense: SubjectTally) -> list[float]:
         """Of each clip: the time of dense at the middle of a run, between the dense runs beside it, over what the run took."""

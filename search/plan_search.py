@@ -52,13 +52,14 @@ from diffusers_accel.search.reach import OutOfReach, check_reach
 from diffusers_accel.search.running import Prompt, now, prompt_label, run_pipeline
 from diffusers_accel.search.schedule import ProbeSchedule, ProbeSettings, open_share
 from diffusers_accel.search.scores import Array, CalibrationRun, Scores
-from diffusers_accel.search.screen import Screen, clock
+from diffusers_accel.search.screen import Screen
 from diffusers_accel.search.sensitivity import Dense, impact, plan_engine, span_choice
 from diffusers_accel.search.step_options import PROMPTS, StepOptions, measure_steps
 from diffusers_accel.search.stored_masks import USUAL_MASKS, MaskSettings
 from diffusers_accel.search.trial import CostTimer, Stopwatch, Trial
 from diffusers_accel.support.interrupted import Interrupted
 from diffusers_accel.support.processes import Processes, processes
+from diffusers_accel.support.progress import clock
 
 ROWS = 256
 COST_SECONDS = 10.0

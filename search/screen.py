@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffusers_accel.support.log import LOG
+from diffusers_accel.support.progress import ProgressLines
 
 
 class Screen:
@@ -29,16 +30,15 @@ class Screen:
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A progress bar; inside the `with`, a function that sets how much of `total` is done."""
+        """A progress bar, or lines where there is no terminal; inside the `with`, a function that sets how much of `total` is
+        done."""
+        if not self._console.quiet and not self._console.is_terminal and not self._console.is_jupyter:
+            lines = ProgressLines(total, lambda text: self.say(f"{title}: {text}"))
+            lines.tell(0)
+            yield lines.tell
+            return
         columns = (TextColumn(title), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())
         left = (TextColumn("left"), TimeRemainingColumn())
         with Progress(*columns, *left, console=self._console, disable=self._console.quiet) as progress:
             task = progress.add_task("", total=total)
             yield lambda done: progress.update(task, completed=done)
-
-
-def clock(seconds: float) -> str:
-    """ "1 h 05 min", "2 min 03 s" or "7 s"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -294,3 +294,31 @@ def test_calibration_of_a_pipeline_folder(
     again = ["calibrate", folder, "--out", tmp_path / "again.json", "--plan"]
     assert "a gate is for heads that reuse" in refused(capsys, *again, tmp_path / "draft.json")
     assert "gamma must be" in refused(capsys, *again, tmp_path / "plan.json", "--gamma", "2")
+
+
+def test_help_cuts_no_word_at_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+
+    def params(group: Any, *names: str) -> Any:
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from params(command, *names, name)
+            else:
+                yield [*names, name], command
+
+    for names, command in params(typer.main.get_command(cli.app)):
+        if names == ["bench"]:  # argparse's, which wraps
+            continue
+        run(*names, "--help")
+        said = capsys.readouterr().out
+        assert "…" not in said and max(map(len, said.splitlines())) <= 80, names
+        words = " ".join(said.split())
+        for parameter in command.params:
+            text = getattr(parameter, "help", None) or ""
+            assert " ".join(text.split()) in words, (names, parameter.name)
+            assert all(option in words for option in parameter.opts if option.startswith("--"))
+    for group in ([], ["plan"], ["metrics"], ["vbench"]):
+        run(*group, "--help")
+        listed = capsys.readouterr().out.split("Commands:\n")[1]
+        assert "..." not in listed and max(map(len, listed.splitlines())) <= 80, group

@@ -50,7 +50,8 @@ def report_of(pipe: Any, keep: Path | None = None) -> Report:
     """Of three clips."""
     call = a_call(num_inference_steps=2)
     del call["output_type"]
-    subjects = {"draft": ("draft", {"density": 0.4, "dense_steps": 0})}
+    subjects: dict[str, Any] = {"draft": ("draft", {"density": 0.4, "dense_steps": 0})}
+    subjects["first block"] = ("first_block_cache", {"threshold": 0.3})
     asked: dict[str, Any] = {
         "seeds": (0, 1, 2),
         "metrics": ("psnr", "ssim"),

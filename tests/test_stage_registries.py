@@ -19,7 +19,7 @@ from diffusers_accel import families as families_folder
 from diffusers_accel import forwards as forwards_room
 from diffusers_accel import methods as methods_room
 from diffusers_accel.evals import metrics as metrics_folder
-from diffusers_accel.evals.metrics import METRICS, ClipMetric, FrameMetric, SetMetric
+from diffusers_accel.evals.metrics import METRICS, ClipMetric, FrameMetric, LatentMetric, SetMetric
 from diffusers_accel.evals.metrics.vbench import VBENCH
 from diffusers_accel.families import FAMILIES, Family
 from diffusers_accel.forwards import PREDICTORS, RULES, Predictor, Rule
@@ -66,7 +66,7 @@ LISTED = {
     ),
     "metrics": Listed(
         metrics_folder,
-        (FrameMetric, ClipMetric, SetMetric),
+        (FrameMetric, ClipMetric, LatentMetric, SetMetric),
         [each for each in METRICS.values() if each not in VBENCH],  # made of a table, in one file
         frozenset(
             {
@@ -76,6 +76,7 @@ LISTED = {
                 "ffmpeg",
                 "flow",
                 "frame_metric",
+                "latent_metric",
                 "lpips_weights",
                 "metric",
                 "published",

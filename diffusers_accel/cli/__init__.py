@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,6 +33,7 @@ app = typer.Typer(
     "With --debug anywhere, errors show their traceback.",
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut words at 80 columns
     context_settings={"help_option_names": ["-h", "--help"]},  # of all commands
 )
 plan_app = typer.Typer(help="Look at plan files.")
@@ -42,19 +43,26 @@ app.add_typer(metrics_app, name="metrics")
 vbench_app = typer.Typer(help="Measure films by VBench, in an environment of its own.")
 app.add_typer(vbench_app, name="vbench")
 
+
+def _add(group: typer.Typer, name: str, command: Callable[..., None], **settings: Any) -> None:
+    """With the first paragraph of its help in the list of commands, which is cut there where it is not given."""
+    first = " ".join((command.__doc__ or "").split("\n\n")[0].split())
+    group.command(name, short_help=first, **settings)(command)
+
+
 # In the order of --help.
-app.command("doctor")(doctor.doctor)
-app.command("search")(search.search)
-app.command("calibrate")(calibrate.calibrate)
-app.command("report")(report.report)
-app.command("bench", **bench.SETTINGS)(bench.bench)
-plan_app.command("show")(plan_show.plan_show)
-plan_app.command("schema")(plan_schema.plan_schema)
-metrics_app.command("show")(metrics_show.metrics_show)
-metrics_app.command("fetch")(metrics_fetch.metrics_fetch)
-vbench_app.command("setup")(vbench_setup.vbench_setup)
-vbench_app.command("run")(vbench_run.vbench_run)
-vbench_app.command("show")(vbench_show.vbench_show)
+_add(app, "doctor", doctor.doctor)
+_add(app, "search", search.search)
+_add(app, "calibrate", calibrate.calibrate)
+_add(app, "report", report.report)
+_add(app, "bench", bench.bench, **bench.SETTINGS)
+_add(plan_app, "show", plan_show.plan_show)
+_add(plan_app, "schema", plan_schema.plan_schema)
+_add(metrics_app, "show", metrics_show.metrics_show)
+_add(metrics_app, "fetch", metrics_fetch.metrics_fetch)
+_add(vbench_app, "setup", vbench_setup.vbench_setup)
+_add(vbench_app, "run", vbench_run.vbench_run)
+_add(vbench_app, "show", vbench_show.vbench_show)
 
 
 def _say_version(wanted: bool) -> None:

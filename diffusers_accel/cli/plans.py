@@ -16,6 +16,8 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from diffusers_accel.arguments import NAMES, checked_parameters
+from diffusers_accel.evals.export import PlanFile
+from diffusers_accel.evals.host_use import HOSTS, apart, named_host, parameters_of
 from diffusers_accel.files import printable, quoted
 from diffusers_accel.methods.former import by_present_names, no_parameter
 from diffusers_accel.plan import Plan
@@ -34,20 +36,35 @@ def read_plan(path: Path) -> Plan:
         raise FileNotFoundError(f"{error}{did_you_mean_file(path)}") from error
 
 
-def read_subjects(plans: Sequence[str]) -> dict[str, Subject]:
-    """Name -> what `compare` takes. The name is what stands before "=", else the plan as it is given, files by their stems."""
+def read_subjects(plans: Sequence[str], *, of_diffusers: bool = False) -> dict[str, Subject]:
+    """Name -> what `compare` takes, of its own caches and backends too where `of_diffusers`."""
+    return {name: _subject(value, of_diffusers) for name, value in named(plans).items()}
+
+
+def named(plans: Sequence[str]) -> dict[str, str]:
+    """Name -> plan. The name is what stands before "=", else the plan as it is given, files by their stems."""
     given: dict[str, str] = {}
     for item in plans:
         name, separator, value = item.partition("=")
         if not separator or ":" in name or os.path.isfile(item):  # "=" behind ":" is that of a parameter
-            name, value = "+".join(map(_short, _composed(item))), item
+            name, value = "+".join(map(_short, composed(item))), item
         if name in given:
             first, second = printable(given[name]), printable(value)
             raise ValueError(
                 f"--plan: two plans are called {quoted(name)}; give them names: --plan first={first} --plan second={second}"
             )
         given[name] = value
-    return {name: _subject(value) for name, value in given.items()}
+    return given
+
+
+def given_plans(plans: Sequence[str]) -> list[tuple[str, list[str | PlanFile]]]:
+    """What stands before "=" in each, or "", and its parts, those that are files as what is in them: see `evals.export`."""
+    found: list[tuple[str, list[str | PlanFile]]] = []
+    for item, (name, value) in zip(plans, named(plans).items(), strict=True):
+        parts = [(part, _part(part, of_diffusers=True)) for part in composed(value)]
+        spelled = [PlanFile(Path(text).name, part) if isinstance(part, Plan) else text for text, part in parts]
+        found.append(("" if item == value else name, spelled))
+    return found
 
 
 def check_steps(subjects: Mapping[str, Subject], call: Mapping[str, Any]) -> None:
@@ -55,26 +72,27 @@ def check_steps(subjects: Mapping[str, Subject], call: Mapping[str, Any]) -> Non
     from diffusers_accel.evals.arguments import check_step_caches
 
     if "num_inference_steps" in call:
-        found = {name: split(subject, {}).forwards for name, subject in subjects.items()}
+        found = {name: split(_of_patch(subject), {}).forwards for name, subject in subjects.items()}
         check_step_caches({name: each for name, each in found.items() if each}, call["num_inference_steps"])
 
 
 def _short(part: str) -> str:
-    return part if part.partition(":")[0] in NAMES else Path(part).stem
+    name = part.partition(":")[0]
+    return part if name in NAMES or named_host(name) else Path(part).stem
 
 
-def _composed(value: str) -> list[str]:
+def composed(value: str) -> list[str]:
     """What stands between the "+" of a composition; all of it where that is a file."""
     return [value] if os.path.exists(value) else value.split("+")
 
 
-def _subject(value: str) -> Subject:
-    parts = [_part(part) for part in _composed(value)]
+def _subject(value: str, of_diffusers: bool) -> Subject:
+    parts = [_part(part, of_diffusers) for part in composed(value)]
     subject = parts if len(parts) > 1 else parts[0]
     try:
-        split(subject, {})
+        split(_of_patch(subject), {})
         for part in parts:
-            if isinstance(part, tuple):
+            if isinstance(part, tuple) and not named_host(part[0]):
                 name, parameters = part
                 NAMES[name](**checked_parameters(name, parameters))
     except (TypeError, ValueError) as error:
@@ -82,14 +100,22 @@ def _subject(value: str) -> Subject:
     return subject
 
 
-def _part(value: str) -> Part:
-    if value in NAMES:
+def _of_patch(subject: Subject) -> Any:
+    """What is left for `patch` without what diffusers does itself, which is checked."""
+    _, others, parameters = apart(*(subject if isinstance(subject, tuple) else (subject, {})))
+    return (others, parameters) if parameters else others
+
+
+def _part(value: str, of_diffusers: bool) -> Part:
+    if value in NAMES or (named_host(value) and of_diffusers):
         return value
     path = Path(value)
     if path.suffix == ".json" or (value and os.path.exists(path)):
         return read_plan(path)
     name, parameters = value.partition(":")[::2]
-    if name in NAMES:
+    if named_host(name) and not of_diffusers:
+        raise ValueError(f"--plan: {quoted(name)} is diffusers' own, which a report compares with, and no plan")
+    if named_host(name) or name in NAMES:
         try:
             return name, _parameters(name, parameters)
         except ValueError as error:
@@ -99,10 +125,12 @@ def _part(value: str) -> Part:
             f"--plan: {quoted(name)} is {stage.what}, and no method by itself. In Python, this writes a plan file of it: "
             f'{stage.line}.plan.save("{name.casefold()}.json")'
         )
-    meant = did_you_mean(name, [*NAMES, *stage_names()]) or did_you_mean_file(path)
+    hosts = HOSTS if of_diffusers else ()
+    meant = did_you_mean(name, [*NAMES, *stage_names(), *hosts]) or did_you_mean_file(path)
+    of_host = ", or a cache of diffusers" if hosts else ""
     raise ValueError(
         f"--plan: expected a method ({', '.join(NAMES)}), with parameters such as draft:density=0.3, a plan file, or a step "
-        f"cache and one of these with + between them, found {quoted(value)}{meant}"
+        f"cache and one of these with + between them{of_host}, found {quoted(value)}{meant}"
     )
 
 
@@ -118,8 +146,8 @@ def _parameters(name: str, text: str) -> dict[str, Any]:
         if parameter in given:
             raise ValueError(f"expected {parameter!r} of {name!r} once, found it twice: leave one out")
         given[parameter] = value
-    recipe = NAMES[name]
-    known, kinds = inspect.signature(recipe).parameters, get_type_hints(recipe)
+    kinds = parameters_of(name) if named_host(name) else get_type_hints(NAMES[name])
+    known = kinds if named_host(name) else inspect.signature(NAMES[name]).parameters
     found: dict[str, Any] = {}
     for parameter, value in by_present_names(given, known, f"{name!r}").items():
         if parameter not in known:

@@ -25,14 +25,18 @@ def report(
         typer.Option(
             "--plan",
             help="A plan file or a method, such as draft; with parameters, draft:density=0.3:per=row, those of a list as in "
-            "schedule:steps=0/4/8; with a step cache, easycache:warm_up=4+draft; or NAME=PLAN. May be given several times.",
+            "schedule:steps=0/4/8; with a step cache, easycache:warm_up=4+draft; a cache of diffusers, such as "
+            "first_block_cache:threshold=0.1; dense in another backend, backend:name=sage; or NAME=PLAN. May be given several "
+            "times.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("report"),
     rounds: Annotated[int, typer.Option("--rounds", help="Timed runs of each clip, each between two dense ones.")] = 1,
     metric: Annotated[
         list[str] | None,
-        typer.Option("--metric", help="May be given several times. (default: psnr, ssim, lpips and psnr_pooled)"),
+        typer.Option(
+            "--metric", help="May be given several times. (default: psnr, ssim, lpips, psnr_pooled and ssim_gaussian)"
+        ),
     ] = None,
     prompt: Prompts = None,
     prompts: PromptFile = None,
@@ -47,6 +51,12 @@ def report(
             help="One more run of each clip, dense in another exact kernel: how far that alone is from dense.",
         ),
     ] = True,
+    export: Annotated[
+        Path | None,
+        typer.Option(
+            "--export", help="Also a new folder with a script, the plans and the versions, to run this again."
+        ),
+    ] = None,
     *,
     setup: Setup,
 ) -> None:
@@ -57,13 +67,15 @@ def report(
     """
     from diffusers_accel.cli.arguments import check_seed, check_whole, find_prompts
     from diffusers_accel.cli.launched import launched
-    from diffusers_accel.cli.plans import check_steps, read_subjects
+    from diffusers_accel.cli.plans import check_steps, given_plans, read_subjects
 
     setup.check()
     texts = find_prompts(pipe, prompt, prompts, for_search=False)
     # Now: they need the packages of the extra `eval`, without which the above is refused too.
     from diffusers_accel.evals.arguments import check_asked
     from diffusers_accel.evals.compare import compare
+    from diffusers_accel.evals.export import AskedReport, check_export
+    from diffusers_accel.evals.export import export as write
     from diffusers_accel.evals.kept import check_keep
     from diffusers_accel.evals.metrics import DEFAULT
     from diffusers_accel.evals.report import check_report_folder
@@ -72,7 +84,8 @@ def report(
     check_whole("--rounds", rounds)
     for each in seeds:
         check_seed(each)
-    subjects = read_subjects(plan)
+    subjects = read_subjects(plan, of_diffusers=True)
+    given = given_plans(plan) if export else []
     check_steps(subjects, setup.call())
     check_asked(subjects, texts, metrics=metrics, seeds=seeds, rounds=rounds, floor=floor)
     partial = out.absolute().with_name(f"{out.absolute().name}.partial")  # removed when the report is saved
@@ -81,9 +94,15 @@ def report(
         if here.is_first:
             check_report_folder(out)
             check_keep(partial)
+            if export:
+                check_export(export)
         found = compare(setup.load(here.device), subjects, texts, **asked, keep=partial)
     if not here.is_first:
         return
+    options = [word for name in metrics for word in ("--metric", name)]
+    options += [word for each in seeds for word in ("--seed", str(each))]
+    options += ["--rounds", str(rounds), "--floor" if floor else "--no-floor", *setup.flags()]
+    script = write(export, AskedReport(pipe, given, texts, options), found.provenance) if export else None
     page = found.save(out)
     show(found.table())
-    show(f"{found.headline}\n{page}")
+    show(f"{found.headline}\n{page}" + (f"\n{script}" if script else ""))

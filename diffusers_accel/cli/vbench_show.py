@@ -21,10 +21,18 @@ def vbench_show(
     """Print the scores of a run and VBench's summary of them; without RESULT what each dimension lacks, and where it must go."""
     from diffusers_accel.evals.vbench import environment
     from diffusers_accel.evals.vbench.results import load_result
-    from diffusers_accel.evals.vbench.show import readiness, table
+    from diffusers_accel.evals.vbench.show import readiness, table, without_environment
+    from diffusers_accel.files import FileError
 
     if result is None:
-        show(readiness(environment.find(env)))
+        try:
+            place = environment.find(env)
+        except FileError as error:  # that is an answer too, where nobody has named a place
+            if env is not None:
+                raise
+            show(without_environment(str(error)))
+        else:
+            show(readiness(place))
         return
     if env is not None:
         raise ValueError("--env: expected without RESULT, found beside it; leave it out")

@@ -1,7 +1,7 @@
-"""Quality metrics of three kinds: of frames beside dense ones, of one clip, of a set of clips.
+"""Quality metrics of four kinds: of frames beside dense ones, of one clip, of the latents behind it, of a set of clips.
 
-A new one is one file here that makes a `FrameMetric`, `ClipMetric` or `SetMetric`, and a line in `METRICS` (with its import).
-Those of VBench are made of its table of dimensions, in one file.
+A new one is one file here that makes a `FrameMetric`, `ClipMetric`, `LatentMetric` or `SetMetric`, and a line in `METRICS` (with
+its import). Those of VBench are made of its table of dimensions, in one file.
 """
 
 from diffusers_accel.evals.metrics.brisque import BRISQUE
@@ -13,9 +13,11 @@ from diffusers_accel.evals.metrics.dynamic_degree import DYNAMIC_DEGREE
 from diffusers_accel.evals.metrics.flickering import FLICKERING
 from diffusers_accel.evals.metrics.flip import FLIP
 from diffusers_accel.evals.metrics.frame_metric import FrameMetric, FrameScore
+from diffusers_accel.evals.metrics.latent_cosine import LATENT_COSINE
+from diffusers_accel.evals.metrics.latent_metric import LatentMetric, LatentScore
 from diffusers_accel.evals.metrics.lpips import LPIPS
 from diffusers_accel.evals.metrics.lpips_vgg import LPIPS_VGG
-from diffusers_accel.evals.metrics.metric import AnyMetric, MetricUnavailable, Scored
+from diffusers_accel.evals.metrics.metric import AnyMetric, Latents, MetricUnavailable, Scored
 from diffusers_accel.evals.metrics.ms_ssim import MS_SSIM
 from diffusers_accel.evals.metrics.psnr import PSNR
 from diffusers_accel.evals.metrics.psnr_pooled import PSNR_POOLED
@@ -44,11 +46,12 @@ _ALL: tuple[AnyMetric, ...] = (
     WARP_ERROR,
     DYNAMIC_DEGREE,
     BRISQUE,
+    LATENT_COSINE,
     *VBENCH,
 )
 METRICS: dict[str, AnyMetric] = {each.name: each for each in _ALL}
-# What the field reports; others are measured where they are asked for.
-DEFAULT = (PSNR.name, SSIM.name, LPIPS.name, PSNR_POOLED.name)
+# What the field reports, PSNR and SSIM in both ways that it does; others are measured where they are asked for.
+DEFAULT = (PSNR.name, SSIM.name, LPIPS.name, PSNR_POOLED.name, SSIM_GAUSSIAN.name)
 
 __all__ = [
     "DEFAULT",
@@ -59,6 +62,9 @@ __all__ = [
     "ClipSet",
     "FrameMetric",
     "FrameScore",
+    "LatentMetric",
+    "LatentScore",
+    "Latents",
     "MetricUnavailable",
     "Scored",
     "SetClip",

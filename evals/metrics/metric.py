@@ -1,11 +1,11 @@
-"""What all quality metrics have in common; the three kinds are in `frame_metric`, `clip_metric` and `set_metric`."""
+"""What all quality metrics have in common; the kinds are in `frame_metric`, `clip_metric`, `latent_metric` and `set_metric`."""
 
 from __future__ import annotations
 
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -17,6 +17,9 @@ from diffusers_accel.support.log import LOG
 
 S = TypeVar("S")
 Scored = tuple[float | None, str | None]  # a value and, where there is something to say of it, a note; or None and why
+Latents = Sequence[
+    np.ndarray
+]  # that denoising ended with, a chunk each, float32 in the shape of the pipeline; none where unseen
 RANGE = re.compile(r"any|up to (?P<only>[0-9.]+)|(?P<least>-?[0-9.]+) (?:to (?P<most>[0-9.]+)|upwards)")
 LONGEST_REASON = 300  # characters of why a metric is missing, which each of its rows repeats
 
@@ -94,13 +97,20 @@ class Metric(ABC, Generic[S]):
             LOG.warning("%s will not be measured: %s", self.title, why)
             return why
 
-    def of_clip(self, score: S | str, frames: np.ndarray, dense: np.ndarray | None) -> Scored | None:
+    def of_clip(
+        self,
+        score: S | str,
+        frames: np.ndarray,
+        dense: np.ndarray | None,
+        latents: tuple[Latents, Latents] = ((), ()),
+    ) -> Scored | None:
         """The value of one clip; None where this kind has none.
 
         Args:
             score: what `loaded` gave.
             frames: [F, H, W, 3] float32 in 0..1.
             dense: the same clip of the dense pipeline; None where `frames` are that clip.
+            latents: that these two were decoded from.
         """
         return None
 
@@ -121,7 +131,13 @@ class PerClipMetric(Metric[S]):
     smallest: int = 1
     fewest: int = 1
 
-    def of_clip(self, score: S | str, frames: np.ndarray, dense: np.ndarray | None) -> Scored | None:
+    def of_clip(
+        self,
+        score: S | str,
+        frames: np.ndarray,
+        dense: np.ndarray | None,
+        latents: tuple[Latents, Latents] = ((), ()),
+    ) -> Scored | None:
         if dense is None and not self.scores_dense:
             return None
         if reason := score if isinstance(score, str) else self.refuses(frames, dense):

@@ -91,11 +91,13 @@ def _quality_chart(
                 "marker": MARKERS[i % len(MARKERS)],
                 "linestyle": "none",
             }
+            style["clip_on"] = False  # a mark at the end of the range is whole
             axes.plot([x for x, _ in dots], [y for _, y in dots], markersize=3.5, alpha=0.55, **style)
             spread: dict[str, Any] = {"xerr": _std(speed), "yerr": _std(quality)}
             axes.errorbar(speed.value, quality.value, fmt="none", ecolor=style["color"], capsize=3, **spread)
             axes.plot(speed.value, quality.value, markersize=9, label=_label(subject), **style)
         axes.margins(0.18)
+        _keep_within(axes, metric)
         at: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "va": "top"}
         axes.annotate("dense", (1.0, 1.0), xytext=(4, 0), **at)
         if floor and floor.value is not None:
@@ -110,17 +112,28 @@ def _quality_chart(
     return _svg(f"quality-{metric.name}", f"{metric.title} against speed-up. {found}", draw, (4.4, 3.3))
 
 
+def _keep_within(axes: Axes, metric: AnyMetric) -> None:
+    """Axes that show no value which cannot be: none beyond the range of the metric, and no speed below 0."""
+    low, high = axes.get_ylim()
+    least, most = metric.limits
+    axes.set_ylim(max(low, least), min(high, most))
+    axes.set_xlim(left=max(axes.get_xlim()[0], 0.0))
+
+
 def _draw_floor(axes: Axes, value: float, metric: AnyMetric) -> None:
     """A dotted line; at the edge where the floor is so far off that nothing else could be told apart."""
     low, high = axes.get_ylim()
     beyond = not low - (high - low) <= value <= high + (high - low)
     at = min(max(value, low), high) if beyond else value
-    axes.axhline(at, color=INK, linewidth=1, linestyle=DOTTED, clip_on=not beyond)
-    if beyond:
-        axes.set_ylim(low, high)
+    if not beyond:
+        least, most = metric.limits
+        room = 0.08 * (high - low)
+        low, high = max(least, min(low, value - room)), min(most, max(high, value + room))
+    axes.axhline(at, color=INK, linewidth=1, linestyle=DOTTED, clip_on=low < at < high)
+    axes.set_ylim(low, high)
     text = f"floor {value:.{metric.digits}f}{', beyond this edge' if beyond else ''}"
     where: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "ha": "right"}
-    below = at == high
+    below = at > high - 0.1 * (high - low)  # where there is no room above
     axes.annotate(text, (1.0, at), xytext=(0, -3 if below else 3), va="top" if below else "bottom", **where)
 
 
@@ -136,8 +149,10 @@ def _density_chart(report: Findings, transformer: str) -> str:
 
         for i, (subject, (x, y)) in enumerate(lines.items()):
             style: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
-            axes.plot(x, y, markersize=5 if layers <= 24 else 3, linewidth=1.2, label=_label(subject), **style)
-        axes.set_ylim(0, 1.04)
+            axes.plot(
+                x, y, markersize=5 if layers <= 24 else 3, linewidth=1.2, label=_label(subject), clip_on=False, **style
+            )
+        axes.set_ylim(0, 1)
         axes.set_xlim(-0.5, layers - 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(f"layer of {transformer}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from diffusers_accel.evals.measurement import Measurement
@@ -38,11 +39,13 @@ class Clip:
 
 @dataclass(frozen=True)
 class Subject:
-    """What was compared with the dense baseline: its plan, and what ran per layer (rows of `Patch.report()`)."""
+    """What was compared with the dense baseline: its plan, what ran per layer (rows of `Patch.report()`), and what of diffusers
+    itself was on, in words."""
 
     name: str
     plan: Plan
     layers: list[dict[str, Any]]
+    host: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,17 @@ class Findings:
 
     def row(self, metric: str, subject: str, clip: Clip | None = None) -> Measurement | None:
         """The row of a metric of a subject, over all clips or of one; None where there is none."""
-        key = clip.key if clip else None
-        return next((r for r in self.rows if (r.metric, r.subject, r.clip) == (metric, subject, key)), None)
+        return self._by_clip.get((metric, subject, (clip.prompt, clip.seed) if clip else None))
+
+    @cached_property
+    def _by_clip(self) -> dict[tuple[str, str, Any], Measurement]:
+        """The rows, but for those of pairs; a large report is asked for each of them."""
+        found: dict[tuple[str, str, Any], Measurement] = {}
+        for row in self.rows:
+            found.setdefault(
+                (row.metric, row.subject, (row.clip["prompt"], row.clip["seed"]) if row.clip else None), row
+            )
+        return found
 
     def pair(self, metric: str, one: str, other: str) -> Measurement | None:
         """The row of what the first of two subjects has more than the other, over all clips."""

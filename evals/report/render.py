@@ -17,7 +17,8 @@ from diffusers_accel.evals.metrics import METRICS, AnyMetric
 from diffusers_accel.evals.report import charts, pair_table, words
 from diffusers_accel.evals.report.colours import Colour, method_colours
 from diffusers_accel.evals.report.findings import FLOOR, Clip, Findings, Subject
-from diffusers_accel.evals.report.worst import worst_first
+from diffusers_accel.evals.report.page_films import fitting
+from diffusers_accel.evals.report.worst import ranked_by, worst_first
 from diffusers_accel.files import printable
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import Method
@@ -25,6 +26,7 @@ from diffusers_accel.plan.span import compact, row_text
 from diffusers_accel.plan.uses import made_for
 
 FOLDER = Path(__file__).parent
+MOST_LINES = 2_000  # of the table of clips
 LETTERS_UP_TO = 16  # heads; a wider plan gets small cells without letters
 LETTER = 7  # pixels of a symbol's character; where symbols are wider than a cell, only the legend has them
 
@@ -32,6 +34,7 @@ LETTER = 7  # pixels of a symbol's character; where symbols are wider than a cel
 def html(report: Findings) -> str:
     """The page: style, script, charts and clips inside it."""
     template = _environment(autoescape=True).get_template("report.html.j2")
+    shown, films_left_out = fitting([clip for clip in worst_first(report) if clip.media])
     colours = method_colours(method for subject in report.subjects for method in subject.plan.methods.values())
     return template.render(
         **_shared(report),
@@ -40,8 +43,10 @@ def html(report: Findings) -> str:
         quality_charts=[Markup(svg) for svg in charts.quality_speed(report)],
         density_charts=[Markup(svg) for svg in charts.density_per_layer(report)],
         plans=[_plan(subject, colours, _layout(report.provenance)) for subject in report.subjects],
-        shown=[_clip(report, clip) for clip in report.clips if clip.media],
-        fps=next((clip.media.fps for clip in report.clips if clip.media), 1),
+        shown=[_clip(report, clip) for clip in shown],
+        shown_are=_shown_are(report, len(shown)),
+        films_left_out=films_left_out,
+        fps=next((clip.media.fps for clip in shown if clip.media), 1),
     )
 
 
@@ -86,13 +91,34 @@ def _shared(report: Findings) -> dict[str, Any]:
         "table": [words.cells(report, name) for name in ("dense", *report.names)],
         "notes": _notes(report),
         "clip_headings": ("prompt", "seed", "subject", "speed-up", "time", *titles),
-        "clip_table": [_clip_row(report, clip, name) for clip in worst_first(report) for name in report.names],
+        **_clip_table(report),
         "pair_headings": pair_table.HEADINGS,
         "pair_table": pair_table.lines(report),
         "intervals": words.intervals(report),
         "protocol": report.provenance["protocol"],
         "provenance": _facts(report.provenance),
     }
+
+
+def _clip_table(report: Findings) -> dict[str, Any]:
+    """A line for each subject of the worst clips, and a sentence about the clips that have none."""
+    clips = worst_first(report)
+    told = clips[: max(1, MOST_LINES // len(report.names))]
+    untold = len(clips) - len(told)
+    left_out = f" These are the worst {len(told):,}; the other {untold:,} are in report.json." if untold else ""
+    return {
+        "clip_table": [_clip_row(report, clip, name) for clip in told for name in report.names],
+        "clips_are": f"The worst clip comes first.{left_out}",
+    }
+
+
+def _shown_are(report: Findings, count: int) -> str:
+    """Which clips have films on the page, where not all have."""
+    metric = ranked_by(report)
+    if count == len(report.clips) or metric is None:
+        return ""
+    which = "The worst clip" if count == 1 else f"The {count} worst clips"
+    return f"{which} of {len(report.clips):,}, by the lowest quality of any subject ({metric.title} first)."
 
 
 def _clip_row(report: Findings, clip: Clip, name: str) -> tuple[str, ...]:
@@ -196,7 +222,13 @@ def _plan(subject: Subject, colours: Mapping[Method, Colour], layout: TokenLayou
         for symbol, share in plan.shares().items()
     ]
     forwards = plan.forwards.label if plan.forwards else None
-    shown = {"name": subject.name, "forwards": forwards, "ran": words.ran(subject), "panels": panels, "legend": legend}
+    shown: dict[str, Any] = {
+        "name": subject.name,
+        "forwards": forwards,
+        "host": subject.host,
+        "ran": words.ran(subject),
+    }
+    shown |= {"panels": panels, "legend": legend}
     by_symbol = {symbol: colours[method] for symbol, method in plan.methods.items()}
     return {**shown, "colours": by_symbol, "methods": plan.methods}
 

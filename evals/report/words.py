@@ -95,8 +95,20 @@ def quality(report: Findings, metric: AnyMetric, subject: str, clip: Clip | None
     if (change := _change(report, metric, subject, clip)) is not None:
         beside.append(f"{change:+.{metric.digits}f} from dense")
     if clip is None and (floor := report.row(metric.from_floor, subject)) and floor.value is not None:
-        beside.append(f"{abs(floor.value):.{metric.digits}f} {'better' if floor.value < 0 else 'worse'} than the floor")
+        beside.append(_from_floor(floor, metric.digits))
     return number(row) + (f" ({', '.join(beside)})" if beside else "")
+
+
+def _from_floor(row: Measurement, digits: int) -> str:
+    """How far a subject is from the floor, with its interval where there is one; of a better one both are turned round."""
+    assert row.value is not None
+    sign, word = (-1, "better") if row.value < 0 else (1, "worse")
+    text = f"{abs(row.value):.{digits}f} {word} than the floor"
+    if row.spread is None or row.spread.low is None or row.spread.high is None:
+        return text
+    low, high = sorted(sign * bound for bound in (row.spread.low, row.spread.high))
+    apart = "" if low > 0 else ", not told apart from it"
+    return f"{text} [{low:.{digits}f} to {high:.{digits}f}]{apart}"
 
 
 def _change(report: Findings, metric: AnyMetric, subject: str, clip: Clip | None) -> float | None:

@@ -27,6 +27,8 @@ def read_comparison(folder: Path) -> dict[str, Clips]:
     identity = load_document(folder / RUN, KIND, Identity)
     kept = SetFilms(folder / FILMS, identity.fps)
     records = [ClipRecord.load(path).numbers for path in sorted(folder.glob(CLIPS))]
+    if not records:
+        raise FileError(f"{printable(folder)}: no clip of this comparison is finished yet; run it on, then this again")
     for number, record in enumerate(records):
         kept.check(number, record.films, "make the comparison again")
     found = {}

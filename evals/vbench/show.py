@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from diffusers_accel.evals.vbench.dimensions import DIMENSIONS
-from diffusers_accel.evals.vbench.environment import Environment
+from diffusers_accel.evals.vbench.dimensions import DIMENSIONS, weights_of
+from diffusers_accel.evals.vbench.environment import SETUP, Environment
 from diffusers_accel.evals.vbench.results import SAMPLES, Result
 from diffusers_accel.evals.vbench.run import lacking
-from diffusers_accel.evals.vbench.weights import faults_of
+from diffusers_accel.evals.vbench.weights import WEIGHTS, faults_of
 from diffusers_accel.files import printable
 
 WIDTH = max(map(len, DIMENSIONS))
@@ -42,6 +42,19 @@ def readiness(environment: Environment) -> str:
     if faults := faults_of(every, standard=True):
         lines += ["", "missing:", *faults.values()]
     return "\n".join(lines)
+
+
+def without_environment(reason: str) -> str:
+    """What each dimension will need, where there is no environment yet; `reason` says so, and what makes one."""
+    every = tuple(DIMENSIONS)
+    faults = faults_of(every, standard=True)
+    lines = [reason, "", "What each dimension needs then:"]
+    for name, dimension in DIMENSIONS.items():
+        lost = [WEIGHTS[each].title for each in weights_of(name, standard=False) if each in faults]
+        setup = f"{SETUP} --full" if dimension.packages == "full" else SETUP
+        own = " (own prompts only)" if dimension.labelled else ""
+        lines.append(f"{name:{WIDTH}}  {', '.join([setup, *lost])}{own}")
+    return "\n".join([*lines, *(["", "missing:", *faults.values()] if faults else [])])
 
 
 def _counted(number: int, what: str) -> str:

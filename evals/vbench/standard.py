@@ -17,6 +17,7 @@ import numpy as np
 
 from diffusers_accel.api import patch
 from diffusers_accel.evals.generate import SharedNoise, generate
+from diffusers_accel.evals.host_use import HostUse
 from diffusers_accel.evals.kept import Identity, identify
 from diffusers_accel.evals.report.video import encode_lossless
 from diffusers_accel.evals.vbench.clips import FILM, Clips, Film
@@ -179,7 +180,9 @@ def _patched(pipe: Any, subject: Any) -> Iterator[dict[str, Any]]:
 
 def _identity(pipe: Any, plans: Mapping[str, Any], call: Mapping[str, Any], fps: int) -> Identity:
     nothing: dict[str, Any] = {"prompts": [], "seeds": [], "rounds": 1, "metrics": [], "show": 0}
-    return identify(pipe, plans, dict.fromkeys(plans, {}), call=call, fps=fps, **nothing)
+    return identify(
+        pipe, plans, dict.fromkeys(plans, {}), dict.fromkeys(plans, HostUse()), call=call, fps=fps, **nothing
+    )
 
 
 def _begin(folder: Path, made: ClipsMark) -> None:

@@ -17,6 +17,7 @@ import torch
 from diffusers_accel.evals import kernel_bench as bench
 from diffusers_accel.evals.clip_record import ClipRecord
 from diffusers_accel.evals.compare import compare
+from diffusers_accel.evals.export import AskedReport, export
 from diffusers_accel.evals.kept import KeptClips
 from diffusers_accel.evals.metrics import METRICS
 from diffusers_accel.evals.toy.training.run_state import RunState
@@ -164,6 +165,12 @@ def write_state(path: Path, large: bool) -> None:
     run.save(average={"count": 1, "values": {"a": torch.zeros(30_000 if large else 3)}})
 
 
+def write_exported(path: Path, large: bool) -> None:
+    asked = AskedReport("toy", [("", ["draft"])], [f"prompt {number}" for number in range(1000 if large else 1)], [])
+    provenance = {"pipeline": {"model": ""}, "versions": {"python": "3.11.1"}}
+    export(path / ("large" if large else "small"), asked, provenance)
+
+
 WRITERS: dict[str, Callable[[Path, bool], None]] = {
     "plan": write_plan,
     "scores": write_scores,
@@ -171,6 +178,7 @@ WRITERS: dict[str, Callable[[Path, bool], None]] = {
     "report": write_report,
     "rows": write_rows,
     "state": write_state,
+    "exported": write_exported,
 }
 NAMES = {
     "plan": "plan.json",
@@ -179,6 +187,7 @@ NAMES = {
     "report": "report",
     "rows": "rows.jsonl",
     "state": "state",
+    "exported": "exported",
 }
 WORKS: dict[str, Callable[..., None]] = {
     "search": search,

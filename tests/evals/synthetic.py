@@ -11,7 +11,7 @@ from diffusers_accel.evals.intervals import estimate
 from diffusers_accel.evals.measurement import Measurement, Spread
 from diffusers_accel.evals.metrics import SetMetric
 from diffusers_accel.evals.report import Clip, Media, Report, Subject
-from diffusers_accel.evals.report.video import encode, encode_difference
+from diffusers_accel.evals.report.video import difference_pixels, encode, pixels
 from diffusers_accel.methods import NAMED, AxisOrder, Band, Method, Recipe, Skip, Stripe
 from diffusers_accel.plan import Plan
 from diffusers_accel.shape import ModelShape
@@ -71,8 +71,8 @@ def report(
     count = len(next(iter(ratios.values())))
     clips = []
     for seed in range(count):
-        films = {"dense": encode(frames(0), 8)} | {name: encode(frames(seed + 1), 8) for name in ratios}
-        differences = {name: encode_difference(frames(0), frames(seed + 1), 8) for name in ratios}
+        films = {"dense": encode(pixels(frames(0)), 8)} | {name: encode(pixels(frames(seed + 1)), 8) for name in ratios}
+        differences = {name: encode(difference_pixels(frames(0), frames(seed + 1)), 8) for name in ratios}
         text = prompt if prompts == 1 else f"{prompt} {seed % prompts}"
         clips.append(Clip(text, seed, Media(films, differences, 8, 4) if seed < 2 else None))
 

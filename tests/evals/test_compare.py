@@ -248,8 +248,8 @@ def test_provenance_is_whole(found: dict[str, Any]) -> None:
 
 def test_shown_clips_have_films(found: dict[str, Any], tmp_path: Path) -> None:
     report = found["report"]
-    assert [bool(clip.media) for clip in report.clips] == [True, False, False]
-    assert list(report.clips[0].media.videos) == ["dense", "file", "all dense", "named"]
+    (shown,) = [clip for clip in report.clips if clip.media]
+    assert list(shown.media.videos) == ["dense", "file", "all dense", "named"]
     report.save(tmp_path / "new")
     assert (tmp_path / "new" / "report.html").read_text().count("data-mp4=") == 4 + 3
 
@@ -282,7 +282,7 @@ def test_shown_clips_have_films(found: dict[str, Any], tmp_path: Path) -> None:
         (
             {"prompts": [str(n) for n in range(9000)]},
             ValueError,
-            "found 108,000 .9,000 clips x 1 subjects and the floor x 6.: compare fewer clips",
+            "found 126,000 .9,000 clips x 1 subjects and the floor x 7.: compare fewer clips",
         ),
         ({"metrics": "psnr"}, TypeError, "metrics: expected a list of names"),
         ({"metrics": ("psnr", "fvd")}, ValueError, "psnr, ssim, lpips, .*found 'fvd'"),
@@ -461,7 +461,10 @@ def test_missing_metric_is_said_before_anything_is_generated_and_in_its_rows(
 
 def test_progress_counts_every_step(pipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
     compare(pipe, {"a": "pattern"}, [PROMPT], call=CALL, metrics=(), show=0, floor=False, progress=True)
-    assert "16/16" in capsys.readouterr().err  # dense, patched, dense, and dense under a patch: 4 runs of 4 steps
+    said = capsys.readouterr().err.splitlines()  # no terminal, so lines
+    assert said[0] == "0 %: warm-up"
+    # Of dense, patched, dense, and dense under a patch, 4 runs of 4 steps, the last one and no other.
+    assert [line for line in said if line.startswith("100 % in ")] == said[-1:]
 
 
 def test_progress_shows_any_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -495,3 +498,31 @@ def test_step_caches_are_compared_with_and_without_a_method_for_the_heads(pipe: 
     assert list(report.provenance["forwards"]) == list(subjects)
     assert report.provenance["forwards"]["cache"]["rule"] == {"kind": "schedule", "steps": [0, 1]}
     assert not pipe.transformer._forward_hooks
+
+
+def test_the_last_latents_are_those_that_are_decoded(pipe: Any) -> None:
+    run = generate(pipe, PROMPT, SharedNoise(0), CALL)
+    expected = pipe(**PROMPT, **CALL, output_type="latent", generator=torch.Generator().manual_seed(0)).frames
+    (latents,) = run.latents
+    assert latents.dtype == np.float32 and np.array_equal(latents, expected.float().numpy())
+
+
+def test_the_latents_of_each_chunk_are_kept() -> None:
+    pipe = tiny_forcing()
+    chunks = {"num_frames": 9, "base_num_frames": 5, "overlap_history": 3, "prompt": None}
+    run = generate(pipe, PROMPT, SharedNoise(0), {**CALL, "num_inference_steps": 2, **chunks})
+    assert len(run.latents) == len({each.tobytes() for each in run.latents}) > 1
+    alone = generate(pipe, PROMPT, SharedNoise(0), {**CALL, "num_inference_steps": 2, "prompt": None})
+    assert len(alone.latents) == 1
+
+
+def test_a_pipeline_that_shows_no_latents_has_none_and_the_report_says_so(pipe: Any) -> None:
+    own = {**CALL, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    assert generate(pipe, PROMPT, SharedNoise(0), own).latents == ()
+    asked: dict[str, Any] = {"metrics": ("latent_cosine", "psnr"), "show": 0, "floor": False, "progress": False}
+    report = compare(pipe, {"a": Method(select=Band(0.34))}, [PROMPT], call=own, **asked)
+    row = report.row("latent_cosine", "a")
+    assert row.value is None and row.note.startswith("not measured: the pipeline shows no latents")
+    seen = compare(pipe, {"a": Method(select=Band(0.34)), "b": "dense"}, [PROMPT], call=CALL, **asked)
+    assert 0.9 < seen.row("latent_cosine", "a").value < 1 == seen.row("latent_cosine", "b").value
+    assert seen.row("latent_cosine", "dense") is None and seen.pair("latent_cosine_difference", "a", "b").value < 0

@@ -92,7 +92,8 @@ def test_it_goes_on_after_the_clips_that_are_finished(
     assert lasting(resumed) == lasting(whole)
     assert [subject.layers for subject in resumed.subjects] == [subject.layers for subject in whole.subjects]
     assert resumed.provenance == whole.provenance
-    assert [clip.media for clip in resumed.clips] == [clip.media for clip in whole.clips] and whole.clips[0].media
+    assert [clip.media for clip in resumed.clips] == [clip.media for clip in whole.clips]
+    assert sum(clip.media is not None for clip in whole.clips) == 1
 
     again = run(pipe, keep)  # all is there
     assert count() == 3 + 4 * (CLIPS - 1) and again.rows == resumed.rows and again.clips == resumed.clips
@@ -299,3 +300,19 @@ def one_clip(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     keep = tmp_path_factory.mktemp("clips") / "kept"
     run(pipe, keep, **ONE)
     return keep
+
+
+def test_stopped_before_its_first_clip_another_comparison_may_begin(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = tmp_path / "kept"
+    with monkeypatch.context() as patched:
+        stop_at(4, patched, KeyboardInterrupt())  # the first run after the warm-up
+        with pytest.raises(Interrupted) as stopped:
+            run(pipe, keep)
+    assert stopped.value.kept == "no clip was finished yet: the next start begins with the first"
+    assert not list(keep.glob("clip-*")) and (keep / "comparison.json").is_file()
+    other = run(pipe, keep, **ONE)
+    assert len(other.clips) == 1 and [path.name for path in keep.glob("clip-*")] == ["clip-0000.safetensors"]
+    with pytest.raises(FileError, match="keeps clips of a comparison with seeds"):
+        run(pipe, keep, **{**ONE, "seeds": [1]})

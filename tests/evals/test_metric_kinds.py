@@ -280,9 +280,9 @@ def test_a_clip_without_films_has_no_key_of_them(pipe: Any, tmp_path: Path) -> N
     run(pipe, metrics=("psnr",), keep=tmp_path / "kept", seeds=[0])
     path = tmp_path / "kept" / "clip-0000.safetensors"
     header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])["__metadata__"]
-    fields = "prompt seed shape tokens seen repeat patch_difference fps warm_up comparison"
+    fields = "prompt seed shape tokens seen repeat patch_difference fps warm_up dense_calls comparison"
     assert sorted(json.loads(header["content"])) == sorted(fields.split())
-    assert header["version"] == "3"
+    assert header["version"] == "4"
     numbers = ClipRecord.load(path).numbers
     assert numbers.films == {}
     assert numbers.seen["dense"].scores == {} and set(numbers.seen["band"].scores) == {"psnr"}

@@ -726,3 +726,25 @@ def test_a_gpu_gives_what_a_cpu_gives(name: str, monkeypatch: pytest.MonkeyPatch
     found = METRICS[name].load()(a, b)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     np.testing.assert_allclose(found, METRICS[name].load()(a, b), rtol=1e-4 if name == "ms_ssim" else 1e-9)
+
+
+def test_latent_cosine_is_that_of_all_values_of_all_chunks() -> None:
+    metric = METRICS["latent_cosine"]
+    score, frames = metric.load(), clip(0)
+
+    def of(mine: list[Any], theirs: list[Any]) -> Any:
+        chunks = [[np.array(chunk, np.float32) for chunk in each] for each in (mine, theirs)]
+        return metric.of_clip(score, frames, frames, (chunks[0], chunks[1]))
+
+    assert of([[3.0, 4.0]], [[4.0, 3.0]]) == (pytest.approx(0.96), None)
+    assert of([[3.0], [4.0]], [[4.0], [3.0]]) == (pytest.approx(0.96), None), "over the chunks together"
+    assert of([[1.0, 0.0]], [[0.0, 2.0]]) == (0.0, None) and of([[1.0]], [[-5.0]]) == (-1.0, None)
+    assert of([[0.1, 0.7, -0.3]], [[0.2, 1.4, -0.6]]) == (1.0, None), "whatever the length"
+    assert of([[0.0]], [[1.0]]) == (None, "not measured: Latent cosine of these latents is nan")
+    assert of([[np.nan]], [[1.0]]) == (None, "not measured: the latents hold NaN or infinite values")
+    assert of([[1.0]], [[1.0, 2.0]])[1].startswith("not measured: the latents of the dense clip are [[2]], those of")
+    assert of([], [[1.0]])[1].startswith("not measured: the pipeline shows no latents")
+    assert metric.of_clip(score, frames, None) is None and metric.of_clip("why", frames, frames) == (
+        None,
+        "not measured: why",
+    )

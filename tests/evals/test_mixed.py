@@ -11,7 +11,9 @@ import pytest
 
 from diffusers_accel import Plan
 from diffusers_accel.evals import mixed, toy
+from diffusers_accel.evals.clip_record import ClipRecord
 from diffusers_accel.evals.intervals import estimate
+from diffusers_accel.evals.kept import KeptClips
 from diffusers_accel.evals.measurement import read_rows
 from diffusers_accel.files import WriteError
 from diffusers_accel.methods import DENSE
@@ -107,7 +109,22 @@ def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("DIFFUSERS_ACCEL_OFFLINE", "1")
     out = tmp_path / "mixed"
-    mixed.main(["--out", str(out), "--prompts", "1", "--search-prompts", "2", "--speedup", "1.0001"])
+    asked = ["--out", str(out), "--prompts", "1", "--search-prompts", "2", "--speedup", "1.0001"]
+    stock = KeptClips.save
+
+    def stop(self: KeptClips, number: int, record: ClipRecord) -> None:
+        stock(self, number, record)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(KeptClips, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            mixed.main(asked)
+    before = {name: path.read_bytes() for name in SETS if (path := out / f"{name}.json").exists()}
+    monkeypatch.setattr(mixed, "corrected", None)  # it goes on with its plans, and tries none again
+    mixed.main(asked)
+    assert before == {name: path.read_bytes() for name in SETS if (path := out / f"{name}.json").exists()} != {}
+    assert not list(out.glob("*.partial"))
     text = (out / "mixed.md").read_text()
     assert "| mixed |" in text and text in capsys.readouterr().out
     rows = read_rows(out / "report" / "report.json")

@@ -16,10 +16,11 @@ import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from diffusers_accel.evals.measurement import read_rows
+from diffusers_accel.evals.measurement import Measurement, Spread, read_rows
+from diffusers_accel.evals.metrics import METRICS
 from diffusers_accel.evals.report import Subject, charts, check_report_folder, pair_table, render, words
 from diffusers_accel.evals.report.colours import method_colours
-from diffusers_accel.evals.report.video import GAIN, encode, encode_difference
+from diffusers_accel.evals.report.video import GAIN, difference_pixels, encode, pixels
 from diffusers_accel.files import WriteError, printable
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import (
@@ -358,7 +359,7 @@ def decode(film: bytes, path: Path) -> tuple[np.ndarray, dict[str, Any]]:
 def test_film_shows_the_frames(tmp_path: Path) -> None:
     frames = synthetic.frames(0, count=5, side=32)
     frames[:, :, :, :] = frames.mean(axis=(1, 2), keepdims=True) * 0.5 + 0.25  # flat colours survive H.264
-    film, meta = decode(encode(frames, 8), tmp_path / "a.mp4")
+    film, meta = decode(encode(pixels(frames), 8), tmp_path / "a.mp4")
     assert meta["fps"] == 8 and meta["codec"] == "h264" and "yuv420p" in meta["pix_fmt"]
     assert film.shape == (5, 256, 256, 3)  # enlarged 8 times
     # 8-bit limited-range YUV rounds to about 1/219 a channel; twice that for two conversions.
@@ -367,13 +368,13 @@ def test_film_shows_the_frames(tmp_path: Path) -> None:
 
 def test_odd_sizes_and_nan_are_encoded(tmp_path: Path) -> None:
     frames = np.full((2, 301, 299, 3), np.nan, np.float32)
-    film, _ = decode(encode(frames, 8), tmp_path / "a.mp4")
+    film, _ = decode(encode(pixels(frames), 8), tmp_path / "a.mp4")
     assert film.shape == (2, 300, 298, 3) and film.max() < 0.04
 
 
 def test_difference_is_amplified(tmp_path: Path) -> None:
     a = np.full((2, 256, 256, 3), 0.5, np.float32)
-    film, _ = decode(encode_difference(a, a - 0.1, 8), tmp_path / "a.mp4")
+    film, _ = decode(encode(difference_pixels(a, a - 0.1), 8), tmp_path / "a.mp4")
     assert np.abs(film - 0.1 * GAIN).max() < 0.04
 
 
@@ -437,3 +438,69 @@ def test_a_report_knows_the_density_that_follows_from_the_size() -> None:
     for provenance, shown in ((sized, True), ({**sized, "tokens": "many"}, False)):
         page = render.html(replace(report, subjects=(Subject("radial", plan, ()),), provenance=provenance))
         assert (f"density {density:.2f}, " in page) == (f"asked for {density:.2f}" in page) == shown
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, report: Any) -> dict[str, Any]:
+    """The axes of its charts by their names, as they are when they are saved."""
+    from matplotlib.figure import Figure
+
+    found: dict[str, Any] = {}
+
+    def svg(name: str, description: str, draw: Any, inches: Any) -> str:
+        axes = Figure().add_subplot()
+        draw(axes)
+        found[name] = axes
+        return ""
+
+    with monkeypatch.context() as patched:
+        patched.setattr(charts, "_svg", svg)
+        charts.quality_speed(report)
+        charts.density_per_layer(report)
+    return found
+
+
+@pytest.mark.parametrize("floor", [None, 29.5, 128.0])
+def test_axes_stay_within_what_can_be(floor: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SSIM ends at 1, which is also where its floor is drawn; what lies at the end of a range is drawn whole."""
+    report = synthetic.report({"a": [0.05, 3.5]}, floor=floor)
+    high = {"ssim": 1.0, "lpips": 0.0005, "psnr": 0.2}
+    rows = [
+        replace(row, value=high[row.metric]) if row.subject == "a" and row.metric in high else row
+        for row in report.rows
+    ]
+    rows = [replace(row, value=0.9999) if (row.metric, row.subject) == ("ssim", "floor") else row for row in rows]
+    axes = drawn(monkeypatch, replace(report, rows=tuple(rows)))
+    assert len(axes) == 4
+    for name in high:
+        least, most = METRICS[name].limits
+        low, top = axes[f"quality-{name}"].get_ylim()
+        assert least <= low < top <= most and low <= high[name] <= top, name
+        assert axes[f"quality-{name}"].get_xlim()[0] >= 0
+        marks = [line for line in axes[f"quality-{name}"].lines if line.get_marker() == "o"]
+        assert marks and not any(line.get_clip_on() for line in marks)
+    assert axes["quality-ssim"].get_ylim()[1] == 1
+    assert axes["density-transformer"].get_ylim() == (0, 1)
+    if floor:
+        (said,) = [text for text in axes["quality-ssim"].texts if text.get_text().startswith("floor")]
+        assert said.get_va() == "top", "there is no room above it"
+
+
+def test_the_distance_from_the_floor_has_its_interval_where_there_is_one() -> None:
+    report = synthetic.report({"a": [1.4] * 9}, prompts=9, floor=29.5)
+
+    def said(value: float, spread: Spread) -> str:
+        row = Measurement("psnr_from_floor", value, "dB", "lower", "a", "floor", report.provenance, spread)
+        found = replace(report, rows=(*report.rows, row))
+        text = words.quality(found, METRICS["psnr"], "a")
+        assert (
+            text in found.headline
+            and text in render.html(found)
+            and render.as_markdown_text(text) in render.markdown(found)
+        )
+        return text
+
+    assert said(2.0, Spread(9, 0.5, 1.5, 2.5, 2.0, 9)).endswith("(2.00 worse than the floor [1.50 to 2.50])")
+    assert said(-2.0, Spread(9, 0.5, -2.75, -1.25, 2.0, 9)).endswith("(2.00 better than the floor [1.25 to 2.75])")
+    unclear = said(0.3, Spread(9, 0.5, -0.2, 0.8, 0.3, 9))
+    assert unclear.endswith("(0.30 worse than the floor [-0.20 to 0.80], not told apart from it)")
+    assert said(2.0, Spread(3, 0.5)).endswith("(2.00 worse than the floor)")

@@ -367,3 +367,28 @@ def test_vbenchs_own_clips_keep_their_names(place: Environment, films: Path, tmp
     assert "(needs 6 more: subject_consistency, background_consistency, motion_smoothness, ...)" in table(found)
     few = run(Clips(of, True, 4), (FLICKERING,), tmp_path / "few", place, "cpu", say=lambda _: None)
     assert "no quality, semantic or total score" in table(few), "of fewer clips than VBench asks for"
+
+
+def test_without_an_environment_show_says_what_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("VBENCH_CACHE_DIR", str(tmp_path / "weights"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["vbench", "show"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "found none that is whole; make it with: diffusers-accel vbench setup\n" in said
+    lines = {line.split()[0]: line for line in said.splitlines() if line}
+    assert lines[FLICKERING].endswith("diffusers-accel vbench setup"), "it needs no weights"
+    assert "vbench setup --full, MUSIQ" in lines["imaging_quality"]
+    assert lines["scene"].endswith("(own prompts only)") and WEIGHTS["clip_b32"].sha256 in said
+
+
+def test_a_comparison_without_a_clip_says_so(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"metrics": (), "show": 0, "floor": False, "progress": False}
+    asked |= {"call": {**CALL, "num_inference_steps": 1}, "keep": tmp_path / "kept"}
+    compare(tiny_wan(), {"band": "dense"}, [PROMPT], **asked)
+    (tmp_path / "kept" / "clip-0000.safetensors").unlink()
+    with pytest.raises(FileError, match="no clip of this comparison is finished yet"):
+        read_comparison(tmp_path / "kept")
