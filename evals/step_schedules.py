@@ -2,9 +2,9 @@
 
 python -m diffusers_accel.evals.step_schedules --prompts 8 --out steps
 
-A few prompts of the toy model are recorded, and schedules are derived from these. Then clips of other prompts are made: dense, and
-under each schedule, and their final latents and frames are compared with the dense ones. Last, how well predicted errors rank
-schedules is told: derived, uniform and random ones, each measured on the same prompts.
+A few prompts of the toy model are recorded, and schedules are derived from these. Then clips of other prompts are made: dense,
+and under each schedule, and their final latents and frames are compared with the dense ones. Last, how well predicted errors
+rank schedules is told: derived, uniform and random ones, each measured on the same prompts.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Subject:
 class Outcome:
     """One clip of a subject beside the dense one of the same prompt and noise.
 
-    computed: forwards that ran, all branches together. error: relative squared error of the final latents. psnr: in dB, None where
-    frames were not decoded.
+    computed: forwards that ran, all branches together. error: relative squared error of the final latents. psnr: in dB, None
+    where frames were not decoded.
     """
 
     subject: str
@@ -70,9 +70,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=FEWEST, help="to compare on; none of them is recorded")
     parser.add_argument("--steps", type=int, default=10, help="of the schedule")
     parser.add_argument("--guidance", type=float, default=1.0, help="1: one forward a step")
-    parser.add_argument("--computed", type=int, nargs="+", default=[7, 6, 5], help="numbers of computed steps to compare at")
-    parser.add_argument("--random", type=int, default=4, help="random schedules for each of these numbers and each predictor")
-    parser.add_argument("--ranked-prompts", type=int, default=2, help="prompts on which all schedules are measured, to rank them")
+    parser.add_argument(
+        "--computed", type=int, nargs="+", default=[7, 6, 5], help="numbers of computed steps to compare at"
+    )
+    parser.add_argument(
+        "--random", type=int, default=4, help="random schedules for each of these numbers and each predictor"
+    )
+    parser.add_argument(
+        "--ranked-prompts", type=int, default=2, help="prompts on which all schedules are measured, to rank them"
+    )
     options = parser.parse_args(arguments)
     if min(options.prompts, options.ranked_prompts) < 1 or not all(2 <= k <= options.steps for k in options.computed):
         raise ValueError(
@@ -110,7 +116,9 @@ def compared(curve: Curve, counts: Sequence[int]) -> list[Subject]:
     for count in counts:
         best = min((c for c in derived if len(c.computed) == count), key=lambda c: c.error, default=None)
         if best is None:
-            raise ValueError(f"no schedule of {count} computed steps: an expert's first step and the last one compute too")
+            raise ValueError(
+                f"no schedule of {count} computed steps: an expert's first step and the last one compute too"
+            )
         found.append(Subject(f"{DERIVED} {count}", count, best.forwards, best.error))
         found.append(_scheduled(f"{UNIFORM} {count}", curve, best.forwards.predictor, evenly(curve.steps, count)))
         if cached := [c for c in rule if len(c.computed) <= count]:
@@ -165,7 +173,13 @@ def generated(
     """Final latents, frames [F, H, W, 3] if asked for, and how many forwards were computed (0 of the dense clip)."""
     last = LastLatents(stop=not frames)
     with seeded(seed, torch.device(pipe._execution_device)) as generator:
-        arguments = {**call, "prompt": prompt, "generator": generator, "callback_on_step_end": last, "output_type": "np"}
+        arguments = {
+            **call,
+            "prompt": prompt,
+            "generator": generator,
+            "callback_on_step_end": last,
+            "output_type": "np",
+        }
         pipe.set_progress_bar_config(disable=True)
         patched = patch(pipe, forwards) if forwards is not None else None
         output = None

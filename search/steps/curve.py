@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -35,7 +36,10 @@ def step_choices(
     curve = Curve(trajectories)
     best: dict[int, StepChoice] = {}
     for predictor in predictors:
-        for choice in (*curve.schedules(predictor), *(each for rule in rules for each in curve.of_rule(rule, predictor))):
+        for choice in (
+            *curve.schedules(predictor),
+            *(each for rule in rules for each in curve.of_rule(rule, predictor)),
+        ):
             count = len(choice.computed)
             if count not in best or choice.error < best[count].error:
                 best[count] = choice
@@ -74,8 +78,7 @@ class Curve:
     def error(self, predictor: Predictor, computed: Sequence[int]) -> float:
         """Predicted error of computing exactly these steps, mean over the prompts."""
         wanted = frozenset((*computed, *self.fresh))
-        found = [path_error(each, wanted) for each in self._followers(predictor)]
-        return sum(found) / len(found)
+        return _mean([path_error(each, wanted) for each in self._followers(predictor)])
 
     def of_rule(self, rule: Rule, predictor: Predictor) -> tuple[StepChoice, ...]:
         """A choice for every range of thresholds in which a rule does the same on all prompts, ascending."""
@@ -89,7 +92,7 @@ class Curve:
         followers = self._followers(predictor)
         errors = [path_error(one, frozenset(steps)) for one, steps in zip(followers, computed, strict=True)]
         chosen = rule if threshold is None else with_threshold(rule, threshold)
-        return StepChoice(Forwards(chosen, predictor), max(computed, key=len), sum(errors) / len(errors))
+        return StepChoice(Forwards(chosen, predictor), max(computed, key=len), _mean(errors))
 
     def _followers(self, predictor: Predictor) -> list[Follower]:
         check_elementwise(predictor)
@@ -97,6 +100,13 @@ class Curve:
             Follower(samples, fits, predictor, predictor.looks_back, self.fresh)
             for samples, fits in zip(self._samples, self.fits, strict=True)
         ]
+
+
+def _mean(errors: Sequence[float]) -> float:
+    found = sum(errors) / len(errors)
+    if not math.isfinite(found):
+        raise ValueError(f"expected finite errors of the recorded prompts, found {found}: their latents are too large")
+    return found
 
 
 def check_alike(trajectories: Sequence[Trajectory]) -> None:
@@ -127,7 +137,9 @@ def _common(ranges: Sequence[Sequence[ThresholdRange]]) -> Iterator[tuple[float 
     seen: list[list[tuple[int, ...]]] = []
     for low, high in pairwise(edges):
         threshold = short_number(low, high)
-        computed = [next(one.computed for one in each if one.high is not None and threshold <= one.high) for each in ranges]
+        computed = [
+            next(one.computed for one in each if one.high is not None and threshold <= one.high) for each in ranges
+        ]
         if computed not in seen[-1:]:
             seen.append(computed)
             yield threshold, computed

@@ -93,8 +93,8 @@ class TrajectoryRecorder:
         """
         if model.family.history:
             raise ValueError(
-                f"{model.name} ({model.family.name}) makes a video chunk by chunk, each in a schedule of its own: expected a model "
-                "that makes all frames together. Take a step cache that decides while it runs, such as "
+                f"{model.name} ({model.family.name}) makes a video chunk by chunk, each in a schedule of its own: expected a "
+                "model that makes all frames together. Take a step cache that decides while it runs, such as "
                 'patch(pipe, "easycache")'
             )
         return _Watch(self, model)
@@ -151,8 +151,8 @@ class TrajectoryRecorder:
             self._rows = next(rows for rows in range(1, batch + 1) if batch % rows == 0 and _repeats(x, rows))
         if len(x) % self._rows or not _repeats(x, self._rows):
             raise RuntimeError(
-                f"expected a batch that repeats {self._rows} rows of latents, found {len(x)} rows that differ: no schedule can be "
-                "derived for this call"
+                f"expected a batch that repeats {self._rows} rows of latents, found {len(x)} rows that differ: no schedule can "
+                "be derived for this call"
             )
         return x[: self._rows]
 

@@ -37,8 +37,8 @@ class ThresholdRange:
 
 
 def replay(rule: Rule, predictor: Predictor, trajectory: Trajectory) -> tuple[int, ...]:
-    """The steps that a patched pipeline would compute, all branches following one decision: the rule's own `decide`, on latents as
-    far as they are known without the model (`course`).
+    """The steps that a patched pipeline would compute, all branches following one decision: the rule's own `decide`, on latents
+    as far as they are known without the model (`course`).
 
     Raises:
         ValueError: the rule does not fit the number of steps.
@@ -49,8 +49,8 @@ def replay(rule: Rule, predictor: Predictor, trajectory: Trajectory) -> tuple[in
 def threshold_ranges(rule: Rule, predictor: Predictor, trajectory: Trajectory) -> tuple[ThresholdRange, ...]:
     """All ranges of a rule's threshold from 0 to `MOST`, ascending: where one ends, another step is computed or predicted.
 
-    At one step of one run a rule must compute below some threshold and predict above it, and what it carries on must not depend on
-    the threshold. A rule without a threshold has one range.
+    At one step of one run a rule must compute below some threshold and predict above it, and what it carries on must not depend
+    on the threshold. A rule without a threshold has one range.
     """
     if not has_threshold(rule):
         return (ThresholdRange(None, None, replay(rule, predictor, trajectory)),)
@@ -141,7 +141,9 @@ class _Replay:
         members = [part for part in samples.v[course.step] if part[0] == branch]
         x, before = (_repeated(self._follower.x(course, lag), len(members)) for lag in (0, 1))
         computed = tuple(
-            Computed(some[0].step, some[0].timestep, _repeated(some[0].x, len(some)), torch.cat([each.v for each in some]))
+            Computed(
+                some[0].step, some[0].timestep, _repeated(some[0].x, len(some)), torch.cat([each.v for each in some])
+            )
             for some in zip(*(course.known[part] for part in members), strict=True)
         )
         timestep = samples.timesteps[course.step]

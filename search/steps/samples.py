@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from diffusers_accel.files import quoted
 from diffusers_accel.forwards import Computed, Now, Predictor
 from diffusers_accel.search.steps.trajectory import Trajectory, TrajectoryStep
 
@@ -35,14 +36,6 @@ class Samples:
     def steps(self) -> int:
         return len(self.x)
 
-    def computed(self, step: int, part: Part) -> Computed:
-        """A forward of the recorded run."""
-        return Computed(step, self.timesteps[step], self.x[step], self.v[step][part])
-
-    def now(self, step: int, part: Part, x: Tensor, before: Tensor, computed: tuple[Computed, ...]) -> Now:
-        """A forward that is to run on other latents: the step before was given `before`."""
-        return Now(step, self.steps, step, part[0], self.timesteps[step], x, before, computed)
-
 
 def sampled(trajectory: Trajectory) -> Samples:
     """At most `ELEMENTS` elements, drawn from those that are denoised. The same for one shape."""
@@ -64,16 +57,13 @@ def denoised(trajectory: Trajectory) -> Tensor:
     Raises:
         ValueError: none does.
     """
-    first = trajectory.steps[0].x
-    others = [*(step.x for step in trajectory.steps[1:])]
-    if trajectory.final is not None and trajectory.final.shape == first.shape:
-        others.append(trajectory.final)
-    changes = torch.zeros_like(first, dtype=torch.bool)
+    first, *others = (step.x for step in trajectory.steps)
+    changes = torch.full_like(first, not others, dtype=torch.bool)  # of one step nothing is known
     for other in others:
         changes |= other != first
-    if others and not changes.any():
+    if not changes.any():
         raise ValueError("expected latents that change from step to step, found the same at all of them")
-    return changes if others else ~changes
+    return changes
 
 
 def check_elementwise(predictor: Predictor) -> None:
@@ -103,26 +93,25 @@ def check_elementwise(predictor: Predictor) -> None:
         )
 
 
-def _samples(trajectory: Trajectory, take) -> Samples:  # type: ignore[no-untyped-def]
+def _samples(trajectory: Trajectory, take: Callable[[Tensor], Tensor]) -> Samples:
     steps, final = trajectory.steps, trajectory.final
     shape = steps[0].x.shape
     if final is None:
         ends = take(steps[-1].x)
     else:
         ends = take(final) if final.shape == shape else final
+    energy = float(ends.double().square().mean())
+    if not energy:
+        raise ValueError(f"{quoted(trajectory.prompt)}: expected final latents that are not all 0, found none")
     return Samples(
         x=torch.stack([take(step.x) for step in steps]),
         v=tuple({part: take(v) for part, v in parts(step).items()} for step in steps),
         timesteps=torch.tensor([step.timestep for step in steps], dtype=torch.float32),
-        energy=float(ends.double().square().mean()),
+        energy=energy,
     )
 
 
 def parts(step: TrajectoryStep) -> dict[Part, Tensor]:
     """The outputs of a step, each of the shape of the latents."""
     rows = len(step.x)
-    return {
-        (branch, number): part
-        for branch, v in step.v.items()
-        for number, part in enumerate(v.split(rows))
-    }
+    return {(branch, number): part for branch, v in step.v.items() for number, part in enumerate(v.split(rows))}

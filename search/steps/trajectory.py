@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGEST = 1e9  # of timesteps
+
 
 @dataclass(frozen=True, eq=False)
 class TrajectoryStep:
@@ -56,8 +58,8 @@ class Trajectory:
         shape = self.steps[0].x.shape
         for number, step in enumerate(self.steps):
             _check_step(step, shape, f"steps[{number}]")
-        if self.final is not None and not bool(torch.isfinite(self.final).all()):
-            raise ValueError("final: expected finite numbers, found others")
+        if self.final is not None:
+            _check_finite(self.final, "final")
 
     @property
     def transformers(self) -> tuple[str, ...]:
@@ -88,6 +90,13 @@ def _check_step(step: TrajectoryStep, shape: torch.Size, path: str) -> None:
                 f"{path}.v[{branch!r}]: expected the shape of x, {list(shape)}, with as many rows or a multiple, found "
                 f"{list(v.shape)}"
             )
+    if not abs(step.timestep) <= LARGEST:
+        raise ValueError(f"{path}.timestep: expected a number of at most {LARGEST:g}, found {step.timestep}")
     for name, tensor in (("x", step.x), *((f"v[{branch!r}]", v) for branch, v in step.v.items())):
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{path}.{name}: expected finite floating-point numbers, found others")
+        _check_finite(tensor, f"{path}.{name}")
+
+
+def _check_finite(tensor: Tensor, path: str) -> None:
+    """Also in fp32, in which errors are worked out."""
+    if not tensor.is_floating_point() or not tensor.numel() or not bool(torch.isfinite(tensor.float()).all()):
+        raise ValueError(f"{path}: expected finite floating-point numbers, found others")

@@ -1,4 +1,4 @@
-"""The file of a trajectory: a safetensors file whose header says in JSON what was recorded, and whose checksum tells any change."""
+"""The file of a trajectory: safetensors, whose header says in JSON what was recorded, and whose checksum tells any change."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def save_trajectory(path: str | os.PathLike[str], trajectory: Trajectory) -> Non
     header = _Header(
         prompt=trajectory.prompt,
         identity=dict(trajectory.identity),
-        steps=tuple(_Step(transformer=s.transformer, timestep=s.timestep, branches=tuple(s.v)) for s in trajectory.steps),
+        steps=tuple(
+            _Step(transformer=s.transformer, timestep=s.timestep, branches=tuple(s.v)) for s in trajectory.steps
+        ),
     )
     prepare_file(path)
     save_tensor_document(path, KIND, header, _tensors(trajectory))
