@@ -72,21 +72,16 @@ def check_elementwise(predictor: Predictor) -> None:
     Raises:
         ValueError: it mixes them.
     """
-    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(2 * predictor.looks_back + 2, 1, 2, 2, 2, 2, generator=torch.Generator().manual_seed(0))
 
-    def drawn() -> Tensor:
-        return torch.randn(1, 2, 2, 2, 2, generator=generator)
+    def predicted(x: Tensor, before: Tensor, *computed: Tensor) -> Tensor:
+        pairs = enumerate(zip(computed[::2], computed[1::2], strict=True))
+        known = tuple(Computed(step, torch.tensor(9.0 - step), *pair) for step, pair in pairs)
+        step = len(known)
+        return predictor.predict(Now(step, step + 2, step, "", torch.tensor(8.5 - step), x, before, known))
 
-    computed = tuple(Computed(step, torch.tensor(9.0 - step), drawn(), drawn()) for step in range(predictor.looks_back))
-    step = predictor.looks_back
-    now = Now(step, step + 2, step, "", torch.tensor(8.5 - step), drawn(), drawn(), computed)
-    alone = Now(
-        *(now.step, now.steps, now.run, now.branch, now.timestep),
-        *(x.reshape(-1)[3:5] for x in (now.x, now.before)),
-        tuple(Computed(c.step, c.timestep, c.x.reshape(-1)[3:5], c.v.reshape(-1)[3:5]) for c in computed),
-    )
-    together = predictor.predict(now).reshape(-1)[3:5]
-    if not torch.allclose(predictor.predict(alone), together, rtol=1e-4, atol=1e-5):
+    together, alone = predicted(*drawn), predicted(*drawn.flatten(1)[:, 3:5])
+    if not torch.allclose(alone, together.flatten()[3:5], rtol=1e-4, atol=1e-5):
         raise ValueError(
             f"{predictor.label}: expected a predictor that treats each element of the latents by itself, found one that mixes "
             "them: its schedules cannot be derived from a sample of elements. Leave it out of `predictors`"

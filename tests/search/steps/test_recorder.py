@@ -64,6 +64,7 @@ def test_inputs_and_outputs_are_those_of_the_model(experts: int) -> None:
 
 def test_recording_changes_nothing_and_leaves_nothing() -> None:
     pipe = tiny_wan()
+
     def final() -> Tensor:
         generator = torch.Generator().manual_seed(0)
         frames: Tensor = pipe(**wan_prompt(), **wan_call(), generator=generator, output_type="latent").frames
