@@ -217,16 +217,32 @@ def page(
     ]
     lines += [_row(subject, subjects, outcomes) for subject in subjects]
     lines += ["", *(f"- {subject.name}: {_told(subject.forwards)}" for subject in subjects)]
-    pairs = [
-        (subject.error, float(np.exp(np.mean([np.log(o.error) for o in measurements if o.subject == subject.name]))))
-        for subject in {each.forwards: each for each in ranked if each.error > 0}.values()
-    ]
-    lines += [
+    return "\n".join([*lines, "", *ranking(ranked, measurements)]) + "\n"
+
+
+def ranking(ranked: Sequence[Subject], outcomes: Sequence[Outcome]) -> list[str]:
+    """How well predicted errors rank schedules, over all and of each predictor alone, and how large they are."""
+    every = list({each.forwards: each for each in ranked if each.error > 0}.values())
+    prompts = len({each.prompt for each in outcomes})
+    groups = {"all": every} | {
+        each.label: [subject for subject in every if subject.forwards.predictor == each] for each in DEFAULT
+    }
+    lines = [
+        f"Predicted and measured errors of schedules on {prompts} prompt{'s' * (prompts > 1)} that were not recorded:",
         "",
-        f"Rank correlation (Spearman) of predicted and measured error over {len(pairs)} schedules, on "
-        f"{len({each.prompt for each in measurements})} prompts that were not recorded: {rank_correlation(pairs):.3f}.",
+        "| predictor | schedules | rank correlation (Spearman) | measured / predicted, median |",
+        "| --- | --- | --- | --- |",
     ]
-    return "\n".join(lines) + "\n"
+    for name, group in groups.items():
+        pairs = [(subject.error, _measured_error(subject, outcomes)) for subject in group]
+        ratio = float(np.median([measured / predicted for predicted, measured in pairs]))
+        lines.append(f"| {name} | {len(pairs)} | {rank_correlation(pairs):.3f} | {ratio:.2f} |")
+    return lines
+
+
+def _measured_error(subject: Subject, outcomes: Sequence[Outcome]) -> float:
+    """The geometric mean over prompts."""
+    return float(np.exp(np.mean([np.log(each.error) for each in outcomes if each.subject == subject.name])))
 
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:

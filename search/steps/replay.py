@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusers_accel.forwards import Computed, Decision, Now, Predictor, Rule
 from diffusers_accel.search.steps.course import Course, Follower
-from diffusers_accel.search.steps.samples import denoised, sampled, whole
+from diffusers_accel.search.steps.samples import coefficients, denoised, whole
 from diffusers_accel.search.steps.step_map import fit_steps
 from diffusers_accel.search.steps.trajectory import Trajectory
 
@@ -82,7 +82,7 @@ class _Replay:
         self._rule = rule
         self._follower = Follower(
             whole(trajectory),
-            fit_steps(sampled(trajectory)),
+            fit_steps(coefficients(trajectory)),
             predictor,
             max(rule.looks_back, predictor.looks_back),
             trajectory.fresh,

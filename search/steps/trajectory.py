@@ -41,6 +41,7 @@ class Trajectory:
         prompt: a label of the prompt.
         steps: one entry for each step that runs, from the first.
         final: latents after the last step, in fp32 on the host; None where the pipeline does not show them.
+        channels: dimension of the latents in which their channels lie, 1 or more.
         identity: JSON data that is equal where two trajectories belong to the same search (model, call, scheduler).
 
     Raises:
@@ -50,12 +51,15 @@ class Trajectory:
     prompt: str
     steps: tuple[TrajectoryStep, ...]
     final: Tensor | None = None
+    channels: int = 1
     identity: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.steps:
             raise ValueError("steps: expected one step or more, found none")
         shape = self.steps[0].x.shape
+        if not 1 <= self.channels < len(shape):
+            raise ValueError(f"channels: expected a dimension of latents of shape {list(shape)}, found {self.channels}")
         for number, step in enumerate(self.steps):
             _check_step(step, shape, f"steps[{number}]")
         if self.final is not None:
@@ -70,6 +74,11 @@ class Trajectory:
     def fresh(self) -> tuple[int, ...]:
         """The steps before which nothing is known: the first one, and the first of each expert."""
         return (0, *(i for i, (a, b) in enumerate(pairwise(self.transformers), 1) if a != b))
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The dimensions of the latents that are neither rows nor channels: frames, height and width, or tokens."""
+        return tuple(axis for axis in range(1, self.steps[0].x.dim()) if axis != self.channels)
 
     @property
     def bytes(self) -> int:

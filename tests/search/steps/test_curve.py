@@ -65,11 +65,14 @@ def test_no_other_schedule_of_one_run_is_better() -> None:
 
 def test_errors_are_means_over_prompts() -> None:
     one, other = lively(), lively(10)
-    both, first, second = (Curve(some) for some in ([one, other], [one], [other]))
     steps, predictor = (0, 3, 6), Last("velocity")
-    mean = (first.error(predictor, steps) + second.error(predictor, steps)) / 2
-    assert both.error(predictor, steps) == pytest.approx(mean)
-    assert first.error(predictor, steps) != pytest.approx(second.error(predictor, steps), rel=1e-3)
+    first, second, both, swapped, twice = (
+        Curve(some).error(predictor, steps) for some in ([one], [other], [one, other], [other, one], [one, one])
+    )
+    assert both == pytest.approx(swapped) and twice == pytest.approx(first)
+    assert first != pytest.approx(second, rel=0.1)
+    # Powers of the latents are shared, so that it is not exactly the mean of what each says alone.
+    assert both == pytest.approx((first + second) / 2, rel=0.1)
 
 
 def test_rules_come_out_in_the_same_type() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from torch import Tensor
 from diffusers_accel import patch
 from diffusers_accel.search.running import run_pipeline
 from diffusers_accel.search.sensitivity import Dense, LastLatents
+from diffusers_accel.search.steps import samples
 from diffusers_accel.search.steps.recorder import TrajectoryRecorder, record
-from diffusers_accel.search.steps.samples import ELEMENTS, denoised, parts, sampled
+from diffusers_accel.search.steps.samples import MOST, coefficients, denoised, parts
 from diffusers_accel.search.steps.trajectory import Trajectory
 from tests.families import TINY
 from tests.search.steps.synthetic import wan_call, wan_prompt
@@ -105,7 +107,7 @@ def test_other_families(name: str) -> None:
     branches = TINY[name].branches
     assert [list(step.v) for step in found.steps] == [[*branches]] * len(found.steps) or "branch 0" in found.steps[0].v
     assert len(found.steps) == 5 and found.fresh == (0,)
-    assert found.final is not None and torch.isfinite(sampled(found).x).all()
+    assert found.final is not None and torch.isfinite(coefficients(found).x).all()
 
 
 def test_frames_that_are_given_are_not_counted() -> None:
@@ -113,7 +115,19 @@ def test_frames_that_are_given_are_not_counted() -> None:
     _, found = recorded("wan, first frame")
     free = denoised(found)
     assert not free[:, :, 0].any() and free[:, :, 1:].float().mean() > 0.99
-    assert sampled(found).x.shape == (len(found.steps), min(ELEMENTS, int(free.sum())))
+    held = replace(found, steps=tuple(replace(step, x=step.x + ~free) for step in found.steps))
+    assert torch.equal(coefficients(held).x, coefficients(found).x)
+
+
+def test_of_large_latents_the_coarse_part_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, found = recorded("wan")
+    every = coefficients(found).x
+    assert every.shape[1:] == found.steps[0].x.shape and every.numel() // len(every) <= MOST
+    assert torch.allclose(every.square().sum(), sum(step.x.square().sum() for step in found.steps), rtol=1e-4)
+    monkeypatch.setattr(samples, "MOST", 1000)
+    few = coefficients(found).x
+    assert 200 < few[0].numel() <= 1000
+    assert torch.equal(few, every[tuple(slice(size) for size in few.shape)])
 
 
 def test_models_that_go_from_chunk_to_chunk_are_refused_before_they_run() -> None:

@@ -9,7 +9,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from diffusers_accel.search.steps.recorder import record
-from diffusers_accel.search.steps.samples import sampled
+from diffusers_accel.search.steps.samples import coefficients
 from diffusers_accel.search.steps.step_map import fit_steps
 from diffusers_accel.search.steps.trajectory import Trajectory
 from tests.search.steps.synthetic import SIGMAS, drawn, euler, wan_call, wan_prompt
@@ -29,7 +29,7 @@ def flow_euler() -> Any:
 
 
 def test_eulers_method_is_1_and_the_step_in_sigma() -> None:
-    fits = fit_steps(sampled(euler(lambda step: {"": drawn(step + 1)}, {"": 1.0})))
+    fits = fit_steps(coefficients(euler(lambda step: {"": drawn(step + 1)}, {"": 1.0})))
     assert len(fits) == len(SIGMAS) - 2
     for fit, sigma, following in zip(fits, SIGMAS, SIGMAS[1:]):
         assert fit.x == pytest.approx((1.0,), abs=1e-6)
@@ -43,7 +43,7 @@ def test_guidance_weights_fall_out_though_branches_are_nearly_alike() -> None:
     def outputs(step: int) -> dict[str, torch.Tensor]:
         return {"cond": shared + 0.01 * drawn(2 * step), "uncond": shared + 0.01 * drawn(2 * step + 1)}
 
-    fits = fit_steps(sampled(euler(outputs, {"cond": guidance, "uncond": 1 - guidance})))
+    fits = fit_steps(coefficients(euler(outputs, {"cond": guidance, "uncond": 1 - guidance})))
     for fit, sigma, following in zip(fits, SIGMAS, SIGMAS[1:]):
         moved = following - sigma
         assert fit.v[0]["cond", 0] == pytest.approx(moved * guidance, abs=1e-4)
@@ -51,9 +51,9 @@ def test_guidance_weights_fall_out_though_branches_are_nearly_alike() -> None:
 
 
 def test_noise_that_a_sampler_adds_is_left_over_and_told() -> None:
-    exact = fit_steps(sampled(euler(lambda step: {"": drawn(step + 1)}, {"": 1.0})))
+    exact = fit_steps(coefficients(euler(lambda step: {"": drawn(step + 1)}, {"": 1.0})))
     noisy = fit_steps(
-        sampled(euler(lambda step: {"": drawn(step + 1)}, {"": 1.0}, noise=lambda step: 0.1 * drawn(50 + step)))
+        coefficients(euler(lambda step: {"": drawn(step + 1)}, {"": 1.0}, noise=lambda step: 0.1 * drawn(50 + step)))
     )
     for one, other in zip(exact, noisy, strict=True):
         assert one.residual < 1e-6 and 0.2 < other.residual < 1
@@ -61,7 +61,7 @@ def test_noise_that_a_sampler_adds_is_left_over_and_told() -> None:
 
 def test_outputs_that_never_change_leave_a_fit_of_small_numbers() -> None:
     v = drawn(1)
-    fits = fit_steps(sampled(euler(lambda step: {"cond": v, "uncond": v}, {"cond": 3.0, "uncond": -2.0})))
+    fits = fit_steps(coefficients(euler(lambda step: {"cond": v, "uncond": v}, {"cond": 3.0, "uncond": -2.0})))
     for fit, sigma, following in zip(fits, SIGMAS, SIGMAS[1:]):
         assert fit.residual < 1e-5
         assert sum(fit.v[0].values()) == pytest.approx(following - sigma, abs=1e-5)
@@ -73,7 +73,7 @@ def test_real_schedulers_of_one_and_of_several_steps_are_sums(scheduler: Any) ->
     pipe = tiny_wan()
     pipe.scheduler = scheduler()
     trajectory = record(pipe, wan_prompt(), wan_call(guidance_scale=3.0), 0)
-    fits = fit_steps(sampled(trajectory))
+    fits = fit_steps(coefficients(trajectory))
     assert max(fit.residual for fit in fits) < 1e-3
     lengths = {len(fit.x) for fit in fits}
     assert lengths == {1} if scheduler is flow_euler else max(lengths) > 1, "a memory where the sampler has one"
@@ -89,7 +89,7 @@ def test_real_schedulers_of_one_and_of_several_steps_are_sums(scheduler: Any) ->
 
 
 def test_a_batch_of_guidance_is_taken_apart() -> None:
-    fits = fit_steps(sampled(cogvideox(3.0)))
+    fits = fit_steps(coefficients(cogvideox(3.0)))
     for fit in fits:
         assert fit.residual < 1e-3
         uncond, cond = fit.v[0]["cond_uncond", 0], fit.v[0]["cond_uncond", 1]

@@ -66,6 +66,7 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, name: str, tensor: 
     path, before = tmp_path / "one.safetensors", example()
     header = trajectory_file._Header(
         prompt="",
+        channels=1,
         identity={},
         steps=tuple(
             trajectory_file._Step(transformer=s.transformer, timestep=s.timestep, branches=tuple(s.v))
@@ -78,6 +79,12 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, name: str, tensor: 
 
 
 def test_a_trajectory_has_steps_and_outputs() -> None:
+    with pytest.raises(
+        ValueError, match=r"channels: expected a dimension of latents of shape \[1, 4, 2, 4, 4\], found 5"
+    ):
+        replace(example(), channels=5)
+    with pytest.raises(ValueError, match=r"steps\[0\].timestep: expected a number of at most 1e\+09"):
+        replace(example(), steps=tuple(replace(step, timestep=1e300) for step in example().steps))
     with pytest.raises(ValueError, match="expected one step or more, found none"):
         Trajectory("", ())
     with pytest.raises(ValueError, match="expected the output of one branch or more"):
