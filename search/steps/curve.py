@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 
+from diffusers_accel.files import quoted
 from diffusers_accel.forwards import Forwards, Last, Predictor, Rule, Schedule, Taylor
 from diffusers_accel.search.steps.choice import StepChoice
 from diffusers_accel.search.steps.course import Follower
@@ -68,9 +69,10 @@ class Curve:
     def schedules(self, predictor: Predictor) -> tuple[StepChoice, ...]:
         """The best schedule for every number of computed steps, with one predictor."""
         graph = state_graph(self.steps, self.fresh, predictor)
-        tables = [run_errors(one, lift, graph) for one, lift in zip(self._followers(predictor), self._lifts)]
+        runs = enumerate(zip(self._followers(predictor), self._lifts))
+        tables = [run_errors(one, lift, graph, number, len(self._lifts)) for number, (one, lift) in runs]
         together = {
-            state: {end: torch.cat([table[state][end] for table in tables]) for end in row}
+            state: {end: torch.stack([table[state][end] for table in tables]).sum(0) for end in row}
             for state, row in tables[0].items()
         }
         return tuple(
@@ -127,8 +129,8 @@ def check_alike(trajectories: Sequence[Trajectory]) -> None:
         ):
             if mine != other:
                 raise ValueError(
-                    f"trajectories[{number}]: expected those of one model and call, with the {what} of the first, {mine}, found "
-                    f"{other}"
+                    f"trajectories[{number}]: expected those of one model and call, with the {what} of the first, "
+                    f"{quoted(mine)}, found {quoted(other)}"
                 )
 
 

@@ -15,34 +15,40 @@ from diffusers_accel.search.steps.lift import Lift
 from diffusers_accel.search.steps.samples import Part, Samples
 from diffusers_accel.search.steps.state_graph import State, StateGraph
 
-SKETCH = 2048  # numbers
+SKETCH = 1024  # numbers
 RunErrors = Mapping[State, Mapping[int, Tensor]]
 
 
-def run_errors(follower: Follower, lift: Lift, graph: StateGraph) -> dict[State, dict[int, Tensor]]:
+def run_errors(
+    follower: Follower, lift: Lift, graph: StateGraph, number: int = 0, count: int = 1
+) -> dict[State, dict[int, Tensor]]:
     """For each state, and each step that may be computed next: how the final latents deviate because of the steps between, as of
     `Lift`, in a `sketch`. The run begins at the recorded latents of the state's last step, and what the model makes of it begins
-    at its end. All ends of a state cost one pass, one step further for each."""
+    at its end. All ends of a state cost one pass, one step further for each.
+
+    Args:
+        number, count: of this recorded run, and of all, as of `sketch`.
+    """
     return {
-        state: {end: sketch(error) for end, error in _of_ends(follower, lift, state, graph.ends(state))}
+        state: {end: sketch(error, number, count) for end, error in _of_ends(follower, lift, state, graph.ends(state))}
         for state in graph.states()
     }
 
 
-def sketch(x: Tensor) -> Tensor:
-    """A short vector for a long one, [at most `SKETCH`]: sums of its numbers with random signs, which keep lengths and angles to
-    a few percent."""
+def sketch(x: Tensor, number: int = 0, count: int = 1) -> Tensor:
+    """A short vector for a long one: sums of its numbers with random signs, which keep lengths and angles to a few percent. Those
+    of `count` vectors, of which this is one, add up to the sketch of all of them side by side."""
     flat = x.reshape(-1)
-    if len(flat) <= SKETCH:
-        return flat
-    signs, place = _drawn(len(flat))
+    if count * len(flat) <= SKETCH:  # as it is, in its place
+        return torch.cat([flat.new_zeros(number * len(flat)), flat, flat.new_zeros((count - number - 1) * len(flat))])
+    signs, place = _drawn(len(flat), number)
     return torch.zeros(SKETCH).index_add_(0, place, flat * signs)
 
 
-@lru_cache(maxsize=2)
-def _drawn(length: int) -> tuple[Tensor, Tensor]:
-    """Signs and places, the same for one length."""
-    generator = torch.Generator().manual_seed(0)
+@lru_cache(maxsize=1)
+def _drawn(length: int, number: int) -> tuple[Tensor, Tensor]:
+    """Signs and places, the same for one length and number."""
+    generator = torch.Generator().manual_seed(number)
     signs = torch.randint(0, 2, (length,), generator=generator) * 2.0 - 1
     return signs, torch.randint(0, SKETCH, (length,), generator=generator)
 

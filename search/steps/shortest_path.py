@@ -8,7 +8,6 @@ number of computed steps) are kept, those of least error so far.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -36,30 +35,25 @@ def best_paths(graph: StateGraph, errors: RunErrors, ways: int = WAYS) -> dict[i
         ways: that are kept for each state and number of steps. With as many as there are, the result is the best one.
     """
     zero = torch.zeros_like(errors[graph.start][1]) if graph.steps > 1 else torch.zeros(1)
-    found: dict[State, dict[int, _Ways]] = {graph.start: {1: _Ways([graph.start], zero[None])}}
-    arriving: dict[State, dict[int, list[_Ways]]] = defaultdict(lambda: defaultdict(list))
+    arriving: dict[State, dict[int, _Ways]] = defaultdict(dict)
+    arriving[graph.start][1] = _Ways([graph.start], zero[None])
+    found: dict[int, _Ways] = {}
     for state in graph.states():
-        if state in arriving:
-            found[state] = {count: _best(some, ways) for count, some in arriving.pop(state).items()}
+        here = arriving.pop(state)  # whatever leads to a state ends before it
+        if state[-1] == graph.steps - 1:
+            for count, some in here.items():
+                found[count] = _best(1, some, found.get(count))
         for end in graph.ends(state):
-            then = graph.after(state, end)
-            for count, here in found[state].items():
-                paths = [(*path, end) for path in here.paths]
-                arriving[then][count + 1].append(_Ways(paths, here.errors + errors[state][end]))
-    return _of_the_end(graph, found)
+            there = arriving[graph.after(state, end)]
+            for count, some in here.items():
+                longer = _Ways([(*path, end) for path in some.paths], some.errors + errors[state][end])
+                there[count + 1] = _best(ways, longer, there.get(count + 1))
+    return {count: some.paths[0] for count, some in sorted(found.items())}
 
 
-def _best(some: list[_Ways], ways: int) -> _Ways:
-    paths, errors = [path for each in some for path in each.paths], torch.cat([each.errors for each in some])
+def _best(ways: int, some: _Ways, others: _Ways | None) -> _Ways:
+    """At most so many of both, the least wrong ones first."""
+    paths = some.paths + (others.paths if others else [])
+    errors = torch.cat([some.errors, others.errors]) if others else some.errors
     order = errors.square().sum(1).argsort(stable=True)[:ways]
     return _Ways([paths[place] for place in order.tolist()], errors[order])
-
-
-def _of_the_end(graph: StateGraph, found: Mapping[State, Mapping[int, _Ways]]) -> dict[int, Path]:
-    """The best of all states whose last step is that of the schedule."""
-    ends: dict[int, list[_Ways]] = defaultdict(list)
-    for state, counts in found.items():
-        if state[-1] == graph.steps - 1:
-            for count, here in counts.items():
-                ends[count].append(here)
-    return {count: _best(some, 1).paths[0] for count, some in sorted(ends.items())}

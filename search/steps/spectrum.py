@@ -33,9 +33,9 @@ def smoothed(power: Tensor, channel: int, axes: Sequence[int], sizes: Sequence[i
         sizes: of these before coefficients were dropped.
     """
     squares = torch.zeros([power.shape[axis] for axis in axes])
-    for place, (axis, size) in enumerate(zip(axes, sizes, strict=True)):
+    for number, (axis, size) in enumerate(zip(axes, sizes, strict=True)):
         shape = [1] * len(axes)
-        shape[place] = -1
+        shape[number] = -1
         squares = squares + (torch.arange(power.shape[axis]) / size).square().reshape(shape)
     radius = (squares / max(1, len(axes))).sqrt().flatten()
     place = torch.bucketize(radius, (torch.linspace(0, 1, BINS + 1) ** 1.5)[1:-1])

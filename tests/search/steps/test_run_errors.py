@@ -138,8 +138,10 @@ def test_a_sketch_keeps_lengths_and_angles() -> None:
     x, y = drawn(0, (1, 50_000)), drawn(1, (1, 50_000))
     y = y + x
     for a, b in ((x, x), (x, y), (y, y)):
-        assert float(sketch(a) @ sketch(b)) == pytest.approx(float((a * b).sum()), rel=0.1)
-    assert torch.equal(sketch(x[:, :100]), x[0, :100])
+        assert float(sketch(a) @ sketch(b)) == pytest.approx(float((a * b).sum()), rel=0.15)
+    both = sketch(x, 0, 2) + sketch(y, 1, 2)
+    assert float(both @ both) == pytest.approx(float(x.square().sum() + y.square().sum()), rel=0.1)
+    assert torch.equal(sketch(x[:, :100], 1, 3), torch.cat([torch.zeros(100), x[0, :100], torch.zeros(100)]))
 
 
 def latents_before_the_last(pipe: Any) -> Tensor:
