@@ -2,9 +2,9 @@
 
 python -m diffusers_accel.evals.step_schedules --prompts 8 --out steps
 
-A few prompts of the toy model are recorded, and schedules are derived from these. Then clips of other prompts are made: dense, and
-under each schedule, and their final latents and frames are compared with the dense ones. Last, how well predicted errors rank
-schedules is told: derived, uniform and random ones, each measured on the same prompts.
+A few prompts of the toy model are recorded, and schedules are derived from these. Then clips of other prompts are made: dense,
+and under each schedule, and their final latents and frames are compared with the dense ones. Last, how well predicted errors
+rank schedules is told: derived, uniform and random ones, each measured on the same prompts.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from diffusers_accel.evals.intervals import FEWEST, estimate
 from diffusers_accel.evals.metrics.psnr import PSNR
 from diffusers_accel.files import prepare_folder, write_json, write_whole
 from diffusers_accel.forwards import EasyCache, Forwards, Last, Schedule
-from diffusers_accel.search.last_latents import LastLatents
 from diffusers_accel.search.running import Enough
+from diffusers_accel.search.sensitivity import LastLatents
 from diffusers_accel.search.steps.curve import DEFAULT, Curve
 from diffusers_accel.search.steps.recorder import record
 from diffusers_accel.support.seeded import seeded
@@ -40,7 +40,7 @@ DERIVED, UNIFORM, EASYCACHE = "derived", "uniform", "easycache"
 
 
 @dataclass(frozen=True)
-class Subject:
+class Tried:
     """What is tried: a name, the steps that it is to compute, and what is predicted of it."""
 
     name: str
@@ -53,8 +53,8 @@ class Subject:
 class Outcome:
     """One clip of a subject beside the dense one of the same prompt and noise.
 
-    computed: forwards that ran, all branches together. error: relative squared error of the final latents. psnr: in dB, None where
-    frames were not decoded.
+    computed: forwards that ran, all branches together. error: relative squared error of the final latents. psnr: in dB, None
+    where frames were not decoded.
     """
 
     subject: str
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(text)
 
 
-def compared(curve: Curve, counts: Sequence[int]) -> list[Subject]:
+def compared(curve: Curve, counts: Sequence[int]) -> list[Tried]:
     """At each number of computed steps: the derived schedule, its predictor on evenly spaced steps, and EasyCache."""
     derived = [choice for predictor in DEFAULT for choice in curve.schedules(predictor)]
     rule = curve.of_rule(EasyCache(warm_up=WARM_UP), Last("residual"))
@@ -119,15 +119,15 @@ def compared(curve: Curve, counts: Sequence[int]) -> list[Subject]:
             raise ValueError(
                 f"no schedule of {count} computed steps: an expert's first step and the last one compute too"
             )
-        found.append(Subject(f"{DERIVED} {count}", count, best.forwards, best.error))
+        found.append(Tried(f"{DERIVED} {count}", count, best.forwards, best.error))
         found.append(_scheduled(f"{UNIFORM} {count}", curve, best.forwards.predictor, evenly(curve.steps, count)))
         if cached := [c for c in rule if len(c.computed) <= count]:
             nearest = max(cached, key=lambda c: len(c.computed))
-            found.append(Subject(f"{EASYCACHE} {count}", len(nearest.computed), nearest.forwards, nearest.error))
+            found.append(Tried(f"{EASYCACHE} {count}", len(nearest.computed), nearest.forwards, nearest.error))
     return found
 
 
-def others(curve: Curve, counts: Sequence[int], random: int) -> list[Subject]:
+def others(curve: Curve, counts: Sequence[int], random: int) -> list[Tried]:
     """More schedules to rank: with every predictor the derived one, evenly spaced steps, and random ones."""
     rng, found = np.random.default_rng(0), []
     for predictor in DEFAULT:
@@ -147,13 +147,13 @@ def evenly(steps: int, count: int) -> tuple[int, ...]:
     return tuple(round(place) for place in np.linspace(0, steps - 1, count))
 
 
-def _scheduled(name: str, curve: Curve, predictor: Any, computed: tuple[int, ...]) -> Subject:
+def _scheduled(name: str, curve: Curve, predictor: Any, computed: tuple[int, ...]) -> Tried:
     error = curve.error(predictor, computed)
-    return Subject(name, len(computed), Forwards(Schedule(steps=computed), predictor), error)
+    return Tried(name, len(computed), Forwards(Schedule(steps=computed), predictor), error)
 
 
 def measured(
-    pipe: Any, call: Mapping[str, Any], subjects: Sequence[Subject], clips: Sequence[tuple[int, str]], frames: bool
+    pipe: Any, call: Mapping[str, Any], subjects: Sequence[Tried], clips: Sequence[tuple[int, str]], frames: bool
 ) -> list[Outcome]:
     """Every subject on every clip, (seed, prompt) each."""
     psnr, found = PSNR.load(), []
@@ -199,9 +199,9 @@ def generated(
 
 def page(
     call: Mapping[str, Any],
-    subjects: Sequence[Subject],
+    subjects: Sequence[Tried],
     outcomes: Sequence[Outcome],
-    ranked: Sequence[Subject],
+    ranked: Sequence[Tried],
     measurements: Sequence[Outcome],
 ) -> str:
     """The comparison and the ranking in Markdown."""
@@ -217,16 +217,32 @@ def page(
     ]
     lines += [_row(subject, subjects, outcomes) for subject in subjects]
     lines += ["", *(f"- {subject.name}: {_told(subject.forwards)}" for subject in subjects)]
-    pairs = [
-        (subject.error, float(np.exp(np.mean([np.log(o.error) for o in measurements if o.subject == subject.name]))))
-        for subject in {each.forwards: each for each in ranked if each.error > 0}.values()
-    ]
-    lines += [
+    return "\n".join([*lines, "", *ranking(ranked, measurements)]) + "\n"
+
+
+def ranking(ranked: Sequence[Tried], outcomes: Sequence[Outcome]) -> list[str]:
+    """How well predicted errors rank schedules, over all and of each predictor alone, and how large they are."""
+    every = list({each.forwards: each for each in ranked if each.error > 0}.values())
+    prompts = len({each.prompt for each in outcomes})
+    groups = {"all": every} | {
+        each.label: [subject for subject in every if subject.forwards.predictor == each] for each in DEFAULT
+    }
+    lines = [
+        f"Predicted and measured errors of schedules on {prompts} prompt{'s' * (prompts > 1)} that were not recorded:",
         "",
-        f"Rank correlation (Spearman) of predicted and measured error over {len(pairs)} schedules, on "
-        f"{len({each.prompt for each in measurements})} prompts that were not recorded: {rank_correlation(pairs):.3f}.",
+        "| predictor | schedules | rank correlation (Spearman) | measured / predicted, median |",
+        "| --- | --- | --- | --- |",
     ]
-    return "\n".join(lines) + "\n"
+    for name, group in groups.items():
+        pairs = [(subject.error, _measured_error(subject, outcomes)) for subject in group]
+        ratio = float(np.median([measured / predicted for predicted, measured in pairs]))
+        lines.append(f"| {name} | {len(pairs)} | {rank_correlation(pairs):.3f} | {ratio:.2f} |")
+    return lines
+
+
+def _measured_error(subject: Tried, outcomes: Sequence[Outcome]) -> float:
+    """The geometric mean over prompts."""
+    return float(np.exp(np.mean([np.log(each.error) for each in outcomes if each.subject == subject.name])))
 
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
@@ -236,7 +252,7 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
     return float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
 
 
-def _row(subject: Subject, subjects: Sequence[Subject], outcomes: Sequence[Outcome]) -> str:
+def _row(subject: Tried, subjects: Sequence[Tried], outcomes: Sequence[Outcome]) -> str:
     mine = [each for each in outcomes if each.subject == subject.name]
     count = subject.name.split()[-1]
     derived = [each for each in outcomes if each.subject == f"{DERIVED} {count}"]

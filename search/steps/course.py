@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from diffusers_accel.forwards import Computed, Now, Predictor
@@ -60,10 +61,10 @@ class Follower:
         deviation = course.dx[lag] if lag < len(course.dx) else None
         return recorded if deviation is None else recorded + deviation
 
-    def error(self, course: Course) -> float:
-        """Mean square of the latents' deviation, relative to the energy of the final latents."""
+    def deviation(self, course: Course) -> Tensor:
+        """Of the latents before this step."""
         deviation = course.dx[0] if course.dx else None
-        return 0.0 if deviation is None else float(deviation.double().square().mean()) / self.samples.energy
+        return torch.zeros_like(self.samples.x[0]) if deviation is None else deviation
 
     def compute(self, course: Course) -> Course:
         """The step is computed."""

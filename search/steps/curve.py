@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+import torch
+
+from diffusers_accel.files import quoted
 from diffusers_accel.forwards import Forwards, Last, Predictor, Rule, Schedule, Taylor
 from diffusers_accel.search.steps.choice import StepChoice
 from diffusers_accel.search.steps.course import Follower
+from diffusers_accel.search.steps.lift import Lift, lifts_of
 from diffusers_accel.search.steps.replay import ThresholdRange, threshold_ranges, with_threshold
 from diffusers_accel.search.steps.run_errors import path_error, run_errors
-from diffusers_accel.search.steps.samples import Samples, check_elementwise, sampled
-from diffusers_accel.search.steps.shortest_path import shortest_paths
+from diffusers_accel.search.steps.samples import Samples, check_linear, coefficients
+from diffusers_accel.search.steps.shortest_path import best_paths
 from diffusers_accel.search.steps.state_graph import state_graph
 from diffusers_accel.search.steps.step_map import StepFit, fit_steps
 from diffusers_accel.search.steps.trajectory import Trajectory
@@ -57,28 +62,28 @@ class Curve:
         self.trajectories = tuple(trajectories)
         self.steps = len(self.trajectories[0].steps)
         self.fresh = self.trajectories[0].fresh
-        self._samples: list[Samples] = [sampled(each) for each in self.trajectories]
+        self._samples: list[Samples] = [coefficients(each) for each in self.trajectories]
+        self._lifts: list[Lift] = lifts_of(self.trajectories, self._samples)
         self.fits: list[tuple[StepFit, ...]] = [fit_steps(each) for each in self._samples]
 
     def schedules(self, predictor: Predictor) -> tuple[StepChoice, ...]:
         """The best schedule for every number of computed steps, with one predictor."""
         graph = state_graph(self.steps, self.fresh, predictor)
-        tables = [run_errors(each, graph) for each in self._followers(predictor)]
-        # Errors of runs point the same way, so that it is not their squares that add up but their sizes.
-        costs = {
-            state: {end: (sum(table[state][end] for table in tables) / len(tables)) ** 0.5 for end in ends}
-            for state, ends in tables[0].items()
+        runs = enumerate(zip(self._followers(predictor), self._lifts))
+        tables = [run_errors(one, lift, graph, number, len(self._lifts)) for number, (one, lift) in runs]
+        together = {
+            state: {end: torch.stack([table[state][end] for table in tables]).sum(0) for end in row}
+            for state, row in tables[0].items()
         }
         return tuple(
             StepChoice(Forwards(Schedule(steps=computed), predictor), computed, self.error(predictor, computed))
-            for computed, _ in shortest_paths(graph, costs).values()
+            for computed in best_paths(graph, together).values()
         )
 
     def error(self, predictor: Predictor, computed: Sequence[int]) -> float:
         """Predicted error of computing exactly these steps, mean over the prompts."""
-        wanted = frozenset((*computed, *self.fresh))
-        found = [path_error(each, wanted) for each in self._followers(predictor)]
-        return sum(found) / len(found)
+        wanted = sorted({*computed, *self.fresh, self.steps - 1})
+        return self._mean(predictor, [wanted] * len(self.trajectories))
 
     def of_rule(self, rule: Rule, predictor: Predictor) -> tuple[StepChoice, ...]:
         """A choice for every range of thresholds in which a rule does the same on all prompts, ascending."""
@@ -89,13 +94,21 @@ class Curve:
         self, rule: Rule, predictor: Predictor, threshold: float | None, computed: Sequence[tuple[int, ...]]
     ) -> StepChoice:
         """Of one threshold: `computed` on each prompt."""
-        followers = self._followers(predictor)
-        errors = [path_error(one, frozenset(steps)) for one, steps in zip(followers, computed, strict=True)]
         chosen = rule if threshold is None else with_threshold(rule, threshold)
-        return StepChoice(Forwards(chosen, predictor), max(computed, key=len), sum(errors) / len(errors))
+        return StepChoice(Forwards(chosen, predictor), max(computed, key=len), self._mean(predictor, computed))
+
+    def _mean(self, predictor: Predictor, computed: Sequence[Sequence[int]]) -> float:
+        """Over the prompts, each with its computed steps."""
+        each = zip(self._followers(predictor), self._lifts, computed, strict=True)
+        found = sum(path_error(*one) for one in each) / len(computed)
+        if not math.isfinite(found):
+            raise ValueError(
+                f"expected finite errors, found {found}: the latents of the recorded prompts are too large"
+            )
+        return found
 
     def _followers(self, predictor: Predictor) -> list[Follower]:
-        check_elementwise(predictor)
+        check_linear(predictor)
         return [
             Follower(samples, fits, predictor, predictor.looks_back, self.fresh)
             for samples, fits in zip(self._samples, self.fits, strict=True)
@@ -116,8 +129,8 @@ def check_alike(trajectories: Sequence[Trajectory]) -> None:
         ):
             if mine != other:
                 raise ValueError(
-                    f"trajectories[{number}]: expected those of one model and call, with the {what} of the first, {mine}, found "
-                    f"{other}"
+                    f"trajectories[{number}]: expected those of one model and call, with the {what} of the first, "
+                    f"{quoted(mine)}, found {quoted(other)}"
                 )
 
 

@@ -81,6 +81,7 @@ class TrajectoryRecorder:
         self._prompt = prompt
         self._identity = dict(identity)
         self._count: int | None = None  # of steps
+        self._channels = 1
         self._rows = 0  # of latents, of which a batch of guidance has several copies
         self._done: list[TrajectoryStep] = []
         self._step: _Recorded | None = None
@@ -93,10 +94,11 @@ class TrajectoryRecorder:
         """
         if model.family.history:
             raise ValueError(
-                f"{model.name} ({model.family.name}) makes a video chunk by chunk, each in a schedule of its own: expected a model "
-                "that makes all frames together. Take a step cache that decides while it runs, such as "
+                f"{model.name} ({model.family.name}) makes a video chunk by chunk, each in a schedule of its own: expected a "
+                "model that makes all frames together. Take a step cache that decides while it runs, such as "
                 'patch(pipe, "easycache")'
             )
+        self._channels = model.family.channels
         return _Watch(self, model)
 
     def add(self, model: str, branch: str, now: tuple[int, int], timestep: Tensor, x: Tensor, v: Tensor) -> None:
@@ -136,7 +138,8 @@ class TrajectoryRecorder:
                 "from a part of it"
             )
         last = None if final is None else final.detach().to("cpu", torch.float32)
-        return Trajectory(self._prompt, tuple(self._done), last, self._identity)
+        channels = self._channels % self._done[0].x.dim()
+        return Trajectory(self._prompt, tuple(self._done), last, channels, self._identity)
 
     def _close(self) -> None:
         """The step that ran is finished."""
@@ -151,8 +154,8 @@ class TrajectoryRecorder:
             self._rows = next(rows for rows in range(1, batch + 1) if batch % rows == 0 and _repeats(x, rows))
         if len(x) % self._rows or not _repeats(x, self._rows):
             raise RuntimeError(
-                f"expected a batch that repeats {self._rows} rows of latents, found {len(x)} rows that differ: no schedule can be "
-                "derived for this call"
+                f"expected a batch that repeats {self._rows} rows of latents, found {len(x)} rows that differ: no schedule can "
+                "be derived for this call"
             )
         return x[: self._rows]
 

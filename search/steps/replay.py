@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusers_accel.forwards import Computed, Decision, Now, Predictor, Rule
 from diffusers_accel.search.steps.course import Course, Follower
-from diffusers_accel.search.steps.samples import denoised, sampled, whole
+from diffusers_accel.search.steps.samples import coefficients, denoised, whole
 from diffusers_accel.search.steps.step_map import fit_steps
 from diffusers_accel.search.steps.trajectory import Trajectory
 
@@ -37,8 +37,8 @@ class ThresholdRange:
 
 
 def replay(rule: Rule, predictor: Predictor, trajectory: Trajectory) -> tuple[int, ...]:
-    """The steps that a patched pipeline would compute, all branches following one decision: the rule's own `decide`, on latents as
-    far as they are known without the model (`course`).
+    """The steps that a patched pipeline would compute, all branches following one decision: the rule's own `decide`, on latents
+    as far as they are known without the model (`course`).
 
     Raises:
         ValueError: the rule does not fit the number of steps.
@@ -49,8 +49,8 @@ def replay(rule: Rule, predictor: Predictor, trajectory: Trajectory) -> tuple[in
 def threshold_ranges(rule: Rule, predictor: Predictor, trajectory: Trajectory) -> tuple[ThresholdRange, ...]:
     """All ranges of a rule's threshold from 0 to `MOST`, ascending: where one ends, another step is computed or predicted.
 
-    At one step of one run a rule must compute below some threshold and predict above it, and what it carries on must not depend on
-    the threshold. A rule without a threshold has one range.
+    At one step of one run a rule must compute below some threshold and predict above it, and what it carries on must not depend
+    on the threshold. A rule without a threshold has one range.
     """
     if not has_threshold(rule):
         return (ThresholdRange(None, None, replay(rule, predictor, trajectory)),)
@@ -82,7 +82,7 @@ class _Replay:
         self._rule = rule
         self._follower = Follower(
             whole(trajectory),
-            fit_steps(sampled(trajectory)),
+            fit_steps(coefficients(trajectory)),
             predictor,
             max(rule.looks_back, predictor.looks_back),
             trajectory.fresh,

@@ -1,61 +1,57 @@
-"""The elements of a trajectory on which errors are worked out: some of them, drawn once, in fp32."""
+"""A recorded run as errors are worked out on it: in fp32, with its batches of guidance taken apart."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diffusers_accel.forwards import Computed, Now, Predictor
+from diffusers_accel.search.steps.spectrum import cosine_transform, kept_frequencies
 from diffusers_accel.search.steps.trajectory import Trajectory, TrajectoryStep
 
-ELEMENTS = 1 << 16  # of the latents: a mean square of so many is known to about 1 %
+MOST = 1 << 18  # coefficients of a row and channel's latents together
 Part = tuple[str, int]  # a branch of guidance, and which of the parts of its batch
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Elements of the latents and outputs of every step, whose batch of guidance is taken apart.
+    """The latents and outputs of every step.
 
     Args:
         x: [steps, ...] fp32.
         v: of each step, by part, in the order in which they ran: [...] fp32.
         timesteps: [steps] fp32.
-        energy: mean square of the final latents; of the last recorded ones where these are unknown.
     """
 
     x: Tensor
     v: tuple[Mapping[Part, Tensor], ...]
     timesteps: Tensor
-    energy: float
 
     @property
     def steps(self) -> int:
         return len(self.x)
 
-    def computed(self, step: int, part: Part) -> Computed:
-        """A forward of the recorded run."""
-        return Computed(step, self.timesteps[step], self.x[step], self.v[step][part])
 
-    def now(self, step: int, part: Part, x: Tensor, before: Tensor, computed: tuple[Computed, ...]) -> Now:
-        """A forward that is to run on other latents: the step before was given `before`."""
-        return Now(step, self.steps, step, part[0], self.timesteps[step], x, before, computed)
-
-
-def sampled(trajectory: Trajectory) -> Samples:
-    """At most `ELEMENTS` elements, drawn from those that are denoised. The same for one shape."""
-    free = denoised(trajectory).reshape(-1).nonzero().reshape(-1)
-    if len(free) > ELEMENTS:
-        draw = torch.randperm(len(free), generator=torch.Generator().manual_seed(0))[:ELEMENTS]
-        free = free[draw.sort().values]
-    return _samples(trajectory, lambda x: x.reshape(-1)[free].float())
+def coefficients(trajectory: Trajectory) -> Samples:
+    """Of elements that are denoised, as cosine coefficients: for what is linear and treats all elements alike. Of large latents
+    the coarse ones, at most about `MOST`, in which nearly all of an error lies."""
+    return _samples(trajectory, coefficients_of(trajectory))
 
 
 def whole(trajectory: Trajectory) -> Samples:
     """All elements, in their shape: for what looks at how they lie."""
     return _samples(trajectory, lambda x: x.float())
+
+
+def coefficients_of(trajectory: Trajectory) -> Callable[[Tensor], Tensor]:
+    """What `coefficients` makes of latents or outputs."""
+    free, shape = denoised(trajectory), trajectory.steps[0].x.shape
+    axes = trajectory.axes
+    keep = kept_frequencies([shape[axis] for axis in axes], MOST // (shape[0] * shape[trajectory.channels]))
+    return lambda x: cosine_transform(x.float() * free, axes, keep)
 
 
 def denoised(trajectory: Trajectory) -> Tensor:
@@ -64,61 +60,52 @@ def denoised(trajectory: Trajectory) -> Tensor:
     Raises:
         ValueError: none does.
     """
-    first = trajectory.steps[0].x
-    others = [*(step.x for step in trajectory.steps[1:])]
-    if trajectory.final is not None and trajectory.final.shape == first.shape:
-        others.append(trajectory.final)
-    changes = torch.zeros_like(first, dtype=torch.bool)
+    first, *others = (step.x for step in trajectory.steps)
+    changes = torch.full_like(first, not others, dtype=torch.bool)  # of one step nothing is known
     for other in others:
         changes |= other != first
-    if others and not changes.any():
+    if not changes.any():
         raise ValueError("expected latents that change from step to step, found the same at all of them")
-    return changes if others else ~changes
+    return changes
 
 
-def check_elementwise(predictor: Predictor) -> None:
-    """Refuses a predictor that mixes elements: errors are taken of some elements, each by itself.
+def check_linear(predictor: Predictor) -> None:
+    """Refuses a predictor that is no sum of latents and outputs, with the same weights for all elements: such a one does not
+    commute with the cosine transform.
 
     Raises:
-        ValueError: it mixes them.
+        ValueError: it is none.
     """
-    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(2 * predictor.looks_back + 2, 12, generator=torch.Generator().manual_seed(0))
+    shape = (1, 2, 2, 3, 1)
 
-    def drawn() -> Tensor:
-        return torch.randn(1, 2, 2, 2, 2, generator=generator)
+    def predicted(x: Tensor, before: Tensor, *computed: Tensor) -> Tensor:
+        pairs = enumerate(zip(computed[::2], computed[1::2], strict=True))
+        known = tuple(Computed(step, torch.tensor(9.0 - step), *pair) for step, pair in pairs)
+        step = len(known)
+        return predictor.predict(Now(step, step + 2, step, "", torch.tensor(8.5 - step), x, before, known))
 
-    computed = tuple(Computed(step, torch.tensor(9.0 - step), drawn(), drawn()) for step in range(predictor.looks_back))
-    step = predictor.looks_back
-    now = Now(step, step + 2, step, "", torch.tensor(8.5 - step), drawn(), drawn(), computed)
-    alone = Now(
-        *(now.step, now.steps, now.run, now.branch, now.timestep),
-        *(x.reshape(-1)[3:5] for x in (now.x, now.before)),
-        tuple(Computed(c.step, c.timestep, c.x.reshape(-1)[3:5], c.v.reshape(-1)[3:5]) for c in computed),
-    )
-    together = predictor.predict(now).reshape(-1)[3:5]
-    if not torch.allclose(predictor.predict(alone), together, rtol=1e-4, atol=1e-5):
+    def turned(x: Tensor) -> Tensor:
+        return cosine_transform(x, [-1], [12])
+
+    before, after = predicted(*drawn.reshape(-1, *shape)).reshape(12), predicted(*turned(drawn).reshape(-1, *shape))
+    if not torch.allclose(turned(before), after.reshape(12), rtol=1e-3, atol=1e-4):
         raise ValueError(
-            f"{predictor.label}: expected a predictor that treats each element of the latents by itself, found one that mixes "
-            "them: its schedules cannot be derived from a sample of elements. Leave it out of `predictors`"
+            f"{predictor.label}: expected a predictor that is a sum of latents and outputs, with the same weights for all their "
+            "elements, found another: its schedules cannot be derived. Leave it out of `predictors`"
         )
-
-
-def _samples(trajectory: Trajectory, take) -> Samples:  # type: ignore[no-untyped-def]
-    steps, final = trajectory.steps, trajectory.final
-    shape = steps[0].x.shape
-    if final is None:
-        ends = take(steps[-1].x)
-    else:
-        ends = take(final) if final.shape == shape else final
-    return Samples(
-        x=torch.stack([take(step.x) for step in steps]),
-        v=tuple({part: take(v) for part, v in parts(step).items()} for step in steps),
-        timesteps=torch.tensor([step.timestep for step in steps], dtype=torch.float32),
-        energy=float(ends.double().square().mean()),
-    )
 
 
 def parts(step: TrajectoryStep) -> dict[Part, Tensor]:
     """The outputs of a step, each of the shape of the latents."""
     rows = len(step.x)
     return {(branch, number): part for branch, v in step.v.items() for number, part in enumerate(v.split(rows))}
+
+
+def _samples(trajectory: Trajectory, take: Callable[[Tensor], Tensor]) -> Samples:
+    steps = trajectory.steps
+    return Samples(
+        x=torch.stack([take(step.x) for step in steps]),
+        v=tuple({part: take(v) for part, v in parts(step).items()} for step in steps),
+        timesteps=torch.tensor([step.timestep for step in steps], dtype=torch.float32),
+    )

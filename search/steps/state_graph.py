@@ -66,6 +66,6 @@ def state_graph(steps: int, fresh: tuple[int, ...], predictor: Predictor) -> Sta
     if graph.looks_back > 2 and count > MOST_STATES and (count := len(graph.states())) > MOST_STATES:
         raise ValueError(
             f"{predictor.label}: it looks back at {graph.looks_back} computed steps, of which a schedule of {steps} steps has "
-            f"{count:,} combinations; expected at most {MOST_STATES:,}. Take a predictor that looks back at 1 or 2, or fewer steps"
+            f"{count:,} combinations; expected at most {MOST_STATES:,}. Take one that looks back at 1 or 2, or fewer steps"
         )
     return graph

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGEST = 1e9  # of timesteps
+
 
 @dataclass(frozen=True, eq=False)
 class TrajectoryStep:
@@ -39,6 +41,7 @@ class Trajectory:
         prompt: a label of the prompt.
         steps: one entry for each step that runs, from the first.
         final: latents after the last step, in fp32 on the host; None where the pipeline does not show them.
+        channels: dimension of the latents in which their channels lie, 1 or more.
         identity: JSON data that is equal where two trajectories belong to the same search (model, call, scheduler).
 
     Raises:
@@ -48,16 +51,19 @@ class Trajectory:
     prompt: str
     steps: tuple[TrajectoryStep, ...]
     final: Tensor | None = None
+    channels: int = 1
     identity: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.steps:
             raise ValueError("steps: expected one step or more, found none")
         shape = self.steps[0].x.shape
+        if not 1 <= self.channels < len(shape):
+            raise ValueError(f"channels: expected a dimension of latents of shape {list(shape)}, found {self.channels}")
         for number, step in enumerate(self.steps):
             _check_step(step, shape, f"steps[{number}]")
-        if self.final is not None and not bool(torch.isfinite(self.final).all()):
-            raise ValueError("final: expected finite numbers, found others")
+        if self.final is not None:
+            _check_finite(self.final, "final")
 
     @property
     def transformers(self) -> tuple[str, ...]:
@@ -68,6 +74,11 @@ class Trajectory:
     def fresh(self) -> tuple[int, ...]:
         """The steps before which nothing is known: the first one, and the first of each expert."""
         return (0, *(i for i, (a, b) in enumerate(pairwise(self.transformers), 1) if a != b))
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The dimensions of the latents that are neither rows nor channels: frames, height and width, or tokens."""
+        return tuple(axis for axis in range(1, self.steps[0].x.dim()) if axis != self.channels)
 
     @property
     def bytes(self) -> int:
@@ -88,6 +99,13 @@ def _check_step(step: TrajectoryStep, shape: torch.Size, path: str) -> None:
                 f"{path}.v[{branch!r}]: expected the shape of x, {list(shape)}, with as many rows or a multiple, found "
                 f"{list(v.shape)}"
             )
+    if not abs(step.timestep) <= LARGEST:
+        raise ValueError(f"{path}.timestep: expected a number of at most {LARGEST:g}, found {step.timestep}")
     for name, tensor in (("x", step.x), *((f"v[{branch!r}]", v) for branch, v in step.v.items())):
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{path}.{name}: expected finite floating-point numbers, found others")
+        _check_finite(tensor, f"{path}.{name}")
+
+
+def _check_finite(tensor: Tensor, path: str) -> None:
+    """Also in fp32, in which errors are worked out."""
+    if not tensor.is_floating_point() or not tensor.numel() or not bool(torch.isfinite(tensor.float()).all()):
+        raise ValueError(f"{path}: expected finite floating-point numbers, found others")

@@ -1,4 +1,4 @@
-"""The file of a trajectory: a safetensors file whose header says in JSON what was recorded, and whose checksum tells any change."""
+"""The file of a trajectory: safetensors, whose header says in JSON what was recorded, and whose checksum tells any change."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class _Step(Schema, frozen=True):
 
 class _Header(Schema, frozen=True):
     prompt: str
+    channels: int
     identity: dict[str, Any]
     steps: tuple[_Step, ...]
 
@@ -45,6 +46,7 @@ def save_trajectory(path: str | os.PathLike[str], trajectory: Trajectory) -> Non
     path = Path(path)
     header = _Header(
         prompt=trajectory.prompt,
+        channels=trajectory.channels,
         identity=dict(trajectory.identity),
         steps=tuple(
             _Step(transformer=s.transformer, timestep=s.timestep, branches=tuple(s.v)) for s in trajectory.steps
@@ -92,7 +94,7 @@ def _trajectory(header: _Header, tensors: dict[str, Tensor]) -> Trajectory:
         )
         for number, step in enumerate(header.steps)
     )
-    return Trajectory(header.prompt, steps, tensors.get(FINAL), header.identity)
+    return Trajectory(header.prompt, steps, tensors.get(FINAL), header.channels, header.identity)
 
 
 def _names(number: int, step: _Step) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.cost import Cost
 from diffusers_accel.search.plan_making import make_plan
 from diffusers_accel.search.scores import Scores
+from diffusers_accel.search.steps import Trajectory, load_trajectory, save_trajectory, step_choices
 from tests.campaign.mutate import bytes_of, json_of, text_of
 from tests.campaign.pickles import crafted, in_archive
 from tests.campaign.sound import (
@@ -67,10 +68,11 @@ from tests.campaign.tiny_runs import CALL, CANDIDATES, SIZE, every_kind, reading
 from tests.campaign.verdict import outcome
 from tests.evals import synthetic
 from tests.kernels.test_bench import row as bench_row
+from tests.search.steps.synthetic import drawn, euler
 
 KINDS = (
     "plan", "plan of windows", "plan of tables", "scores", "cost", "report", "clips", "comparison", "bench rows", "run state",
-    "LPIPS cache", "prompts", "VBench",
+    "LPIPS cache", "prompts", "VBench", "trajectory",
 )  # fmt: skip
 SLOW = 20.0  # seconds; a damaged file that takes longer is one that hangs
 
@@ -222,6 +224,23 @@ def use_scores(cost: Cost, scores: Scores) -> None:
 
 def use_cost(scores: Scores, cost: Cost) -> None:
     use_scores(cost, scores)
+
+
+def write_trajectory(folder: Path) -> tuple[Path, ...]:
+    outputs = {"cond": 3.0, "uncond": -2.0}
+    found = euler(lambda step: {branch: drawn(step + 50 * at) for at, branch in enumerate(outputs)}, outputs)
+    save_trajectory(folder / "t.safetensors", found)
+    return (folder / "t.safetensors",)
+
+
+def picture_of_trajectory(trajectory: Trajectory) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        save_trajectory(Path(folder, "t.safetensors"), trajectory)
+        return says_document(Path(folder, "t.safetensors"))
+
+
+def use_trajectory(trajectory: Trajectory) -> None:
+    step_choices([trajectory])
 
 
 # What reports, benchmarks and training keep
@@ -460,6 +479,15 @@ def subject(
             raw_json,
             lambda value: None if "VBench on" in table(value) else pytest.fail("no table"),
             seal_json,
+        ),
+        "trajectory": Subject(
+            "trajectory",
+            write_trajectory,
+            load_trajectory,
+            picture_of_trajectory,
+            says_document,
+            use_trajectory,
+            seal_document,
         ),
     }
     yield subjects[name]
