@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from diffusers_accel.attach.site import Engine, Site
 from diffusers_accel.files import only_writer, quoted
 from diffusers_accel.layout import TokenLayout
@@ -28,6 +26,7 @@ from diffusers_accel.search.arguments import (
     check_searchable,
     check_weights,
     dense_share,
+    makes_chunks,
 )
 from diffusers_accel.search.assign import OutOfReach, assign, check_reach
 from diffusers_accel.search.budget import Budget
@@ -50,7 +49,7 @@ from diffusers_accel.search.running import Prompt, now, prompt_label, run_pipeli
 from diffusers_accel.search.schedule import ProbeSchedule, ProbeSettings, open_share
 from diffusers_accel.search.scores import Array, CalibrationRun, Scores
 from diffusers_accel.search.screen import Screen, clock
-from diffusers_accel.search.sensitivity import Dense, LastLatents, impact, plan_engine, span_choice
+from diffusers_accel.search.sensitivity import Dense, Ending, LastLatents, impact, plan_engine, span_choice
 from diffusers_accel.search.stored_masks import USUAL_MASKS, MaskSettings
 from diffusers_accel.search.trial import CostTimer, Stopwatch, Trial
 from diffusers_accel.support.interrupted import Interrupted
@@ -123,7 +122,7 @@ def search_plan(
         Interrupted: a KeyboardInterrupt, which says what is kept.
     """
     found = check_pipeline(pipe)
-    check_searchable(found)
+    check_searchable(pipe, found)
     prompts = check_prompts(pipe, prompts)
     call = check_call(pipe, call)
     check_budget(budget)
@@ -132,7 +131,8 @@ def search_plan(
     weights = check_weights(span_weights, len(edges))
     if not isinstance(masks, MaskSettings):
         raise TypeError(f"masks: expected a MaskSettings, found {quoted(masks)}")
-    chosen = check_candidates(candidates_for(pipe) if candidates is None else candidates)
+    families = [family for _, family in found.values()]
+    chosen = check_candidates(candidates_for(pipe) if candidates is None else candidates, families)
     settings = ProbeSettings(
         chosen,
         edges,
@@ -227,7 +227,8 @@ class _Search:
         self.screen = screen
         self.measures_spans = measures_spans
         self.here = here
-        self.reference: Tensor | None = None  # final latents of the first prompt, dense
+        self.reference: Ending | None = None  # of the first prompt, dense
+        self.chunked = makes_chunks(found)
         self.labels = [prompt_label(prompt) for prompt in prompts]
         self.models = {name: family.shape(module) for name, (module, family) in found.items()}
         self.family = next(iter(found.values()))[1].name
@@ -275,7 +276,8 @@ class _Search:
             self.screen.say(f"probe: all {done} prompts were finished before")
             return scores
         trial = self.here.each(self._trial)[0]  # which also warms up every process
-        self._check_reach(trial.attention_share, trial.steps, "a step")
+        if not self.chunked:  # the first chunk has less to attend to than later ones
+            self._check_reach(trial.attention_share, trial.steps, "a step")
         if scores is None:
             scores = self._empty(trial.layout, trial.steps)
         check_layout(scores, trial.layout, str(keeper.path))
@@ -350,15 +352,17 @@ class _Search:
         check_reach(self.ask.budget, share, open_share(self.settings.spans, steps, self.ask.dense_steps), of)
 
     def _out_of_reach(self, trial: Trial) -> bool:
+        if self.chunked:
+            return False
         try:
             self._check_reach(trial.attention_share, trial.steps, "a step")
         except OutOfReach:
             return True
         return False
 
-    def _reference(self) -> Tensor:
+    def _reference(self) -> Ending:
         if self.reference is None:
-            self.reference = self._latents(lambda site: Dense(), lambda percent: None)
+            self.reference = self._ending(lambda site: Dense(), lambda percent: None)
         return self.reference
 
     def _impact(self, scores: Scores, span: int, on_percent: Callable[[int], None]) -> float | None:
@@ -369,13 +373,15 @@ class _Search:
         if not span_errors(scores, choice).any():
             return 1.0  # no call falls into this span
         reference = self._reference()
-        return impact(scores, choice, self._latents(plan_engine(scores, choice), on_percent), reference)
+        found = self._ending(plan_engine(scores, choice), on_percent)
+        return impact(scores, choice, found.latents, reference.latents)
 
-    def _latents(self, make_engine: Callable[[Site], Engine], on_percent: Callable[[int], None]) -> Tensor:
-        """Final latents of the first prompt."""
-        last = LastLatents(stop=True, on_share=lambda share: on_percent(int(100 * share)))
+    def _ending(self, make_engine: Callable[[Site], Engine], on_percent: Callable[[int], None]) -> Ending:
+        """Of the first prompt; without its decoder, once the number of its steps is known."""
+        steps = None if self.reference is None else self.reference.steps
+        last = LastLatents(steps, lambda share: on_percent(int(100 * share)))
         run_pipeline(self.pipe, make_engine, self.prompts[0], self.call, self.settings.seed, last)
-        return last.latents
+        return last.ending
 
     def _run(
         self, scores: Scores, trial: Trial, number: int, on_step: Callable[[int], None]
@@ -391,11 +397,11 @@ class _Search:
             lambda call: on_step(now(call)[0]),
         )
         begin = time.perf_counter()
-        last = LastLatents(stop=False) if self.measures_spans and number == 0 else None
+        last = LastLatents() if self.measures_spans and number == 0 else None
         run_pipeline(self.pipe, probe.engine, self.prompts[number], self.call, self.settings.seed + number, last)
         seconds = time.perf_counter() - begin
         if last is not None:
-            self.reference = last.latents
+            self.reference = last.ending
         on_step(trial.steps)
         sums = {name: array for name, array in probe.sums.items() if array.any()}
         return probe.finished(prompt_label(self.prompts[number]), seconds), sums
@@ -439,6 +445,8 @@ class _Search:
             f"search: {trial.layout.tokens:,} tokens, {len(self.settings.candidates)} candidates; {done} of {len(self.prompts)} "
             f"prompts finished before; about {clock(rounds * per_run + masks + spans + 1.5 * COST_SECONDS)} to go, "
             f"and {memory / 2**20:,.0f} MiB beside the pipeline's own memory{self._side_by_side()}"
+            + ", for each chunk of a video: later ones have more to attend to"
+            * self.chunked
         )
 
     def _side_by_side(self) -> str:
