@@ -154,7 +154,7 @@ class ForwardTimer:
         self.count += 1
 
 
-class Seen(BaseException):
+class SeenEnough(BaseException):
     """Raised in mid-run by what has seen enough. A modular pipeline reports an Exception as an error of its block."""
 
 
@@ -222,7 +222,7 @@ def time_step(pipe: Any, call: Mapping[str, Any], most: int | None = None) -> St
         def begun(now: tuple[int, int] | None) -> None:
             mark()
             if isinstance(pipe, ModularPipeline) and now is not None and now[0] == now[1] - 1 and len(marks) > 1:
-                raise Seen
+                raise SeenEnough
 
         with forwards.on([model.module for model in attachment._models]):
             if has_callback:
@@ -240,10 +240,10 @@ def time_step(pipe: Any, call: Mapping[str, Any], most: int | None = None) -> St
 
 
 def until_seen(pipe: Any, call: Mapping[str, Any]) -> None:
-    """Runs the call until it ends or something in it says `Seen`."""
+    """Runs the call until it ends or something in it says `SeenEnough`."""
     try:
         pipe(**call)
-    except Seen:
+    except SeenEnough:
         if hasattr(pipe, "maybe_free_model_hooks"):
             pipe.maybe_free_model_hooks()  # what an offloaded pipeline does at the end of a call
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.step_timing import SLOW_LAYER_MS, Seen, full_call, until_seen
+from diffusers_accel.step_timing import SLOW_LAYER_MS, SeenEnough, full_call, until_seen
 
 ROUNDS = 3
 
@@ -82,7 +82,7 @@ def masked_attention(
         watch.inside = True
 
     def stop(*_: Any) -> None:
-        raise Seen  # one forward is enough
+        raise SeenEnough  # one forward is enough
 
     hooks = [module.register_forward_pre_hook(start) for module in modules]
     hooks += [module.register_forward_hook(stop) for module in modules]
