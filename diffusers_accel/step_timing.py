@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers import ModularPipeline
 from torch import Tensor
 
 from diffusers_accel.api import attach
@@ -24,6 +25,7 @@ from diffusers_accel.methods import AxisOrder, Band, Method
 from diffusers_accel.methods.select import Inputs
 from diffusers_accel.run.launch import run
 from diffusers_accel.run.partition import partition
+from diffusers_accel.support.call_parameters import parameters_of
 
 SLOW_LAYER_MS = 3_000.0  # attention of one layer that takes longer is not repeated to measure the sparse efficiency
 REPEATS = 5  # after one run to warm up
@@ -117,10 +119,14 @@ class _Mark:
         self.forward_ms, self.forwards = forwards.milliseconds, forwards.count
 
 
-class _Engine:
-    """Attends densely, as the user has chosen, and notes what it was given; says where a step begins."""
+class SeenEnough(BaseException):
+    """Raised in mid-run by what has seen enough. A modular pipeline reports an Exception as an error of its block."""
 
-    def __init__(self, timing: StepTiming, stepped: Callable[[], object]) -> None:
+
+class _Engine:
+    """Attends densely, as the user has chosen, and notes what it was given; says where a step begins, and which."""
+
+    def __init__(self, timing: StepTiming, stepped: Callable[[tuple[int, int] | None], object]) -> None:
         self._timing = timing
         self._stepped = stepped
         self._now: tuple[int, int] | None = None
@@ -130,7 +136,7 @@ class _Engine:
         if call.now != self._now:
             self._now = call.now
             self._timing.begin()
-            self._stepped()
+            self._stepped(call.now)
         self._timing.note(call, q, k, v)
         return call.dense(q, k, v)
 
@@ -141,7 +147,7 @@ def asked_steps(pipe: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
     Raises:
         TypeError: the pipeline has no argument that says so.
     """
-    defaults = {name: each.default for name, each in inspect.signature(type(pipe).__call__).parameters.items()}
+    defaults = parameters_of(pipe)
     given = {**defaults, **call}
     asked = given.get(STEPS) if STEPS in defaults else given.get(STAGES)
     if not isinstance(asked, (int, list, tuple)):
@@ -153,7 +159,8 @@ def asked_steps(pipe: Any, call: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def time_step(pipe: Any, call: Mapping[str, Any], most: int | None = None) -> StepTiming:
-    """Runs the call, without decoding a video, and times its last step; without a callback the last but one.
+    """Runs the call, without decoding a video, and times its last step; without a callback the last but one, after which a
+    modular pipeline, which would decode, is stopped.
 
     The pipeline computes what it always does, through the user's own attention backend, and is left as it was. A prompt and
     a seed are filled in where the call has none.
@@ -166,19 +173,26 @@ def time_step(pipe: Any, call: Mapping[str, Any], most: int | None = None) -> St
     """
     timing = StepTiming()
     device = _device_of(pipe)
-    has_callback = CALLBACK in inspect.signature(type(pipe).__call__).parameters
+    has_callback = CALLBACK in parameters_of(pipe)
     forwards, marks = ForwardTimer(device), []
-    engine = _Engine(timing, lambda: None if has_callback else mark())  # one for all sites, which sees each step once
+    engine = _Engine(
+        timing, lambda now: None if has_callback else begun(now)
+    )  # one for all sites, which sees each step once
     with attach(pipe, lambda site: engine) as attachment, attachment.timed() as timer:
 
         def mark(*_: Any) -> dict[str, Any]:
             marks.append(_Mark(timer, forwards, device))
             return {}
 
+        def begun(now: tuple[int, int] | None) -> None:
+            mark()
+            if isinstance(pipe, ModularPipeline) and now is not None and now[0] == now[1] - 1 and len(marks) > 1:
+                raise SeenEnough
+
         with forwards.on([model.module for model in attachment._models]):
             if has_callback:
                 mark()
-            pipe(**full_call(pipe, call, most), **({CALLBACK: mark} if has_callback else {}))
+            until_seen(pipe, {**full_call(pipe, call, most), **({CALLBACK: mark} if has_callback else {})})
             if len(marks) == 1:  # a single step
                 mark()
     if len(marks) < 2:
@@ -190,17 +204,29 @@ def time_step(pipe: Any, call: Mapping[str, Any], most: int | None = None) -> St
     return timing
 
 
+def until_seen(pipe: Any, call: Mapping[str, Any]) -> None:
+    """Runs the call until it ends or something in it says `SeenEnough`."""
+    try:
+        pipe(**call)
+    except SeenEnough:
+        if hasattr(pipe, "maybe_free_model_hooks"):
+            pipe.maybe_free_model_hooks()  # what an offloaded pipeline does at the end of a call
+
+
 def full_call(pipe: Any, call: Mapping[str, Any], most: int | None = None) -> dict[str, Any]:
     """The arguments of a call that decodes as little as it can, with a prompt and a seed, and of at most so many steps."""
-    defaults = inspect.signature(type(pipe).__call__).parameters
+    defaults = parameters_of(pipe)
     prompt = {} if "prompt" not in defaults or {"prompt", "prompt_embeds"} & set(call) else {"prompt": PROMPT}
-    seed = {"generator": torch.Generator("cpu").manual_seed(0)}
+    seed: dict[str, Any] = {"generator": torch.Generator("cpu").manual_seed(0)}
+    output: dict[str, Any] = {"output_type": _cheapest_output(pipe)}
+    if isinstance(pipe, ModularPipeline):  # which warns of inputs that none of its blocks takes
+        seed, output = ({name: each for name, each in some.items() if name in defaults} for some in (seed, output))
     steps: dict[str, Any] = {}
     if most is not None:
         name = STEPS if STEPS in defaults else STAGES
-        asked = call.get(name, defaults[name].default)
+        asked = call.get(name, defaults[name])
         steps = {name: min(most, asked) if isinstance(asked, int) else [min(most, each) for each in asked]}
-    return {**prompt, **seed, **call, **steps, "output_type": _cheapest_output(pipe)}
+    return {**prompt, **seed, **call, **steps, **output}
 
 
 def _cheapest_output(pipe: Any) -> str:

@@ -27,8 +27,8 @@ from diffusers_accel.evals.intervals import FEWEST, estimate
 from diffusers_accel.evals.metrics.psnr import PSNR
 from diffusers_accel.files import prepare_folder, write_json, write_whole
 from diffusers_accel.forwards import EasyCache, Forwards, Last, Schedule
+from diffusers_accel.search.last_latents import LastLatents
 from diffusers_accel.search.running import Enough
-from diffusers_accel.search.sensitivity import LastLatents
 from diffusers_accel.search.steps.curve import DEFAULT, Curve
 from diffusers_accel.search.steps.recorder import record
 from diffusers_accel.support.seeded import seeded
@@ -171,7 +171,7 @@ def generated(
     pipe: Any, prompt: str, seed: int, call: Mapping[str, Any], forwards: Forwards | None, frames: bool
 ) -> tuple[Tensor, np.ndarray | None, int]:
     """Final latents, frames [F, H, W, 3] if asked for, and how many forwards were computed (0 of the dense clip)."""
-    last = LastLatents(stop=not frames)
+    last = LastLatents(None if frames else call["num_inference_steps"])
     with seeded(seed, torch.device(pipe._execution_device)) as generator:
         arguments = {
             **call,
@@ -194,7 +194,7 @@ def generated(
                 computed = report.computed if report is not None else 0
                 patched.unpatch()
     shown = None if output is None else np.ascontiguousarray(output.frames[0], dtype=np.float32)
-    return last.latents, shown, computed
+    return last.ending.latents, shown, computed
 
 
 def page(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from torch import nn
 
 from diffusers_accel.families import Family, find
@@ -18,10 +17,13 @@ from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.checks import real_number
 from diffusers_accel.search.running import Prompt, prompt_label
 from diffusers_accel.search.schedule import is_border
+from diffusers_accel.support.call_parameters import parameters_of, takes_any_name
 from diffusers_accel.support.identity import plain
 from diffusers_accel.support.suggest import closest
 
 SPANS = (0.1, 0.3, 0.6)  # borders: short spans first, where one step differs most from the next
+
+STAGES = "pyramid_num_inference_steps_list"  # of pipelines that go through several sizes
 
 # What a search gives to the call itself.
 OURS = ("prompt", "generator", "latents", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
@@ -30,7 +32,7 @@ OURS_BESIDE_PROMPTS = ("generator", "callback_on_step_end", "callback_on_step_en
 
 def check_pipeline(pipe: Any) -> dict[str, tuple[nn.Module, Family]]:
     """The transformers of a whole diffusers pipeline of a supported family; anything else is refused."""
-    if not isinstance(pipe, DiffusionPipeline):
+    if not isinstance(pipe, (DiffusionPipeline, ModularPipeline)):
         what = "a bare transformer" if isinstance(pipe, nn.Module) else f"a {type(pipe).__name__}"
         raise TypeError(
             f"expected a loaded diffusers pipeline, such as WanPipeline, found {what}: a search runs whole generations and "
@@ -46,8 +48,18 @@ def check_pipeline(pipe: Any) -> dict[str, tuple[nn.Module, Family]]:
     return found
 
 
-def check_searchable(found: Mapping[str, tuple[nn.Module, Family]]) -> None:
-    """Refuses families that a search cannot measure."""
+def makes_chunks(found: Mapping[str, tuple[nn.Module, Family]]) -> bool:
+    """Whether a video is made chunk by chunk, each with a history."""
+    return any(family.history for _, family in found.values())
+
+
+def check_searchable(pipe: Any, found: Mapping[str, tuple[nn.Module, Family]]) -> None:
+    """Refuses families and pipelines that a search cannot measure."""
+    if STAGES in parameters_of(pipe):
+        raise ValueError(
+            f"a search cannot measure a {type(pipe).__name__}: each stage of its pyramid is a schedule of its own, at another "
+            'size, and a plan is for one. Patch it with a named method and its density, such as patch(pipe, "draft", density=0.3)'
+        )
     for _, family in found.values():
         if family.no_search is not None:
             raise ValueError(
@@ -92,7 +104,7 @@ def check_call(pipe: Any, call: Any) -> dict[str, Any]:
 
 def check_callback(pipe: Any) -> None:
     """Refuses a pipeline that does not show its latents, by which the spans are weighed."""
-    if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
+    if "callback_on_step_end" not in parameters_of(pipe):
         raise ValueError(
             f"{type(pipe).__name__} has no callback_on_step_end, by which a search measures how much each span matters: "
             "say it yourself with span_weights, one number per span"
@@ -116,8 +128,7 @@ def dense_share(pipe: Any, call: Mapping[str, Any], dense_steps: Any) -> float:
     if isinstance(dense_steps, bool) or not isinstance(dense_steps, Integral) or dense_steps < 1:
         return real_number("dense_steps", dense_steps)
     count = int(dense_steps)
-    usual = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
-    steps = call.get("num_inference_steps", None if usual is None else usual.default)
+    steps = call.get("num_inference_steps", parameters_of(pipe).get("num_inference_steps"))
     if others := [name for name in ("timesteps", "sigmas", "strength") if call.get(name) is not None]:
         steps = None  # which say themselves how many run
     if not isinstance(steps, Integral):
@@ -163,15 +174,14 @@ def check_weights(weights: Any, spans: int) -> tuple[float, ...] | None:
 
 
 def _check_names(pipe: Any, arguments: Mapping[Any, Any], where: str, ours: Sequence[str]) -> None:
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    anything = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
-    known = sorted(set(parameters) - {"self", *OURS})
+    parameters = parameters_of(pipe)
+    known = sorted(set(parameters) - {*OURS})
     for name in arguments:
         if name in ours:
             raise ValueError(f'{where}: "{name}" is set by the search (from prompts and seed), take it out')
         if not isinstance(name, str):
             raise TypeError(f"{where}: expected names of arguments, found {quoted(name)}")
-        if name not in parameters and not anything:
+        if name not in parameters and not takes_any_name(pipe):
             near = closest(name, known)
             hint = f"did you mean {near!r}?" if near else f"it takes {', '.join(known)}"
             raise ValueError(f"{where}: {type(pipe).__name__} takes no {quoted(name)}; {hint}")

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from diffusers_accel.families import find
+from diffusers_accel.families import Family, find
 from diffusers_accel.files import quoted
-from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Skip, Stored, Stripe
+from diffusers_accel.methods import (
+    DENSE,
+    AxisOrder,
+    Band,
+    ChunkOnly,
+    Draft,
+    Kept,
+    Method,
+    Patches,
+    Skip,
+    Stored,
+    Stripe,
+    TopHistory,
+)
 from diffusers_accel.search.recorders import recorders
 from diffusers_accel.support.suggest import did_you_mean
 
@@ -24,8 +37,10 @@ def candidates(
     methods: Sequence[str] | None = None,
     stripes: bool = True,
     quantized: bool = False,
+    stored: bool = True,
+    chunks: bool = False,
 ) -> tuple[Method, ...]:
-    """Dense, and what of each of the four methods is worth a look at each of several densities.
+    """Dense, and what of each method is worth a look at each of several densities.
 
     Papers fix one density per method for a whole model; heads that this suits badly are the limitation that they name. Here
     a head may take the sparse pattern where that is enough and the dense one where it is not. Where a method is offered at
@@ -36,13 +51,18 @@ def candidates(
     - "cached" (FlashBlock): refreshed as often as `Kept` does by itself, on a draft in patches at every other density.
     - "reordered" (PAROAttention): stored masks at every other density, in each of the six orders. A head may only take its
       own best order, so they count as one.
+    - "history" (FlashBlock as it was meant), where a video is made chunk by chunk: all but the history is read, and of that
+      nothing or its best blocks at every other density; what the rest of it gave is kept as long as a span lasts (longer
+      by heads that the next span leaves as they are: they read less than is predicted, and err more).
 
     Args:
         densities: shares of key blocks, each in (0, 1].
-        methods: some of `SETS`; None: all. Dense is always there.
+        methods: some of `SETS`; None: all that the other arguments leave. Dense is always there.
         stripes: offer calibrated stripes; without them the probe spends all its rows on errors.
         quantized: for a device whose kernels multiply INT8 faster: dense, draft in patches (at every other density) and cached
             also in "int8", stored masks in "int8" only, as in PAROAttention.
+        stored: offer "reordered" where no `methods` are named.
+        chunks: offer "history" where no `methods` are named: for a model that makes a video chunk by chunk.
 
     Returns:
         The candidates, the first of them dense, each set from sparse to dense.
@@ -50,7 +70,9 @@ def candidates(
     ordered = sorted(set(densities))
     if not ordered:
         raise ValueError("candidates need at least one density, found none")
-    found = [method for name in check_sets(methods or tuple(SETS)) for method in SETS[name](ordered, quantized)]
+    left = {"reordered": stored, "history": chunks}
+    names = check_sets(methods) if methods else tuple(name for name in SETS if left.get(name, True))
+    found = [method for name in names for method in SETS[name](ordered, quantized)]
     if quantized:
         found.append(replace(DENSE, precision="int8"))
     kept = [method for method in found if stripes or not any(each.splits_rows for each in recorders([method]))]
@@ -65,7 +87,14 @@ def candidates_for(pipe: Any, methods: Sequence[str] | None = None) -> tuple[Met
     reasons = [
         quantized.refuses(family.shape(module).head_dim, device, module.dtype) for module, family in found.values()
     ]
-    return candidates(methods=methods, quantized=device.type != "cpu" and not any(reasons))
+    families = [family for _, family in found.values()]
+    return candidates(
+        methods=methods,
+        quantized=device.type != "cpu" and not any(reasons),
+        chunks=any(family.history for family in families),
+        stripes=_same_places(families),
+        stored=_same_places(families),
+    )
 
 
 def _pattern(densities: list[float], quantized: bool) -> list[Method]:
@@ -95,6 +124,11 @@ def _reordered(densities: list[float], quantized: bool) -> list[Method]:
     return [Method(AxisOrder(axes), Stored(density), precision) for axes in AXES for density in _every_other(densities)]
 
 
+def _history(densities: list[float], quantized: bool) -> list[Method]:
+    selects = [ChunkOnly(), *(TopHistory(density) for density in _every_other(densities))]
+    return [Method(select=select, rest=Kept(None)) for select in selects]
+
+
 def _every_other(densities: list[float]) -> list[float]:
     return densities[1::2] or densities
 
@@ -104,11 +138,14 @@ SETS: dict[str, Callable[[list[float], bool], list[Method]]] = {
     "draft": _draft,
     "cached": _cached,
     "reordered": _reordered,
+    "history": _history,
 }
 
 
-def check_candidates(methods: Sequence[Method]) -> tuple[Method, ...]:
-    """`methods` as a tuple, once it is clear that the first one and only that is dense and that none repeats."""
+def check_candidates(methods: Sequence[Method], families: Iterable[Family] = ()) -> tuple[Method, ...]:
+    """`methods` as a tuple, once it is clear that the first one and only that is dense, that none repeats, and that all can be
+    measured on models of these families."""
+    families = tuple(families)
     if isinstance(methods, (str, Method)) or not isinstance(methods, Sequence):
         raise TypeError(
             f"candidates: expected a list of methods, the first of them dense, found {quoted(methods)}; "
@@ -125,7 +162,7 @@ def check_candidates(methods: Sequence[Method]) -> tuple[Method, ...]:
     if len(methods) < 2:
         raise ValueError("a search needs something to choose from, found only the dense candidate")
     for method in methods:
-        if reason := _unmeasured(method):
+        if reason := _unmeasured(method, families):
             raise ValueError(f"{method.label!r} cannot be searched: {reason}; leave it out")
     if len(set(methods)) < len(methods):
         raise ValueError(f"a candidate is given twice in {[method.label for method in methods]}")
@@ -142,8 +179,15 @@ def check_sets(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _unmeasured(method: Method) -> str | None:
+def _unmeasured(method: Method, families: Sequence[Family]) -> str | None:
     """Why a probe cannot tell the error of a method, or None."""
-    if method.select.needs_history:
-        return "it is for video that is made chunk by chunk, whose chunks a search cannot measure yet"
+    if method.select.needs_history and not any(family.history for family in families):
+        return "it is for video that is made chunk by chunk, and this model makes all frames together"
+    if method.select.records and not _same_places(families):
+        return "it reads what a search records of places of the video, which are others in other chunks or layers of this model"
     return method.rest.unmeasured
+
+
+def _same_places(families: Iterable[Family]) -> bool:
+    """Whether tokens lie alike in all calls: in each chunk, in each layer."""
+    return not any(family.history or family.layout_in for family in families)

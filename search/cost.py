@@ -41,10 +41,12 @@ class Cost(Schema, frozen=True):
         tokens: sequence length.
         batch: batch rows of a call.
         rounds: how often each candidate was timed; `ms` is the median.
+        kinds: of a transformer whose layers see other tokens, the table of each layer by its name in `ms`, which has further ones
+            for them. Layers of all others have that of their transformer.
 
     Raises:
-        ValueError: a time is no finite number of 0 or more, of dense above 0, or the tables are not of the same transformers and
-            candidates.
+        ValueError: a time is no finite number of 0 or more, of dense above 0, the tables are not of the same transformers and
+            candidates, or a layer has none.
     """
 
     ms: dict[str, tuple[float, ...]]
@@ -53,6 +55,7 @@ class Cost(Schema, frozen=True):
     tokens: int
     batch: int
     rounds: int
+    kinds: dict[str, tuple[str, ...]] = {}
 
     def __post_init__(self) -> None:
         if not self.ms or set(self.ms) != set(self.refresh_ms):
@@ -70,9 +73,20 @@ class Cost(Schema, frozen=True):
                     raise ValueError(f"{path}: expected finite times of 0 ms or more, found {quoted(row)}")
                 if row[0] == 0:
                     raise ValueError(f"{path}[0]: expected a time above 0 ms of dense attention, found 0")
+        for name, tables in self.kinds.items():
+            if unknown := sorted({name, *tables} - set(self.ms)):
+                raise ValueError(
+                    f"kinds.{printable(name[:60])}: expected names of tables in ms, found {quoted(unknown[0])}"
+                )
         for what in ("tokens", "batch", "rounds"):
             if getattr(self, what) < 1:
                 raise ValueError(f"{what}: expected 1 or more, found {quoted(getattr(self, what))}")
+
+    def of_layers(self, transformer: str) -> tuple[np.ndarray, np.ndarray]:
+        """ms and refresh_ms of a transformer's layers, fp64 [layers, candidates]; [1, candidates] where they are all alike."""
+        tables = self.kinds.get(transformer, (transformer,))
+        ms, refresh_ms = (np.array([times[name] for name in tables]) for times in (self.ms, self.refresh_ms))
+        return ms, refresh_ms
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON, whole or not at all."""

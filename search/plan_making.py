@@ -29,7 +29,7 @@ def make_plan(scores: Scores, cost: Cost, assignment: Assignment, budget: Budget
         methods=methods,
         spans=joined_spans(spans),
         budget=budget.to_json(),
-        provenance={**_provenance(scores, cost, assignment), **_recorded(scores, assignment.choice)},
+        provenance={**_provenance(scores, cost, assignment, methods), **_recorded(scores, assignment.choice)},
         tensors=plan_tensors(scores, assignment.choice),
         forwards=assignment.steps.forwards if assignment.steps else None,
     )
@@ -87,12 +87,18 @@ def _symbols(methods: list[Method]) -> list[str]:
     return ["." if method.dense else "0" if method.skips else next(unused) for method in methods]
 
 
-def _provenance(scores: Scores, cost: Cost, assignment: Assignment) -> dict[str, Any]:
+def _provenance(scores: Scores, cost: Cost, assignment: Assignment, methods: Mapping[str, Method]) -> dict[str, Any]:
     return {
         "search": scores.config,
         **scores.provenance,
         "prompts": [done.prompt for done in scores.runs],
-        "cost": {"device": cost.device, "tokens": cost.tokens, "batch": cost.batch, "rounds": cost.rounds},
+        "cost": {
+            "device": cost.device,
+            "tokens": cost.tokens,
+            "batch": cost.batch,
+            "rounds": cost.rounds,
+            "ms": {name: _times(scores, cost, name, methods) for name in scores.models},
+        },
         "span_impacts": list(scores.impacts),
         "predicted": {
             "error": assignment.error,
@@ -105,6 +111,12 @@ def _provenance(scores: Scores, cost: Cost, assignment: Assignment) -> dict[str,
         },
         **({"warnings": found} if (found := warnings(scores, assignment)) else {}),
     }
+
+
+def _times(scores: Scores, cost: Cost, transformer: str, methods: Mapping[str, Method]) -> dict[str, list[float]]:
+    """Symbol -> ms of one head in a usual call, and in one that refreshes: by these heads are dealt over devices."""
+    places = {symbol: scores.candidates.index(method) for symbol, method in methods.items()}
+    return {symbol: [cost.ms[transformer][at], cost.refresh_ms[transformer][at]] for symbol, at in places.items()}
 
 
 def _recorded(scores: Scores, choice: Mapping[str, Array]) -> dict[str, Any]:

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from diffusers_accel.attach.site import Engine, Site
 from diffusers_accel.files import only_writer, quoted
 from diffusers_accel.layout import TokenLayout
@@ -28,6 +26,7 @@ from diffusers_accel.search.arguments import (
     check_searchable,
     check_weights,
     dense_share,
+    makes_chunks,
 )
 from diffusers_accel.search.assign import assign
 from diffusers_accel.search.assignment import Assignment
@@ -44,7 +43,7 @@ from diffusers_accel.search.identity import (
     versions,
 )
 from diffusers_accel.search.keeping import Keeper, cached_scores, check_places, cost_file, steps_file
-from diffusers_accel.search.last_latents import LastLatents
+from diffusers_accel.search.last_latents import Ending, LastLatents
 from diffusers_accel.search.predicted import span_errors
 from diffusers_accel.search.probe import RunProbe, measuring_bytes
 from diffusers_accel.search.profile import Profile
@@ -115,7 +114,8 @@ def search_plan(
         probe_steps: measured steps per span and prompt.
         masks: how the orders and blocks of stored masks are chosen.
         step_caches: for a speed-up, also choose which steps are computed; takes one more generation of each of the first
-            `step_options.PROMPTS` prompts, and measured spans (no `span_weights`). False: every step is.
+            `step_options.PROMPTS` prompts, and measured spans (no `span_weights`). False, and where a video is made chunk by
+            chunk: every step is.
         scores_path: file (.safetensors) that keeps what was measured, for this search alone while it runs; None: beside `out`,
             else in the user's cache. If it exists, the search goes on from there: more prompts can be added, another budget
             costs seconds. The kernel times are kept beside it as .cost.json.
@@ -218,7 +218,7 @@ def _search(
 ) -> tuple[Profile, Plan | None]:
     """What was measured, and the plan that was asked for, if one was."""
     found = check_pipeline(pipe)
-    check_searchable(found)
+    check_searchable(pipe, found)
     prompts = check_prompts(pipe, prompts)
     call = check_call(pipe, call)
     dense_steps = dense_share(pipe, call, dense_steps)
@@ -226,7 +226,8 @@ def _search(
     weights = check_weights(span_weights, len(edges))
     if not isinstance(masks, MaskSettings):
         raise TypeError(f"masks: expected a MaskSettings, found {quoted(masks)}")
-    chosen = check_candidates(candidates_for(pipe) if candidates is None else candidates)
+    families = [family for _, family in found.values()]
+    chosen = check_candidates(candidates_for(pipe) if candidates is None else candidates, families)
     settings = ProbeSettings(
         chosen,
         edges,
@@ -239,7 +240,7 @@ def _search(
     measures_spans = weights is None and kind != "sparse_vdit" and len(edges) > 1
     if measures_spans:
         check_callback(pipe)
-    caches = bool(step_caches) and kind == "speedup" and measures_spans
+    caches = bool(step_caches) and kind == "speedup" and measures_spans and not makes_chunks(found)
     ask = Ask(budget, dense_steps, weights, caches)
     with processes() as here:
         plan_file, scores_file = here.first(partial(check_places, out, scores_path))
@@ -326,7 +327,8 @@ class _Search:
         self.screen = screen
         self.measures_spans = measures_spans
         self.here = here
-        self.reference: Tensor | None = None  # final latents of the first prompt, dense
+        self.reference: Ending | None = None  # of the first prompt, dense
+        self.chunked = makes_chunks(found)
         self.labels = [prompt_label(prompt) for prompt in prompts]
         self.models = {name: family.shape(module) for name, (module, family) in found.items()}
         self.family = next(iter(found.values()))[1].name
@@ -385,7 +387,8 @@ class _Search:
             self.screen.say(f"probe: all {done} prompts were finished before")
             return scores
         trial = self.here.each(self._trial)[0]  # which also warms up every process
-        self._check_reach(trial.attention_share, trial.steps, "a step")
+        if not self.chunked:  # the first chunk has less to attend to than later ones
+            self._check_reach(trial.attention_share, trial.steps, "a step")
         if scores is None:
             scores = self._empty(trial.layout, trial.steps)
         check_layout(scores, trial.layout, str(keeper.path))
@@ -479,15 +482,17 @@ class _Search:
         check_reach(self.ask.budget, share, open_share(self.settings.spans, steps, self.ask.dense_steps), of)
 
     def _out_of_reach(self, trial: Trial) -> bool:
+        if self.chunked:
+            return False
         try:
             self._check_reach(trial.attention_share, trial.steps, "a step")
         except OutOfReach:
             return True
         return False
 
-    def _reference(self) -> Tensor:
+    def _reference(self) -> Ending:
         if self.reference is None:
-            self.reference = self._latents(lambda site: Dense(), lambda percent: None)
+            self.reference = self._ending(lambda site: Dense(), lambda percent: None)
         return self.reference
 
     def _impact(self, scores: Scores, span: int, on_percent: Callable[[int], None]) -> float | None:
@@ -498,13 +503,15 @@ class _Search:
         if not span_errors(scores, choice).any():
             return 1.0  # no call falls into this span
         reference = self._reference()
-        return impact(scores, choice, self._latents(plan_engine(scores, choice), on_percent), reference)
+        found = self._ending(plan_engine(scores, choice), on_percent)
+        return impact(scores, choice, found.latents, reference.latents)
 
-    def _latents(self, make_engine: Callable[[Site], Engine], on_percent: Callable[[int], None]) -> Tensor:
-        """Final latents of the first prompt."""
-        last = LastLatents(stop=True, on_share=lambda share: on_percent(int(100 * share)))
+    def _ending(self, make_engine: Callable[[Site], Engine], on_percent: Callable[[int], None]) -> Ending:
+        """Of the first prompt; without its decoder, once the number of its steps is known."""
+        steps = None if self.reference is None else self.reference.steps
+        last = LastLatents(steps, lambda share: on_percent(int(100 * share)))
         run_pipeline(self.pipe, make_engine, self.prompts[0], self.call, self.settings.seed, last)
-        return last.latents
+        return last.ending
 
     def _run(
         self, scores: Scores, trial: Trial, number: int, on_step: Callable[[int], None]
@@ -520,11 +527,11 @@ class _Search:
             lambda call: on_step(now(call)[0]),
         )
         begin = time.perf_counter()
-        last = LastLatents(stop=False) if self.measures_spans and number == 0 else None
+        last = LastLatents() if self.measures_spans and number == 0 else None
         run_pipeline(self.pipe, probe.engine, self.prompts[number], self.call, self.settings.seed + number, last)
         seconds = time.perf_counter() - begin
         if last is not None:
-            self.reference = last.latents
+            self.reference = last.ending
         on_step(trial.steps)
         sums = {name: array for name, array in probe.sums.items() if array.any()}
         return probe.finished(prompt_label(self.prompts[number]), seconds), sums
@@ -568,6 +575,8 @@ class _Search:
             f"search: {trial.layout.tokens:,} tokens, {len(self.settings.candidates)} candidates; {done} of {len(self.prompts)} "
             f"prompts finished before; about {clock(rounds * per_run + masks + spans + 1.5 * COST_SECONDS)} to go, "
             f"and {memory / 2**20:,.0f} MiB beside the pipeline's own memory{self._side_by_side()}"
+            + ", for each chunk of a video: later ones have more to attend to"
+            * self.chunked
         )
 
     def _side_by_side(self) -> str:

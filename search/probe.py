@@ -28,7 +28,7 @@ from diffusers_accel.methods import BLOCK, Method
 from diffusers_accel.search.measure import SampledHeads, head_grams, layer_energy, projection, sample_rows
 from diffusers_accel.search.recorders import recorders
 from diffusers_accel.search.row import Chunk, RowProbe, grouped, keep
-from diffusers_accel.search.running import SiteEngine, now
+from diffusers_accel.search.running import Schedules, SiteEngine, now
 from diffusers_accel.search.schedule import ProbeSchedule, ProbeSettings, kept_age, span_index
 from diffusers_accel.search.scores import Array, CalibrationRun, Scores
 from diffusers_accel.search.selections import KeptRows, RowReader, Selections
@@ -79,6 +79,8 @@ class RunProbe:
         self.dense_timer = Timer()
         self.measuring_seconds = 0.0
         self._steps: dict[str, set[int]] = {name: set() for name in models}
+        self._schedules, self._schedule = Schedules(), 0  # the running one
+        self._sizes: dict[int, list[int]] = defaultdict(list)  # schedule -> queries x keys of its calls
         self._number = number
         self._on_call = on_call
         self._recorders = [
@@ -101,7 +103,9 @@ class RunProbe:
                 f"expected {self.schedule.steps} steps as in the first call of the pipeline, found {steps}"
             )
         span = span_index(self.settings.spans, step, steps)
+        self._schedule = self._schedules.of(call)
         if call.layer == 0 and call.rows[0] == 0:  # once for all rows, whose texts may be padded to different lengths
+            self._sizes[self._schedule].append(call.layout.queries * call.layout.keys)
             self.calls[call.transformer][span] += 1
             self._steps[call.transformer].add(step)
             self._on_call(call)
@@ -151,7 +155,12 @@ class RunProbe:
             for name, seen in self._steps.items()
         }
         attention = self.dense_timer.attention_ms / 1e3
-        return CalibrationRun(prompt, seconds - self.measuring_seconds, attention, calls, steps)
+        return CalibrationRun(prompt, seconds - self.measuring_seconds, attention, calls, steps, self._usual_schedule())
+
+    def _usual_schedule(self) -> int:
+        """The schedule whose calls are nearest the mean size, with which attention's time grows."""
+        mean = np.mean([size for sizes in self._sizes.values() for size in sizes])
+        return min(self._sizes, key=lambda schedule: float(abs(np.mean(self._sizes[schedule]) - mean)))
 
     def _span(self, step: int) -> int:
         return span_index(self.settings.spans, step, self.schedule.steps)
@@ -171,9 +180,14 @@ class RunProbe:
         self.measuring_seconds += time.perf_counter() - begin
 
     def _lies_alike(self, layout: TokenLayout) -> bool:
-        """Whether errors at this layout add up with the others: all but the text is the same, and for stored masks that too."""
+        """Whether errors at this layout add up with the others. Where candidates read what is recorded of places, all but the
+        text must be the same, and for stored masks that too; else the video must: what stands beside it may differ from layer to
+        layer and from chunk to chunk, and later chunks may have other frames."""
         if layout == self.layout or self.settings.in_segments:
             return layout == self.layout
+        if not self.settings.records:
+            later = slice(1 if self._schedule else 0, None)
+            return layout.grid[later] == self.layout.grid[later]
         mine, other = ([each for each in some.segments if each.kind != "text"] for some in (self.layout, layout))
         return mine == other
 

@@ -32,8 +32,25 @@ class SiteEngine:
         return self.watcher.attend(self.site, call, q, k, v)
 
 
-class Enough(Exception):
-    """Raised in mid-run by what has seen what it came for: the rest of the generation is not needed."""
+class Enough(BaseException):
+    """Raised in mid-run by what has seen what it came for: the rest of the generation is not needed. A modular pipeline reports
+    an Exception as an error of its block."""
+
+
+class Schedules:
+    """Tells to which schedule of a generation a call belongs, from 0: a video that is made chunk by chunk, or segment by segment,
+    has one for each."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[int, int]] = {}  # transformer -> schedule and step of its last call
+
+    def of(self, call: AttentionCall) -> int:
+        """Of the call that begins now; each call is asked for, in turn."""
+        schedule, last = self._last.get(call.transformer, (0, 0))
+        step, _ = now(call)
+        schedule += step < last
+        self._last[call.transformer] = schedule, step
+        return schedule
 
 
 def run_pipeline(
@@ -94,13 +111,24 @@ def prompt_label(prompt: Prompt) -> str:
 
 @contextmanager
 def _quiet(pipe: Any) -> Iterator[None]:
-    """Without the pipeline's own progress bar: the search shows one of its own."""
-    before = getattr(pipe, "_progress_bar_config", None)
-    pipe.set_progress_bar_config(**{**(before or {}), "disable": True})
+    """Without the pipeline's own progress bars: the search shows one of its own."""
+    bars = [(part, vars(part).get("_progress_bar_config")) for part in _with_bars(pipe)]
+    for part, before in bars:
+        part.set_progress_bar_config(**{**(before or {}), "disable": True})
     try:
         yield
     finally:
-        if before is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = before
+        for part, before in bars:
+            if before is None:
+                del part._progress_bar_config
+            else:
+                part._progress_bar_config = before
+
+
+def _with_bars(part: Any) -> Iterator[Any]:
+    """Whatever shows a progress bar: a pipeline, or of a modular one the blocks that loop, however deep they stand."""
+    blocks = getattr(part, "_blocks", part)  # those that run: `blocks` gives a copy
+    if hasattr(blocks, "set_progress_bar_config"):
+        yield blocks
+    for each in getattr(blocks, "sub_blocks", {}).values():
+        yield from _with_bars(each)

@@ -39,6 +39,11 @@ class ProbeSettings:
             )
 
     @property
+    def records(self) -> bool:
+        """Whether a candidate reads what a calibration run records of each place of the video."""
+        return bool(recorders(self.candidates))
+
+    @property
     def splits_rows(self) -> bool:
         """Whether half of the rows are looked at for something else than errors."""
         return any(each.splits_rows for each in recorders(self.candidates))

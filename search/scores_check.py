@@ -102,6 +102,8 @@ def _check_run(scores: ScoresData, done: CalibrationRun, path: str) -> None:
                 raise FileError(
                     f"{_path(f'{path}.{what}', name)}: expected counts of 0 to {MOST_STEPS:,}, found {quoted(row)}"
                 )
+    if not 0 <= done.chunk <= MOST_STEPS:
+        raise FileError(f"{path}.chunk: expected 0 to {MOST_STEPS:,}, found {quoted(done.chunk)}")
     if not any(sum(row) for row in done.calls.values()):
         raise FileError(f"{path}.calls: expected calls of self-attention in one of the spans, found none")
 

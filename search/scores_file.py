@@ -38,6 +38,7 @@ class CalibrationRun(Schema, frozen=True):
         attention_seconds: time of all dense self-attention calls in it.
         calls: self-attention calls of each layer, per transformer and span.
         steps: steps at which the transformer ran, per transformer and span.
+        chunk: of a video that is made chunk by chunk, the one (from 0) whose attention is nearest the mean size; else 0.
     """
 
     prompt: str
@@ -45,6 +46,7 @@ class CalibrationRun(Schema, frozen=True):
     attention_seconds: float
     calls: dict[str, tuple[int, ...]]
     steps: dict[str, tuple[int, ...]]
+    chunk: int = 0
 
 
 class _Shape(Schema, frozen=True):

@@ -2,7 +2,7 @@
 
 Lore says that the first steps decide everything, but what an error does to the result depends on the length of the step in
 noise, on the scheduler, and on what the model does with it afterwards. So for each span the first prompt is generated once
-more, with that span alone made sparse, and the final latents are compared with the dense ones.
+more, with that span alone made sparse, and the final latents are compared with the dense ones, of every chunk of the video.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Table:
     Args:
         error: weighted errors, infinite where a candidate is not allowed.
         plain_error: errors as they were measured.
-        time: in ms; the same for all layers and heads.
+        time: in ms; the same for all heads of a layer.
         density: of blocks.
         allowed: whether a candidate may be taken.
         calls: [spans], calls of each layer.
@@ -44,13 +44,13 @@ class Table:
         plain = np.where(measured, scores.error(name), 0.0) * calls[:, None, None, None]
         error = np.where(allowed, plain * weights[:, None, None, None], np.inf)
         error[..., DENSE] = 0.0
-        ms, refresh_ms = np.asarray(cost.ms[name]), np.asarray(cost.refresh_ms[name])
-        if len(ms) != len(scores.candidates):
+        ms, refresh_ms = cost.of_layers(name)
+        if ms.shape[1] != len(scores.candidates):
             raise ValueError(
-                f"the cost has {len(ms)} candidates, the scores have {len(scores.candidates)}: measure the cost again"
+                f"the cost has {ms.shape[1]} candidates, the scores have {len(scores.candidates)}: measure the cost again"
             )
-        mean_ms = ms + scores.refreshed(name) * (refresh_ms - ms)  # [spans, candidates]
-        time = np.broadcast_to((calls[:, None] * mean_ms)[:, None, None], measured.shape)
+        mean_ms = ms + scores.refreshed(name)[:, None] * (refresh_ms - ms)  # [spans, layers or 1, candidates]
+        time = np.broadcast_to((calls[:, None, None] * mean_ms)[:, :, None], measured.shape)
         density = calls[:, None, None, None] * np.where(measured, scores.density(name), 1.0)
         return cls(error, plain, time, density, allowed, calls)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ from diffusers_accel.search.cost import Cost, alike, describe_device, launch_all
 from diffusers_accel.search.identity import check_layout
 from diffusers_accel.search.probe import RunProbe
 from diffusers_accel.search.recorders import RECORDERS
-from diffusers_accel.search.running import Enough, SiteEngine, now
-from diffusers_accel.search.scores import Scores
+from diffusers_accel.search.running import Enough, Schedules, SiteEngine, now
+from diffusers_accel.search.scores import Array, Scores
 
 MOST_STEPS = 3  # that are timed
 
@@ -115,7 +116,8 @@ class Stopwatch:
 
 
 class CostTimer:
-    """Times the candidates on the first call's own q, k and v, with the user's own dense attention, and stops.
+    """Times the candidates on a call's own q, k and v, with the user's own dense attention, and stops: on the first call; where
+    layers see other tokens, on one of each kind; where a video is made chunk by chunk, in the chunk that stands for all.
 
     Args:
         scores: of the candidates; `where` is their file.
@@ -127,37 +129,74 @@ class CostTimer:
         self._where = where
         self._seconds = seconds
         self._on_round = on_round
-        self._cost: Cost | None = None
+        self._schedules = Schedules()
+        self._kinds: tuple[TokenLayout, ...] = ()  # of each layer
+        self._times: dict[TokenLayout, Array] = {}
+        self._rounds: int | None = None
+        self._sizes = ("", 0, 0)  # device, tokens and batch rows of the first call that was timed
 
     @property
     def cost(self) -> Cost:
         """What was timed; call it after the run."""
-        if self._cost is None:
+        if self._rounds is None:
             raise RuntimeError("the pipeline never called a self-attention, so that no candidate could be timed")
-        return self._cost
+        distinct, ms, refresh_ms, kinds = [*dict.fromkeys(self._kinds)], {}, {}, {}
+        for transformer in self._scores.models:
+            names = [transformer, *(f"{transformer}, {number}" for number in range(1, len(distinct)))]
+            for name, layout in zip(names, distinct, strict=True):
+                ms[name], refresh_ms[name] = (tuple(column.tolist()) for column in self._times[layout].T)
+            if len(distinct) > 1:
+                kinds[transformer] = tuple(names[distinct.index(layout)] for layout in self._kinds)
+        return Cost(ms, refresh_ms, *self._sizes, self._rounds, kinds)
 
     def engine(self, site: Site) -> Engine:
         return SiteEngine(self, site)
 
     def attend(self, site: Site, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        models, name, shape = self._scores.models, site.transformer, site.model.shape
+        assert call.dense is not None
+        chunk = self._scores.runs[0].chunk
+        if self._schedules.of(call) < chunk:
+            return call.dense(q, k, v)
+        if not self._kinds:
+            self._begin(site, call, chunk)
+        if call.layout in self._kinds and call.layout not in self._times:
+            self._times[call.layout], rounds = self._time(call, q, k, v)
+            if self._rounds is None:
+                self._rounds, self._sizes = rounds, (describe_device(q.device), q.shape[1], q.shape[0])
+        if {*self._kinds} <= {*self._times}:
+            raise Enough
+        return call.dense(q, k, v)
+
+    def _begin(self, site: Site, call: AttentionCall, chunk: int) -> None:
+        """At the first call of a layer: how the tokens lie in each of them."""
+        models, shape = self._scores.models, site.model.shape
         if {(each.heads, each.head_dim) for each in models.values()} != {(shape.heads, shape.head_dim)}:
             raise ValueError(f"expected transformers of equal heads, whose kernels cost the same, found {models}")
-        check_layout(self._scores, call.layout.whole, self._where)
+        if not chunk:
+            check_layout(self._scores, call.layout.whole, self._where)
+        layout_in, config = site.model.family.layout_in, cast(Any, site.model.module).config
+        self._kinds = tuple(
+            layout_in(config, call.layout, layer) if layout_in else call.layout for layer in range(shape.layers)
+        )
+
+    def _time(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Array, int]:
+        """Of each candidate, ms of a usual call and of one that refreshes, [candidates, 2]; and how often they were timed."""
+        name, candidates, place = call.transformer, self._scores.candidates, call.layout
         call, tensors = replace(call, layer=0, now=(0, 1)), self._tensors(name)
-        wanted = [self._sampled(name, index) for index in range(len(self._scores.candidates))]
-        kinds = [alike(method) if use else None for method, use in zip(self._scores.candidates, wanted)]
+        wanted = [self._sampled(index, place) for index in range(len(candidates))]
+        kinds = [alike(method) if use else None for method, use in zip(candidates, wanted)]
         distinct = [kind for kind in dict.fromkeys(kinds) if kind is not None]
         planned = [launch_all(method, call, tensors, q.device) for method in distinct]
-        times, rounds = time_candidates(planned, call, q, k, v, self._seconds, self._on_round)
-        # What was never measured is never taken: it stands at the time of dense.
-        every = np.array([times[distinct.index(kind)] if kind else times[0] for kind in kinds])
-        ms, refresh_ms = ({each: tuple(column.tolist()) for each in models} for column in every.T)
-        self._cost = Cost(ms, refresh_ms, describe_device(q.device), q.shape[1], q.shape[0], rounds)
-        raise Enough
+        seconds = self._seconds / len({*self._kinds})
+        times, rounds = time_candidates(planned, call, q, k, v, seconds, self._on_round)
+        # What was never measured is never taken, and what reads all takes as long: it stands at the time of dense.
+        return np.array([times[distinct.index(kind)] if kind else times[0] for kind in kinds]), rounds
 
-    def _sampled(self, name: str, index: int) -> bool:
-        """Whether a candidate was ever measured; dense always counts."""
+    def _sampled(self, index: int, layout: TokenLayout) -> bool:
+        """Whether a candidate was ever measured, and does not just read all of this layout; dense always counts."""
+        method = self._scores.candidates[index]
+        if index and method.select.needs_history and method.select.reads_all_in(method.order, layout):
+            return False
         return index == 0 or any(self._scores.samples(each)[..., index].any() for each in self._scores.models)
 
     def _tensors(self, name: str) -> dict[str, Tensor]:

@@ -20,8 +20,8 @@ from diffusers_accel.evals.toy import CALL
 from diffusers_accel.methods import NAMED
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.budget import Budget
-from diffusers_accel.tune import Goal
 from diffusers_accel.shape import ModelShape
+from diffusers_accel.tune import Goal
 from tests.tiny import save_small_wan
 
 SMALL = ["--height", "128", "--width", "128", "--frames", "5", "--steps", "4", "--guidance", "2"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseSte
 
 from diffusers_accel import patch
 from diffusers_accel.api import attach
+from diffusers_accel.attach.clock import Clock
 from diffusers_accel.call import AttentionCall
 from diffusers_accel.methods import Method, Recipe, Skip
 from tests.tiny import (
@@ -262,3 +264,41 @@ def test_a_pipeline_that_keeps_its_timestep_to_itself_is_followed_by_its_loop(pa
     steps = len(pipe.scheduler.timesteps[part])
     with torch.no_grad():
         assert [now for now, _ in watched(pipe, pipe)] == [(step, steps) for step in range(steps)]
+
+
+def in_a_thread(work: Callable[[], Any]) -> Any:
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(work()))
+    thread.start()
+    thread.join(timeout=60)
+    return found[0]
+
+
+def test_each_thread_with_a_loop_of_its_own_has_its_own_step() -> None:
+    """Two loops over one patched transformer; one that has said nothing goes by what was said last."""
+    clock = Clock()
+    clock.set(1, 4, sigma=0.75)
+
+    def other() -> tuple[Any, Any, Any]:
+        before = clock.now(), clock.sigma()
+        clock.set(7, 9)
+        return *before, clock.now()
+
+    assert in_a_thread(other) == ((1, 4), 0.75, (7, 9))
+    assert (clock.now(), clock.sigma()) == ((1, 4), 0.75)
+    assert in_a_thread(clock.now) == (7, 9)
+
+
+def test_noise_levels_of_another_threads_scheduler_are_not_taken_for_ones_own() -> None:
+    """It reads its own between our reading and our answer."""
+    own, others = torch.tensor([1.0, 0.5, 0.0]), torch.tensor([0.9, 0.1])
+
+    class Interrupted(Clock):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "_levels" and value is not None and value[0]() is own:
+                in_a_thread(lambda: self._flow_levels(others))
+
+    clock = Interrupted()
+    assert clock._flow_levels(own) == (1.0, 0.5, 0.0)
+    assert clock._levels is not None and clock._levels[0]() is others, "it did"

@@ -11,20 +11,27 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ContextParallelConfig
+from diffusers.hooks.context_parallel import apply_context_parallel
 from torch import multiprocessing
 
 from diffusers_accel import Plan, patch
-from diffusers_accel.attach.parallel import all_agree_to_compute, deal, unfit
+from diffusers_accel.attach.parallel import all_agree_to_compute, deal, has_part, unfit
 from diffusers_accel.families import find
 from diffusers_accel.families.helios import HELIOS
 from diffusers_accel.families.hunyuan_video import HUNYUAN_VIDEO
+from diffusers_accel.families.minimax_h3 import MINIMAX_H3 as MINIMAX_H3_FAMILY
 from diffusers_accel.families.wan import WAN
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import DENSE, Band, Draft, Kept, Method, Patches
 from diffusers_accel.plan import Span
+from diffusers_accel.plan.times import head_times
+from diffusers_accel.search.budget import Budget
+from diffusers_accel.search.plan_search import search_plan
+from tests import matrix
+from tests.families import TINY
 from tests.families import helios as helios_family
 from tests.families.ltx import LTX
-from tests.families.minimax_h3 import MINIMAX_H3
+from tests.families.minimax_h3 import tiny_minimax_h3_transformer
 from tests.tiny import HEADS, LAYERS, tiny_hunyuan_transformer, tiny_wan, tiny_wan_call
 
 
@@ -62,20 +69,39 @@ def clip_of(pipe: Any) -> torch.Tensor:
     return torch.as_tensor(pipe(**tiny_wan_call(output_type="latent")).frames)
 
 
-WITH_TEXT: list[Any] = [("easycache", {"threshold": 0.3, "warm_up": 1}), ("cached", {"density": 0.3})]  # of MiniMax-H3
+BOTH: list[Any] = [("easycache", {"threshold": 0.3, "warm_up": 1}), ("cached", {"density": 0.3})]
+# Others that diffusers has a plan for: text and audio in the sequence, before the video; video alone; a history.
+OTHERS = ("minimax_h3", "chronoedit", "helios")
 
 
-def clip_with_text(pipe: Any) -> torch.Tensor:
-    """Of a model whose text and audio stand in the sequence, before the video."""
-    return torch.as_tensor(MINIMAX_H3.run(pipe, MINIMAX_H3.call(num_inference_steps=3)))
+def pipe_of(key: str) -> Any:
+    pipe = TINY[key].pipe()
+    if key == "helios":  # amplified, stock diffusers gives another clip
+        torch.manual_seed(0)
+        config = {**pipe.transformer.config, "is_amplify_history": False}
+        pipe.transformer = type(pipe.transformer).from_config(config).eval()
+    return pipe
+
+
+def plan_of(transformer: Any) -> dict[str, Any]:
+    """That of diffusers, without the blocks that a tiny model has not: it names 40 of Helios."""
+    plan: dict[str, Any] = type(transformer)._cp_plan
+    return {part: rule for part, rule in plan.items() if has_part(transformer, part)}
+
+
+def clip_of_other(key: str, pipe: Any) -> torch.Tensor:
+    return torch.as_tensor(TINY[key].run(pipe, TINY[key].call(num_inference_steps=3, output_type="latent")))
 
 
 def of_other_families(config: ContextParallelConfig) -> dict[str, Any]:
-    """The clip of one with text in its sequence, and what is said to one that cannot."""
-    pipe, ltx = MINIMAX_H3.pipe(), LTX.pipe()
-    pipe.transformer.enable_parallelism(config=config)
-    patch(pipe, WITH_TEXT)
-    found: dict[str, Any] = {"with text": clip_with_text(pipe)}
+    """The clips of others, and what is said to one that cannot."""
+    found: dict[str, Any] = {}
+    for key in OTHERS:
+        pipe = pipe_of(key)
+        pipe.transformer.enable_parallelism(config=config, cp_plan=plan_of(pipe.transformer))
+        with patch(pipe, BOTH):
+            found[key] = clip_of_other(key, pipe)
+    ltx = LTX.pipe()
     patched = patch(ltx, "draft", density=0.3)
     ltx.transformer.enable_parallelism(config=config)
     for said, ask in {"run": lambda: ltx(**LTX.call()), "patched": lambda: patch(ltx, "draft", density=0.3)}.items():
@@ -128,7 +154,12 @@ def run_in(processes: int, names: Sequence[str], folder: Path) -> list[dict[str,
 
 
 @pytest.mark.parametrize(("processes", "names"), [(2, tuple(CASES)), (4, ("mixed plan",))])
-def test_the_clip_is_that_of_one_process(processes: int, names: Sequence[str], tmp_path: Path) -> None:
+def test_the_clip_is_that_of_one_process(
+    processes: int, names: Sequence[str], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    if processes == 2:
+        for key in ("wan", *OTHERS):
+            record_property(matrix.SHOWS, f"{key}-ulysses")
     found = run_in(processes, names, tmp_path)
     if processes == 2:
         check_other_families(found)
@@ -146,13 +177,15 @@ def test_the_clip_is_that_of_one_process(processes: int, names: Sequence[str], t
 
 
 def check_other_families(found: list[dict[str, Any]]) -> None:
-    pipe = MINIMAX_H3.pipe()
-    stock = clip_with_text(pipe)
-    with patch(pipe, WITH_TEXT):
-        expected = clip_with_text(pipe)
-    assert (expected - stock).abs().max() > 1e-3
+    for key in OTHERS:
+        pipe = pipe_of(key)
+        stock = clip_of_other(key, pipe)
+        with patch(pipe, BOTH):
+            expected = clip_of_other(key, pipe)
+        assert (expected - stock).abs().max() > 1e-3, key
+        for clips in found:
+            assert (clips[key] - expected).abs().max() <= 1e-5, key
     for clips in found:
-        assert (clips["with text"] - expected).abs().max() <= 1e-5
         why = (
             "transformer: LTXVideoTransformer3DModel does not run under Ulysses, also without a patch: diffusers masks"
         )
@@ -169,6 +202,31 @@ def test_text_that_comes_in_pieces_is_refused() -> None:
     assert unfit(HUNYUAN_VIDEO, model, TokenLayout(3, 4, 4)) is None, "without text nothing can be out of order"
     wan = tiny_wan().transformer
     assert unfit(WAN, wan, TokenLayout(3, 4, 4)) is None
+
+
+def test_a_plan_of_ones_own_is_told_from_that_of_diffusers() -> None:
+    """Where anything stands beside the video, the order of the pieces must be that which diffusers gives."""
+    layout, config = TokenLayout(3, 4, 4, text_tokens=8, text_at="end"), ContextParallelConfig(ulysses_degree=2)
+    stock, own = tiny_minimax_h3_transformer(), tiny_minimax_h3_transformer()
+    apply_context_parallel(stock, config, stock._cp_plan)
+    assert unfit(MINIMAX_H3_FAMILY, stock, layout) is None
+    plan = {part: rule for part, rule in own._cp_plan.items() if part != "norm_out"}
+    apply_context_parallel(own, config, plan)
+    reason = unfit(MINIMAX_H3_FAMILY, own, layout)
+    assert reason is not None and reason.startswith(
+        "the sequence is not dealt by the context-parallel plan that diffusers"
+    )
+    assert unfit(MINIMAX_H3_FAMILY, own, TokenLayout(3, 4, 4)) is None
+
+
+def test_parts_that_a_smaller_model_has_not_are_no_other_plan() -> None:
+    """diffusers names 40 blocks of Helios."""
+    helios, config = helios_family.tiny_helios().transformer, ContextParallelConfig(ulysses_degree=2)
+    helios.register_to_config(is_amplify_history=False)
+    plan = plan_of(helios)
+    assert len(plan) < len(type(helios)._cp_plan)
+    apply_context_parallel(helios, config, plan)
+    assert unfit(HELIOS, helios, helios_family.HELIOS.layout) is None
 
 
 def test_a_history_that_diffusers_amplifies_is_refused() -> None:
@@ -195,3 +253,59 @@ def test_uneven_heads_are_dealt_within_a_head_of_the_mean(seed: int) -> None:
     order = deal(costs, 4)
     sums = [sum(costs[head] for head in order[at : at + 10]) for at in range(0, 40, 10)]
     assert max(sums) / (sum(costs) / 4) < 1.03  # in the model's order it is 1.2 in the mean
+
+
+def test_heads_are_dealt_by_their_times_where_the_plan_tells_them() -> None:
+    """A sparse head that takes longer than a dense one counts as such, and a refresh counts as often as it comes."""
+    methods = {".": DENSE, "a": Method(select=Band(0.2)), "c": Method(Patches(), Draft(0.2), rest=Kept(2))}
+    told = {".": [2.0, 2.0], "a": [3.0, 3.0], "c": [1.0, 2.5]}
+    pipe = tiny_wan()
+    models = {name: family.shape(module) for name, (module, family) in find(pipe).items()}
+    spans = (Span(0.0, 1.0, {"transformer": (".aac",) * LAYERS}),)
+
+    def costs(provenance: dict[str, Any]) -> list[float]:
+        seen: list[float] = []
+        with patch(pipe, Plan("wan", models, methods, spans, provenance=provenance)) as done:
+            site = done.sites[0]
+            stock = site.attend
+
+            def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+                seen[:] = site.costs_of_heads(len(q))
+                return stock(q, k, v)
+
+            site.attend = attend  # type: ignore[method-assign, assignment]
+            clip_of(pipe)
+        return seen
+
+    assert costs({"cost": {"ms": {"transformer": told}}}) == [2.0, 3.0, 3.0, 1.75]
+    for wrong in ({}, {"cost": 3}, {"cost": {"ms": {"transformer": {**told, "a": ["2.0", 1.0]}}}}):
+        found = costs(wrong)
+        assert found[0] == 1.0 and found[1] == found[2] < 1, "densities"
+    assert deal((2.0, 3.0, 3.0, 1.75), 2) == (0, 1, 2, 3) != deal(tuple(costs({})), 2)
+
+
+def test_a_searched_plan_deals_heads_within_a_head_of_the_mean(tmp_path: Path) -> None:
+    """By the times that its search has measured, not by densities."""
+    prompt = {name: each for name, each in tiny_wan_call().items() if "embeds" in name}
+    call = {name: each for name, each in tiny_wan_call().items() if name not in (*prompt, "generator")}
+    candidates = (DENSE, Method(select=Band(0.3)), Method(Patches(), Draft(0.4)))
+    pipe = tiny_wan()
+    plan = search_plan(
+        pipe,
+        [prompt],
+        call=call,
+        budget=Budget.density(0.6),
+        candidates=candidates,
+        rows=32,
+        spans=(),
+        span_weights=(1.0,),
+        scores_path=tmp_path / "s.safetensors",
+        progress=False,
+    )
+    told = head_times(plan.provenance, "transformer")
+    assert {*told} == {*plan.methods}
+    for row in plan.spans[0].heads["transformer"]:
+        costs = tuple(told[symbol].usual for symbol in row)
+        order = deal(costs, 2)
+        halves = [sum(costs[head] for head in order[at : at + HEADS // 2]) for at in (0, HEADS // 2)]
+        assert abs(halves[0] - halves[1]) <= max(costs) - min(costs) + 1e-12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from typing import Any
 
@@ -22,6 +23,7 @@ from diffusers_accel.shape import ModelShape
 from diffusers_accel.step_timing import full_call
 from tests.families import hunyuan_video15
 from tests.families.kandinsky6_sr import tiny_kandinsky6_sr
+from tests.families.minimax_h3 import MINIMAX_H3
 from tests.families.test_other_calls import pyramid, pyramid_call
 from tests.tiny import HEAD_DIM, HEADS, LAYERS, TEXT_TOKENS, tiny_hunyuan, tiny_hunyuan_call, tiny_wan, tiny_wan_call
 
@@ -159,6 +161,44 @@ def test_the_text_says_it_all(diagnosis: doctor.Diagnosis) -> None:
     assert "transformer 3 layers x 4 heads x 16" in text
     assert "usable" in text and "portable" in text
     assert "0.50" in text and "0.44" in text
+
+
+def test_what_could_be_won_stands_before_what_is_there(diagnosis: doctor.Diagnosis) -> None:
+    lines = str(diagnosis).splitlines()
+    assert lines[0].startswith("model     wan: transformer 3 layers")
+    assert lines.index(next(line for line in lines if line.startswith("machine"))) > 10
+    assert "WanTransformer3DModel" not in str(diagnosis), "whoever has a pipeline needs no list of others"
+    alone = str(diagnose()).splitlines()
+    assert alone[0].startswith("machine") and "(WanTransformer3DModel)" in str(diagnose())
+    assert next(index for index, line in enumerate(alone) if line.startswith("families")) > len(alone) / 2
+
+
+def test_a_modular_pipeline_is_measured_without_its_decoder() -> None:
+    """Its last step is not run: after that it would decode, and nothing can be told to leave that out."""
+    pipe, call = MINIMAX_H3.pipe(), MINIMAX_H3.call(num_inference_steps=9)
+    del call["output_type"]
+    ran: list[int] = []
+    stock = pipe.transformer.forward
+
+    @functools.wraps(stock)  # the blocks give what its signature asks for
+    def forward(*args: Any, **given: Any) -> Any:
+        ran.append(1)
+        return stock(*args, **given)
+
+    pipe.transformer.forward = forward
+    found = diagnose(pipe, call, densities=(0.5,)).call
+    assert found is not None and found.layout == MINIMAX_H3.layout and found.steps == 9
+    assert found.forwards == 1 and 0 < found.attention_ms < found.forward_ms < found.step_ms
+    assert len(ran) == 3 + 1, (
+        "of four steps that it is asked for its end is one; then one forward in which masks are seen"
+    )
+    assert diagnose(pipe, call, densities=(0.5,)).call is not None, "as before"
+
+
+def test_inputs_that_no_block_takes_are_not_given_to_a_modular_pipeline() -> None:
+    pipe = MINIMAX_H3.pipe()
+    given = full_call(pipe, {"num_inference_steps": 9}, most=4)
+    assert {*given} == {"num_inference_steps", "generator"} and given["num_inference_steps"] == 4
 
 
 def test_the_machine_alone() -> None:

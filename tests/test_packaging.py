@@ -114,6 +114,13 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     assert "diffusers-accel = diffusers_accel.cli:main" in scripts
 
 
+def test_the_oldest_host_that_is_tested_is_the_oldest_that_is_supported() -> None:
+    """`make hosts` runs the families on it."""
+    (least,) = (each for each in CONFIG["project"]["dependencies"] if each.startswith("diffusers>="))
+    (tested,) = re.findall(r"^OLDEST := diffusers==(\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert tested.startswith(least.removeprefix("diffusers>=") + "."), (tested, least)
+
+
 def test_the_three_folders_are_namespaces_without_dangerous_names() -> None:
     for folder in ("kernels", "search", "evals"):
         assert not (ROOT / folder / "__init__.py").exists(), f"{folder}/ would shadow a package of that name"

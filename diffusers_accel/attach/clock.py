@@ -46,12 +46,20 @@ class _Loop(NamedTuple):
     place: int | None  # in all of the scheduler's timesteps
 
 
+class _Set(NamedTuple):
+    """What somebody with a loop of their own says."""
+
+    now: tuple[int, int]
+    sigma: float | None
+
+
 class _Running(threading.local):
-    """What runs in this thread: the pipeline (no reference, so that a sibling is not kept alive), and what it says."""
+    """What runs in this thread: the pipeline (no reference, so that a sibling is not kept alive), what it says, what was set."""
 
     pipe: Callable[[], Any] | None = None
     context: _Context | None = None
     loop: _Loop | None = None
+    said: _Set | None = None
 
 
 class Clock:
@@ -60,17 +68,17 @@ class Clock:
     def __init__(self, pipe: Any = None) -> None:
         self._pipe = pipe
         self._running = _Running()
-        self._set: tuple[int, int] | None = None
-        self._set_sigma: float | None = None
+        self._set: _Set | None = None  # by any thread: a loop may hand its forwards to another
         self._levels: tuple[weakref.ref[torch.Tensor], tuple[float, ...] | None] | None = None
 
     def set(self, step: int, steps: int, sigma: float | None = None) -> None:
-        """Says by hand that step `step` (from 0) of `steps` runs now, at a noise level; outranks the other sources."""
+        """Says by hand that step `step` (from 0) of `steps` runs now, at a noise level; outranks the other sources. In a thread
+        that has said nothing itself, what any thread said last holds."""
         if not 0 <= step < steps:
             raise ValueError(f"expected 0 <= step < steps, found step {step} of {steps}")
         if sigma is not None and not 0 <= sigma <= 1:
             raise ValueError(f"sigma is the noise level of flow matching, expected in 0..1, found {sigma}")
-        self._set, self._set_sigma = (step, steps), None if sigma is None else float(sigma)
+        self._running.said = self._set = _Set((step, steps), None if sigma is None else float(sigma))
 
     @property
     def branch(self) -> str:
@@ -89,13 +97,14 @@ class Clock:
             self._from_loop,
             self._from_guider,
         )
-        return self._set or next((now for now in (source() for source in sources) if now), None)
+        said = self._running.said or self._set
+        return said.now if said else next((now for now in (source() for source in sources) if now), None)
 
     def sigma(self) -> float | None:
         """The noise level of the running step in flow matching, from 1 (noise alone) to 0 (none); None where no source knows, or
         the scheduler has another measure of noise."""
-        if self._set is not None:
-            return self._set_sigma
+        if said_by_hand := self._running.said or self._set:
+            return said_by_hand.sigma
         pipe = self._running_pipe
         given = getattr(getattr(pipe, "scheduler", None), "sigmas", None)
         context = self._running.context
@@ -110,9 +119,10 @@ class Clock:
 
     def _flow_levels(self, sigmas: torch.Tensor) -> tuple[float, ...] | None:
         """A scheduler's sigmas as numbers, read once: they may be on a GPU. None where they are not those of flow matching."""
-        if self._levels is None or self._levels[0]() is not sigmas:
-            self._levels = weakref.ref(sigmas), _levels(sigmas)
-        return self._levels[1]
+        known = self._levels  # another thread, with a scheduler of its own, may put its own there at any time
+        if known is None or known[0]() is not sigmas:
+            known = self._levels = weakref.ref(sigmas), _levels(sigmas)
+        return known[1]
 
     def _schedule_place(self, pipe: Any) -> int | None:
         """Where in all of the scheduler's timesteps the running step stands."""

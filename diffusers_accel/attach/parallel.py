@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -44,12 +45,51 @@ def unfit(family: Family, module: Any, layout: TokenLayout | None = None) -> str
         return (
             f"{type(module).__name__} does not run under Ulysses, also without a patch: {reason}. Run it in one process"
         )
-    if getattr(module, "_cp_plan", None) is None and layout is not None and len(layout.segments) > 1:
+    if layout is not None and len(layout.segments) > 1 and (reason := _own_plan(module)):
         return (
-            f"diffusers has no context-parallel plan for {type(module).__name__}, and under one of your own (cp_plan) text and "
+            f"{reason} {type(module).__name__}, and under one of your own (cp_plan) text and "
             "video may come piece by piece, in an order that a patch does not know: run it in one process, or without a patch"
         )
     return None
+
+
+_OWN: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()  # asked at each call, and settled once parallelism is on
+
+
+def _own_plan(module: Any) -> str | None:
+    """How a message begins about a sequence that is dealt otherwise than diffusers says for this class, or None."""
+    if module not in _OWN:
+        stock = getattr(type(module), "_cp_plan", None)
+        if stock is None:
+            _OWN[module] = "diffusers has no context-parallel plan for"
+        elif _applied(module) == {part: _as_applied(rule) for part, rule in stock.items() if has_part(module, part)}:
+            _OWN[module] = None
+        else:
+            _OWN[module] = "the sequence is not dealt by the context-parallel plan that diffusers has for"
+    return _OWN[module]
+
+
+def _as_applied(rule: Any) -> Any:
+    """Of a plan, as a hook holds it: rules for outputs in a list."""
+    return rule if isinstance(rule, (dict, list, tuple)) else [rule]
+
+
+def has_part(module: Any, part: str) -> bool:
+    """Whether a model has a part that a plan names, such as "blocks.0" or "blocks.*"."""
+    try:
+        return module.get_submodule(part.partition(".*")[0]) is not None
+    except AttributeError:
+        return False
+
+
+def _applied(module: Any) -> dict[str, Any]:
+    """The context-parallel plan that was applied to a model, whoever gave it: part -> rule, as the hooks there hold it."""
+    found = {}
+    for part in module.modules():
+        for name, hook in getattr(getattr(part, "_diffusers_hook", None), "hooks", {}).items():
+            if name.startswith(("cp_input---", "cp_output---")):
+                found[name.partition("---")[2]] = hook.metadata
+    return found
 
 
 @functools.lru_cache(maxsize=1024)  # an order for each layer and span

@@ -68,7 +68,9 @@ def search(
     methods: Annotated[
         str | None,
         typer.Option(
-            "--methods", help="To choose from, such as draft,cached. (default: pattern,draft,cached,reordered)"
+            "--methods",
+            help="To choose from, such as draft,cached. (default: pattern,draft,cached,reordered; where a video is made chunk by "
+            "chunk, history in place of the last)",
         ),
     ] = None,
     scores: Annotated[

@@ -114,7 +114,8 @@ class Diagnosis:
     call: CallDiagnosis | None = None
 
     def __rich__(self) -> RenderableType:
-        return Group(*_machine_lines(self), _kernel_table(self), *(_call_lines(self.call) if self.call else ()))
+        last = () if self.call else (f"families  {', '.join(list_families())}",)
+        return Group(*(_call_lines(self.call) if self.call else ()), *_machine_lines(self), _kernel_table(self), *last)
 
     def __str__(self) -> str:
         console = Console(width=120)
@@ -134,7 +135,6 @@ def _machine_lines(diagnosis: Diagnosis) -> list[RenderableType]:
     return [
         f"machine   {found['cpu']}, {found['cores']} cores ({found['torch_threads']} threads of torch){gpu}",
         f"versions  {installed}",
-        f"families  {', '.join(list_families())}",
     ]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers import ModularPipeline
 from torch import nn
 
 from diffusers_accel.doctor import remarks
@@ -23,6 +23,7 @@ from diffusers_accel.preset import PRESET, preset_by_size, preset_recipe
 from diffusers_accel.run.by_size import preset_density
 from diffusers_accel.shape import ModelShape
 from diffusers_accel.step_timing import CALLBACK, StepTiming, asked_steps, time_step
+from diffusers_accel.support.call_parameters import parameters_of
 
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
 READ_BY = ("pattern", "draft")  # methods whose realised density is shown
@@ -34,7 +35,7 @@ def diagnose(
     pipe: Any = None, call: Mapping[str, Any] | None = None, *, densities: Sequence[float] = DENSITIES
 ) -> Diagnosis:
     """Looks at the machine and, with a pipeline, runs two denoising steps of the call (three for two transformers, or where
-    the pipeline has no step callback), and one forward without a patch.
+    the pipeline has no step callback, up to four of a modular one), and one forward without a patch.
 
     The pipeline runs dense through the user's own attention backend, without decoding a video, and is left as it was.
 
@@ -57,8 +58,9 @@ def diagnose(
     found = find(pipe)
     shapes = {name: family.shape(module) for name, (module, family) in found.items()}
     stages = asked_steps(pipe, call)
-    has_callback = CALLBACK in inspect.signature(type(pipe).__call__).parameters
-    timing = time_step(pipe, call, most=(1 if has_callback else 2) + len(found))
+    beside = 1 if CALLBACK in parameters_of(pipe) else 2
+    beside += isinstance(pipe, ModularPipeline)  # whose schedule may count its end as a step
+    timing = time_step(pipe, call, most=beside + len(found))
     kernels = _kernels([(str(timing.device), timing.dtype, shape.head_dim) for shape in shapes.values()])
     runs = all(any(x.automatic and x.name != "reference" for x in options) for options in kernels.values())
     share = min(timing.attention_ms / timing.step_ms, 1.0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diffusers_accel.layout import TokenLayout
-from diffusers_accel.step_timing import SLOW_LAYER_MS, full_call
+from diffusers_accel.step_timing import SLOW_LAYER_MS, SeenEnough, full_call, until_seen
 
 ROUNDS = 3
 
@@ -32,10 +32,6 @@ class MaskedAttention(NamedTuple):
     mask: tuple[int, ...]
     with_ms: float | None
     without_ms: float | None
-
-
-class _Seen(Exception):
-    """One forward is enough."""
 
 
 class _Watch(TorchFunctionMode):
@@ -86,20 +82,16 @@ def masked_attention(
         watch.inside = True
 
     def stop(*_: Any) -> None:
-        raise _Seen
+        raise SeenEnough  # one forward is enough
 
     hooks = [module.register_forward_pre_hook(start) for module in modules]
     hooks += [module.register_forward_hook(stop) for module in modules]
     try:
         with torch.compiler.set_stance("force_eager"), watch:  # a graph shows no calls
-            pipe(**full_call(pipe, call))
-    except _Seen:
-        pass
+            until_seen(pipe, full_call(pipe, call))
     finally:
         for hook in hooks:
             hook.remove()
-        if hasattr(pipe, "maybe_free_model_hooks"):
-            pipe.maybe_free_model_hooks()
     return MaskedAttention(watch.masked, watch.calls, watch.mask, *watch.times) if watch.masked else None
 
 

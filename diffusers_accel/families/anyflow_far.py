@@ -107,5 +107,4 @@ ANYFLOW_FAR = Family(
     hands_back=True,
     history=True,
     channels=2,
-    no_search="each chunk has a longer history than the one before",
 )

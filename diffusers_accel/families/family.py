@@ -75,8 +75,7 @@ class Family:
         hands_back: whether the forward's output holds, behind what is denoised, what it was given (a cache): a predicted output
             hands that back as it was.
         history: whether a video is made chunk by chunk, each with earlier ones as segments of kind "history".
-        no_search: why a search cannot measure it yet: that tokens lie otherwise from layer to layer, branch to branch or chunk to
-            chunk.
+        no_search: why a search cannot measure it.
         no_parallel: transformer's config -> why diffusers' own forward goes wrong where processes share a sequence (Ulysses), or
             None.
         latents: names of the arguments of the transformer's forward that are denoised, in the order of its outputs, of which

@@ -80,5 +80,4 @@ FRAMEPACK = Family(
     text_valid=_text_valid,
     history=True,
     preset=HUNYUAN_VIDEO.preset,
-    no_search="text is cut to the length of each prompt, and each section is a schedule of its own",
 )

@@ -60,5 +60,4 @@ HELIOS = Family(
     text=text_at(2),
     history=True,
     no_parallel=_amplified_in_parallel,
-    no_search="each chunk, and each stage of a pyramid, is a schedule of its own",
 )

@@ -54,5 +54,4 @@ MOTIF_VIDEO = Family(
     layout_in=_layout_in,
     text=_text,
     text_valid=_text_valid,
-    no_search="its decoder layers see other tokens than the others",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,12 +36,15 @@ class OutputForm:
     """How the tensors of an output stand in it: in a tuple, in one of diffusers' output objects, in lists of these."""
 
     spec: Any
-    leaves: tuple[Any, ...]  # with _TENSOR where a tensor is to stand
+    leaves: tuple[
+        Any, ...
+    ]  # with _TENSOR where a tensor is to stand; other tensors, such as a cache, by weak references
 
     def of(self, tensors: Sequence[Tensor]) -> Any:
         """An output of this form that holds these tensors."""
         rest = iter(tensors)
-        return pytree.tree_unflatten([next(rest) if leaf is _TENSOR else leaf for leaf in self.leaves], self.spec)
+        leaves = (leaf() if isinstance(leaf, weakref.ref) else leaf for leaf in self.leaves)
+        return pytree.tree_unflatten([next(rest) if leaf is _TENSOR else leaf for leaf in leaves], self.spec)
 
 
 _TENSOR = object()
@@ -50,7 +54,10 @@ def opened(output: Any, most: int | None = None) -> tuple[tuple[Tensor, ...], Ou
     """The tensors of a transformer's output (the first `most` of them), and how they stand in it."""
     leaves, spec = pytree.tree_flatten(output)
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)][:most]
-    form = OutputForm(spec, tuple(_TENSOR if place in places else leaf for place, leaf in enumerate(leaves)))
+    kept = (
+        weakref.ref(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+    )  # it is the pipeline's, and large
+    form = OutputForm(spec, tuple(_TENSOR if place in places else leaf for place, leaf in enumerate(kept)))
     return tuple(leaves[place] for place in places), form
 
 

@@ -15,6 +15,7 @@ from diffusers_accel.call import AttentionCall
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, DENSE, Method
 from diffusers_accel.plan import Plan
+from diffusers_accel.plan.times import head_times
 from diffusers_accel.plan.uses import made_for
 from diffusers_accel.run.by_size import BySize
 from diffusers_accel.run.launch import Output, run
@@ -101,12 +102,25 @@ class PlanEngine:
             caches.budget.enter(self._layer, len(most), sum(most) / len(most))
 
     def costs(self, call: AttentionCall) -> list[float]:
-        """What each head of the model costs in the running span: its density, 1 where it is dense."""
+        """What each head of the model costs in the running span: its time where the plan tells those of all its heads, else its
+        density, 1 where it is dense."""
         key = running_span(self.plan, call), call.layout
         if key not in self._costs:
             known = [method.expected_density(call.layout) for method in self._mixes[key[0]].methods]
-            self._costs[key] = [0.5 if each is None else each for each in known]
+            self._costs[key] = self._times(key[0]) or [0.5 if each is None else each for each in known]
         return self._costs[key]
+
+    def _times(self, span: int) -> list[float]:
+        """Milliseconds of each head in a span, refreshes spread over its calls; none where the plan does not tell them."""
+        told = head_times(self.plan.provenance, self.site.transformer)
+        symbols = self.plan.spans[span].heads[self.site.transformer][self.site.layer]
+        if not {*symbols} <= {*told}:
+            return []
+        times = []
+        for head, symbol in enumerate(symbols):
+            share = self._refreshed(self.plan, self.plan.methods[symbol], span, head)
+            times.append(told[symbol].usual + share * (told[symbol].refresh - told[symbol].usual))
+        return times
 
     def clear(self) -> None:
         """Starts the tally anew."""

@@ -13,8 +13,7 @@ from torch import Tensor
 from diffusers_accel.attach.site import AttachedModel
 from diffusers_accel.forwards.calls import ForwardReader, Given, opened
 from diffusers_accel.search.arguments import check_call, check_pipeline, check_prompts
-from diffusers_accel.search.last_latents import LastLatents
-from diffusers_accel.search.running import Prompt, prompt_label, run_pipeline
+from diffusers_accel.search.running import Enough, Prompt, prompt_label, run_pipeline
 from diffusers_accel.search.steps.trajectory import Trajectory, TrajectoryStep
 from diffusers_accel.support.identity import components, fingerprint, model_name, plain
 
@@ -36,9 +35,9 @@ def record(pipe: Any, prompt: Prompt, call: Mapping[str, Any], seed: int) -> Tra
     (prompt,) = check_prompts(pipe, [prompt])
     call = check_call(pipe, call)
     recorder = TrajectoryRecorder(prompt_label(prompt), trajectory_identity(pipe, call))
-    last = LastLatents(stop=True) if shows_latents(pipe) else None
+    last = recorder.at_step_end if shows_latents(pipe) else None
     run_pipeline(pipe, None, prompt, call, seed, last, recorder.around)
-    return recorder.trajectory(None if last is None else last.latents)
+    return recorder.trajectory(recorder.final)
 
 
 def shows_latents(pipe: Any) -> bool:
@@ -80,6 +79,7 @@ class TrajectoryRecorder:
     def __init__(self, prompt: str, identity: Mapping[str, Any]) -> None:
         self._prompt = prompt
         self._identity = dict(identity)
+        self.final: Tensor | None = None  # latents of the last step that ended, where the pipeline shows them
         self._count: int | None = None  # of steps
         self._channels = 1
         self._rows = 0  # of latents, of which a batch of guidance has several copies
@@ -121,6 +121,13 @@ class TrajectoryRecorder:
                 "schedule can be derived for this call"
             )
         self._step.v[branch] = _on_host(v)
+
+    def at_step_end(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A `callback_on_step_end`, which ends the run after the last step."""
+        self.final = tensors["latents"].detach().clone()
+        if step + 1 == self._count:
+            raise Enough
+        return {}
 
     def trajectory(self, final: Tensor | None) -> Trajectory:
         """What was recorded; call it after the run.

@@ -52,6 +52,7 @@ class TinyFamily:
         several: overrides by which two videos are made.
         run: how the pipeline is called, and its frames or latents as an array, for those that do it differently.
         whole: whether diffusers' own forward can be compiled as one graph (`fullgraph=True`).
+        least: fewest steps that its scheduler takes.
     """
 
     pipe: Callable[[], Any]
@@ -65,3 +66,4 @@ class TinyFamily:
     several: dict[str, Any] = field(default_factory=lambda: {"num_videos_per_prompt": 2})
     run: Callable[[Any, dict[str, Any]], np.ndarray] = run_pipeline
     whole: bool = True
+    least: int = 1

@@ -74,4 +74,5 @@ MOCHI = TinyFamily(
     ("cond_uncond",),
     several={"lengths": (7, 12)},  # embeddings that the pipeline is given are not repeated for several videos
     bitwise=False,  # rows of the batch attend together, and text that is padding as well
+    least=2,
 )

@@ -156,7 +156,10 @@ def test_models_without_a_history_refuse_it_before_anything_is_attached() -> Non
     with pytest.raises(ValueError, match=r"\(anyflow_far, helios, framepack\), found wan, .* take \"cached\""):
         patch(pipe, "history")
     assert {family.name for family in FAMILIES.values() if family.history} == set(PIPELINES)
-    with pytest.raises(ValueError, match="cannot be searched: it is for video that is made chunk by chunk"):
+    with pytest.raises(
+        ValueError,
+        match="cannot be searched: it is for video that is made chunk by chunk, and this model makes all frames together",
+    ):
         check_candidates((*candidates(), Method(select=ChunkOnly(), rest=Kept())))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffusers_accel.families import FAMILIES
+from diffusers_accel.starter.checkpoints import CHECKPOINTS
 from tests import matrix
 from tests.families import TINY
 from tests.families.test_every_family import FIRST, PACKED
@@ -19,19 +20,38 @@ def test_the_page_names_every_kind_of_pipeline_and_no_failure() -> None:
         assert f"| `{family}` | {kind} |" in text, f"write it anew: see {matrix.__name__}"
         row = next(line for line in text.splitlines() if line.startswith(f"| `{family}` | {kind} |"))
         blank = [cell for cell in row.split("|")[4:-1] if not cell.strip()]
-        if key in FIRST:  # on which all is run, but that sequences of video alone have no other rows, and few a history
-            assert len(blank) == (key not in PACKED) + (family not in WITH_HISTORY), row
+        if key in FIRST:  # on which all is run, but that sequences of video alone have no other rows
+            assert len(blank) == (key not in PACKED), row
     assert "**fails**" not in text
+
+
+def test_the_page_says_of_every_family_what_goes_with_it() -> None:
+    _, _, text = matrix.PAGE.read_text(encoding="utf-8").partition("## Features by family")
+    lines = text.partition("## Pipelines")[0].splitlines()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    titles, rows = table[0], {row[0].strip("`"): row for row in table[2:]}
+    assert titles == ["family", *matrix.FEATURES.values(), "starter plan", "diffusers' own tests"]
+    assert set(rows) == {family.name for family in FAMILIES.values()}
+    for name, row in rows.items():
+        blank = {title for title, cell in zip(titles, row, strict=True) if not cell}
+        assert blank <= {"starter plan", "diffusers' own tests", *({"history"} if name not in WITH_HISTORY else ())}, (
+            name
+        )
+    starter, own = titles.index("starter plan"), titles.index("diffusers' own tests")
+    assert {name for name, row in rows.items() if row[starter]} == {each.family for each in CHECKPOINTS}
+    assert {name: row[own] for name, row in rows.items() if row[own]} == matrix.own_tests()
 
 
 def test_results_are_read_by_kind_and_column(tmp_path: Path) -> None:
     path = tmp_path / "results.xml"
     path.write_text(
         '<testsuites><testsuite><testcase name="test_a[wan]"/><testcase name="test_a[wan, edit]"><skipped/></testcase>'
-        '<testcase name="test_b[wan_vace-fullgraph]"><failure/></testcase><testcase name="test_c"/></testsuite></testsuites>'
+        '<testcase name="test_b[wan_vace-fullgraph]"><failure/></testcase><testcase name="test_c"/>'
+        '<testcase name="test_d[2-names0]"><properties><property name="shows" value="wan-ulysses"/>'
+        '<property name="else" value="wan-x"/></properties></testcase></testsuite></testsuites>'
     )
     assert matrix.results(path) == {
-        "wan": {"test_a": "passed"},
+        "wan": {"test_a": "passed", "ulysses": "passed"},
         "wan, edit": {"test_a": "skipped"},
         "wan_vace": {"test_b-fullgraph": "failed"},
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -197,3 +199,29 @@ def test_chunks_without_a_cache_are_refused() -> None:
     pipe = tiny_far()
     with patch(pipe, "draft", **WHOLE), pytest.raises(ValueError, match="use_kv_cache=True"):
         pipe(**far_chunks(use_kv_cache=False))
+
+
+def test_an_interrupted_call_leaves_no_cache_of_the_pipeline_behind() -> None:
+    """A predicted output hands the pipeline's KV cache back, but a step cache does not keep it alive."""
+    pipe, caches = tiny_far(), []
+
+    class Stop(Exception):
+        pass
+
+    def stop(pipe: Any, step: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+        if step == 2:
+            raise Stop
+        return {}
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        caches.append(weakref.ref(kwargs["kv_cache"][0]["full_cache"]))
+
+    hook = pipe.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    with patch(pipe, schedule(steps=(0, 2, 3))) as done:
+        with pytest.raises(Stop):
+            pipe(**far_chunks(num_inference_steps=4), callback_on_step_end=stop)
+        assert done.report().forwards.predicted == 1
+        gc.collect()
+        assert caches and all(cache() is None for cache in caches)
+        hook.remove()
+        assert pipe(**far_chunks(num_inference_steps=4)).frames.isfinite().all()

@@ -303,7 +303,7 @@ def test_default_candidates():
     ]
     assert candidates()[0] == DENSE and len(candidates()) == 50
     assert not any(isinstance(method.select, Stripe) for method in candidates(stripes=False))
-    with pytest.raises(ValueError, match="expected some of pattern, draft, cached, reordered, found 'magic'"):
+    with pytest.raises(ValueError, match="expected some of pattern, draft, cached, reordered, history, found 'magic'"):
         candidates(methods=["magic"])
 
 

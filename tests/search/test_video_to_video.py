@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanVideoToVideoPipeline
 from diffusers_accel.api import patch
 from diffusers_accel.plan import Plan
 from diffusers_accel.search.last_latents import LastLatents
-from diffusers_accel.search.running import Enough
 from diffusers_accel.search.scores import Scores
 from tests.search.test_search import a_call, a_prompt, search
 from tests.tiny import tiny_wan_transformer, tiny_wan_vae
@@ -55,16 +53,15 @@ def test_a_whole_search_of_the_steps_that_run(tmp_path: Path) -> None:
     assert plan.provenance["predicted"]["density"] >= 0.5
 
 
-def test_the_last_step_is_that_of_those_that_run() -> None:
-    """A callback's step counts them from 0; the scheduler's own steps are more."""
-    scheduler = SimpleNamespace(timesteps=torch.arange(STEPS))
-    last, shares = LastLatents(stop=True), []
-    last._on_share = shares.append
-    pipe = SimpleNamespace(scheduler=scheduler, _num_timesteps=RUN)
-    for step in range(RUN - 1):
-        last(pipe, step, None, {"latents": torch.tensor([float(step)])})
-    with pytest.raises(Enough):
-        last(pipe, RUN - 1, None, {"latents": torch.tensor([9.0])})
-    assert last.latents.tolist() == [9.0] and shares == [0.25, 0.5, 0.75, 1.0]
+def test_latents_that_no_pipeline_shows_are_asked_for() -> None:
     with pytest.raises(RuntimeError, match=r"showed no latents .* span_weights, one number per span"):
-        assert LastLatents(stop=True).latents
+        assert LastLatents().ending
+
+
+def test_spans_are_weighed_over_the_steps_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A callback's step counts them from 0; the scheduler's own steps are more. No run but the calibration's decodes."""
+    pipe, call, decoded = tiny_wan_video_to_video(), {**video_call(), "output_type": "np"}, []
+    stock = pipe.vae.decode
+    monkeypatch.setattr(pipe.vae, "decode", lambda *args, **options: (decoded.append(1), stock(*args, **options))[1])
+    search(pipe, tmp_path / "s.safetensors", prompts=1, call=call, spans=(0.5,))
+    assert len(decoded) == 1
