@@ -85,6 +85,16 @@ class AttachedModel:
             self._forward.text = self.family.text_valid(args, kwargs)
 
     @property
+    def label(self) -> str:
+        """What tells models of other sizes apart, such as "wan, 30 layers of 12 heads"."""
+        return f"{self.family.name}, {self.shape.layers} layers of {self.shape.heads} heads"
+
+    @property
+    def layout(self) -> TokenLayout:
+        """How the tokens of the running call lie, as if all text existed; of the first layer, where layers differ."""
+        return self._layout(None, 0)
+
+    @property
     def branch(self) -> str:
         """The running branch: the pipeline's name for it, such as "cond", else one by its text embeddings; "" before any."""
         return self._forward.branch

@@ -86,9 +86,12 @@ def _part(value: str) -> Part:
     if value in NAMES:
         return value
     path = Path(value)
-    if path.suffix == ".json" or (value and os.path.exists(path)):
-        return read_plan(path)
     name, parameters = value.partition(":")[::2]
+    exists = bool(value) and os.path.exists(path)
+    if exists or (
+        path.suffix == ".json" and name not in NAMES
+    ):  # a parameter may be a file, as of magcache:table=wan.json
+        return read_plan(path)
     if name in NAMES:
         try:
             return name, _parameters(name, parameters)
@@ -101,8 +104,8 @@ def _part(value: str) -> Part:
         )
     meant = did_you_mean(name, [*NAMES, *stage_names()]) or did_you_mean_file(path)
     raise ValueError(
-        f"--plan: expected a method ({', '.join(NAMES)}), with parameters such as draft:density=0.3, a plan file, or a step "
-        f"cache and one of these with + between them, found {quoted(value)}{meant}"
+        f"--plan: expected a method ({', '.join(NAMES)}), with parameters as in draft:density=0.3, a plan file, or a step "
+        f"cache + one of these, found {quoted(value)}{meant}"
     )
 
 
