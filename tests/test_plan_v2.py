@@ -28,6 +28,7 @@ from diffusers_accel.forwards import (
     Schedule,
     Taylor,
     easycache,
+    firstblock,
     guidance,
     schedule,
     seacache,
@@ -213,6 +214,7 @@ EVERY_FORWARDS = [
     teacache("wan2.1-t2v-1.3b"),
     teacache(coefficients=(1.0, 0.0), indicator="time", warm_up=2),
     guidance(low=1.1, high=1.2),
+    firstblock(threshold=0.1, max_skips=2),
     Forwards(MagCache((1.0, 0.9), made_for="wan, 2 layers of 4 heads", noise=(1.0, 0.5))),
 ]
 

@@ -10,7 +10,7 @@ from diffusers_accel.forwards.forwards import Forwards
 from diffusers_accel.forwards.magnitudes import Magnitudes
 from diffusers_accel.forwards.predictor import Predictor
 from diffusers_accel.forwards.predictors import Guided, Last, Taylor
-from diffusers_accel.forwards.rules import EasyCache, Interval, Schedule, SeaCache, TeaCache
+from diffusers_accel.forwards.rules import EasyCache, FirstBlock, Interval, Schedule, SeaCache, TeaCache
 from diffusers_accel.forwards.teacache_tables import TABLES
 from diffusers_accel.support.suggest import closest
 
@@ -141,6 +141,26 @@ def teacache(
     return Forwards(rule, _predictor(predictor), _names(branches))
 
 
+def firstblock(
+    threshold: float = 0.05,
+    max_skips: int = 4,
+    predictor: str = "residual",
+    branches: Sequence[str] | None = None,
+) -> Forwards:
+    """First block caching (ParaAttention's FBCache): runs the model again once what its first block adds to the tokens has
+    changed by `threshold` since it ran last.
+
+    The first block runs a second time at steps that compute, and densely: one block of thirty or more. It needs no table.
+
+    Args:
+        threshold: relative change; diffusers' FirstBlockCache takes 0.05. 0 computes every step.
+        max_skips: most steps in a row that are predicted.
+        predictor: "residual", or another as of `easycache`.
+        branches: those that may be predicted; None: all.
+    """
+    return Forwards(FirstBlock(threshold, max_skips), _predictor(predictor), _names(branches))
+
+
 def magcache(
     table: str | None = None,
     threshold: float = 0.12,
@@ -216,5 +236,6 @@ NAMED_FORWARDS: dict[str, Callable[..., Forwards]] = {
     "seacache": seacache,
     "teacache": teacache,
     "magcache": magcache,
+    "firstblock": firstblock,
     "guidance": guidance,
 }

@@ -9,11 +9,8 @@ from torch import Tensor
 
 from diffusers_accel.forwards.video import VideoView
 
-NOISE, VIDEO, GUIDE = (
-    "noise",
-    "video",
-    "guide",
-)  # what rules and predictors may want; other names are those of indicators
+# What rules and predictors may want beside latents; other names are those of indicators.
+NOISE, VIDEO, GUIDE, SINCE_COMPUTED = "noise", "video", "guide", "since computed"
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,8 @@ class Now:
         noise_before: that of `before`.
         video: with `VIDEO`, how x is read as video.
         indicator: with the name of an indicator, what the model makes of the step before its blocks.
-        indicator_before: that of the last step at which this branch ran; None where it was not looked at.
+        indicator_before: that of the last step at which this branch ran, with `SINCE_COMPUTED` of the last that was computed;
+            None where it was not looked at.
         guide: with `GUIDE`, what the branch that ran first in this step has given, computed or predicted.
     """
 

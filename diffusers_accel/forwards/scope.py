@@ -17,7 +17,7 @@ from diffusers_accel.files import printable
 from diffusers_accel.forwards.calls import ForwardReader, Given, opened
 from diffusers_accel.forwards.forwards import Forwards
 from diffusers_accel.forwards.indicator import check_indicator, indicator
-from diffusers_accel.forwards.rule import GUIDE, NOISE, VIDEO, Computed, Now
+from diffusers_accel.forwards.rule import GUIDE, NOISE, SINCE_COMPUTED, VIDEO, Computed, Now
 from diffusers_accel.forwards.state import Branch, ForwardsTally, Generation, Glimpse, Stream
 from diffusers_accel.forwards.video import video_view
 from diffusers_accel.forwards.wrapper import wrap, wrapped_forward
@@ -182,7 +182,8 @@ class _Interceptor:
         outputs = [predictor.predict(view).to(view.last.v.dtype) for view in views]
         for stream, view in zip(state.streams, views, strict=True):
             stream.before = view.x.clone()
-        state.seen = seen
+        since = SINCE_COMPUTED in self._scope.forwards.wants
+        state.seen = Glimpse(seen.noise, state.seen.indicator if since else seen.indicator)
         self._lead(generation, outputs)
         tally.predicted += 1
         tally.cache_bytes = max(tally.cache_bytes, generation.bytes)
@@ -232,7 +233,9 @@ class _Interceptor:
         decided = generation.compute is not None or generation.step == generation.steps - 1
         if forwards.indicator is None or decided or not self._scope.predicts(model.branch):
             return Glimpse(noise)
-        return Glimpse(noise, indicator(forwards.indicator, model.module, model.family, self._forward, args, kwargs))
+        with model.looking_ahead():
+            found = indicator(forwards.indicator, model.module, model.family, self._forward, args, kwargs)
+        return Glimpse(noise, found)
 
     def _lead(self, generation: Generation, outputs: Sequence[Tensor]) -> None:
         """Keeps what the first branch of a step has given, where the others are predicted from it."""

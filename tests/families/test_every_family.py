@@ -168,6 +168,7 @@ STEP_CACHES: dict[str, dict[str, Any]] = {
     "seacache": {"threshold": 10.0},
     "teacache": {"coefficients": (1.0, 0.0), "threshold": 10.0},
     "magcache": {"threshold": 10.0, "max_skips": 2, "retention": 0.0},
+    "firstblock": {"threshold": 10.0},
     "guidance": {"every": 3, "retention": 0.0},
 }
 

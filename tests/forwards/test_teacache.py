@@ -149,7 +149,9 @@ def test_tokens_are_what_the_first_self_attention_is_given(key: str) -> None:
 
 def test_a_model_without_the_indicator_is_refused_before_anything_is_patched() -> None:
     pipe = tiny_hunyuan()
-    with pytest.raises(ValueError, match=r"indicator: expected one that hunyuan_video has \(tokens\), found 'time'"):
+    with pytest.raises(
+        ValueError, match=r"indicator: expected one that hunyuan_video has \(tokens, first_block\), found 'time'"
+    ):
         patch(pipe, "teacache", coefficients=LINE, indicator="time")
     patch(pipe, "dense").unpatch()
 
@@ -171,8 +173,9 @@ def test_an_error_of_the_model_is_the_models_own() -> None:
     assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
 
 
-@pytest.mark.parametrize(("name", "threshold"), [("tokens", 3.0), ("time", 0.8)])
-def test_one_graph_of_the_model_and_no_recompilation(name: str, threshold: float) -> None:
+@pytest.mark.parametrize("how", ["torch.compile(model)", "model.compile_repeated_blocks()"])
+@pytest.mark.parametrize(("name", "threshold"), [("tokens", 3.0), ("time", 0.8), ("first_block", 1.0)])
+def test_one_graph_of_the_model_and_no_recompilation(name: str, threshold: float, how: str) -> None:
     """What comes by the indicator is never traced."""
     torch._dynamo.reset()
     model, counter = tiny_wan_transformer(layers=1), CompileCounter()
@@ -193,12 +196,17 @@ def test_one_graph_of_the_model_and_no_recompilation(name: str, threshold: float
         predicted = done.report().forwards.predicted
     assert 0 < predicted < 4
     done = patch(model, cache)
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    compiled: Any = model
+    if "repeated" in how:
+        model.compile_repeated_blocks(backend=counter, fullgraph=True)
+    else:
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(2):
             for a, b in zip(loop(compiled, done), eager, strict=True):
                 assert torch.allclose(a, b, atol=1e-5)
-    assert counter.frame_count == 2, "the model, and nothing for a predicted forward"
+    graphs = 1 if "repeated" in how else 2  # that of the model, and of nothing for a predicted forward
+    assert counter.frame_count == graphs
     assert done.report().forwards.predicted == 2 * predicted
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from diffusers_accel.files import quoted
-from diffusers_accel.forwards.rule import GUIDE, NOISE, VIDEO, Decision, Now
+from diffusers_accel.forwards.rule import GUIDE, NOISE, SINCE_COMPUTED, VIDEO, Decision, Now
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TeaCache:
             raise ValueError(
                 f"warm_up is a number of steps, expected an integer of 0 or more, found {quoted(self.warm_up)}"
             )
-        if not isinstance(self.indicator, str) or self.indicator in (NOISE, VIDEO, GUIDE, ""):
+        if not isinstance(self.indicator, str) or self.indicator in (NOISE, VIDEO, GUIDE, SINCE_COMPUTED, ""):
             raise ValueError(f'indicator: expected a name such as "tokens" or "time", found {quoted(self.indicator)}')
         if self.made_for is not None and not isinstance(self.made_for, str):
             raise ValueError(f"made_for: expected the name of a model or None, found {quoted(self.made_for)}")
