@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -208,6 +209,34 @@ def test_one_graph_of_the_model_and_no_recompilation(name: str, threshold: float
     graphs = 1 if "repeated" in how else 2  # that of the model, and of nothing for a predicted forward
     assert counter.frame_count == graphs
     assert done.report().forwards.predicted == 2 * predicted
+
+
+@pytest.mark.parametrize("name", ["tokens", "time", "first_block"])
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level", "accelerate"])
+@pytest.mark.parametrize("first", ["patch", "offload"])
+def test_offloaded_models_come_by_the_indicator(name: str, kind: str, first: str) -> None:
+    """A forward that ends early leaves hooks of diffusers and accelerate as they were."""
+    cache = Forwards(TeaCache(LINE, 1.0, 1, name))
+    pipe, plain = tiny_wan(), tiny_wan()
+    with patch(plain, cache) as done:
+        expected, predicted = run(plain), done.report().forwards.predicted
+    assert predicted > 0
+    for what in (first, *({"patch", "offload"} - {first})):
+        if what == "patch":
+            done = patch(pipe, cache)
+        elif kind == "accelerate":
+            for module in pipe.transformer.modules():
+                if not [*module.children()]:
+                    add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+        else:
+            size = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+            cpu = torch.device("cpu")
+            pipe.transformer.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=kind, **size)
+    for _ in range(2):
+        done.clear()
+        assert np.array_equal(run(pipe), expected)
+        assert done.report().forwards.predicted == predicted
+    done.unpatch()
 
 
 # Real pipelines
