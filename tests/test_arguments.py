@@ -100,7 +100,7 @@ PARTS = {
     "hwf": "an order, which goes with a selection",
     "8x16": "an order",
     "int8": "a precision",
-    "magcache": "a rule of a step cache, with ratios of your model",
+    "interval": "a rule of a step cache",
     "taylor": "a predictor of a step cache",
     "last": "a predictor of a step cache",
 }

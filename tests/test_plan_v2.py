@@ -20,7 +20,20 @@ from diffusers_accel.cli.plans import read_subjects
 from diffusers_accel.evals.compare import compare
 from diffusers_accel.evals.report.render import html
 from diffusers_accel.families import find
-from diffusers_accel.forwards import EasyCache, Forwards, Schedule, Taylor, easycache, schedule
+from diffusers_accel.forwards import (
+    EasyCache,
+    Forwards,
+    MagCache,
+    Magnitudes,
+    Schedule,
+    Taylor,
+    easycache,
+    firstblock,
+    guidance,
+    schedule,
+    seacache,
+    teacache,
+)
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import DENSE, AxisOrder, Band, Draft, Kept, Method, Patches, Recipe, Skip, Stored, Stripe
 from diffusers_accel.plan import PlanError, Span
@@ -197,6 +210,12 @@ EVERY_FORWARDS = [
     schedule(steps=[0, 3, 7]),
     schedule(shares=[0, 0.25, 0.5], predictor="taylor", branches=("cond", "uncond")),
     Forwards(Schedule(steps=()), Taylor(3, "residual", "step")),
+    seacache(threshold=0.3),
+    teacache("wan2.1-t2v-1.3b"),
+    teacache(coefficients=(1.0, 0.0), indicator="time", warm_up=2),
+    guidance(low=1.1, high=1.2),
+    firstblock(threshold=0.1, max_skips=2),
+    Forwards(MagCache((1.0, 0.9), made_for="wan, 2 layers of 4 heads", noise=(1.0, 0.5))),
 ]
 
 
@@ -489,10 +508,13 @@ def test_subjects_of_a_report_take_parameters(tmp_path: Path, monkeypatch: pytes
         assert read_subjects(["x=draft:mass=0.9"]) == {"x": ("draft", {"top_p": 0.9})}
 
 
-def test_every_parameter_can_be_told_by_its_usual_value() -> None:
+def test_every_parameter_can_be_told_by_its_usual_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As text: whichever types a named method has."""
+    monkeypatch.chdir(tmp_path)
+    Magnitudes({"": (1.0, 0.9)}, {"": (0.0, 0.0)}).save("table.json")
+    needed = {"schedule": ":steps=0/1", "teacache": ":coefficients=1/0", "magcache": ":table=table.json"}
     for name, make in NAMES.items():
-        more = ":steps=0/1" if name == "schedule" else ""
+        more = needed.get(name, "")
         for parameter, usual in inspect.signature(make).parameters.items():
             if (value := usual.default) is not None:
                 words = "/".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -70,6 +70,7 @@ class Clock:
         self._running = _Running()
         self._set: _Set | None = None  # by any thread: a loop may hand its forwards to another
         self._levels: tuple[weakref.ref[torch.Tensor], tuple[float, ...] | None] | None = None
+        self._shares: tuple[weakref.ref[torch.Tensor], tuple[float, ...] | None] | None = None
 
     def set(self, step: int, steps: int, sigma: float | None = None) -> None:
         """Says by hand that step `step` (from 0) of `steps` runs now, at a noise level; outranks the other sources. In a thread
@@ -116,6 +117,24 @@ class Clock:
         if levels is None:
             return None
         return levels[place] if place is not None and place < len(levels) else said
+
+    def noise(self) -> float | None:
+        """The share s of noise in the latents that the model is given, which are (1 - s) video + s noise up to a factor, from 1
+        to 0: sigma in flow matching; else of the ratio r of noise to video in the scheduler, r / (1 + r). None where no source
+        knows."""
+        sigma = self.sigma()
+        if sigma is not None or self._set is not None:
+            return sigma
+        pipe = self._running_pipe
+        timesteps, place, now = _timesteps(pipe), self._schedule_place(pipe), self.now()
+        if timesteps is None:
+            return None
+        if place is None and now is not None and now[1] == len(timesteps):  # a pipeline that has copied them
+            place = now[0]
+        if self._shares is None or self._shares[0]() is not timesteps:
+            self._shares = weakref.ref(timesteps), _noise_shares(pipe.scheduler, timesteps)
+        shares = self._shares[1]
+        return None if shares is None or place is None or place >= len(shares) else shares[place]
 
     def _flow_levels(self, sigmas: torch.Tensor) -> tuple[float, ...] | None:
         """A scheduler's sigmas as numbers, read once: they may be on a GPU. None where they are not those of flow matching."""
@@ -273,6 +292,22 @@ def _levels(sigmas: torch.Tensor) -> tuple[float, ...] | None:
     if not levels or not falling or not (levels[0] <= 1 + ROUNDING and levels[-1] >= -ROUNDING):
         return None
     return tuple(min(max(level, 0.0), 1.0) for level in levels)
+
+
+def _noise_shares(scheduler: Any, timesteps: torch.Tensor) -> tuple[float, ...] | None:
+    """Of a scheduler at each of its timesteps: where its sigmas are not those of flow matching they are ratios of noise to
+    video, and alphas_cumprod are squares of the video's part. None where it has neither."""
+    sigmas, alphas = getattr(scheduler, "sigmas", None), getattr(scheduler, "alphas_cumprod", None)
+    if isinstance(sigmas, torch.Tensor):
+        if (levels := _levels(sigmas)) is not None:
+            return levels
+        ratios = [float(sigma) for sigma in sigmas.flatten().tolist()]
+        return tuple(1 - 1 / (1 + ratio) for ratio in ratios) if all(ratio >= 0 for ratio in ratios) else None
+    if not isinstance(alphas, torch.Tensor) or timesteps.is_floating_point():
+        return None
+    at = alphas.to("cpu", torch.float64)[timesteps.to("cpu", torch.int64)].clamp(0, 1)
+    video, noise = at.sqrt(), (1 - at).sqrt()
+    return tuple((noise / (video + noise)).tolist())
 
 
 def _timesteps(pipe: Any) -> torch.Tensor | None:

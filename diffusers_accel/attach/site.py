@@ -50,6 +50,7 @@ class _Forward(threading.local):
     branch: str = ""
     sigma: float | None = None
     text: tuple[int, ...] | None = None
+    ahead: bool = False  # it is not the forward of the step, but looks at the beginning of it
 
 
 class AttachedModel:
@@ -85,6 +86,16 @@ class AttachedModel:
             self._forward.text = self.family.text_valid(args, kwargs)
 
     @property
+    def label(self) -> str:
+        """What tells models of other sizes apart, such as "wan, 30 layers of 12 heads"."""
+        return f"{self.family.name}, {self.shape.layers} layers of {self.shape.heads} heads"
+
+    @property
+    def layout(self) -> TokenLayout:
+        """How the tokens of the running call lie, as if all text existed; of the first layer, where layers differ."""
+        return self._layout(None, 0)
+
+    @property
     def branch(self) -> str:
         """The running branch: the pipeline's name for it, such as "cond", else one by its text embeddings; "" before any."""
         return self._forward.branch
@@ -93,6 +104,19 @@ class AttachedModel:
     def sigma(self) -> float | None:
         """The noise level of the running forward, see `AttentionCall.sigma`."""
         return self._forward.sigma
+
+    @contextmanager
+    def looking_ahead(self) -> Iterator[None]:
+        """Inside, a forward only looks at its beginning: sites attend densely, and no engine counts or keeps anything of it."""
+        self._forward.ahead = True
+        try:
+            yield
+        finally:
+            self._forward.ahead = False
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self._forward.ahead
 
     def rows(self, batch: int, layer: int) -> list[Rows]:
         """The `batch` rows of the running call in a layer, in as few parts as have equal layouts."""
@@ -238,7 +262,8 @@ class Site:
                 if rows.stop - rows.start != len(q) or rows.layout.keys != k.shape[1]:
                     some, keys = slice(rows.start, rows.stop), rows.layout.keys
                     own = q[some], k[some, :keys], v[some, :keys]
-                parts.append(self.engine.attend(self._call(rows, heads), *own))
+                ahead = self.model.looks_ahead
+                parts.append(self.dense(*own) if ahead else self.engine.attend(self._call(rows, heads), *own))
             out = parts[0] if len(parts) == 1 else torch.cat(parts)
             return out if places is None else torch.empty_like(out).index_copy_(1, places, out)
 

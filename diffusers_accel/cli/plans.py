@@ -110,11 +110,14 @@ def _part(value: str, of_diffusers: bool) -> Part:
     if value in NAMES or (named_host(value) and of_diffusers):
         return value
     path = Path(value)
-    if path.suffix == ".json" or (value and os.path.exists(path)):
-        return read_plan(path)
     name, parameters = value.partition(":")[::2]
     if named_host(name) and not of_diffusers:
         raise ValueError(f"--plan: {quoted(name)} is diffusers' own, which a report compares with, and no plan")
+    exists = bool(value) and os.path.exists(path)
+    if exists or (
+        path.suffix == ".json" and name not in NAMES
+    ):  # a parameter may be a file, as of magcache:table=wan.json
+        return read_plan(path)
     if named_host(name) or name in NAMES:
         try:
             return name, _parameters(name, parameters)

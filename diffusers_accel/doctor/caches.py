@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from diffusers_accel.doctor.diagnosis import CacheOutlook
 from diffusers_accel.doctor.speedup import speedup
 from diffusers_accel.forwards.rule import Rule
-from diffusers_accel.forwards.rules import EasyCache, MagCache, Schedule
+from diffusers_accel.forwards.rules import EasyCache, MagCache, Schedule, SeaCache
 
 
 def outlooks(stages: Sequence[int], share: float) -> tuple[CacheOutlook, ...]:
@@ -19,6 +19,7 @@ def outlooks(stages: Sequence[int], share: float) -> tuple[CacheOutlook, ...]:
     """
     return (
         _outlook("easycache", lambda steps: EasyCache(), stages, share),
+        _outlook("seacache, 2 in a row", lambda steps: SeaCache(), stages, share),
         _outlook("magcache, 2 in a row", lambda steps: MagCache((1.0,)), stages, share),  # a table may allow fewer
         _outlook("schedule of every other step", _every_other, stages, share, fixed=True),
     )

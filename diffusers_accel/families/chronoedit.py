@@ -7,7 +7,7 @@ dropped after some steps, so that the video has other sizes from there on.
 from __future__ import annotations
 
 from diffusers_accel.families.family import Family, attention_of, text_at
-from diffusers_accel.families.wan import layout_of_latents, observe_latents
+from diffusers_accel.families.wan import TIME_EMBEDDINGS, layout_of_latents, observe_latents
 
 CHRONOEDIT = Family(
     name="chronoedit",
@@ -17,4 +17,5 @@ CHRONOEDIT = Family(
     observe=observe_latents,
     layout=layout_of_latents,
     text=text_at(2),
+    indicators=TIME_EMBEDDINGS,
 )

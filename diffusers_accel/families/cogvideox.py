@@ -31,6 +31,7 @@ COGVIDEOX = Family(
     observe=_observe,
     layout=_layout,
     text=_text,
+    indicators={"time": "time_embedding"},
     channels=2,
     preset=Preset(0.1, 0, "Rectified SpaAttn 10 % of the steps of CogVideoX1.5, Sparse-vDiT none; no layers either"),
 )

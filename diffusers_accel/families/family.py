@@ -82,6 +82,7 @@ class Family:
             there may be several (video and audio). Each is a tensor or a list of tensors.
         timestep: name of that argument.
         noisiest: of several timesteps that a forward is given, that of what is denoised: known frames have cleaner ones.
+        indicators: name of an indicator (`forwards/indicator.py`) -> the module of the transformer whose output it is.
         channels: dimension of the latents in which the channels lie, those that are denoised first; outputs are of the same
             layout. -1 for the last of each.
         preset: what stays dense in it under `patch(pipe)`.
@@ -109,6 +110,7 @@ class Family:
     latents: tuple[str, ...] = ("hidden_states",)
     timestep: str = "timestep"
     noisiest: Callable[[Tensor], Tensor] = torch.amax
+    indicators: Mapping[str, str] = field(default_factory=dict, hash=False)
     channels: int = 1
     preset: Preset = Preset()
 

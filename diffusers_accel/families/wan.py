@@ -23,6 +23,9 @@ def layout_of_latents(config: Any, observation: Observation) -> TokenLayout:
     return TokenLayout(*patched(observation, config.patch_size))
 
 
+# Of the timestep alone: as it is, and as the blocks are modulated by it.
+TIME_EMBEDDINGS = {"time": "condition_embedder.time_embedder", "time_projection": "condition_embedder.time_proj"}
+
 WAN = Family(
     name="wan",
     transformer="diffusers.models.transformers.transformer_wan.WanTransformer3DModel",
@@ -31,4 +34,5 @@ WAN = Family(
     observe=observe_latents,
     layout=layout_of_latents,
     text=text_at(2),
+    indicators=TIME_EMBEDDINGS,
 )

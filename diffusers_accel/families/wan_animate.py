@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers_accel.families.family import Family, Observation, attention_of, text_at
-from diffusers_accel.families.wan import layout_of_latents, observe_latents
+from diffusers_accel.families.wan import TIME_EMBEDDINGS, layout_of_latents, observe_latents
 from diffusers_accel.layout import Segment, TokenLayout
 
 
@@ -26,4 +26,5 @@ WAN_ANIMATE = Family(
     observe=observe_latents,
     layout=_layout,
     text=text_at(2),
+    indicators=TIME_EMBEDDINGS,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers_accel.families.family import Family, attention_of, text_at
-from diffusers_accel.families.wan import layout_of_latents, observe_latents
+from diffusers_accel.families.wan import TIME_EMBEDDINGS, layout_of_latents, observe_latents
 from diffusers_accel.shape import ModelShape
 
 _self_attention = attention_of("vace_blocks", "blocks")
@@ -29,4 +29,5 @@ WAN_VACE = Family(
     observe=observe_latents,
     layout=layout_of_latents,
     text=text_at(2),
+    indicators=TIME_EMBEDDINGS,
 )

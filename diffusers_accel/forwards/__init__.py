@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from diffusers_accel.forwards import predictors, rules
 from diffusers_accel.forwards.forwards import Forwards
-from diffusers_accel.forwards.named import NAMED_FORWARDS, NAMED_PREDICTORS, easycache, schedule
+from diffusers_accel.forwards.magnitudes import Magnitudes
+from diffusers_accel.forwards.named import (
+    NAMED_FORWARDS,
+    NAMED_PREDICTORS,
+    easycache,
+    firstblock,
+    guidance,
+    magcache,
+    schedule,
+    seacache,
+    teacache,
+)
 from diffusers_accel.forwards.predictor import Predictor
 from diffusers_accel.forwards.predictors import *  # noqa: F403  # the members, which their folder lists
 from diffusers_accel.forwards.predictors import PREDICTORS
@@ -20,11 +31,17 @@ __all__ = [
     "Computed",
     "Decision",
     "Forwards",
+    "Magnitudes",
     "Now",
     "Predictor",
     "Rule",
     "easycache",
+    "firstblock",
+    "guidance",
+    "magcache",
     "schedule",
+    "seacache",
+    "teacache",
     *predictors.__all__,
     *rules.__all__,
 ]

@@ -11,7 +11,7 @@ import msgspec
 from diffusers_accel.files import Schema, built, printable, quoted, shaped, tagged
 from diffusers_accel.forwards.predictor import Predictor
 from diffusers_accel.forwards.predictors import PREDICTORS, Last
-from diffusers_accel.forwards.rule import Rule
+from diffusers_accel.forwards.rule import GUIDE, NOISE, SINCE_COMPUTED, VIDEO, Rule
 from diffusers_accel.forwards.rules import RULES
 
 # Forwards as they stand in a file.
@@ -71,6 +71,16 @@ class Forwards:
     def looks_back(self) -> int:
         """How many computed forwards are kept for each branch."""
         return max(self.rule.looks_back, self.predictor.looks_back)
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """What of a forward is looked at beside its latents, see `Rule` and `Predictor`."""
+        return self.rule.wants | self.predictor.wants
+
+    @property
+    def indicator(self) -> str | None:
+        """The name of the indicator that is looked at."""
+        return next(iter(self.wants - {NOISE, VIDEO, GUIDE, SINCE_COMPUTED}), None)
 
     def idle(self, steps: int) -> str | None:
         """What to say of a call of so many steps in which nothing can be predicted, though that was not asked for; else None."""

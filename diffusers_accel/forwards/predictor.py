@@ -20,6 +20,11 @@ class Predictor(Protocol):
         ...
 
     @property
+    def wants(self) -> frozenset[str]:
+        """What it looks at beside latents: `GUIDE`, which leaves the first branch of a step to compute, or `VIDEO`."""
+        ...
+
+    @property
     def looks_back(self) -> int:
         """How many computed forwards it uses; it works with fewer, but one at least."""
         ...

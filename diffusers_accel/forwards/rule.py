@@ -7,6 +7,11 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
+from diffusers_accel.forwards.video import VideoView
+
+# What rules and predictors may want beside latents; other names are those of indicators.
+NOISE, VIDEO, GUIDE, SINCE_COMPUTED = "noise", "video", "guide", "since computed"
+
 
 @dataclass(frozen=True)
 class Computed:
@@ -17,12 +22,14 @@ class Computed:
         timestep: 0-d tensor, on the model's device: the timestep that the model was given (the largest, where tokens differ).
         x: the latents that went in, without channels of a condition; of v's shape.
         v: what came out, a velocity or noise prediction. Any dtype.
+        guide: v of the branch that ran first in this step, where `GUIDE` is wanted; None on that branch.
     """
 
     step: int
     timestep: Tensor
     x: Tensor
     v: Tensor
+    guide: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,13 @@ class Now:
         timestep, x: as of `Computed`.
         before: x of the last step at which this branch ran, computed or predicted.
         computed: the last forwards of this branch that were computed, oldest first, at least one.
+        noise: with `NOISE`, the share s of noise in x, which is (1 - s) video + s noise up to a factor: sigma in flow matching.
+        noise_before: that of `before`.
+        video: with `VIDEO`, how x is read as video.
+        indicator: with the name of an indicator, what the model makes of the step before its blocks.
+        indicator_before: that of the last step at which this branch ran, with `SINCE_COMPUTED` of the last that was computed;
+            None where it was not looked at.
+        guide: with `GUIDE`, what the branch that ran first in this step has given, computed or predicted.
     """
 
     step: int
@@ -46,6 +60,12 @@ class Now:
     x: Tensor
     before: Tensor
     computed: tuple[Computed, ...]
+    noise: float | None = None
+    noise_before: float | None = None
+    video: VideoView | None = None
+    indicator: Tensor | None = None
+    indicator_before: Tensor | None = None
+    guide: Tensor | None = None
 
     @property
     def last(self) -> Computed:
@@ -72,6 +92,16 @@ class Rule(Protocol):
     @property
     def label(self) -> str:
         """A short name for tables."""
+        ...
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """What it looks at beside latents: `NOISE`, `VIDEO`, or one indicator by its name (`forwards/indicator.py`)."""
+        ...
+
+    @property
+    def made_for(self) -> str | None:
+        """The model that its numbers belong to, as `AttachedModel.label` names it; None for any."""
         ...
 
     @property

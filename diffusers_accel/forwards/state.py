@@ -14,6 +14,14 @@ from diffusers_accel.forwards.calls import OutputForm
 from diffusers_accel.forwards.rule import Computed
 
 
+@dataclass(frozen=True)
+class Glimpse:
+    """What a rule looks at of a forward beside its latents, as of `Now`."""
+
+    noise: float | None = None
+    indicator: Tensor | None = None
+
+
 @dataclass
 class Stream:
     """One output of a branch: its last computed forwards (oldest first) and the latents of the last step that ran."""
@@ -29,19 +37,19 @@ class Stream:
         return (x.shape, x.dtype, x.device) == (before.shape, before.dtype, before.device)
 
     @property
-    def bytes(self) -> int:
-        kept = [tensor for each in self.computed for tensor in (each.x, each.v)]
-        if self.before is not None and all(self.before is not each.x for each in self.computed):
-            kept.append(self.before)
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+    def kept(self) -> list[Tensor | None]:
+        """All that it holds; some tensors stand twice in it."""
+        return [self.before, *(tensor for each in self.computed for tensor in (each.x, each.v, each.guide))]
 
 
 @dataclass
 class Branch:
-    """One branch of guidance: its outputs, and in which forms they were asked for (by `return_dict`)."""
+    """One branch of guidance: its outputs, in which forms they were asked for (by `return_dict`), and what was seen of its last
+    forward."""
 
     streams: tuple[Stream, ...] = ()
     forms: dict[bool, OutputForm] = field(default_factory=dict)
+    seen: Glimpse = Glimpse()
 
     def fits(self, xs: Sequence[Tensor]) -> bool:
         """Whether a forward on these latents continues the computed ones."""
@@ -49,8 +57,8 @@ class Branch:
         return len(xs) == len(streams) > 0 and all(each.fits(x) for each, x in zip(streams, xs, strict=True))
 
     @property
-    def bytes(self) -> int:
-        return sum(stream.bytes for stream in self.streams)
+    def kept(self) -> list[Tensor | None]:
+        return [self.seen.indicator, *(tensor for stream in self.streams for tensor in stream.kept)]
 
 
 @dataclass
@@ -67,6 +75,8 @@ class Generation:
     ran: set[str] = field(default_factory=set)  # branches of this step
     compute: bool | None = None  # the decision of this step, once it is made
     carry: Any = None  # the rule's
+    guide: tuple[Tensor, ...] | None = None  # what the first branch of this step has given, where that is wanted
+    guided: bool = False  # whether another branch has been kept that can be told by it
 
     def continues(self, branch: str, now: tuple[int, int], timesteps: Tensor | None) -> bool:
         """Whether a forward that begins now belongs to this generation."""
@@ -82,13 +92,16 @@ class Generation:
             self.transformer, self.carry, self.compute = transformer, None, None
             self.branches.clear()
         if step != self.step:
-            self.step, self.run, self.compute = step, self.run + 1, None
+            self.step, self.run, self.compute, self.guide = step, self.run + 1, None, None
             self.ran.clear()
         self.ran.add(branch)
 
     @property
     def bytes(self) -> int:
-        return sum(branch.bytes for branch in self.branches.values())
+        """Of all that is kept; what two hold counts once."""
+        held = [*(self.guide or ()), *(tensor for branch in self.branches.values() for tensor in branch.kept)]
+        tensors = {id(tensor): tensor for tensor in held if tensor is not None}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 @dataclass

@@ -57,12 +57,8 @@ def wrap(module: nn.Module, name: str, interceptor: Interceptor) -> Callable[[],
         name: how messages call it.
         interceptor: what decides.
     """
-    holder = HOLDERS[0] if hasattr(module, HOLDERS[0]) else HOLDERS[1]
-    inner = getattr(module, holder)
-    while isinstance(inner, _Wrapper) and inner.interceptor is None:  # of an earlier patch, put back by another hook
-        inner = inner.inner
-    wrapper = _Wrapper(inner, interceptor)
-    setattr(module, holder, wrapper)
+    wrapper = _Wrapper(wrapped_forward(module), interceptor)
+    setattr(module, _holder(module), wrapper)
     guard = module.register_forward_hook(_Guard(wrapper, name))
 
     def undo() -> None:
@@ -70,6 +66,19 @@ def wrap(module: nn.Module, name: str, interceptor: Interceptor) -> Callable[[],
         wrapper.remove(module)
 
     return undo
+
+
+def wrapped_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward that `wrap` would stand around."""
+    inner = getattr(module, _holder(module))
+    while isinstance(inner, _Wrapper) and inner.interceptor is None:  # of an earlier patch, put back by another hook
+        inner = inner.inner
+    found: Callable[..., Any] = inner
+    return found
+
+
+def _holder(module: nn.Module) -> str:
+    return HOLDERS[0] if hasattr(module, HOLDERS[0]) else HOLDERS[1]
 
 
 class _Wrapper:

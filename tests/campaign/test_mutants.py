@@ -36,7 +36,7 @@ from diffusers_accel.evals.toy.training.run_state import RunState
 from diffusers_accel.evals.vbench import results as vbench
 from diffusers_accel.evals.vbench.show import table
 from diffusers_accel.files import encode_tensors, load_document, save_document, side_file
-from diffusers_accel.forwards import PREDICTORS, RULES, Forwards, schedule
+from diffusers_accel.forwards import PREDICTORS, RULES, Forwards, Magnitudes, schedule
 from diffusers_accel.forwards.predictors.taylor import Taylor
 from diffusers_accel.forwards.rules.magcache import MagCache
 from diffusers_accel.plan import Plan, Span
@@ -72,7 +72,7 @@ from tests.search.steps.synthetic import drawn, euler
 
 KINDS = (
     "plan", "plan of windows", "plan of tables", "scores", "cost", "report", "clips", "comparison", "bench rows", "run state",
-    "LPIPS cache", "prompts", "VBench", "trajectory",
+    "LPIPS cache", "prompts", "VBench", "trajectory", "magnitudes",
 )  # fmt: skip
 SLOW = 20.0  # seconds; a damaged file that takes longer is one that hangs
 
@@ -137,6 +137,14 @@ def write_tables(folder: Path) -> tuple[Path, ...]:
     forwards = Forwards(MagCache(ratios, 0.24, 3), Taylor(2), branches=("cond", "uncond"))
     replace(every_kind(), forwards=forwards).save(folder / "plan.json")
     return folder / "plan.json", *folder.glob("*.safetensors")
+
+
+def write_magnitudes(folder: Path) -> tuple[Path, ...]:
+    ratios = {"cond": (1.0, 0.98, 0.96), "uncond": (1.0, 0.97, 0.95)}
+    spread = {"cond": (0.0, 0.01, 0.01), "uncond": (0.0, 0.02, 0.01)}
+    table = Magnitudes(ratios, spread, "wan, 2 layers of 4 heads", (1.0, 0.7, 0.3), {"seed": 3, "prompts": ["a cat"]})
+    table.save(folder / "magnitudes.json")
+    return (folder / "magnitudes.json",)
 
 
 def with_defaults(part: Any, kinds: Mapping[str, type]) -> Any:
@@ -435,6 +443,15 @@ def subject(
             partial(picture_by_saving, again, "s.cost.json", raw_json),
             raw_json,
             partial(use_cost, scores),
+            seal_json,
+        ),
+        "magnitudes": Subject(
+            "magnitudes",
+            write_magnitudes,
+            Magnitudes.load,
+            partial(picture_by_saving, again, "magnitudes.json", raw_json),
+            raw_json,
+            lambda table: table.rule().check(table.steps),
             seal_json,
         ),
         "report": Subject("report", write_report_rows, read_rows, picture_of_rows, rows_say, seal=seal_json),

@@ -91,8 +91,8 @@ EASY: dict[str, Any] = {"kind": "easycache"}
         ({}, "'rule' is missing"),
         ({"rule": EASY, "rules": 1}, "unknown key 'rules'"),
         (
-            {"rule": {"kind": "teacache"}},
-            r"rule.kind: expected one of \['easycache', .*'schedule'.*\], found 'teacache'",
+            {"rule": {"kind": "teacup"}},
+            r"rule.kind: expected one of \['easycache', .*'schedule'.*\], found 'teacup'",
         ),
         ({"rule": {"kind": ["easycache"]}}, "rule.kind"),
         ({"rule": "easycache"}, "rule.kind"),

@@ -56,11 +56,18 @@ def latents(seed: int, channels: int = 4, size: int = 8) -> Tensor:
 TEXT = torch.zeros(1, 3, TEXT_DIM)
 
 
-def walk(done: Any, model: Any, xs: list[Tensor], ts: list[float] | None = None, text: Tensor = TEXT) -> list[Tensor]:
+def walk(
+    done: Any,
+    model: Any,
+    xs: list[Tensor],
+    ts: list[float] | None = None,
+    text: Tensor = TEXT,
+    sigmas: list[float] | None = None,
+) -> list[Tensor]:
     """A denoising loop by hand over given latents: what the model gives, computed or predicted."""
     out = []
     for step, x in enumerate(xs):
-        done.step(step, len(xs))
+        done.step(step, len(xs), None if sigmas is None else sigmas[step])
         t = torch.tensor([float(len(xs) - step) if ts is None else ts[step]])
         with torch.no_grad():
             out.append(model(hidden_states=x, timestep=t, encoder_hidden_states=text).sample)

@@ -20,6 +20,7 @@ class Last:
     """
 
     kind: ClassVar[str] = "last"
+    wants: ClassVar[frozenset[str]] = frozenset()
     of: str = "residual"
 
     def __post_init__(self) -> None:

@@ -13,12 +13,12 @@ QUANTITIES = ("velocity", "residual")
 
 def quantity(of: str, computed: Computed) -> Tensor:
     """The one named `of`, in fp32 or wider."""
-    return _wide(computed.v) if of == "velocity" else _wide(computed.v) - _wide(computed.x)
+    return wide(computed.v) if of == "velocity" else wide(computed.v) - wide(computed.x)
 
 
 def restore(of: str, value: Tensor, now: Now) -> Tensor:
     """The output of which the quantity `of` is `value`."""
-    return value if of == "velocity" else _wide(now.x) + value
+    return value if of == "velocity" else wide(now.x) + value
 
 
 def check_quantity(of: str) -> None:
@@ -27,5 +27,6 @@ def check_quantity(of: str) -> None:
         raise ValueError(f'of: expected "velocity" or "residual", found {quoted(of)}')
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """In fp32 or wider."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -29,6 +29,7 @@ class Taylor:
     """
 
     kind: ClassVar[str] = "taylor"
+    wants: ClassVar[frozenset[str]] = frozenset()
     order: int = 1
     of: str = "velocity"
     over: str = "timestep"

@@ -29,6 +29,8 @@ class EasyCache:
     """
 
     kind: ClassVar[str] = "easycache"
+    wants: ClassVar[frozenset[str]] = frozenset()
+    made_for: ClassVar[str | None] = None
     threshold: float = 0.025
     warm_up: int = 10
 

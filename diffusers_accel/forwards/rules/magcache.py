@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from diffusers_accel.files import quoted
-from diffusers_accel.forwards.rule import Decision, Now
+from diffusers_accel.forwards.rule import NOISE, Decision, Now
 
 Ratios = tuple[float, ...]
+
+SAME_NOISE = 0.01  # by which noise levels of one schedule may differ: schedulers round them
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class MagCache:
             for 14B and HunyuanVideo.
         max_skips: most steps in a row that are predicted, 1 or more; the authors' K: 2 to 4 and 6.
         retention: share of the schedule, from its start, that computes, in [0, 1].
+        made_for: the model of the ratios, such as "wan, 30 layers of 12 heads": others are refused. None: any.
+        noise: the share of noise at each step of the call that the ratios were taken from, see `Now`: a call of another number of
+            steps, or with another noise schedule, is refused. None: any.
     """
 
     kind: ClassVar[str] = "magcache"
@@ -39,6 +44,8 @@ class MagCache:
     threshold: float = 0.12
     max_skips: int = 2
     retention: float = 0.2
+    made_for: str | None = None
+    noise: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         given: Any = self.ratios
@@ -59,17 +66,29 @@ class MagCache:
             raise ValueError(
                 f"retention is a share of the schedule, expected in [0, 1], found {quoted(self.retention)}"
             )
+        if self.made_for is not None and not isinstance(self.made_for, str):
+            raise ValueError(f"made_for: expected the name of a model or None, found {quoted(self.made_for)}")
+        if self.noise is not None:
+            object.__setattr__(self, "noise", _shares(self.noise))
 
     @property
     def label(self) -> str:
         return f"magcache {self.threshold:g}"
 
     @property
+    def wants(self) -> frozenset[str]:
+        return frozenset() if self.noise is None else frozenset({NOISE})
+
+    @property
     def looks_back(self) -> int:
         return 1
 
     def check(self, steps: int) -> None:
-        """Fits any number of steps."""
+        if self.noise is not None and len(self.noise) != steps:
+            raise ValueError(
+                f"the table of magnitudes was made for a call of {len(self.noise)} steps, found one of {steps}: calibrate with "
+                "this number of steps, or give the ratios without noise, which are then stretched"
+            )
 
     def idle(self, steps: int) -> str | None:
         retained = self._retained(steps)
@@ -93,9 +112,19 @@ class MagCache:
 
     def decide(self, now: Now, carry: Any) -> Decision:
         tables = self._tables(now.branch)
+        self._check_noise(now)
         if now.step < self._retained(now.steps) or now.step - now.last.step > self.max_skips:
             return Decision(True)
         return Decision(not all(_error(table, now) < self.threshold for table in tables))
+
+    def _check_noise(self, now: Now) -> None:
+        if self.noise is None or now.noise is None:
+            return
+        if abs(now.noise - self.noise[now.step]) > SAME_NOISE:
+            raise ValueError(
+                f"the table of magnitudes was made for a noise level of {self.noise[now.step]:.3f} at step {now.step}, found "
+                f"{now.noise:.3f}: another shift, scheduler or strength. Calibrate with this one, or give ratios without noise"
+            )
 
     def _tables(self, branch: str) -> tuple[Ratios, ...]:
         if not isinstance(self.ratios, dict):
@@ -122,6 +151,13 @@ def _table(what: str, values: Any) -> Ratios:
     good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
     if not good or not all(_is_number(value) and value > 0 for value in values):
         raise ValueError(f"{what}: expected a list of numbers above 0, one for each step, found {quoted(values)}")
+    return tuple(float(value) for value in values)
+
+
+def _shares(values: Any) -> tuple[float, ...]:
+    good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
+    if not good or not all(_is_number(value) and 0 <= value <= 1 for value in values):
+        raise ValueError(f"noise: expected a list of numbers in [0, 1], one for each step, found {quoted(values)}")
     return tuple(float(value) for value in values)
 
 

@@ -22,6 +22,8 @@ class Schedule:
     """
 
     kind: ClassVar[str] = "schedule"
+    wants: ClassVar[frozenset[str]] = frozenset()
+    made_for: ClassVar[str | None] = None
     steps: tuple[int, ...] | None = None
     shares: tuple[float, ...] | None = None
 
