@@ -63,7 +63,8 @@ def assign(
         cost: time of each candidate per head, on the device of use.
         budget: see `Budget`.
         dense_steps: share of the schedule, from its start, that stays dense; must be a border of a span.
-        span_weights: how much an error in each span matters, beside its number of calls; None: as the scores measured it.
+        span_weights: how much an error in each span matters, beside its number of calls, in whichever layer; None: as the scores
+            measured it, for each span and layer.
         among: the candidates that may be taken beside dense; None: all.
 
     Raises:
@@ -72,12 +73,12 @@ def assign(
     """
     if not scores.runs:
         raise ValueError("the scores hold no finished calibration run: probe at least one prompt first")
-    weights = _span_weights(scores, span_weights)
+    weights = _weights(scores, span_weights)
     open_spans = _open_spans(scores, dense_steps)
     taken = np.array(
         [among is None or index == DENSE or method in among for index, method in enumerate(scores.candidates)]
     )
-    tables = {name: _Table.build(scores, cost, name, weights, open_spans, taken) for name in scores.models}
+    tables = {name: _Table.build(scores, cost, name, weights[name], open_spans, taken) for name in scores.models}
     if budget.kind == "sparse_vdit":
         choice = {name: table.sparse_vdit(scores, name, budget) for name, table in tables.items()}
     else:
@@ -143,7 +144,7 @@ class _Table:
         allowed = allowed & (calls > 0)[:, None, None, None]
         allowed[..., DENSE] = True
         plain = np.where(measured, scores.error(name), 0.0) * calls[:, None, None, None]
-        error = np.where(allowed, plain * weights[:, None, None, None], np.inf)
+        error = np.where(allowed, plain * weights[:, :, None, None], np.inf)
         error[..., DENSE] = 0.0
         ms, refresh_ms = np.asarray(cost.ms[name]), np.asarray(cost.refresh_ms[name])
         if len(ms) != len(scores.candidates):
@@ -223,11 +224,16 @@ def _summary(scores: Scores, tables: Mapping[str, _Table], choice: dict[str, Arr
     return Assignment(choice, error / calls, density, ratio, _faster(share, ratio))
 
 
-def _span_weights(scores: Scores, weights: Sequence[float] | None) -> Array:
-    given = scores.span_weights() if weights is None else np.asarray(weights, "f8")
+def _weights(scores: Scores, span_weights: Sequence[float] | None) -> dict[str, Array]:
+    """Per transformer [spans, layers]."""
+    if span_weights is None:
+        return {name: scores.weights(name) for name in scores.models}
+    given = np.asarray(span_weights, "f8")
     if given.shape != (len(scores.spans),) or not (np.isfinite(given).all() and (given > 0).all()):
-        raise ValueError(f"span_weights: expected {len(scores.spans)} positive numbers, one per span, found {weights}")
-    return given
+        raise ValueError(
+            f"span_weights: expected {len(scores.spans)} positive numbers, one per span, found {span_weights}"
+        )
+    return {name: np.repeat(given[:, None], model.layers, 1) for name, model in scores.models.items()}
 
 
 def _open_spans(scores: Scores, dense_steps: float) -> Array:

@@ -43,14 +43,23 @@ from diffusers_accel.search.identity import (
     versions,
 )
 from diffusers_accel.search.keeping import Keeper, cached_scores, check_places, cost_file
+from diffusers_accel.search.layer_gains import LayerGains
 from diffusers_accel.search.plan_making import make_plan
-from diffusers_accel.search.predicted import span_errors
+from diffusers_accel.search.predicted import layer_errors
 from diffusers_accel.search.probe import RunProbe, measuring_bytes
 from diffusers_accel.search.running import Prompt, now, prompt_label, run_pipeline
 from diffusers_accel.search.schedule import ProbeSchedule, ProbeSettings, open_share
 from diffusers_accel.search.scores import Array, CalibrationRun, Scores
 from diffusers_accel.search.screen import Screen, clock
-from diffusers_accel.search.sensitivity import Dense, LastLatents, impact, plan_engine, span_choice
+from diffusers_accel.search.sensitivity import (
+    Dense,
+    LastLatents,
+    drift,
+    impacts,
+    layer_choice,
+    plan_engine,
+    span_choice,
+)
 from diffusers_accel.search.stored_masks import USUAL_MASKS, MaskSettings
 from diffusers_accel.search.trial import CostTimer, Stopwatch, Trial
 from diffusers_accel.support.interrupted import Interrupted
@@ -72,6 +81,7 @@ def search_plan(
     spans: Sequence[float] | None = None,
     dense_steps: float = 0.0,
     span_weights: Sequence[float] | None = None,
+    correct: bool = False,
     seed: int = 0,
     rows: int = ROWS,
     probe_steps: int = 1,
@@ -100,7 +110,9 @@ def search_plan(
             0.1, 0.3 and 0.6, and `dense_steps`.
         dense_steps: what stays dense at the start of the schedule: a share of it, a float in [0, 1]; or a count of the steps of
             `call`, a whole number of 1 or more.
-        span_weights: how much an error in each span matters; None: measured, by one more generation per span.
+        span_weights: how much an error in each span matters, in whichever layer; None: measured for each span and layer, by one
+            more generation per span and one more forward per span, layer and branch.
+        correct: the plan subtracts each head's mean error, see docs/search.md. What is expected of it is so without that.
         seed: of the noise of prompt i (seed + i) and of the sampled rows.
         rows: sampled query rows per measured call.
         probe_steps: measured steps per span and prompt.
@@ -141,17 +153,26 @@ def search_plan(
         whole_number("seed", seed, 0),
         masks,
     )
-    measures_spans = weights is None and budget.kind != "sparse_vdit" and len(edges) > 1
+    measures_spans = weights is None and budget.kind != "sparse_vdit"
     if measures_spans:
         check_callback(pipe)
-    ask = Ask(budget, dense_steps, weights)
+    if not isinstance(correct, bool):
+        raise TypeError(f"correct: expected True or False, found {quoted(correct)}")
+    ask = Ask(budget, dense_steps, weights, correct)
     with processes() as here:
         plan_file, scores_file = here.first(partial(check_places, out, scores_path))
         screen = Screen(progress and here.is_first)
         search = _Search(pipe, found, prompts, call, settings, ask, screen, measures_spans, here)
         identity = search.identity()
         here.agree(
-            "search", {**identity, "budget": budget.to_json(), "dense_steps": dense_steps, "span_weights": weights}
+            "search",
+            {
+                **identity,
+                "budget": budget.to_json(),
+                "dense_steps": dense_steps,
+                "span_weights": weights,
+                "correct": correct,
+            },
         )
         path = scores_file or here.first(partial(cached_scores, identity))
         keeper = Keeper(path, partial(search.check, str(path)), len(prompts), len(edges))
@@ -170,6 +191,7 @@ class Ask:
     budget: Budget
     dense_steps: float
     span_weights: tuple[float, ...] | None
+    correct: bool
 
 
 @contextmanager
@@ -228,6 +250,7 @@ class _Search:
         self.measures_spans = measures_spans
         self.here = here
         self.reference: Tensor | None = None  # final latents of the first prompt, dense
+        self.remarks: set[str] = set()
         self.labels = [prompt_label(prompt) for prompt in prompts]
         self.models = {name: family.shape(module) for name, (module, family) in found.items()}
         self.family = next(iter(found.values()))[1].name
@@ -262,7 +285,7 @@ class _Search:
             f"plan: expected {found.speedup:.2f}x, density {found.density:.2f}, "
             f"attention {found.attention_ratio:.0%} of dense, error {found.error:.2g}"
         )
-        plan = make_plan(scores, cost, found, ask.budget)
+        plan = make_plan(scores, cost, found, ask.budget, ask.correct)
         for warning in plan.provenance.get("warnings", ()) if self.here.is_first else ():
             self.screen.warn(warning)
         return plan
@@ -331,7 +354,7 @@ class _Search:
         return timer.cost
 
     def spans(self, scores: Scores, keeper: Keeper) -> Scores:
-        """The scores with the impact of every span; those that were kept are not measured again."""
+        """The scores with the impacts of every span and layer; those that were kept are not measured again."""
         first = len(scores.impacts)
         if first == len(scores.spans):
             return scores
@@ -340,9 +363,9 @@ class _Search:
         with self.screen.bar("spans", 100 * (len(scores.spans) - first)) as advance:
             while (span := len(scores.impacts)) < len(scores.spans):
                 own, on_percent = span + self.here.rank, partial(_advance, advance, 100 * (span - first))
-                values = self.here.each(partial(self._impact, scores, own, on_percent))
-                impacts = (*scores.impacts, *(value for value in values if value is not None))
-                scores = self._save(keeper, replace(scores, impacts=impacts))
+                values = self.here.each(partial(self._impacts, scores, own, on_percent))
+                measured = (*scores.impacts, *(value for value in values if value is not None))
+                scores = self._save(keeper, replace(scores, impacts=measured))
                 advance(100 * (len(scores.impacts) - first))
         return scores
 
@@ -361,15 +384,33 @@ class _Search:
             self.reference = self._latents(lambda site: Dense(), lambda percent: None)
         return self.reference
 
-    def _impact(self, scores: Scores, span: int, on_percent: Callable[[int], None]) -> float | None:
-        """Of one span; None where there is no such span."""
+    def _impacts(
+        self, scores: Scores, span: int, on_percent: Callable[[int], None]
+    ) -> dict[str, tuple[float, ...]] | None:
+        """Of one span, per transformer and layer; None where there is no such span."""
         if span >= len(scores.spans):
             return None
         choice = span_choice(scores, span)
-        if not span_errors(scores, choice).any():
-            return 1.0  # no call falls into this span
+        if not any(error.any() for error in layer_errors(scores, choice).values()):  # no call falls into this span
+            return {name: (0.0,) * model.layers for name, model in scores.models.items()}
         reference = self._reference()
-        return impact(scores, choice, self._latents(plan_engine(scores, choice), on_percent), reference)
+        gains = LayerGains(
+            scores,
+            span,
+            layer_choice(scores, span),
+            plan_engine(scores, choice),
+            self.settings.probe_steps,
+            self._remark,
+        )
+        with gains.watching(self.pipe):
+            moved = drift(self._latents(gains.engine, on_percent), reference)
+        return impacts(scores, choice, span, gains.found(), moved)
+
+    def _remark(self, text: str) -> None:
+        """Warns of something once."""
+        if text not in self.remarks:
+            self.remarks.add(text)
+            self.screen.warn(text)
 
     def _latents(self, make_engine: Callable[[Site], Engine], on_percent: Callable[[int], None]) -> Tensor:
         """Final latents of the first prompt."""
@@ -432,7 +473,9 @@ class _Search:
         per_run = generation + schedule.observed * trial.calls * layers * trial.measure_seconds
         # At most: the orders, which the trial has chosen too, are chosen only once.
         masks = len(schedule.segments) * layers * trial.calibrate_seconds if done == 0 else 0.0
-        spans = -(-len(self.settings.spans) // self.here.count) * generation if self.measures_spans else 0.0
+        # A generation for each span and, at its measured steps, a forward for each layer.
+        span = generation + self.settings.probe_steps * (layers + 1) * trial.step_seconds
+        spans = -(-len(self.settings.spans) // self.here.count) * span if self.measures_spans else 0.0
         model = next(iter(self.models.values()))
         memory = measuring_bytes(trial.layout.tokens, model, self.settings)
         self.screen.say(

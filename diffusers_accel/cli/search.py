@@ -46,6 +46,9 @@ def search(
             "--methods", help="To choose from, such as draft,cached. (default: pattern,draft,cached,reordered)"
         ),
     ] = None,
+    correct: Annotated[
+        bool, typer.Option("--correct", help="The plan subtracts each head's mean error. (otherwise not)")
+    ] = False,
     scores: Annotated[
         Path | None, typer.Option("--scores", help="Keeps what was measured. (default: OUT with .scores.safetensors)")
     ] = None,
@@ -84,6 +87,7 @@ def search(
             budget=budget,
             candidates=candidates_for(pipeline, sets),
             dense_steps=dense_steps,
+            correct=correct,
             seed=seed,
             scores_path=kept,
         )
