@@ -1,6 +1,6 @@
 """What an error at each layer does to the output of the model: the forward of a measured step is run again for each layer.
 
-Layers differ far more than spans do: an early layer's error passes through all others. At a measured step, before the
+Layers differ more than spans do, as what follows them makes something else of their errors. At a measured step, before the
 pipeline's own forward, the model runs on the same input once densely and once for each layer with that layer alone sparse. What
 that changes in the layer's own output (after the output projection) and in the model's output is seen exactly, on whole calls:
 

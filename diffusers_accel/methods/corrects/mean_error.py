@@ -1,8 +1,8 @@
 """The mean error of each head, over the video's tokens and a search's prompts, is taken off its output.
 
-What a sparse head leaves out is largely the same for all queries: on the small model of this repository 40 to 63 % of the energy
-of a sensitive layer's error is one constant vector. It changes little from prompt to prompt and from step to step of a span. So
-one vector for each head and span is measured, and subtracted at the cost of one addition. Nobody has published this.
+Part of what a sparse head does wrong is alike for all queries: one constant vector, which is taken to change little from prompt
+to prompt and from step to step of a span. So one vector for each head and span is measured, and subtracted at the cost of one
+addition. How much that is worth says docs/search.md; no paper is known to do it.
 """
 
 from __future__ import annotations
