@@ -165,7 +165,10 @@ class Patch(Attachment):
         made_for = f"; plan made for {size}" if size else ""
         made_for += "; the size of a call decides its density" if self._by_size else ""
         forwards = f"; forwards: {self.forwards.label}" if self.forwards else ""
-        return f"<Patch {self.plan.family}{state}: {layers}; heads over the schedule: {mix}{made_for}{forwards}>"
+        correct = f"; correct: {self.plan.correct.label}" if self.plan.correct else ""
+        return (
+            f"<Patch {self.plan.family}{state}: {layers}; heads over the schedule: {mix}{made_for}{forwards}{correct}>"
+        )
 
     def _count(self, model: AttachedModel) -> str:
         return f"{sum(site.model is model for site in self.sites)}/{model.shape.layers}"

@@ -292,6 +292,11 @@ class TokenLayout:
         return self.video_runs[0].start
 
     @cached_property
+    def video_queries(self) -> tuple[slice, ...]:
+        """Where the video stands among the queries: once, or its pieces."""
+        return tuple(slice(run.start - self.query_start, run.stop - self.query_start) for run in self.video_runs)
+
+    @cached_property
     def text_start(self) -> int:
         """Position of the first text token (equal to `tokens` where there are none)."""
         return next((run.start for run in self.runs if run.segment.kind == "text"), self.tokens)

@@ -19,11 +19,11 @@ from diffusers_accel.search.assignment import (
     Correction,
     Tables,
     build_tables,
+    find_weights,
     least_cost,
     least_error,
     summary,
 )
-from diffusers_accel.search.assignment import span_weights as checked_weights
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.cost import Cost
 from diffusers_accel.search.joint import Joint
@@ -50,7 +50,8 @@ def assign(
         cost: time of each candidate per head, on the device of use.
         budget: see `Budget`.
         dense_steps: share of the schedule, from its start, that stays dense and is computed; must be a border of a span.
-        span_weights: how much an error in each span matters, beside its number of calls; None: as the scores measured it.
+        span_weights: how much an error in each span matters, beside its number of calls, in whichever layer; None: as the scores
+            measured it, for each span and layer.
         among: the candidates that may be taken beside dense; None: all.
         steps: step caches to choose from, for a speed-up; None: every step runs.
         correction: of the predicted errors.
@@ -66,8 +67,7 @@ def assign(
             )
         joint = Joint(scores, cost, steps, dense_steps, among)
         return joint.assignment(joint.ranked(budget.value, correction)[0])
-    weights = checked_weights(scores, span_weights)
-    tables = build_tables(scores, cost, weights, dense_steps, among)
+    tables = build_tables(scores, cost, find_weights(scores, span_weights), dense_steps, among)
     if budget.kind == "sparse_vdit":
         choice = {name: table.sparse_vdit(scores, name, budget) for name, table in tables.items()}
         return summary(scores, tables, tables, choice)

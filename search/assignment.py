@@ -65,7 +65,7 @@ class Assignment:
 
 
 def build_tables(
-    scores: Scores, cost: Cost, weights: Array, dense_steps: float, among: Collection[Method] | None
+    scores: Scores, cost: Cost, weights: Mapping[str, Array], dense_steps: float, among: Collection[Method] | None
 ) -> dict[str, Table]:
     """The tables of all transformers; see `assign`."""
     if not scores.runs:
@@ -74,7 +74,7 @@ def build_tables(
     taken = np.array(
         [among is None or index == DENSE or method in among for index, method in enumerate(scores.candidates)]
     )
-    return {name: Table.build(scores, cost, name, weights, open_spans, taken) for name in scores.models}
+    return {name: Table.build(scores, cost, name, weights[name], open_spans, taken) for name in scores.models}
 
 
 def dense_time(tables: Tables) -> float:
@@ -130,12 +130,16 @@ def summary(
     )
 
 
-def span_weights(scores: Scores, weights: Sequence[float] | None) -> Array:
-    """[spans], checked; None: as the scores measured it."""
-    given = scores.span_weights() if weights is None else np.asarray(weights, "f8")
+def find_weights(scores: Scores, span_weights: Sequence[float] | None) -> dict[str, Array]:
+    """Per transformer [spans, layers], checked; None: as the scores measured them."""
+    if span_weights is None:
+        return {name: scores.weights(name) for name in scores.models}
+    given = np.asarray(span_weights, "f8")
     if given.shape != (len(scores.spans),) or not (np.isfinite(given).all() and (given > 0).all()):
-        raise ValueError(f"span_weights: expected {len(scores.spans)} positive numbers, one per span, found {weights}")
-    return given
+        raise ValueError(
+            f"span_weights: expected {len(scores.spans)} positive numbers, one per span, found {span_weights}"
+        )
+    return {name: np.repeat(given[:, None], model.layers, 1) for name, model in scores.models.items()}
 
 
 def _open_spans(scores: Scores, dense_steps: float) -> Array:

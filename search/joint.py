@@ -18,8 +18,8 @@ from diffusers_accel.search.assignment import (
     Tables,
     build_tables,
     dense_time,
+    find_weights,
     least_error,
-    span_weights,
     summary,
 )
 from diffusers_accel.search.cost import Cost
@@ -79,7 +79,7 @@ class Joint:
                 "search without step caches"
             )
         self._scores, self._steps = scores, steps or StepOptions((), tuple(scores.models), 1.0)
-        self._weights = span_weights(scores, None)
+        self._weights = find_weights(scores, None)
         self._tables = build_tables(scores, cost, self._weights, dense_steps, among)
         choices = [None, *(each for each in self._steps.choices if self._steps.computes_first(each, dense_steps))]
         self._fronts = [(chosen, *self._front(self._covered(chosen))) for chosen in choices]
@@ -137,7 +137,7 @@ class Joint:
             return self._tables
         spans, transformers = self._scores.spans, self._steps.transformers
         return {
-            name: table.under(Coverage.of(spans, transformers, name, chosen.computed), self._weights)
+            name: table.under(Coverage.of(spans, transformers, name, chosen.computed), self._weights[name])
             for name, table in self._tables.items()
         }
 

@@ -30,7 +30,7 @@ from diffusers_accel.kernels.quantize import quantize
 from diffusers_accel.kernels.quantize.quantized import FP8_MAX
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import BLOCK, Order
-from diffusers_accel.methods.order import video_places
+from diffusers_accel.methods.order import exact_tokens, video_places
 
 IDENTITY_SCALE = 1024.0  # lifts the columns of W_o above its bias, which would round them away in bf16
 
@@ -222,3 +222,13 @@ def deviations(outputs: Tensor, dense: Tensor, grams: Tensor) -> Deviations:
     felt = ((difference @ grams[:, None]) * difference).sum((-2, -1)).double().clamp(min=0)
     mse = difference.square().mean((-2, -1)).double()
     return Deviations(felt.cpu().numpy(), mse.cpu().numpy())
+
+
+def mean_errors(outputs: Tensor, dense: Tensor, sampled: SampledHeads) -> np.ndarray:
+    """fp32 [heads, candidates, D]: the mean error of outputs [heads, candidates, rows, D] over the sampled rows of the video; 0
+    where there are none."""
+    tokens = sampled.rows.cpu() + sampled.layout.query_start
+    video = (~exact_tokens(sampled.layout))[tokens].to(dense.device)
+    if not bool(video.any()):
+        return np.zeros((*outputs.shape[:2], outputs.shape[3]), "f4")
+    return (outputs[:, :, video].mean(2) - dense[:, None, video].mean(2)).cpu().numpy()

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from diffusers_accel.methods import Method, Order, Select
+from diffusers_accel.methods import MeanError, Method, Order, Select
 from diffusers_accel.plan import Plan, Span
 from diffusers_accel.plan.span import new_symbols
 from diffusers_accel.search.assignment import Assignment
@@ -19,20 +20,37 @@ from diffusers_accel.search.recorders import RECORDERS, recorders
 from diffusers_accel.search.scores import Array, Scores
 
 
-def make_plan(scores: Scores, cost: Cost, assignment: Assignment, budget: Budget) -> Plan:
+def make_plan(scores: Scores, cost: Cost, assignment: Assignment, budget: Budget, correct: bool = False) -> Plan:
     """The plan of an assignment, with what its methods read and where it comes from; what speaks against its use stands in
-    its provenance, "warnings"."""
+    its provenance, "warnings".
+
+    Args:
+        correct: subtract the mean error of each head, where its method keeps nothing of earlier steps. What is predicted is so
+            without that.
+    """
     methods, spans = chosen_spans(scores, assignment.choice)
+    tensors = plan_tensors(scores, assignment.choice)
     return Plan(
         family=scores.family,
         models=dict(scores.models),
         methods=methods,
-        spans=joined_spans(spans),
+        spans=tuple(spans) if correct else joined_spans(spans),  # each span has mean errors of its own
         budget=budget.to_json(),
         provenance={**_provenance(scores, cost, assignment, methods), **_recorded(scores, assignment.choice)},
-        tensors=plan_tensors(scores, assignment.choice),
+        tensors={**tensors, **mean_errors(scores, assignment.choice)} if correct else tensors,
         forwards=assignment.steps.forwards if assignment.steps else None,
+        correct=MeanError() if correct else None,
     )
+
+
+def mean_errors(scores: Scores, choice: Mapping[str, Array]) -> dict[str, Tensor]:
+    """What a plan of a choice is corrected by. A head that keeps an output has none: its error grows from refresh to refresh."""
+    found = {}
+    corrected = np.array([not (method.dense or method.rest.remembers) for method in scores.candidates])
+    for name, table in choice.items():
+        vectors = np.take_along_axis(scores.mean_error(name), table[..., None, None], 3)[..., 0, :]
+        found[MeanError.tensor(name)] = torch.from_numpy(vectors * corrected[table][..., None].astype("f4"))
+    return found
 
 
 def chosen_spans(scores: Scores, choice: Mapping[str, Array]) -> tuple[dict[str, Method], list[Span]]:
@@ -99,7 +117,7 @@ def _provenance(scores: Scores, cost: Cost, assignment: Assignment, methods: Map
             "rounds": cost.rounds,
             "ms": {name: _times(scores, cost, name, methods) for name in scores.models},
         },
-        "span_impacts": list(scores.impacts),
+        "impacts": {name: scores.measured_impacts(name).tolist() for name in scores.models},
         "predicted": {
             "error": assignment.error,
             "density": assignment.density,

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diffusers_accel.attach.site import Engine, Site
 from diffusers_accel.files import only_writer, quoted
 from diffusers_accel.layout import TokenLayout
@@ -44,7 +46,8 @@ from diffusers_accel.search.identity import (
 )
 from diffusers_accel.search.keeping import Keeper, cached_scores, check_places, cost_file, steps_file
 from diffusers_accel.search.last_latents import Ending, LastLatents
-from diffusers_accel.search.predicted import span_errors
+from diffusers_accel.search.layer_gains import LayerGains
+from diffusers_accel.search.predicted import layer_errors
 from diffusers_accel.search.probe import RunProbe, measuring_bytes
 from diffusers_accel.search.profile import Profile
 from diffusers_accel.search.reach import OutOfReach, check_reach
@@ -52,7 +55,7 @@ from diffusers_accel.search.running import Prompt, now, prompt_label, run_pipeli
 from diffusers_accel.search.schedule import ProbeSchedule, ProbeSettings, open_share
 from diffusers_accel.search.scores import Array, CalibrationRun, Scores
 from diffusers_accel.search.screen import Screen
-from diffusers_accel.search.sensitivity import Dense, impact, plan_engine, span_choice
+from diffusers_accel.search.sensitivity import Dense, drift, impacts, layer_choice, plan_engine, span_choice
 from diffusers_accel.search.step_options import PROMPTS, StepOptions, measure_steps
 from diffusers_accel.search.stored_masks import USUAL_MASKS, MaskSettings
 from diffusers_accel.search.trial import CostTimer, Stopwatch, Trial
@@ -76,6 +79,7 @@ def search_plan(
     spans: Sequence[float] | None = None,
     dense_steps: float = 0.0,
     span_weights: Sequence[float] | None = None,
+    correct: bool = False,
     seed: int = 0,
     rows: int = ROWS,
     probe_steps: int = 1,
@@ -108,7 +112,9 @@ def search_plan(
             0.1, 0.3 and 0.6, and `dense_steps`.
         dense_steps: what stays dense at the start of the schedule: a share of it, a float in [0, 1]; or a count of the steps of
             `call`, a whole number of 1 or more.
-        span_weights: how much an error in each span matters; None: measured, by one more generation per span.
+        span_weights: how much an error in each span matters, in whichever layer; None: measured for each span and layer, by one
+            more generation per span and one more forward per span, layer and branch.
+        correct: the plan subtracts each head's mean error, see docs/search.md. What is expected of it is so without that.
         seed: of the noise of prompt i (seed + i) and of the sampled rows.
         rows: sampled query rows per measured call.
         probe_steps: measured steps per span and prompt.
@@ -149,6 +155,7 @@ def search_plan(
         probe_steps,
         masks,
         step_caches,
+        correct,
         scores_path,
         progress,
     )
@@ -192,6 +199,7 @@ def search_profile(
         probe_steps,
         masks,
         step_caches,
+        False,
         scores_path,
         progress,
     )
@@ -213,6 +221,7 @@ def _search(
     probe_steps: int,
     masks: MaskSettings,
     step_caches: bool,
+    correct: bool,
     scores_path: str | os.PathLike[str] | None,
     progress: bool,
 ) -> tuple[Profile, Plan | None]:
@@ -237,11 +246,13 @@ def _search(
         masks,
     )
     kind = "speedup" if budget is None else budget.kind
-    measures_spans = weights is None and kind != "sparse_vdit" and len(edges) > 1
+    measures_spans = weights is None and kind != "sparse_vdit"
     if measures_spans:
         check_callback(pipe)
+    if not isinstance(correct, bool):
+        raise TypeError(f"correct: expected True or False, found {quoted(correct)}")
     caches = bool(step_caches) and kind == "speedup" and measures_spans and not makes_chunks(found)
-    ask = Ask(budget, dense_steps, weights, caches)
+    ask = Ask(budget, dense_steps, weights, caches, correct)
     with processes() as here:
         plan_file, scores_file = here.first(partial(check_places, out, scores_path))
         screen = Screen(progress and here.is_first)
@@ -249,7 +260,13 @@ def _search(
         identity = search.identity()
         here.agree(
             "search",
-            {**identity, "budget": budget and budget.to_json(), "dense_steps": dense_steps, "span_weights": weights},
+            {
+                **identity,
+                "budget": budget and budget.to_json(),
+                "dense_steps": dense_steps,
+                "span_weights": weights,
+                "correct": correct,
+            },
         )
         path = scores_file or here.first(partial(cached_scores, identity))
         keeper = Keeper(path, partial(search.check, str(path)), len(prompts), len(edges))
@@ -270,6 +287,7 @@ class Ask:
     dense_steps: float
     span_weights: tuple[float, ...] | None
     step_caches: bool
+    correct: bool
 
 
 @contextmanager
@@ -329,6 +347,7 @@ class _Search:
         self.here = here
         self.reference: Ending | None = None  # of the first prompt, dense
         self.chunked = makes_chunks(found)
+        self.remarks: set[str] = set()
         self.labels = [prompt_label(prompt) for prompt in prompts]
         self.models = {name: family.shape(module) for name, (module, family) in found.items()}
         self.family = next(iter(found.values()))[1].name
@@ -374,7 +393,7 @@ class _Search:
             steps=profile.steps,
         )
         self.screen.say(_expected(found))
-        plan = profile.plan(found, ask.budget)
+        plan = profile.plan(found, ask.budget, ask.correct)
         for warning in plan.provenance.get("warnings", ()) if self.here.is_first else ():
             self.screen.warn(warning)
         return plan
@@ -444,7 +463,7 @@ class _Search:
         return timer.cost
 
     def spans(self, scores: Scores, keeper: Keeper) -> Scores:
-        """The scores with the impact of every span; those that were kept are not measured again."""
+        """The scores with the impacts of every span and layer; those that were kept are not measured again."""
         first = len(scores.impacts)
         if first == len(scores.spans):
             return scores
@@ -453,9 +472,9 @@ class _Search:
         with self.screen.bar("spans", 100 * (len(scores.spans) - first)) as advance:
             while (span := len(scores.impacts)) < len(scores.spans):
                 own, on_percent = span + self.here.rank, partial(_advance, advance, 100 * (span - first))
-                values = self.here.each(partial(self._impact, scores, own, on_percent))
-                impacts = (*scores.impacts, *(value for value in values if value is not None))
-                scores = self._save(keeper, replace(scores, impacts=impacts))
+                values = self.here.each(partial(self._impacts, scores, own, on_percent))
+                measured = (*scores.impacts, *(value for value in values if value is not None))
+                scores = self._save(keeper, replace(scores, impacts=measured))
                 advance(100 * (len(scores.impacts) - first))
         return scores
 
@@ -495,16 +514,37 @@ class _Search:
             self.reference = self._ending(lambda site: Dense(), lambda percent: None)
         return self.reference
 
-    def _impact(self, scores: Scores, span: int, on_percent: Callable[[int], None]) -> float | None:
-        """Of one span; None where there is no such span."""
+    def _impacts(
+        self, scores: Scores, span: int, on_percent: Callable[[int], None]
+    ) -> dict[str, tuple[float, ...]] | None:
+        """Of one span, per transformer and layer; None where there is no such span."""
         if span >= len(scores.spans):
             return None
         choice = span_choice(scores, span)
-        if not span_errors(scores, choice).any():
-            return 1.0  # no call falls into this span
+        if not any(error.any() for error in layer_errors(scores, choice).values()):  # no call falls into this span
+            return {name: (0.0,) * model.layers for name, model in scores.models.items()}
         reference = self._reference()
-        found = self._ending(plan_engine(scores, choice), on_percent)
-        return impact(scores, choice, found.latents, reference.latents)
+        if self.chunked:  # a forward that is run again would write its history again: layers have equal weights
+            moved = drift(self._ending(plan_engine(scores, choice), on_percent).latents, reference.latents)
+            unknown = {name: np.zeros(model.layers) for name, model in scores.models.items()}
+            return impacts(scores, choice, span, unknown, moved)
+        gains = LayerGains(
+            scores,
+            span,
+            layer_choice(scores, span),
+            plan_engine(scores, choice),
+            self.settings.probe_steps,
+            self._remark,
+        )
+        with gains.watching(self.pipe):
+            moved = drift(self._ending(gains.engine, on_percent).latents, reference.latents)
+        return impacts(scores, choice, span, gains.found(), moved)
+
+    def _remark(self, text: str) -> None:
+        """Warns of something once."""
+        if text not in self.remarks:
+            self.remarks.add(text)
+            self.screen.warn(text)
 
     def _ending(self, make_engine: Callable[[Site], Engine], on_percent: Callable[[int], None]) -> Ending:
         """Of the first prompt; without its decoder, once the number of its steps is known."""
@@ -568,7 +608,9 @@ class _Search:
         per_run = generation + schedule.observed * trial.calls * layers * trial.measure_seconds
         # At most: the orders, which the trial has chosen too, are chosen only once.
         masks = len(schedule.segments) * layers * trial.calibrate_seconds if done == 0 else 0.0
-        spans = -(-len(self.settings.spans) // self.here.count) * generation if self.measures_spans else 0.0
+        # A generation for each span and, at its measured steps, a forward for each layer.
+        span = generation + self.settings.probe_steps * (layers + 1) * trial.step_seconds
+        spans = -(-len(self.settings.spans) // self.here.count) * span if self.measures_spans else 0.0
         model = next(iter(self.models.values()))
         memory = measuring_bytes(trial.layout.tokens, model, self.settings)
         self.screen.say(

@@ -16,23 +16,25 @@ RUINED_LAYERS = 0.5
 NO_GAIN = 0.99  # an expected speed-up below it is a loss, not the noise of timing
 
 
-def span_errors(scores: Scores, choice: Mapping[str, Array]) -> Array:
-    """[spans]: what the probe predicts for a choice, int [spans, layers, heads]: its errors, summed over calls, layers, heads."""
-    total = np.zeros(len(scores.spans))
+def layer_errors(scores: Scores, choice: Mapping[str, Array]) -> dict[str, Array]:
+    """Per transformer [spans, layers]: what the probe predicts for a choice, int [spans, layers, heads]: its errors, summed over
+    calls and heads."""
+    found = {}
     for name, chosen in choice.items():
         error = np.nan_to_num(np.take_along_axis(scores.error(name), chosen[..., None], -1)[..., 0])
-        total += error.sum((1, 2)) * scores.calls(name)
-    return total
+        found[name] = error.sum(2) * scores.calls(name)[:, None]
+    return found
 
 
 def latents_error(scores: Scores, assignment: Assignment) -> float | None:
-    """The relative squared error of the final latents: that of each span, as measured at `sensitivity.DENSITY`, taken to grow
-    with its summed error; and that of the predicted steps. None where the spans were not measured."""
+    """The relative squared error of the final latents: each (span, layer)'s impact, as measured at `sensitivity.DENSITY`, times
+    its summed error; and that of the predicted steps. None where these were not measured."""
     if len(scores.impacts) < len(scores.spans):
         return None
     if assignment.steps:
         return assignment.total()
-    return float((np.array(scores.impacts) * span_errors(scores, assignment.choice)).sum())
+    errors = layer_errors(scores, assignment.choice)
+    return float(sum((scores.measured_impacts(name) * error).sum() for name, error in errors.items()))
 
 
 def warnings(scores: Scores, assignment: Assignment) -> list[str]:

@@ -220,7 +220,7 @@ class RunProbe:
         rows, others = self._rows(call, step, q.device)
         candidates = self.settings.candidates
         ages = [self._age(method, step) for method in candidates]
-        found = RowProbe(candidates, self._selections, kept, ages, heads)
+        found = RowProbe(candidates, self._selections, kept, ages, heads, dim)
         grams = head_grams(weight, heads)
         dense = q.new_empty((heads, len(rows), dim), dtype=torch.float32)
         for some in self._chunks(tokens, heads, dim):
@@ -267,6 +267,7 @@ class RunProbe:
         self.sums[f"mse/{name}"][at] += found.mse
         self.sums[f"density/{name}"][at] += found.density
         self.sums[f"energy/{name}"][at] += energy
+        self.sums[f"mean_error/{name}"][at] += found.mean_error
 
 
 def _wait(device: torch.device) -> None:

@@ -46,6 +46,6 @@ class Profile:
         """All pairs of a choice of steps and of heads."""
         return Joint(self.scores, self.cost, self.steps, dense_steps)
 
-    def plan(self, assignment: Assignment, budget: Budget) -> Plan:
-        """The plan of an assignment."""
-        return make_plan(self.scores, self.cost, assignment, budget)
+    def plan(self, assignment: Assignment, budget: Budget, correct: bool = False) -> Plan:
+        """The plan of an assignment; with `correct` it subtracts each head's mean error."""
+        return make_plan(self.scores, self.cost, assignment, budget, correct)

@@ -15,7 +15,7 @@ from diffusers_accel.kernels.pattern import BlockPattern
 from diffusers_accel.methods import Method, Order
 from diffusers_accel.methods.rest import Read, RefreshDecision
 from diffusers_accel.methods.steps import decide, read_blocks
-from diffusers_accel.search.measure import SampledHeads, deviations
+from diffusers_accel.search.measure import SampledHeads, deviations, mean_errors
 from diffusers_accel.search.scores import DENSE, Array
 from diffusers_accel.search.selections import KeptRows, RowBlocks, RowReader, Selections, as_partial
 
@@ -46,12 +46,14 @@ class Chunk:
 
 
 class RowProbe:
-    """What is found in one row, [heads, candidates] each: felt and mse as in `Deviations`, density, samples (0 or 1).
+    """What is found in one row, [heads, candidates] each: felt and mse as in `Deviations`, density, samples (0 or 1); and
+    mean_error fp32 [heads, candidates, D], over the rows of the video.
 
     Args:
         kept: what candidates have kept for this row. One that keeps an output and is missing is not measured.
         ages: of each candidate, the steps since then, by which what is found is divided; 1 for those that keep nothing.
         heads: of the whole row.
+        dim: D.
     """
 
     def __init__(
@@ -61,9 +63,11 @@ class RowProbe:
         kept: Mapping[int, KeptRows],
         ages: Sequence[int],
         heads: int,
+        dim: int,
     ) -> None:
         self.felt, self.mse, self.density = (np.zeros((heads, len(candidates))) for _ in range(3))
         self.samples = np.zeros((heads, len(candidates)), "i8")
+        self.mean_error = np.zeros((heads, len(candidates), dim), "f4")
         self._candidates = candidates
         self._selections = selections
         self._kept = kept
@@ -92,6 +96,7 @@ class RowProbe:
                 merged, _ = merge([as_partial(out[:, place], lse[:, place]), unread])
                 out[:, place] = merged[0].transpose(0, 1)
         off = deviations(out, chunk.dense, chunk.grams)
+        mean = mean_errors(out, chunk.dense, chunk.sampled)
         for place, (index, own) in enumerate(owners.items()):
             here = own[where]
             heads = np.array(chunk.call.heads)[here]
@@ -99,6 +104,7 @@ class RowProbe:
             self.mse[heads, index] = off.mse[here, place] / self._ages[index]
             self.density[heads, index] = found[place][2].numpy()[here]
             self.samples[heads, index] = 1
+            self.mean_error[heads, index] = mean[here, place]
 
     def _owners(self, call: AttentionCall, members: list[int]) -> dict[int, Array]:
         """Of each candidate that can be measured here, bool [heads]: the heads that may take it."""

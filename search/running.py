@@ -92,12 +92,17 @@ def run_pipeline(
 
 def now(call: AttentionCall) -> tuple[int, int]:
     """(step, steps) of the running call."""
-    if call.now is None:
+    return known(call.now)
+
+
+def known(found: tuple[int, int] | None) -> tuple[int, int]:
+    """(step, steps) where somebody says them; raises RuntimeError where nobody does."""
+    if found is None:
         raise RuntimeError(
             "a search needs to know which step runs, but neither the pipeline nor its transformer says so; "
             "search with the whole diffusers pipeline, not with a bare transformer"
         )
-    return call.now
+    return found
 
 
 def as_arguments(prompt: Prompt) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from diffusers_accel.shape import ModelShape
 __all__ = ["DENSE", "Array", "CalibrationRun", "Scores"]
 
 DENSE = 0  # index of the dense candidate
+LEAST_WEIGHT = 0.01  # of the largest
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,13 @@ class Scores(ScoresData):
         runs: the finished calibration runs, one generation each.
         sums: arrays per transformer `t`, fp64 unless said otherwise, with S spans, L layers, H heads, C candidates:
             `samples/t` (int64), `error/t`, `error_square/t`, `mse/t`, `density/t` [S, L, H, C]; `energy/t` [S, L, H];
+            `mean_error/t` (fp32) [S, L, H, C, D];
             `mass/t` [L, H, frames, rows]; `mass_samples/t` (int64) [L]; the same of the first run, `first_mass/t` and
             `first_mass_samples/t`. With stored candidates of O orders also the calibration of the first run:
             `order_sparse/t`, `order_quant/t` [L, H, O] and `levels/t` (uint8) [segments, L, H, blocks, blocks], see
             `search.stored_masks`.
-        impacts: per span, as far as measured, the relative squared error of the final latents per unit of summed error
-            (`search.sensitivity`); 1 for a span without a call.
+        impacts: of each span, as far as measured, per transformer and layer the relative squared error of the final latents per
+            unit of summed error (`search.sensitivity`); 0 for a span without a call.
 
     Raises:
         FileError: a part is wrong or does not fit the others; the message begins with its path.
@@ -103,6 +105,11 @@ class Scores(ScoresData):
         refreshed = self._of_cycles(transformer, self._kept_for, refresh_share, 0.0)[:, None, None]  # is dense
         return selected + refreshed * (1 - selected)
 
+    def mean_error(self, transformer: str) -> Array:
+        """fp32 [spans, layers, heads, candidates, D]: mean error of each channel over the video; 0 where there is no sample."""
+        count = np.maximum(self.samples(transformer), 1).astype("f4")
+        return self.sums[f"mean_error/{transformer}"] / count[..., None]
+
     def energy(self, transformer: str) -> Array:
         """[spans, layers, heads]: mean square of the dense output, by which an MSE becomes relative."""
         count = self.samples(transformer)[..., DENSE]
@@ -138,14 +145,20 @@ class Scores(ScoresData):
         """[spans]: self-attention calls of each layer in one generation, mean over runs."""
         return np.mean([done.calls[transformer] for done in self.runs], axis=0)
 
-    def span_weights(self) -> Array:
-        """[spans]: how much an error in each span matters: the measured impacts; all 1 until every span has one.
+    def measured_impacts(self, transformer: str) -> Array:
+        """[measured spans, layers]: the impacts of one transformer."""
+        rows = [span[transformer] for span in self.impacts]
+        return np.array(rows, "f8").reshape(-1, self.models[transformer].layers)
 
-        They come from one prompt, so a span counts at least a twentieth of the one that matters most.
+    def weights(self, transformer: str) -> Array:
+        """[spans, layers]: how much an error matters there: the measured impacts; all 1 until every span has them.
+
+        They come from one prompt, so a layer in a span counts at least a hundredth of the one that matters most.
         """
-        if len(self.impacts) < len(self.spans) or max(self.impacts) == 0:
-            return np.ones(len(self.spans))
-        return np.maximum(self.impacts, max(self.impacts) / 20)
+        most = max((max(each) for span in self.impacts for each in span.values()), default=0.0)
+        if len(self.impacts) < len(self.spans) or most == 0:
+            return np.ones((len(self.spans), self.models[transformer].layers))
+        return np.maximum(self.measured_impacts(transformer), LEAST_WEIGHT * most)
 
     @property
     def attention_share(self) -> float:
@@ -196,6 +209,7 @@ def _arrays(
         arrays[f"samples/{name}"] = full, "i8"
         arrays |= {f"{kind}/{name}": (full, "f8") for kind in ("error", "error_square", "mse", "density")}
         arrays[f"energy/{name}"] = full[:3], "f8"
+        arrays[f"mean_error/{name}"] = (*full, model.head_dim), "f4"
         for recorder in RECORDERS.values():
             kinds = recorder.arrays(candidates, model, layout, segments)
             arrays |= {f"{kind}/{name}": array for kind, array in kinds.items()}

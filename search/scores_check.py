@@ -109,10 +109,19 @@ def _check_run(scores: ScoresData, done: CalibrationRun, path: str) -> None:
 
 
 def _check_impacts(scores: ScoresData) -> None:
-    if len(scores.impacts) > len(scores.spans) or not all(math.isfinite(each) and each >= 0 for each in scores.impacts):
-        raise FileError(
-            f"impacts: expected at most {len(scores.spans)} finite numbers of 0 or more, found {quoted(scores.impacts)}"
-        )
+    if len(scores.impacts) > len(scores.spans):
+        raise FileError(f"impacts: expected at most {len(scores.spans)}, one per span, found {len(scores.impacts)}")
+    for index, span in enumerate(scores.impacts):
+        if set(span) != set(scores.models):
+            expected, found = (quoted(sorted(each)) for each in (scores.models, span))
+            raise FileError(f"impacts[{index}]: expected the transformers {expected}, found {found}")
+        for name, row in span.items():
+            layers = scores.models[name].layers
+            if len(row) != layers or not all(math.isfinite(each) and each >= 0 for each in row):
+                path = _path(f"impacts[{index}]", name)
+                raise FileError(
+                    f"{path}: expected {layers} finite numbers of 0 or more, one per layer, found {quoted(row)}"
+                )
 
 
 def _check_names(scores: ScoresData, arrays: Mapping[str, object]) -> None:
@@ -126,9 +135,9 @@ def _check_array(array: Array, path: str, shape: tuple[int, ...], kind: str) -> 
     path = printable(path)[:200]
     if array.shape != shape or array.dtype != np.dtype(kind):
         raise FileError(f"{path}: expected {np.dtype(kind)} {quoted(shape)}, found {array.dtype} {quoted(array.shape)}")
-    if kind == "f8" and not np.isfinite(array).all():
+    if kind in ("f4", "f8") and not np.isfinite(array).all():
         raise FileError(f"{path}: expected finite numbers, found NaN or infinity")
-    if kind != "u1" and array.size and array.min() < 0:
+    if kind not in ("u1", "f4") and array.size and array.min() < 0:
         raise FileError(f"{path}: expected sums of 0 or more, found {array.min():g}")
 
 

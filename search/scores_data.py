@@ -25,4 +25,4 @@ class ScoresData:
     provenance: dict[str, Any]
     runs: tuple[CalibrationRun, ...]
     sums: dict[str, Array]
-    impacts: tuple[float, ...] = ()
+    impacts: tuple[dict[str, tuple[float, ...]], ...] = ()

@@ -24,7 +24,7 @@ from diffusers_accel.layout import Segment, TokenLayout
 from diffusers_accel.methods import Method
 from diffusers_accel.shape import ModelShape
 
-KIND = Kind("diffusers_accel.scores", 5, "delete the file, or name another one, and probe again")
+KIND = Kind("diffusers_accel.scores", 6, "delete the file, or name another one, and probe again")
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -104,7 +104,7 @@ class Header(Schema, frozen=True):
     config: dict[str, Any]
     provenance: dict[str, Any]
     runs: tuple[CalibrationRun, ...] = msgspec.field(name="passes")
-    impacts: tuple[float, ...]
+    impacts: tuple[dict[str, tuple[float, ...]], ...]
 
 
 def write(path: Path, fields: dict[str, Any]) -> None:
@@ -116,7 +116,9 @@ def write(path: Path, fields: dict[str, Any]) -> None:
             "layout": _Layout.told(fields["layout"]),
             "candidates": tuple(method.to_json() for method in fields["candidates"]),
             "spans": tuple((float(start), float(stop)) for start, stop in fields["spans"]),
-            "impacts": tuple(float(each) for each in fields["impacts"]),
+            "impacts": tuple(
+                {name: tuple(float(each) for each in row) for name, row in span.items()} for span in fields["impacts"]
+            ),
         }
     )
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in fields["sums"].items()}

@@ -1,8 +1,9 @@
-"""How much an error in each span of the schedule matters for the video: measured, because it cannot be seen in one call.
+"""How much an error in each span of the schedule and in each layer matters for the video: measured, as no single call shows it.
 
 Lore says that the first steps decide everything, but what an error does to the result depends on the length of the step in
 noise, on the scheduler, and on what the model does with it afterwards. So for each span the first prompt is generated once
-more, with that span alone made sparse, and the final latents are compared with the dense ones, of every chunk of the video.
+more, with that span alone made sparse, and the final latents are compared with the dense ones, of every chunk of the video. How
+that drift is shared out over the layers is measured in the same generation, at the span's measured steps (`search.layer_gains`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from diffusers_accel.run.memory import CacheManager
 from diffusers_accel.run.partition import Partitions
 from diffusers_accel.search.knapsack import knapsack
 from diffusers_accel.search.plan_making import chosen_spans, joined_spans, plan_tensors
-from diffusers_accel.search.predicted import span_errors
+from diffusers_accel.search.predicted import layer_errors
 from diffusers_accel.search.scores import DENSE, Array, Scores
 
 DENSITY = (
@@ -39,17 +40,39 @@ class Dense:
 
 def span_choice(scores: Scores, span: int) -> dict[str, Array]:
     """The least wrong choice with which one span has about `DENSITY` and all others are dense; int [spans, layers, heads]."""
+    return _sparse_in(scores, span, np.ones(len(scores.candidates), bool), by_layer=False)
+
+
+def layer_choice(scores: Scores, span: int) -> dict[str, Array]:
+    """As `span_choice`, but each layer has about `DENSITY`: what is done to a layer that alone is sparse. Of candidates that keep
+    something of earlier steps only where there are no others."""
+    usable = np.array([not method.rest.remembers for method in scores.candidates])
+    if usable.sum() == 1:
+        usable[:] = True
+    return _sparse_in(scores, span, usable, by_layer=True)
+
+
+def _sparse_in(scores: Scores, span: int, usable: Array, by_layer: bool) -> dict[str, Array]:
     choice = {}
     for name, model in scores.models.items():
         choice[name] = np.zeros((len(scores.spans), model.layers, model.heads), int)
-        measured = (scores.samples(name)[span] > 0).reshape(-1, len(scores.candidates))
-        if measured[:, DENSE].all():
-            error, density = (each(name)[span].reshape(measured.shape) for each in (scores.error, scores.density))
-            error, density = np.where(measured, error, np.inf), np.where(measured, density, 1.0)
-            least = float(density.min(1).mean())
-            found = knapsack(error, density, (least + DENSITY * (1 - least)) * len(density))
-            choice[name][span] = found.reshape(model.layers, model.heads)
+        measured = scores.samples(name)[span] > 0
+        if measured[..., DENSE].all():
+            allowed = measured & usable
+            error = np.where(allowed, scores.error(name)[span], np.inf)
+            density = np.where(allowed, scores.density(name)[span], 1.0)
+            together = range(model.layers) if by_layer else [slice(None)]
+            for some in together:
+                choice[name][span, some] = _about(error[some], density[some]).reshape(choice[name][span, some].shape)
     return choice
+
+
+def _about(error: Array, density: Array) -> Array:
+    """The least wrong options of some heads with about `DENSITY`, or the least density that they have; [..., options]."""
+    items, options = error[..., 0].size, error.shape[-1]
+    error, density = error.reshape(items, options), density.reshape(items, options)
+    least = float(density.min(1).mean())
+    return knapsack(error, density, (least + DENSITY * (1 - least)) * items).reshape(-1)
 
 
 def plan_engine(scores: Scores, choice: Mapping[str, Array]) -> Callable[[Site], Engine]:
@@ -61,9 +84,27 @@ def plan_engine(scores: Scores, choice: Mapping[str, Array]) -> Callable[[Site],
     return lambda site: PlanEngine(site, plan, partitions, caches)
 
 
-def impact(scores: Scores, choice: Mapping[str, Array], latents: Tensor, reference: Tensor) -> float:
-    """Relative squared error of the final latents per unit of summed error, 0 or more."""
-    drift = float((latents - reference).square().sum() / reference.square().sum())
-    if not math.isfinite(drift):
+def drift(latents: Tensor, reference: Tensor) -> float:
+    """Relative squared error of the final latents, 0 or more."""
+    found = float((latents - reference).square().sum() / reference.square().sum())
+    if not math.isfinite(found):
         raise ValueError("the final latents are not finite: does the pipeline give a video without the search?")
-    return drift / float(span_errors(scores, choice).sum())
+    return found
+
+
+def impacts(
+    scores: Scores, choice: Mapping[str, Array], span: int, gains: Mapping[str, Array], moved: float
+) -> dict[str, tuple[float, ...]]:
+    """Of one span, per transformer and layer: relative squared error of the final latents per unit of summed error, 0 or more.
+
+    Args:
+        choice: what was done in that span.
+        gains: per transformer [layers], how much an error of each layer changes the model's output; all 0 where nobody knows,
+            which counts its layers alike.
+        moved: the relative squared error of the final latents.
+    """
+    errors = {name: each[span] for name, each in layer_errors(scores, choice).items()}
+    unknown = {name: errors[name].any() and not gains[name].any() for name in gains}
+    gains = {name: np.ones_like(each) if unknown[name] else each for name, each in gains.items()}
+    felt = sum(float(errors[name] @ gains[name]) for name in gains)
+    return {name: tuple((gains[name] * (moved / felt if felt else 0.0)).tolist()) for name in gains}

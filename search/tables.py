@@ -35,14 +35,14 @@ class Table:
 
     @classmethod
     def build(cls, scores: Scores, cost: Cost, name: str, weights: Array, open_spans: Array, taken: Array) -> Table:
-        """Of the transformer `name`; `weights` [spans], `open_spans` bool [spans], `taken` bool [candidates]."""
+        """Of the transformer `name`; `weights` [spans, layers], `open_spans` bool [spans], `taken` bool [candidates]."""
         measured = scores.samples(name) > 0
         allowed = measured & open_spans[:, None, None, None] & taken
         calls = scores.calls(name)
         allowed = allowed & (calls > 0)[:, None, None, None]
         allowed[..., DENSE] = True
         plain = np.where(measured, scores.error(name), 0.0) * calls[:, None, None, None]
-        error = np.where(allowed, plain * weights[:, None, None, None], np.inf)
+        error = np.where(allowed, plain * weights[:, :, None, None], np.inf)
         error[..., DENSE] = 0.0
         ms, refresh_ms = cost.of_layers(name)
         if ms.shape[1] != len(scores.candidates):
@@ -58,11 +58,11 @@ class Table:
         """What is left of it where only some steps run: less time, and errors that are made again in predicted steps.
 
         Args:
-            weights: [spans], by which `error` was weighted.
+            weights: [spans, layers], by which `error` was weighted.
         """
         again = (coverage.covers @ weights) / weights
         computed = coverage.computed[:, None, None, None]
-        possible = np.where(self.allowed, self.error, 0.0) * again[:, None, None, None]
+        possible = np.where(self.allowed, self.error, 0.0) * again[:, :, None, None]
         return Table(
             np.where(self.allowed, possible, np.inf),
             self.plain_error * coverage.covers.sum(1)[:, None, None, None],

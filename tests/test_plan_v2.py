@@ -256,7 +256,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "correct": (
         lambda data: data.update(correct=[]),
-        r"correct: expected null, found \[\]: this version knows no correct; upgrade",
+        r"correct.kind: expected one of \['mean_error'\], found None",
     ),
     "forwards of a list": (lambda data: data.update(forwards=[]), "forwards: expected an object, found"),
     "no rule": (lambda data: data["forwards"].pop("rule"), "forwards: 'rule' is missing"),

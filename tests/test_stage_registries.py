@@ -25,7 +25,8 @@ from diffusers_accel.families import FAMILIES, Family
 from diffusers_accel.forwards import PREDICTORS, RULES, Predictor, Rule
 from diffusers_accel.forwards import predictors as predictors_folder
 from diffusers_accel.forwards import rules as rules_folder
-from diffusers_accel.methods import RESTS, SELECTS, Band, Draft, Method, Order, Rest, Select
+from diffusers_accel.methods import CORRECTS, RESTS, SELECTS, Band, Correct, Draft, Method, Order, Rest, Select
+from diffusers_accel.methods import corrects as corrects_folder
 from diffusers_accel.methods import orders as orders_folder
 from diffusers_accel.methods import rests as rests_folder
 from diffusers_accel.methods import selects as selects_folder
@@ -40,6 +41,7 @@ REGISTRIES: dict[str, tuple[Any, type, tuple[type, ...]]] = {  # folder, interfa
     "orders": (orders_folder, Order, ORDERS),
     "selects": (selects_folder, Select, tuple(SELECTS.values())),
     "rests": (rests_folder, Rest, tuple(RESTS.values())),
+    "corrects": (corrects_folder, Correct, tuple(CORRECTS.values())),
     "recorders": (recorders_folder, Recorder, tuple(RECORDERS.values())),
 }
 PARTS: tuple[type, ...] = (*RULES.values(), *PREDICTORS.values())
@@ -166,12 +168,15 @@ def test_every_file_of_a_folder_holds_one_member_of_its_list(name: str) -> None:
 
 def test_members_are_exported_beside_their_interfaces() -> None:
     """By the lists of their folders, so that no further line is needed."""
-    for room, members in ((methods_room, (*ORDERS, *SELECTS.values(), *RESTS.values())), (forwards_room, PARTS)):
+    for room, members in (
+        (methods_room, (*ORDERS, *SELECTS.values(), *RESTS.values(), *CORRECTS.values())),
+        (forwards_room, PARTS),
+    ):
         for member in members:
             assert member.__name__ in room.__all__ and getattr(room, member.__name__) is member
 
 
-@pytest.mark.parametrize("registry", [SELECTS, RESTS], ids=["selects", "rests"])
+@pytest.mark.parametrize("registry", [SELECTS, RESTS, CORRECTS], ids=["selects", "rests", "corrects"])
 def test_kinds_are_the_keys(registry: dict[str, Any]) -> None:
     for key, member in registry.items():
         assert member.kind == key and "kind" in vars(member), "a kind of its own, not an inherited one"

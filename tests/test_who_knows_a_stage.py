@@ -8,18 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_accel.methods import RESTS, SELECTS
+from diffusers_accel.methods import CORRECTS, RESTS, SELECTS
 from diffusers_accel.methods.orders import ORDERS
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("diffusers_accel", "search", "evals", "kernels")
-STAGES: dict[str, str] = {each.__name__: each.__module__ for each in (*ORDERS, *SELECTS.values(), *RESTS.values())}
-REGISTRIES = ("SELECTS", "RESTS", "ORDERS")
+STAGES: dict[str, str] = {
+    each.__name__: each.__module__ for each in (*ORDERS, *SELECTS.values(), *RESTS.values(), *CORRECTS.values())
+}
+REGISTRIES = ("SELECTS", "RESTS", "CORRECTS", "ORDERS")
 INTERFACES = ("Order", "Select", "StaticSelect", "Rest")  # to ask for these is to ask what kind of stage it is
-NAMES = {*SELECTS, *RESTS, *STAGES}
+NAMES = {*SELECTS, *RESTS, *CORRECTS, *STAGES}
 # Files that may ask for a stage's type beside its own one: what records it for a plan.
 COMPANIONS = {"Stored": {"search/recorders/stored_masks.py"}}
-ROLES = ("select", "rest", "order")  # what holds a stage
+ROLES = ("select", "rest", "order", "correct")  # what holds a stage
 TELLING = ("kind", "name", "label", "__name__", "__qualname__")  # what tells one stage from another
 READERS = (
     "startswith",

@@ -73,6 +73,9 @@ def search(
             "chunk, history in place of the last)",
         ),
     ] = None,
+    correct: Annotated[
+        bool, typer.Option("--correct", help="The plan subtracts each head's mean error. (otherwise not)")
+    ] = False,
     scores: Annotated[
         Path | None, typer.Option("--scores", help="Keeps what was measured. (default: OUT with .scores.safetensors)")
     ] = None,
@@ -119,6 +122,7 @@ def search(
             "call": setup.call(),
             "candidates": candidates_for(pipeline, sets),
             "dense_steps": dense_steps,
+            "correct": correct,
             "seed": seed,
             "scores_path": kept,
             "step_caches": step_caches,

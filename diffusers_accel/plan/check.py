@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers_accel.files import FileError, check_json, check_tensors, printable, quoted
 from diffusers_accel.forwards import Forwards
-from diffusers_accel.methods import AUTO
+from diffusers_accel.methods import AUTO, Correct
 from diffusers_accel.plan.data import PlanData
 from diffusers_accel.plan.file import MOST
 from diffusers_accel.plan.span import EDGES, LONGEST_SYMBOL, SYMBOL, Span, row_text
@@ -25,6 +25,9 @@ def check_plan(plan: PlanData) -> None:
             raise FileError(f"{key}: expected an object, found {quoted(getattr(plan, key))}")
         check_json(getattr(plan, key), key, 1)
     _check_forwards(plan)
+    given: object = plan.correct
+    if given is not None and not isinstance(given, Correct):
+        raise FileError(f"correct: expected a correction such as MeanError() or None, found {quoted(given)}")
     _check_tensors(plan)
 
 
@@ -159,3 +162,6 @@ def _check_tensors(plan: PlanData) -> None:
                     f"methods.{first[0]} are, found {size}; search the plan again"
                 )
             first = first or ((each.symbol, size) if size else None)
+    if plan.correct is not None:
+        for name, shape in plan.models.items():
+            plan.correct.check(name, shape, len(plan.spans), plan.tensors)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from diffusers_accel.forwards import Forwards
-from diffusers_accel.methods import Method
+from diffusers_accel.methods import Correct, Method
 from diffusers_accel.plan.span import Span
 from diffusers_accel.shape import ModelShape
 
@@ -25,3 +25,4 @@ class PlanData:
     provenance: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     forwards: Forwards | None = None
+    correct: Correct | None = None

@@ -6,14 +6,15 @@ frames than the ones that its search measured.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
 import msgspec
 
-from diffusers_accel.files import FileError, Schema, checksum, printable, quoted, shaped
+from diffusers_accel.files import FileError, Schema, built, checksum, printable, quoted, shaped, tagged
 from diffusers_accel.forwards import Forwards
-from diffusers_accel.methods import Method
+from diffusers_accel.methods import CORRECTS, Correct, Method
 from diffusers_accel.methods.method import stages_by_present_names
 from diffusers_accel.methods.orders.patches import of_version_1
 from diffusers_accel.plan.data import PlanData
@@ -24,9 +25,10 @@ FORMAT = "diffusers_accel.plan"
 VERSION = 2
 READABLE = (1, VERSION)
 MOST = 1_000_000  # layers, heads or channels: what is above it is a mistake
-TO_COME = ("schedule", "correct")  # sections that have their place, and no meaning yet
+TO_COME = ("schedule",)  # sections that have their place, and no meaning yet
 _SUM = "sha256"  # of all the others; a plan that was written by hand, or before plans had it, has none
 
+CorrectData: Any = tagged(CORRECTS)  # a correction as it stands in a file
 Count = Annotated[int, msgspec.Meta(ge=1, le=MOST)]
 Edge = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 
@@ -77,7 +79,7 @@ class File(Schema, frozen=True):
     provenance: dict[str, Any]
     schedule: None = None
     forwards: Any = None
-    correct: None = None
+    correct: Any = None
     tensors: Any = None
 
 
@@ -111,7 +113,7 @@ def plain(plan: PlanData) -> dict[str, Any]:
             "methods": {symbol: method.to_json() for symbol, method in plan.methods.items()},
             "spans": [_span_data(span, plan.methods) for span in plan.spans],
         },
-        "correct": None,
+        "correct": {"kind": plan.correct.kind, **dataclasses.asdict(plan.correct)} if plan.correct else None,
         "budget": plan.budget,
         "provenance": plan.provenance,
     }
@@ -158,6 +160,7 @@ def parse(data: object) -> dict[str, Any]:
         "provenance": file.provenance,
         "tensors": file.tensors,
         "forwards": None if file.forwards is None else _forwards(file.forwards),
+        "correct": None if file.correct is None else _correct(file.correct),
     }
 
 
@@ -203,6 +206,10 @@ def _forwards(data: object) -> Forwards:
         return Forwards.from_json(data)
     except ValueError as error:
         raise FileError(str(error) if str(error).startswith("forwards") else f"forwards.{error}") from error
+
+
+def _correct(data: object) -> Correct:
+    return built(shaped(data, CorrectData, "correct", "correct"), CORRECTS, "correct")
 
 
 def _span(data: object, path: str, symbols: Collection[str]) -> Span:

@@ -48,6 +48,7 @@ class Plan(PlanData):
         provenance: how the plan was made: model, prompts, seeds, versions, device; plain JSON data.
         tensors: what its methods read, by name, see docs/plan-file.md.
         forwards: which forwards of the transformers are computed and how the others are predicted; None: all are computed.
+        correct: what is done to the output of heads that do not run densely; None: nothing.
 
     Raises:
         PlanError: a part is wrong; the message gives its path.
@@ -225,9 +226,11 @@ def _aligned(row: Row, width: int) -> str:
 def _lines(plan: Plan) -> list[str]:
     shapes = [f"{_short(name)}: {s.layers} layers x {s.heads} heads x {s.head_dim}" for name, s in plan.models.items()]
     forwards = ["", f"forwards: {_short(plan.forwards.label)}"] if plan.forwards else []
+    correct = ["", f"correct: {_short(plan.correct.label)}"] if plan.correct else []
     lines = [
         f"plan for {_short(plan.family)} ({'; '.join(shapes)})",
         *forwards,
+        *correct,
         "",
         f"methods, with the share of heads over {'all of sigma' if plan.by == 'sigma' else 'the whole schedule'}",
     ]

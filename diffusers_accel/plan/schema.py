@@ -10,7 +10,7 @@ import msgspec
 from diffusers_accel.files import Schema
 from diffusers_accel.forwards.forwards import ForwardsData
 from diffusers_accel.methods.method import MethodData
-from diffusers_accel.plan.file import FORMAT, VERSION, File, Heads, ShareSpan, SigmaSpan, Transformer
+from diffusers_accel.plan.file import FORMAT, VERSION, CorrectData, File, Heads, ShareSpan, SigmaSpan, Transformer
 from diffusers_accel.plan.span import SYMBOL
 
 Symbol = Annotated[str, msgspec.Meta(pattern=f"^{SYMBOL.pattern}$")]
@@ -59,6 +59,7 @@ def _described() -> Any:
         ("models", Annotated[dict[str, Transformer], msgspec.Meta(min_length=1)]),
         ("heads", heads),
         ("forwards", ForwardsData | None, None),
+        ("correct", CorrectData | None, None),
         ("tensors", SideFile | None, None),
         ("sha256", str | msgspec.UnsetType, msgspec.UNSET),
     ]

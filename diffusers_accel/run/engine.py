@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from diffusers_accel.attach.host_caches import caches_on
@@ -88,6 +90,7 @@ class PlanEngine:
         self._by_size = by_size
         site.costs = self.costs
         self._costs: dict[tuple[int, TokenLayout], list[float]] = {}
+        self._offsets: dict[Hashable, Tensor] = {}  # small: a vector a head, for each span
         self._layer: Layer = (site.transformer, site.layer)
         self._heads = tuple(range(site.model.shape.heads))
         spans = self._spans(plan)
@@ -143,6 +146,8 @@ class PlanEngine:
         partition = self._partitions.find(mix, call, q.device)
         cache = self._caches.of(self._layer, call.stream) if partition.remembering else None
         output = run(partition, call, q, k, v, cache)
+        if running.plan.correct is not None:
+            self._correct(running.plan, mix, call, output.out)
         self._count(mix, output)
         if "reference" in output.kernels:
             self._say_why_reference(mix, q)
@@ -248,6 +253,17 @@ class PlanEngine:
             return mix
         self.tally.notes[f"its cache does not fit into {budget.share:.0%} of the free memory: dense"] += 1
         return self._partitions.mix(DENSE if method.rest.remembers else method for method in mix.methods)
+
+    def _correct(self, plan: Plan, mix: Mix, call: AttentionCall, out: Tensor) -> None:
+        """Corrects an output [B, queries, H, D] in place, at the video's queries: the others are exact, as are dense heads."""
+        assert plan.correct is not None and self._span is not None
+        key = id(plan), self._span, mix, call.heads, out.device, out.dtype
+        if key not in self._offsets:
+            offset = plan.correct.offset(self._span, self._layer, plan.tensors)[list(call.heads)]
+            dense = torch.tensor([method.dense for method in mix.methods])
+            self._offsets[key] = offset.masked_fill(dense[:, None], 0).to(out)
+        for video in call.layout.video_queries:
+            out[:, video] += self._offsets[key]
 
     def _count(self, mix: Mix, output: Output) -> None:
         tally = self.tally

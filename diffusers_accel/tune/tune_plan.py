@@ -32,6 +32,7 @@ def tune_plan(
     out: str | os.PathLike[str] | None = None,
     seed: int = 0,
     dense_steps: float = 0.0,
+    correct: bool = False,
     progress: bool = True,
     floor: bool = True,
     show: int = 4,
@@ -53,6 +54,7 @@ def tune_plan(
         out: the plan file (.json) to write.
         seed: of the noise, in the search and on the clips.
         dense_steps: what stays dense and is computed at the start of the schedule, as of `search_plan`.
+        correct: plans subtract each head's mean error.
         progress: say what is tried, and show bars, on stderr.
         floor, show: of the last report, see `compare`.
         search: further arguments of `search_profile`, such as candidates or scores_path.
@@ -75,7 +77,7 @@ def tune_plan(
     with processes() as here:
         first = here.is_first
     screen, asked = Screen(progress and first), _as_speedup(goal, profile)
-    plan, report, proof = Tuning(profile, lab, asked, parts, dense_steps, screen.say).run()
+    plan, report, proof = Tuning(profile, lab, asked, parts, dense_steps, correct, screen.say).run()
     met, words = verdict(asked, proof)
     plan = replace(
         plan, provenance={**plan.provenance, "tuned": {"goal": str(goal), "met": met, **proof.to_json(goal.metric)}}

@@ -51,6 +51,7 @@ class Tuning:
         goal: what is asked; a number of ms per step is a speed-up already.
         prompts: see `Prompts`.
         dense_steps: of the search.
+        correct: plans subtract each head's mean error.
         say: told what is tried and what came of it, a line each.
     """
 
@@ -61,10 +62,12 @@ class Tuning:
         goal: Goal,
         prompts: Prompts,
         dense_steps: float = 0.0,
+        correct: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._profile, self._lab, self._goal, self._prompts = profile, lab, goal, prompts
         self._joint, self._say = profile.joint(dense_steps), say
+        self._correct = correct
         self._history: list[Tried] = []
         self._loss = 0.0 if goal.is_speed else goal.loss(goal.value)  # that trials aim at
 
@@ -163,7 +166,7 @@ class Tuning:
         return self._joint.assignment(proposals(self._joint, speedup, model)[0])
 
     def _plan(self, assignment: Assignment) -> Plan:
-        return self._profile.plan(assignment, Budget.speedup(max(1.0, assignment.speedup)))
+        return self._profile.plan(assignment, Budget.speedup(max(1.0, assignment.speedup)), self._correct)
 
 
 def proof_of(report: Report, goal: Goal, subject: str) -> Proof:

@@ -54,7 +54,8 @@ search(tiny_wan(), folder / "s.safetensors", prompts=2, span_weights=(1, 1, 1, 1
 def ran(*prompts: str, impacts: int = 0) -> Scores:
     scores = random_scores()
     done = tuple(msgspec.structs.replace(scores.runs[0], prompt=prompt) for prompt in prompts)
-    return replace(scores, runs=done, impacts=(1.0,) * impacts)
+    span = {name: (1.0,) * model.layers for name, model in scores.models.items()}
+    return replace(scores, runs=done, impacts=(span,) * impacts)
 
 
 def of_this_search(scores: Scores) -> None:
@@ -192,7 +193,7 @@ def test_ctrl_c_says_what_is_kept_and_leaves_the_pipeline(tmp_path: Path, monkey
             search(pipe, path, prompts=2)
     assert not path.exists()
     with monkeypatch.context() as patched:
-        patched.setattr(plan_search, "impact", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(plan_search, "impacts", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt) as stopped:
             search(pipe, path, prompts=1)
     assert isinstance(stopped.value, Interrupted)

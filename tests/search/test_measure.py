@@ -126,7 +126,7 @@ def test_a_reused_part_is_that_of_the_engine(layout, precision):
     mask = pattern_of(method, layout, first[0][:, order], first[1][:, order[: layout.keys]]).mask()[0]
     assert kept.density.tolist() == pytest.approx(mask.double().mean((1, 2)).tolist())
 
-    probe = RowProbe((DENSE, method), Selections({}), {1: kept}, (1, 2), HEADS)
+    probe = RowProbe((DENSE, method), Selections({}), {1: kept}, (1, 2), HEADS, DIM)
     grams = head_grams(torch.randn(HEADS * DIM, 40, generator=torch.Generator().manual_seed(0)), HEADS)
     probe.add(Chunk(now, here, torch.zeros_like(exact), grams))
     off = deviations(torch.stack([exact, expected[:, rows]], 1), exact, grams)

@@ -12,7 +12,7 @@ from diffusers_accel.plan import Plan
 from diffusers_accel.search.assign import Assignment, assign
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.plan_making import make_plan
-from diffusers_accel.search.predicted import RUINED_LATENTS, RUINED_LAYERS, latents_error, span_errors, warnings
+from diffusers_accel.search.predicted import RUINED_LATENTS, RUINED_LAYERS, latents_error, layer_errors, warnings
 from diffusers_accel.search.scores import Scores
 from tests.search.test_assign import cost_of, costs, make_scores, random_scores
 from tests.search.test_search import search
@@ -29,10 +29,13 @@ def uniform(error: float, *impacts: float) -> tuple[Scores, Assignment]:
     return scores, assign(scores, costs(100.0, 50.0), Budget.density(0.5))
 
 
-def test_the_error_of_the_latents_adds_up_over_spans() -> None:
+def test_the_error_of_the_latents_adds_up_over_spans_and_layers() -> None:
     scores, found = uniform(0.1, 0.01, 0.02)
-    assert span_errors(scores, found.choice).tolist() == pytest.approx([2 * 4 * 0.1, 6 * 4 * 0.1])
+    errors = layer_errors(scores, found.choice)["transformer"]
+    assert errors == pytest.approx(np.array([[2 * 2 * 0.1] * 2, [6 * 2 * 0.1] * 2]))
     assert latents_error(scores, found) == pytest.approx(0.01 * 0.8 + 0.02 * 2.4)
+    scores = with_impacts(scores, (0.01, 0.0), (0.02, 0.5))
+    assert latents_error(scores, found) == pytest.approx(0.01 * 0.4 + 0.02 * 1.2 + 0.5 * 1.2)
     assert latents_error(*(uniform(0.1)[0], found)) is None, "no span was measured"
 
 

@@ -104,6 +104,6 @@ def test_what_was_measured_is_kept_and_counted(tmp_path: Path, monkeypatch: pyte
 def test_spans_are_not_measured_for_what_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, pipe = tmp_path / "s.safetensors", tiny_wan()
     search(pipe, path, prompts=1, span_weights=WEIGHTS)
-    monkeypatch.setattr(plan_search, "impact", lambda *_: pytest.fail("measured a span"))
+    monkeypatch.setattr(plan_search, "impacts", lambda *_: pytest.fail("measured a span"))
     with pytest.raises(OutOfReach, match="a speed-up of 50 is out of reach: .* 1 of 1 prompts are kept"):
         search(pipe, path, prompts=1, budget=Budget.speedup(50), step_caches=False)

@@ -112,6 +112,7 @@ def tensor(name, change):
 
 GONE = object()
 CALLS = ("passes", 0, "calls")
+ROW = [1.0, 0.0, 2.5]  # impacts of the layers of one span
 WRONG = [
     (
         lambda header, tensors: tensors.pop("error/transformer"),
@@ -183,9 +184,15 @@ WRONG = [
     ),
     (at(*CALLS, "transformer", value=[1, 2.5]), r"passes\[0\].calls\[...\]\[1\]: expected int, found float"),
     (at("passes", 0, "steps", "transformer", value=[1, 2**62]), "steps.transformer: expected counts of 0 to 100,000"),
-    (at("impacts", value=[1.0, -1.0]), "impacts: expected at most 2 finite numbers of 0 or more"),
-    (at("impacts", value=[1.0, 1.0, 1.0]), "impacts: expected at most 2 finite numbers"),
-    (at("impacts", value=[1e999]), "expected a finite number"),
+    (at("impacts", value=[{"transformer": ROW}] * 3), "impacts: expected at most 2, one per span, found 3"),
+    (
+        at("impacts", value=[{"transformer": [-1.0, *ROW[1:]]}]),
+        r"impacts\[0\].transformer: expected 3 finite numbers of 0",
+    ),
+    (at("impacts", value=[{"transformer": ROW[1:]}]), r"impacts\[0\].transformer: expected 3 finite numbers"),
+    (at("impacts", value=[{"other": ROW}]), r"impacts\[0\]: expected the transformers .'transformer'., found .'other'"),
+    (at("impacts", value=[1.0]), r"impacts\[0\]: expected object, found float"),
+    (at("impacts", value=[{"transformer": [1e999] * 3}]), "expected a finite number"),
     (at("provenance", value={"a": "x" * 100, "b": 2**64}), "provenance.b: expected a whole number of at most 64 bits"),
 ]
 
@@ -208,7 +215,7 @@ def test_what_was_not_changed_loads(tmp_path):
 def test_another_version_and_other_files_are_refused(tmp_path):
     path = tmp_path / "s.safetensors"
     for texts, message in (
-        ({"version": "2"}, "expected version 5 of diffusers_accel.scores, found '2'; delete the file, or name another"),
+        ({"version": "2"}, "expected version 6 of diffusers_accel.scores, found '2'; delete the file, or name another"),
         ({"format": "other"}, "expected the format diffusers_accel.scores, found 'other'"),
         ({"sha256": "0" * 64}, "the file is damaged; delete the file"),
         ({"content": "[" * 100_000}, "the file is damaged"),
