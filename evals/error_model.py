@@ -31,11 +31,12 @@ from diffusers_accel.plan import Plan
 from diffusers_accel.search.assign import assign
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.cost import Cost
+from diffusers_accel.search.last_latents import LastLatents
 from diffusers_accel.search.plan_making import chosen_spans, joined_spans, mean_errors, plan_tensors
 from diffusers_accel.search.plan_search import search_plan
-from diffusers_accel.search.predicted import latents_error, layer_errors
+from diffusers_accel.search.predicted import heads_error, layer_errors
 from diffusers_accel.search.scores import DENSE, Array, Scores
-from diffusers_accel.search.sensitivity import LastLatents, drift, span_choice
+from diffusers_accel.search.sensitivity import drift, span_choice
 from diffusers_accel.support.seeded import seeded
 
 PLANS, PROMPTS, SEARCH_PROMPTS = 40, 2, 2
@@ -110,7 +111,7 @@ def span_impacts(scores: Scores) -> Array:
 def predictions(scores: Scores, choice: Choice) -> dict[str, float]:
     """The error of a choice by each set of weights."""
     by_span = np.sum([each.sum(1) for each in layer_errors(scores, choice).values()], axis=0)
-    by_layer = latents_error(scores, choice)
+    by_layer = heads_error(scores, choice)
     assert by_layer is not None  # `main` has searched without span_weights
     return {NONE: float(by_span.sum()), BY_SPAN: float(by_span @ span_impacts(scores)), BY_LAYER: by_layer}
 
@@ -203,13 +204,13 @@ def plan_of(scores: Scores, choice: Choice, correct: bool = False) -> Plan:
 
 def _clip(pipe: Any, prompt: str, number: int, call: Mapping[str, Any]) -> tuple[Any, np.ndarray]:
     """Final latents and frames [F, H, W, 3]."""
-    last = LastLatents(stop=False)
+    last = LastLatents()
     with (
         attribute(pipe, "_progress_bar_config", {"disable": True}),
         seeded(number, pipe._execution_device) as generator,
     ):
         frames = pipe(prompt, **call, generator=generator, output_type="np", callback_on_step_end=last).frames
-    return last.latents, np.asarray(frames[0], np.float64)
+    return last.ending.latents, np.asarray(frames[0], np.float64)
 
 
 def correlations(found: Sequence[PlanOutcome], weights: str) -> tuple[float, float]:

@@ -26,15 +26,18 @@ def layer_errors(scores: Scores, choice: Mapping[str, Array]) -> dict[str, Array
     return found
 
 
-def latents_error(scores: Scores, assignment: Assignment) -> float | None:
-    """The relative squared error of the final latents: each (span, layer)'s impact, as measured at `sensitivity.DENSITY`, times
-    its summed error; and that of the predicted steps. None where these were not measured."""
+def heads_error(scores: Scores, choice: Mapping[str, Array]) -> float | None:
+    """The relative squared error of the final latents by a choice of heads alone: each (span, layer)'s impact, as measured at
+    `sensitivity.DENSITY`, times its summed error. None where these were not measured."""
     if len(scores.impacts) < len(scores.spans):
         return None
-    if assignment.steps:
-        return assignment.total()
-    errors = layer_errors(scores, assignment.choice)
+    errors = layer_errors(scores, choice)
     return float(sum((scores.measured_impacts(name) * error).sum() for name, error in errors.items()))
+
+
+def latents_error(scores: Scores, assignment: Assignment) -> float | None:
+    """The same by an assignment, the error of the predicted steps included."""
+    return assignment.total() if assignment.steps else heads_error(scores, assignment.choice)
 
 
 def warnings(scores: Scores, assignment: Assignment) -> list[str]:

@@ -94,6 +94,10 @@ def search(
     page: Annotated[
         Path | None, typer.Option("--report", help="A folder for the report of the clips that had the last word.")
     ] = None,
+    floor: Annotated[
+        bool,
+        typer.Option("--floor/--no-floor", help="In the report: how far dense in another exact kernel is from dense."),
+    ] = True,
     seed: Seed = 0,
     *,
     setup: Setup,
@@ -114,7 +118,7 @@ def search(
     sets = None if methods is None else check_sets([name.strip() for name in methods.split(",")])
     check_seed(seed)
     check_share("--dense-steps", dense_steps)
-    judged = _judged(pipe, asked, validation, held_out, page)
+    judged = _judged(pipe, asked, validation, held_out, page, floor)
     with launched(setup.device) as here:
         kept = search_places(out, scores) if here.is_first else None
         pipeline = setup.load(here.device)
@@ -143,7 +147,9 @@ def search(
     show_written(out, f"{cached}{mix}", setup)
 
 
-def _judged(pipe: str, asked: Budget | Goal, validation: Path | None, held_out: Path | None, page: Path | None) -> Any:
+def _judged(
+    pipe: str, asked: Budget | Goal, validation: Path | None, held_out: Path | None, page: Path | None, floor: bool
+) -> Any:
     """The prompts that a goal is judged by; a budget is not judged."""
     from diffusers_accel.cli.arguments import find_validation, read_prompts
     from diffusers_accel.search.budget import Budget
@@ -159,7 +165,11 @@ def _judged(pipe: str, asked: Budget | Goal, validation: Path | None, held_out: 
         from diffusers_accel.evals.report import check_report_folder
 
         check_report_folder(page)
-    return {"validation": find_validation(pipe, validation), "held_out": read_prompts(held_out) if held_out else ()}
+    return {
+        "validation": find_validation(pipe, validation),
+        "held_out": read_prompts(held_out) if held_out else (),
+        "floor": floor,
+    }
 
 
 def _found(
@@ -206,4 +216,4 @@ def find_asked(
         return Budget.speedup(value)
     from diffusers_accel.tune import Goal
 
-    return Goal(kind, value)  # type: ignore[arg-type]  # one of its kinds
+    return Goal(kind, value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from diffusers_accel.evals.compare import compare
@@ -19,7 +19,7 @@ SAME = 100.0  # dB, for clips that equal the dense ones
 class Lab(Protocol):
     """What the loop asks for numbers."""
 
-    def compare(self, plans: Mapping[str, Plan], prompts: Sequence[Prompt]) -> Report: ...
+    def compare(self, plans: Mapping[str, Plan], prompts: Sequence[Prompt], last: bool) -> Report: ...
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class PipelineLab:
     Args:
         call, seed: of the search.
         metrics: that are measured.
+        floor, show: of the last report, see `compare`; the others have neither.
         progress: show a bar.
     """
 
@@ -36,10 +37,11 @@ class PipelineLab:
     call: Mapping[str, Any]
     seed: int
     metrics: Sequence[str]
+    floor: bool
+    show: int
     progress: bool
-    options: Mapping[str, Any] = field(default_factory=dict)
 
-    def compare(self, plans: Mapping[str, Plan], prompts: Sequence[Prompt]) -> Report:
+    def compare(self, plans: Mapping[str, Plan], prompts: Sequence[Prompt], last: bool) -> Report:
         return compare(
             self.pipe,
             plans,
@@ -47,8 +49,9 @@ class PipelineLab:
             call=self.call,
             seeds=(self.seed,),
             metrics=self.metrics,
+            show=self.show if last else 0,
+            floor=self.floor and last,
             progress=self.progress,
-            **{"floor": False, "show": 0, **self.options},
         )
 
 

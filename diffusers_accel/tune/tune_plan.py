@@ -56,7 +56,7 @@ def tune_plan(
         dense_steps: what stays dense and is computed at the start of the schedule, as of `search_plan`.
         correct: plans subtract each head's mean error.
         progress: say what is tried, and show bars, on stderr.
-        floor, show: of the last report, see `compare`.
+        floor, show: of the report, see `compare`.
         search: further arguments of `search_profile`, such as candidates or scores_path.
 
     Raises:
@@ -72,7 +72,7 @@ def tune_plan(
     profile = search_profile(
         pipe, prompts, call=call, out=out, seed=seed, dense_steps=dense_steps, progress=progress, **search
     )
-    lab = PipelineLab(pipe, call, seed, metrics_of(goal), progress)
+    lab = PipelineLab(pipe, call, seed, metrics_of(goal), floor, show, progress)
     parts = Prompts(list(prompts)[:TRIAL_PROMPTS], validation, held_out)
     with processes() as here:
         first = here.is_first

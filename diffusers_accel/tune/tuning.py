@@ -76,7 +76,7 @@ class Tuning:
         best = self._trials()
         for check in range(1, CHECKS + 1):
             plan = self._plan(best)
-            report = self._lab.compare({"plan": plan}, self._prompts.validation)
+            report = self._lab.compare({"plan": plan}, self._prompts.validation, not self._prompts.held_out)
             proof = proof_of(report, self._goal, "plan")
             self._say(f"validation {check}: {_seen(self._goal, proof.speedup, proof.value)} on {_clips(proof)}")
             again = self._again(best, proof) if check < CHECKS else None
@@ -84,7 +84,7 @@ class Tuning:
                 break
             best = again
         if self._prompts.held_out:
-            report = self._lab.compare({"plan": plan}, self._prompts.held_out)
+            report = self._lab.compare({"plan": plan}, self._prompts.held_out, True)
             proof = proof_of(report, self._goal, "plan")
             self._say(f"held out: {_seen(self._goal, proof.speedup, proof.value)} on {_clips(proof)}")
         return plan, report, proof
@@ -127,7 +127,7 @@ class Tuning:
 
     def _try(self, some: Sequence[Assignment], number: int) -> list[Tried]:
         names = {_name(each): each for each in some}
-        report = self._lab.compare({name: self._plan(each) for name, each in names.items()}, self._prompts.trial)
+        report = self._lab.compare({name: self._plan(each) for name, each in names.items()}, self._prompts.trial, False)
         tried = []
         for name, each in names.items():
             seen = Tried(

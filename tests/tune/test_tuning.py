@@ -62,7 +62,8 @@ class World:
     noise: float = 0.2
     asked: list[tuple[tuple[str, ...], tuple[Prompt, ...]]] = field(default_factory=list)
 
-    def compare(self, plans: Mapping[str, Plan], prompts: Sequence[Prompt]) -> Report:
+    def compare(self, plans: Mapping[str, Plan], prompts: Sequence[Prompt], last: bool) -> Report:
+        assert last == ("held out" in prompts) or "validate" in prompts
         self.asked.append((tuple(plans), tuple(prompts)))
         rows = [row for name, plan in plans.items() for row in self.rows(name, plan, prompts)]
         clips = tuple(Clip(str(prompt), 0, {}) for prompt in prompts)
