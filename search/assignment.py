@@ -15,9 +15,9 @@ from diffusers_accel.search.schedule import is_border, is_open
 from diffusers_accel.search.scores import DENSE, Array, Scores
 from diffusers_accel.search.step_options import StepOptions
 from diffusers_accel.search.steps.choice import StepChoice
-from diffusers_accel.search.tables import Table
+from diffusers_accel.search.tables import HeadTable
 
-Tables = Mapping[str, Table]
+Tables = Mapping[str, HeadTable]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Assignment:
 
 def build_tables(
     scores: Scores, cost: Cost, weights: Mapping[str, Array], dense_steps: float, among: Collection[Method] | None
-) -> dict[str, Table]:
+) -> dict[str, HeadTable]:
     """The tables of all transformers; see `assign`."""
     if not scores.runs:
         raise ValueError("the scores hold no finished calibration run: probe at least one prompt first")
@@ -74,7 +74,7 @@ def build_tables(
     taken = np.array(
         [among is None or index == DENSE or method in among for index, method in enumerate(scores.candidates)]
     )
-    return {name: Table.build(scores, cost, name, weights[name], open_spans, taken) for name in scores.models}
+    return {name: HeadTable.build(scores, cost, name, weights[name], open_spans, taken) for name in scores.models}
 
 
 def dense_time(tables: Tables) -> float:

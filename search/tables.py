@@ -14,7 +14,7 @@ from diffusers_accel.search.scores import DENSE, Array, Scores
 
 
 @dataclass(frozen=True)
-class Table:
+class HeadTable:
     """Of one transformer, [spans, layers, heads, candidates], summed over the calls of a generation of which every step runs.
 
     Args:
@@ -34,7 +34,7 @@ class Table:
     calls: Array
 
     @classmethod
-    def build(cls, scores: Scores, cost: Cost, name: str, weights: Array, open_spans: Array, taken: Array) -> Table:
+    def build(cls, scores: Scores, cost: Cost, name: str, weights: Array, open_spans: Array, taken: Array) -> HeadTable:
         """Of the transformer `name`; `weights` [spans, layers], `open_spans` bool [spans], `taken` bool [candidates]."""
         measured = scores.samples(name) > 0
         allowed = measured & open_spans[:, None, None, None] & taken
@@ -54,7 +54,7 @@ class Table:
         density = calls[:, None, None, None] * np.where(measured, scores.density(name), 1.0)
         return cls(error, plain, time, density, allowed, calls)
 
-    def under(self, coverage: Coverage, weights: Array) -> Table:
+    def under(self, coverage: Coverage, weights: Array) -> HeadTable:
         """What is left of it where only some steps run: less time, and errors that are made again in predicted steps.
 
         Args:
@@ -63,7 +63,7 @@ class Table:
         again = (coverage.covers @ weights) / weights
         computed = coverage.computed[:, None, None, None]
         possible = np.where(self.allowed, self.error, 0.0) * again[:, :, None, None]
-        return Table(
+        return HeadTable(
             np.where(self.allowed, possible, np.inf),
             self.plain_error * coverage.covers.sum(1)[:, None, None, None],
             self.time * computed,

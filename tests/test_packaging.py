@@ -165,7 +165,7 @@ def test_the_public_names_are_there(name: str) -> None:
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(
-        AttributeError, match=r"no attribute 'pach'; it has Budget, Family, Method, Plan, compare, .*patch"
+        AttributeError, match=r"no attribute 'pach'; it has Budget, Family, Goal, Method, Plan, compare, .*patch"
     ):
         _ = diffusers_accel.pach
 

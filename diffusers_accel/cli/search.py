@@ -216,4 +216,4 @@ def find_asked(
         return Budget.speedup(value)
     from diffusers_accel.tune import Goal
 
-    return Goal(kind, value)
+    return Goal(kind, value)  # type: ignore[arg-type]  # one of its kinds

@@ -21,7 +21,7 @@ WIDE = math.log(2)  # losses that lie less apart tell nothing of how they grow w
 
 
 @dataclass(frozen=True)
-class Tried:
+class Attempt:
     """A plan that was generated with.
 
     Args:
@@ -65,7 +65,7 @@ class Model:
     power: float
 
     @classmethod
-    def of(cls, history: Sequence[Tried], goal: Goal) -> Model:
+    def of(cls, history: Sequence[Attempt], goal: Goal) -> Model:
         """Of what was tried, one plan at least, the latest last."""
         correction = _correction(history)
         slow = {each.computed: each.assignment.speedup / each.speedup for each in history}
@@ -89,7 +89,7 @@ class Model:
 NOTHING = Model(NO_CORRECTION, {}, 1.0, 0.0, 1.0)  # before anything was tried
 
 
-def _correction(history: Sequence[Tried]) -> Correction:
+def _correction(history: Sequence[Attempt]) -> Correction:
     """Factors with which errors of heads and of predicted steps add up to the clips' squared error: least squares of the
     relative deviation, both 0 or more, drawn towards one common factor where the clips do not tell them apart."""
     from scipy.optimize import nnls  # of the extra `eval`

@@ -14,7 +14,7 @@ from diffusers_accel.search.profile import Profile
 from diffusers_accel.search.reach import OutOfReach
 from diffusers_accel.tune.goal import Goal
 from diffusers_accel.tune.lab import Lab, row_of, value_of
-from diffusers_accel.tune.model import NOTHING, Model, Tried, computed
+from diffusers_accel.tune.model import NOTHING, Attempt, Model, computed
 from diffusers_accel.tune.propose import fastest_within, first_of, proposals
 from diffusers_accel.tune.tuned import Proof
 
@@ -68,7 +68,7 @@ class Tuning:
         self._profile, self._lab, self._goal, self._prompts = profile, lab, goal, prompts
         self._joint, self._say = profile.joint(dense_steps), say
         self._correct = correct
-        self._history: list[Tried] = []
+        self._history: list[Attempt] = []
         self._loss = 0.0 if goal.is_speed else goal.loss(goal.value)  # that trials aim at
 
     def run(self) -> tuple[Plan, Report, Proof]:
@@ -116,7 +116,7 @@ class Tuning:
             return max(self._history, key=lambda each: each.speedup).assignment
         return min(self._history, key=lambda each: self._goal.loss(each.value)).assignment
 
-    def _settled(self, best: Assignment, tried: Sequence[Tried]) -> bool:
+    def _settled(self, best: Assignment, tried: Sequence[Attempt]) -> bool:
         """Whether the plan that is recommended now was just tried, and was what is asked."""
         same = [each for each in tried if each.computed == computed(best.steps)]
         if not same:
@@ -125,12 +125,12 @@ class Tuning:
             return abs(same[0].speedup / self._goal.value - 1) <= TOLERANCE / 2
         return abs(self._goal.loss(same[0].value) / self._loss - 1) <= CLOSE
 
-    def _try(self, some: Sequence[Assignment], number: int) -> list[Tried]:
+    def _try(self, some: Sequence[Assignment], number: int) -> list[Attempt]:
         names = {_name(each): each for each in some}
         report = self._lab.compare({name: self._plan(each) for name, each in names.items()}, self._prompts.trial, False)
         tried = []
         for name, each in names.items():
-            seen = Tried(
+            seen = Attempt(
                 each,
                 value_of(report, "speedup", name),
                 value_of(report, "psnr", name),

@@ -23,6 +23,7 @@ from diffusers_accel.search.scores import Scores
 from diffusers_accel.search.step_options import StepOptions
 from diffusers_accel.search.steps.choice import StepChoice
 from tests.search.test_assign import cost_of, costs, make_scores, random_scores
+from tests.search.test_sensitivity import with_impacts
 
 STEPS = 8
 IMPACTS = (0.5, 0.25)
@@ -40,7 +41,7 @@ def small_scores(seed: int = 0) -> Scores:
     """Two spans of 2 and 6 steps, 2 layers of 2 heads, 3 candidates; attention takes 0.6 of a generation."""
     random = np.random.default_rng(seed)
     error = random.uniform(0.01, 0.2, (2, 2, 2, 3)) * np.array([0.0, 2.0, 1.0])
-    return replace(make_scores(error, densities=(1.0, 0.0, 0.5), share=0.6), impacts=IMPACTS)
+    return with_impacts(make_scores(error, densities=(1.0, 0.0, 0.5), share=0.6), *IMPACTS)
 
 
 def test_steps_save_forwards_and_heads_what_is_left() -> None:

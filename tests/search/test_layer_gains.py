@@ -13,12 +13,13 @@ from diffusers_accel.attach.site import Site
 from diffusers_accel.methods import DENSE, Draft, Kept, Method, Patches
 from diffusers_accel.plan import Plan, Span
 from diffusers_accel.search.budget import Budget
+from diffusers_accel.search.last_latents import LastLatents
 from diffusers_accel.search.layer_gains import CACHED, UNSEEN, LayerGains
 from diffusers_accel.search.plan_making import chosen_spans, joined_spans
 from diffusers_accel.search.plan_search import search_plan
 from diffusers_accel.search.running import run_pipeline
 from diffusers_accel.search.scores import Scores
-from diffusers_accel.search.sensitivity import Dense, LastLatents, plan_engine, span_choice
+from diffusers_accel.search.sensitivity import Dense, plan_engine, span_choice
 from tests.search.test_search import METHODS, a_call, a_prompt, search
 from tests.tiny import HEADS, LAYERS, tiny_cogvideox, tiny_cogvideox_call, tiny_wan
 
@@ -97,7 +98,7 @@ def test_the_generation_is_not_changed_and_nothing_is_left(scores):
     pipe = tiny_wan()
     choice = span_choice(scores, SPAN)
     hooks, scheduler = dict(pipe.transformer._forward_pre_hooks), vars(pipe.scheduler).keys()
-    last = LastLatents(stop=True)
+    last = LastLatents()
     gains = LayerGains(scores, SPAN, all_heads(BAND), plan_engine(scores, choice), 1, pytest.fail)
     with gains.watching(pipe):
         run_pipeline(pipe, gains.engine, a_prompt(0), a_call(), 0, last)
@@ -106,7 +107,7 @@ def test_the_generation_is_not_changed_and_nothing_is_left(scores):
     methods, spans = chosen_spans(scores, choice)
     with patch(pipe, Plan(scores.family, scores.models, methods, joined_spans(spans))):
         latents = pipe(**a_call(output_type="latent"), **a_prompt(0), generator=torch.Generator().manual_seed(0)).frames
-    assert torch.equal(last.latents, latents.double())
+    assert torch.equal(last.ending.latents, latents.double().flatten())
 
 
 def test_it_runs_one_forward_a_layer_and_branch_and_the_dense_one(scores):

@@ -14,7 +14,7 @@ from diffusers_accel.search.arguments import check_callback
 from diffusers_accel.search.assign import assign
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.plan_making import chosen_spans, plan_tensors
-from diffusers_accel.search.predicted import latents_error, layer_errors
+from diffusers_accel.search.predicted import heads_error, layer_errors
 from diffusers_accel.search.scores import DENSE, Scores
 from diffusers_accel.search.sensitivity import drift, impacts, layer_choice, span_choice
 from tests.search.test_assign import cost_of, densities_of, random_scores
@@ -51,7 +51,7 @@ def test_impacts_predict_the_drift_that_they_were_measured_by(tmp_path):
         plan = Plan(scores.family, scores.models, methods, tuple(spans), tensors=plan_tensors(scores, choice))
         with patch(pipe, plan):
             moved = drift(latents(), reference)
-        assert moved > 0 and latents_error(scores, choice) == pytest.approx(moved, rel=1e-6)
+        assert moved > 0 and heads_error(scores, choice) == pytest.approx(moved, rel=1e-6)
 
 
 def test_impacts_share_the_drift_out_by_gain():

@@ -11,7 +11,7 @@ from diffusers_accel.forwards import Forwards, Last, Schedule
 from diffusers_accel.search.assignment import Assignment, Correction
 from diffusers_accel.search.steps.choice import StepChoice
 from diffusers_accel.tune.goal import Goal
-from diffusers_accel.tune.model import Model, Tried
+from diffusers_accel.tune.model import Attempt, Model
 
 
 def assignment(heads: float, steps: float | None, computed: int = 5, speedup: float = 2.0) -> Assignment:
@@ -27,9 +27,9 @@ def steps(computed: int) -> StepChoice | None:
     return assignment(0.0, 0.1, computed).steps
 
 
-def tried(heads: float, steps: float | None, mse: float, computed: int = 5, speedup: float = 2.0) -> Tried:
+def tried(heads: float, steps: float | None, mse: float, computed: int = 5, speedup: float = 2.0) -> Attempt:
     psnr = -10 * math.log10(mse)
-    return Tried(assignment(heads, steps, computed), speedup, psnr, psnr)
+    return Attempt(assignment(heads, steps, computed), speedup, psnr, psnr)
 
 
 def test_two_factors_are_told_apart() -> None:
@@ -69,7 +69,7 @@ def test_times_are_corrected_by_the_number_of_steps() -> None:
 def test_a_loss_that_grows_as_a_power_is_found() -> None:
     errors = np.array([1e-4, 1e-3, 1e-2])
     history = [
-        Tried(assignment(error, None), 2.0, -10 * math.log10(error), float(0.9 * error**0.5)) for error in errors
+        Attempt(assignment(error, None), 2.0, -10 * math.log10(error), float(0.9 * error**0.5)) for error in errors
     ]
     model = Model.of(history, Goal.lpips(0.1))
     assert model.power == pytest.approx(0.5, rel=0.02)

@@ -22,6 +22,7 @@ from diffusers_accel.tune.tuned import Proof
 from diffusers_accel.tune.tuning import TOLERANCE, Prompts, Tuning, verdict
 from tests.search.test_assign import costs, random_scores
 from tests.search.test_joint import choice
+from tests.search.test_sensitivity import with_impacts
 
 COST = costs(100, 5, 25, 45, 65)
 
@@ -40,8 +41,7 @@ def profile() -> Profile:
             ((0, 1, 2, 3, 4, 6, 7), 0.001),
         )
     )
-    scores = type(scores)(**{**vars(scores), "impacts": impacts})
-    return Profile(scores, COST, StepOptions(choices, ("transformer",) * 8, 0.95))
+    return Profile(with_impacts(scores, *impacts), COST, StepOptions(choices, ("transformer",) * 8, 0.95))
 
 
 @dataclass

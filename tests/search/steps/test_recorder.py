@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from diffusers_accel import patch
+from diffusers_accel.search.last_latents import LastLatents
 from diffusers_accel.search.running import run_pipeline
-from diffusers_accel.search.sensitivity import Dense, LastLatents
+from diffusers_accel.search.sensitivity import Dense
 from diffusers_accel.search.steps import samples
 from diffusers_accel.search.steps.recorder import TrajectoryRecorder, record
 from diffusers_accel.search.steps.samples import MOST, coefficients, denoised, parts
@@ -83,9 +84,9 @@ def test_the_run_of_another_engine_can_be_recorded() -> None:
     """As the probe's own first generation."""
     pipe = tiny_wan()
     alone = record(pipe, wan_prompt(), wan_call(), 0)
-    recorder, last = TrajectoryRecorder("", {}), LastLatents(stop=False)
+    recorder, last = TrajectoryRecorder("", {}), LastLatents()
     assert run_pipeline(pipe, lambda site: Dense(), wan_prompt(), wan_call(), 0, last, recorder.around)
-    beside = recorder.trajectory(last.latents)
+    beside = recorder.trajectory(last.ending.latents)
     assert len(beside.steps) == len(alone.steps)
     for one, other in zip(beside.steps, alone.steps, strict=True):
         assert torch.allclose(one.x, other.x, atol=1e-5) and torch.allclose(one.v["cond"], other.v["cond"], atol=1e-4)

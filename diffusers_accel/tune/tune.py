@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from diffusers_accel.files import quoted
@@ -83,7 +84,7 @@ def tune_plan(
         plan, provenance={**plan.provenance, "tuned": {"goal": str(goal), "met": met, **proof.to_json(goal.metric)}}
     )
     if out is not None and first:
-        plan.save(out)
+        plan.save(Path(out))
     screen.say(words)
     return Tuned(goal, plan, report, proof, met, words)
 
