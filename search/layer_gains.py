@@ -191,7 +191,8 @@ class LayerGains:
             return
         outputs = [forward.output for forward in forwards]
         branches = [] if joined is None else branches_of(outputs, joined)
-        weights = None if joined is None else joined_by(branches, joined, latents)
+        # One branch has nothing to be joined with: what is seen is of the sparse run, which may be far from these outputs.
+        weights = [1.0] if len(branches) == 1 else joined_by(branches, joined, latents) if joined is not None else None
         if weights is None:
             self._say(UNSEEN)
         sums = self._sums[self._transformer]

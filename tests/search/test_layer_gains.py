@@ -12,6 +12,7 @@ from diffusers_accel import patch
 from diffusers_accel.attach.site import Site
 from diffusers_accel.methods import DENSE, Draft, Kept, Method, Patches
 from diffusers_accel.plan import Plan, Span
+from diffusers_accel.search import joining
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.last_latents import LastLatents
 from diffusers_accel.search.layer_gains import CACHED, UNSEEN, LayerGains
@@ -142,6 +143,19 @@ def test_branches_that_are_joined_unseen_count_alike_and_that_is_said(scores):
     assert said == [UNSEEN] and (found > 0).all()
     seen = gains_of(pipe, scores, all_heads(BAND)).found()["transformer"]
     assert not np.allclose(found, seen, rtol=0.05)
+
+
+def test_a_single_branch_is_joined_with_none_however_sparse_the_run_is(scores, monkeypatch):
+    monkeypatch.setattr(joining, "MOST_LEFT", 1e-9)  # so that attention of random weights makes a difference
+
+    class Nothing:
+        """Attention that gives nothing, as the sparsest plan does."""
+
+        def attend(self, call, q, k, v):
+            return torch.zeros_like(q)
+
+    found = gains_of(tiny_wan(), scores, all_heads(BAND), lambda site: Nothing(), guidance_scale=1.0).found()
+    assert (found["transformer"] > 0).all()
 
 
 def test_a_layer_without_an_error_has_the_mean_of_the_others(scores):
