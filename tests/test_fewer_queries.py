@@ -305,7 +305,7 @@ class SyntheticModel:
     def __init__(self, layout: TokenLayout) -> None:
         self.name, self.module = "transformer", nn.Linear(HEADS * HEAD_DIM, 8)
         self.shape = ModelShape(1, HEADS, HEAD_DIM)
-        self.branch, self.sigma = "cond", None
+        self.branch, self.sigma, self.looks_ahead = "cond", None, False
         self.clock = SimpleNamespace(now=lambda: (1, 4))
         self.family = SimpleNamespace(output_projection=lambda module, name: module)
         self._layout = layout
@@ -403,7 +403,7 @@ def test_sampled_rows_are_rows_of_the_whole_call(layout: TokenLayout, method: Me
     q, k, v = inputs(layout)
     rows = torch.arange(0, layout.existing_queries, 7)
     call = AttentionCall(layout, "transformer", 0, tuple(range(HEADS)), now=(0, 9), dense=sdpa)
-    found = RowProbe((DENSE, method), Selections({}), {}, (1, 1), HEADS)
+    found = RowProbe((DENSE, method), Selections({}), {}, (1, 1), HEADS, HEAD_DIM)
     grams = head_grams(torch.eye(HEADS * HEAD_DIM), HEADS)
     chunk = Chunk(call, SampledHeads(q[0], k[0], v[0], rows, layout), torch.zeros(HEADS, len(rows), HEAD_DIM), grams)
     found.add(chunk)

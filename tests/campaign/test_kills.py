@@ -22,7 +22,7 @@ from tests.campaign.forks import Ending, Forks
 from tests.campaign.sound import picture_of_tensors, same
 from tests.campaign.tally import Campaign
 
-TIMES = re.compile(r"time|warm_up|middles|speed|seconds|share|ratio|drift|memory|rounds|layers|warnings")
+TIMES = re.compile(r"time|warm_up|middles|speed|seconds|share|ratio|drift|memory|rounds|layers|warnings|^ms$")
 
 
 def plans(folder: Path) -> Any:

@@ -22,14 +22,14 @@ def scores() -> Scores:
 
 
 def test_weights_of_spans_predict_the_drift_that_impacts_were_measured_by() -> None:
-    from diffusers_accel.search.predicted import latents_error
+    from diffusers_accel.search.predicted import heads_error
     from diffusers_accel.search.sensitivity import span_choice
 
     found = scores()
     for span in (0, 1):
         choice = span_choice(found, span)
         error = layer_errors(found, choice)["transformer"][span].sum()
-        assert error_model.span_impacts(found)[span] * error == pytest.approx(latents_error(found, choice))
+        assert error_model.span_impacts(found)[span] * error == pytest.approx(heads_error(found, choice))
         predicted = error_model.predictions(found, choice)
         assert predicted[BY_SPAN] == pytest.approx(predicted[BY_LAYER]) and predicted[NONE] == pytest.approx(error)
     alike = with_impacts(random_scores(), 0.5, 2.0)
