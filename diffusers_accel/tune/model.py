@@ -68,7 +68,10 @@ class Model:
     def of(cls, history: Sequence[Attempt], goal: Goal) -> Model:
         """Of what was tried, one plan at least, the latest last."""
         correction = _correction(history)
-        slow = {each.computed: each.assignment.speedup / each.speedup for each in history}
+        ratios: dict[int | None, list[float]] = {}
+        for each in history:  # of a noisy clock the mean tells more than the latest time
+            ratios.setdefault(each.computed, []).append(each.assignment.speedup / each.speedup)
+        slow = {count: statistics.geometric_mean(some) for count, some in ratios.items()}
         totals = np.log([max(each.assignment.total(correction), LEAST) for each in history])
         losses = np.log([goal.loss(each.value) for each in history])
         power = POWERS[goal.metric]
