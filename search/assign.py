@@ -14,9 +14,7 @@ from collections.abc import Collection, Sequence
 
 from diffusers_accel.methods import Method
 from diffusers_accel.search.assignment import (
-    NO_CORRECTION,
     Assignment,
-    Correction,
     Tables,
     build_tables,
     find_weights,
@@ -41,7 +39,6 @@ def assign(
     span_weights: Sequence[float] | None = None,
     among: Collection[Method] | None = None,
     steps: StepOptions | None = None,
-    correction: Correction = NO_CORRECTION,
 ) -> Assignment:
     """The assignment with the least error inside the budget.
 
@@ -54,7 +51,6 @@ def assign(
             measured it, for each span and layer.
         among: the candidates that may be taken beside dense; None: all.
         steps: step caches to choose from, for a speed-up; None: every step runs.
-        correction: of the predicted errors.
 
     Raises:
         OutOfReach: no plan keeps the budget.
@@ -66,7 +62,7 @@ def assign(
                 "span_weights: found beside steps, which are weighed by what was measured; leave one of them out"
             )
         joint = Joint(scores, cost, steps, dense_steps, among)
-        return joint.assignment(joint.ranked(budget.value, correction)[0])
+        return joint.assignment(joint.ranked(budget.value)[0])
     tables = build_tables(scores, cost, find_weights(scores, span_weights), dense_steps, among)
     if budget.kind == "sparse_vdit":
         choice = {name: table.sparse_vdit(scores, name, budget) for name, table in tables.items()}

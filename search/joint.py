@@ -110,9 +110,12 @@ class Joint:
                 total = correction.heads * heads + correction.forwards * predicted
                 found.append(Expected(chosen, asked, heads, total))
         if not found:
+            means = (
+                "step caches and sparse attention together make" if len(self._fronts) > 1 else "sparse attention makes"
+            )
             raise OutOfReach(
-                f"a speed-up of {speedup:g} is out of reach: step caches and sparse attention together make a generation here "
-                f"{self.fastest(slow):.2f} times as fast at most; ask for less"
+                f"a speed-up of {speedup:g} is out of reach: {means} a generation here {self.fastest(slow):.2f} times as fast "
+                "at most; ask for less"
             )
         return sorted(found, key=lambda each: each.error)
 

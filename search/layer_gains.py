@@ -190,9 +190,13 @@ class LayerGains:
         if not forwards:
             return
         outputs = [forward.output for forward in forwards]
-        branches = [] if joined is None else branches_of(outputs, joined)
-        # One branch has nothing to be joined with: what is seen is of the sparse run, which may be far from these outputs.
-        weights = [1.0] if len(branches) == 1 else joined_by(branches, joined, latents) if joined is not None else None
+        branches: list[Tensor] = []
+        weights: list[float] | None = None
+        if joined is not None:
+            branches = branches_of(outputs, joined)
+            weights = joined_by(branches, joined, latents)
+        if len(branches) == 1:  # is joined with none, and what is seen is of the sparse run, which may be far from it
+            weights = [1.0]
         if weights is None:
             self._say(UNSEEN)
         sums = self._sums[self._transformer]

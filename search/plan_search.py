@@ -143,21 +143,21 @@ def search_plan(
     _, plan = _search(
         pipe,
         prompts,
-        call,
-        budget,
-        out,
-        candidates,
-        spans,
-        dense_steps,
-        span_weights,
-        seed,
-        rows,
-        probe_steps,
-        masks,
-        step_caches,
-        correct,
-        scores_path,
-        progress,
+        call=call,
+        budget=budget,
+        out=out,
+        candidates=candidates,
+        spans=spans,
+        dense_steps=dense_steps,
+        span_weights=span_weights,
+        seed=seed,
+        rows=rows,
+        probe_steps=probe_steps,
+        masks=masks,
+        step_caches=step_caches,
+        correct=correct,
+        scores_path=scores_path,
+        progress=progress,
     )
     assert plan is not None
     return plan
@@ -180,28 +180,28 @@ def search_profile(
     scores_path: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Profile:
-    """Measures what `search_plan` measures, and keeps it where that does, for plans of any budget (`Profile.assignments`).
+    """Measures what `search_plan` measures, and keeps it where that does, for plans of any budget (`Profile.joint`).
 
     Arguments and errors as of `search_plan`; `out` is the file that a plan will be written to, beside which the scores stand.
     """
     profile, _ = _search(
         pipe,
         prompts,
-        call,
-        None,
-        out,
-        candidates,
-        spans,
-        dense_steps,
-        None,
-        seed,
-        rows,
-        probe_steps,
-        masks,
-        step_caches,
-        False,
-        scores_path,
-        progress,
+        call=call,
+        budget=None,
+        out=out,
+        candidates=candidates,
+        spans=spans,
+        dense_steps=dense_steps,
+        span_weights=None,
+        seed=seed,
+        rows=rows,
+        probe_steps=probe_steps,
+        masks=masks,
+        step_caches=step_caches,
+        correct=False,
+        scores_path=scores_path,
+        progress=progress,
     )
     return profile
 
@@ -209,6 +209,7 @@ def search_profile(
 def _search(
     pipe: Any,
     prompts: Sequence[Prompt],
+    *,
     call: Mapping[str, Any],
     budget: Budget | None,
     out: str | os.PathLike[str] | None,

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from diffusers_accel.evals.metrics import METRICS
 from diffusers_accel.files import quoted
 from diffusers_accel.search.checks import real_number
 
@@ -72,7 +73,7 @@ class Goal:
 
     @property
     def higher_is_better(self) -> bool:
-        return self.metric != "lpips"
+        return METRICS[self.metric].better == "higher"
 
     def loss(self, value: float) -> float:
         """A value of the metric as a loss above 0, which shrinks towards 0 as a clip comes to equal the dense one."""

@@ -1,7 +1,7 @@
 """Step schedules derived, not typed: one dense generation is recorded, and what each schedule would do to it is worked out
 without the model.
 
-`trajectory`: what is recorded. `trajectory_file`: its file. `recorder`: the recording. `samples`, `spectrum`: the numbers that
+`trajectory`: what is recorded. `recorder`: the recording. `samples`, `spectrum`: the numbers that
 errors are worked out on. `step_map`: what the scheduler does with an output, fitted. `course`: a run that predicts, as its
 deviation from the recorded one. `lift`: what a deviation becomes by the end. `state_graph`, `run_errors`, `shortest_path`: the
 best set of computed steps for every number of them. `replay`: what a rule that decides while it runs would do, and at which
@@ -13,7 +13,6 @@ from diffusers_accel.search.steps.curve import DEFAULT, step_choices
 from diffusers_accel.search.steps.recorder import TrajectoryRecorder, record, trajectory_identity
 from diffusers_accel.search.steps.replay import ThresholdRange, replay, threshold_ranges
 from diffusers_accel.search.steps.trajectory import Trajectory, TrajectoryStep
-from diffusers_accel.search.steps.trajectory_file import load_trajectory, save_trajectory
 
 __all__ = [
     "DEFAULT",
@@ -22,10 +21,8 @@ __all__ = [
     "Trajectory",
     "TrajectoryRecorder",
     "TrajectoryStep",
-    "load_trajectory",
     "record",
     "replay",
-    "save_trajectory",
     "step_choices",
     "threshold_ranges",
     "trajectory_identity",

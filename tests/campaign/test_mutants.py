@@ -36,7 +36,7 @@ from diffusers_accel.evals.toy.training.run_state import RunState
 from diffusers_accel.evals.vbench import results as vbench
 from diffusers_accel.evals.vbench.show import table
 from diffusers_accel.files import encode_tensors, load_document, save_document, side_file
-from diffusers_accel.forwards import PREDICTORS, RULES, Forwards, Magnitudes, schedule
+from diffusers_accel.forwards import PREDICTORS, RULES, Forwards, Last, Magnitudes, Schedule, schedule
 from diffusers_accel.forwards.predictors.taylor import Taylor
 from diffusers_accel.forwards.rules.magcache import MagCache
 from diffusers_accel.plan import Plan, Span
@@ -47,7 +47,8 @@ from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.cost import Cost
 from diffusers_accel.search.plan_making import make_plan
 from diffusers_accel.search.scores import Scores
-from diffusers_accel.search.steps import Trajectory, load_trajectory, save_trajectory, step_choices
+from diffusers_accel.search.step_options import StepOptions
+from diffusers_accel.search.steps import StepChoice
 from tests.campaign.mutate import bytes_of, json_of, text_of
 from tests.campaign.pickles import crafted, in_archive
 from tests.campaign.sound import (
@@ -68,11 +69,10 @@ from tests.campaign.tiny_runs import CALL, CANDIDATES, SIZE, every_kind, reading
 from tests.campaign.verdict import outcome
 from tests.evals import synthetic
 from tests.kernels.test_bench import row as bench_row
-from tests.search.steps.synthetic import drawn, euler
 
 KINDS = (
     "plan", "plan of windows", "plan of tables", "scores", "cost", "report", "clips", "comparison", "bench rows", "run state",
-    "LPIPS cache", "prompts", "VBench", "trajectory", "magnitudes",
+    "LPIPS cache", "prompts", "VBench", "steps", "magnitudes",
 )  # fmt: skip
 SLOW = 20.0  # seconds; a damaged file that takes longer is one that hangs
 
@@ -234,21 +234,20 @@ def use_cost(scores: Scores, cost: Cost) -> None:
     use_scores(cost, scores)
 
 
-def write_trajectory(folder: Path) -> tuple[Path, ...]:
-    outputs = {"cond": 3.0, "uncond": -2.0}
-    found = euler(lambda step: {branch: drawn(step + 50 * at) for at, branch in enumerate(outputs)}, outputs)
-    save_trajectory(folder / "t.safetensors", found)
-    return (folder / "t.safetensors",)
+def write_steps(folder: Path) -> tuple[Path, ...]:
+    choices = tuple(
+        StepChoice(Forwards(Schedule(steps=computed), Last(of)), computed, error)
+        for computed, of, error in (((0, 4), "velocity", 0.25), ((0, 2, 4), "residual", 1e-3))
+    )
+    StepOptions(choices, ("transformer",) * 3 + ("transformer_2",) * 2, 0.875, {"seed": 3}).save(
+        folder / "s.steps.json"
+    )
+    return (folder / "s.steps.json",)
 
 
-def picture_of_trajectory(trajectory: Trajectory) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        save_trajectory(Path(folder, "t.safetensors"), trajectory)
-        return says_document(Path(folder, "t.safetensors"))
-
-
-def use_trajectory(trajectory: Trajectory) -> None:
-    step_choices([trajectory])
+def use_steps(options: StepOptions) -> None:
+    for each in options.choices:
+        assert options.speedup(0.5, 0.5, each) > 0 and options.computes_first(each, 0.0)
 
 
 # What reports, benchmarks and training keep
@@ -497,14 +496,14 @@ def subject(
             lambda value: None if "VBench on" in table(value) else pytest.fail("no table"),
             seal_json,
         ),
-        "trajectory": Subject(
-            "trajectory",
-            write_trajectory,
-            load_trajectory,
-            picture_of_trajectory,
-            says_document,
-            use_trajectory,
-            seal_document,
+        "steps": Subject(
+            "steps",
+            write_steps,
+            StepOptions.load,
+            partial(picture_by_saving, again, "s.steps.json", raw_json),
+            raw_json,
+            use_steps,
+            seal_json,
         ),
     }
     yield subjects[name]

@@ -288,7 +288,7 @@ def test_a_table_may_be_any_list() -> None:
         ({"ratios": {}}, "a table for each branch by its name"),
         ({"ratios": {1: [1.0]}}, "a table for each branch by its name"),
         ({"ratios": {"cond": [0]}}, "ratios of 'cond': expected a list of numbers above 0"),
-        ({"threshold": -0.1}, "threshold is a relative error, expected 0 or more, found -0.1"),
+        ({"threshold": -0.1}, "threshold is a relative change, expected 0 or more, found -0.1"),
         ({"threshold": math.nan}, "expected 0 or more, found nan"),
         ({"max_skips": 0}, "expected an integer of 1 or more, found 0"),
         ({"max_skips": 1.5}, "expected an integer of 1 or more, found 1.5"),

@@ -118,9 +118,9 @@ def test_where_steps_are_cheap_heads_stay_dense_and_the_other_way_round() -> Non
     sparse = assign(scores, cost, Budget.speedup(1.5), steps=dear)
     assert sparse.steps is None and sparse.heads_error > 0
     # What clips have shown of the two errors decides as well.
-    both = options(choice(0, 3, 7, error=0.05))
-    assert assign(scores, cost, Budget.speedup(1.5), steps=both, correction=Correction(heads=1e6)).steps is not None
-    assert assign(scores, cost, Budget.speedup(1.5), steps=both, correction=Correction(forwards=1e6)).steps is None
+    both = Joint(scores, cost, options(choice(0, 3, 7, error=0.05)))
+    assert both.ranked(1.5, Correction(heads=1e6))[0].steps is not None
+    assert both.ranked(1.5, Correction(forwards=1e6))[0].steps is None
 
 
 def test_both_together_reach_what_neither_does() -> None:

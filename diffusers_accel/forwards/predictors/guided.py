@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from diffusers_accel.files import quoted
 from diffusers_accel.forwards.predictors.quantity import wide
 from diffusers_accel.forwards.rule import GUIDE, VIDEO, Now
+from diffusers_accel.forwards.rule_parts import check_share, is_number
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,9 @@ class Guided:
 
     def __post_init__(self) -> None:
         for name, value in (("low", self.low), ("high", self.high)):
-            if not (_is_number(value) and value > 0):
+            if not (is_number(value) and value > 0):
                 raise ValueError(f"{name} is a factor, expected a number above 0, found {quoted(value)}")
-        if not (_is_number(self.turn) and 0 <= self.turn <= 1):
-            raise ValueError(f"turn is a share of the schedule, expected in [0, 1], found {quoted(self.turn)}")
+        check_share("turn", self.turn)
 
     @property
     def label(self) -> str:
@@ -73,7 +72,3 @@ def _weighted(video: Tensor, low: float, high: float) -> Tensor:
     within = down[:, None] ** 2 + across**2 <= (min(height, width) // 5) ** 2
     factors = torch.where(within, low, high).to(video.dtype)
     return torch.fft.ifft2(torch.fft.fft2(video) * factors).real
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from diffusers_accel.files import quoted
 from diffusers_accel.forwards.rule import Decision, Now
+from diffusers_accel.forwards.rule_parts import check_count, check_threshold
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,8 @@ class EasyCache:
     warm_up: int = 10
 
     def __post_init__(self) -> None:
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)) or not self.threshold >= 0:
-            raise ValueError(f"threshold is a relative change, expected 0 or more, found {quoted(self.threshold)}")
-        if isinstance(self.warm_up, bool) or not isinstance(self.warm_up, int) or self.warm_up < 0:
-            raise ValueError(
-                f"warm_up is a number of steps, expected an integer of 0 or more, found {quoted(self.warm_up)}"
-            )
+        check_threshold(self.threshold)
+        check_count("warm_up", self.warm_up, 0)
 
     @property
     def label(self) -> str:

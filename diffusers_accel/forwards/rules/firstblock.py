@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from diffusers_accel.files import quoted
 from diffusers_accel.forwards.indicator import FIRST_BLOCK
 from diffusers_accel.forwards.rule import SINCE_COMPUTED, Decision, Now
+from diffusers_accel.forwards.rule_parts import TOO_FEW, check_count, check_threshold, fewest
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,8 @@ class FirstBlock:
     max_skips: int = 4
 
     def __post_init__(self) -> None:
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)) or not self.threshold >= 0:
-            raise ValueError(f"threshold is a relative change, expected 0 or more, found {quoted(self.threshold)}")
-        if isinstance(self.max_skips, bool) or not isinstance(self.max_skips, int) or self.max_skips < 1:
-            raise ValueError(
-                f"max_skips is a number of steps, expected an integer of 1 or more, found {quoted(self.max_skips)}"
-            )
+        check_threshold(self.threshold)
+        check_count("max_skips", self.max_skips, 1)
 
     @property
     def label(self) -> str:
@@ -53,11 +49,10 @@ class FirstBlock:
     def idle(self, steps: int) -> str | None:
         if not self.threshold or steps > 2:
             return None
-        return "the first step and the last one compute in any case: run 3 steps or more"
+        return TOO_FEW
 
     def least(self, steps: int) -> int:
-        between = max(steps - 2, 0)
-        return min(steps, 2 + between // (self.max_skips + 1)) if self.threshold else steps
+        return fewest(steps, 1, self.max_skips + 1) if self.threshold else steps
 
     def decide(self, now: Now, carry: Any) -> Decision:
         r, computed = now.indicator, now.indicator_before

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from diffusers_accel.files import quoted
 from diffusers_accel.forwards.rule import Decision, Now
+from diffusers_accel.forwards.rule_parts import TOO_FEW, check_count, check_share, fewest
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,8 @@ class Interval:
     retention: float = 0.2
 
     def __post_init__(self) -> None:
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(
-                f"every is a number of steps, expected an integer of 1 or more, found {quoted(self.every)}"
-            )
-        given: Any = self.retention
-        if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given <= 1:
-            raise ValueError(f"retention is a share of the schedule, expected in [0, 1], found {quoted(given)}")
+        check_count("every", self.every, 1)
+        check_share("retention", self.retention)
 
     @property
     def label(self) -> str:
@@ -48,16 +43,14 @@ class Interval:
         if self.every == 1 or max(self._retained(steps), 1) < steps - 1:
             return None
         if steps < 3:
-            return "the first step and the last one compute in any case: run 3 steps or more"
+            return TOO_FEW
         return (
             f"its retention={self.retention:g} computes the first {self._retained(steps)}, and the last one computes in any "
             "case: give it a smaller one"
         )
 
     def least(self, steps: int) -> int:
-        first = max(self._retained(steps), 1)
-        between = max(steps - first - 1, 0)  # before the last one
-        return min(steps, first + between // self.every + 1)
+        return fewest(steps, max(self._retained(steps), 1), self.every)
 
     def _retained(self, steps: int) -> int:
         """How many steps at the start of a schedule compute."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from diffusers_accel.files import quoted
 from diffusers_accel.forwards.rule import NOISE, Decision, Now
+from diffusers_accel.forwards.rule_parts import TOO_FEW, check_count, check_share, check_threshold, fewest, is_number
 
 Ratios = tuple[float, ...]
 
@@ -56,16 +56,9 @@ class MagCache:
         else:
             tables = _table("ratios", given)
         object.__setattr__(self, "ratios", tables)
-        if not (_is_number(self.threshold) and self.threshold >= 0):
-            raise ValueError(f"threshold is a relative error, expected 0 or more, found {quoted(self.threshold)}")
-        if isinstance(self.max_skips, bool) or not isinstance(self.max_skips, int) or self.max_skips < 1:
-            raise ValueError(
-                f"max_skips is a number of steps, expected an integer of 1 or more, found {quoted(self.max_skips)}"
-            )
-        if not (_is_number(self.retention) and 0 <= self.retention <= 1):
-            raise ValueError(
-                f"retention is a share of the schedule, expected in [0, 1], found {quoted(self.retention)}"
-            )
+        check_threshold(self.threshold)
+        check_count("max_skips", self.max_skips, 1)
+        check_share("retention", self.retention)
         if self.made_for is not None and not isinstance(self.made_for, str):
             raise ValueError(f"made_for: expected the name of a model or None, found {quoted(self.made_for)}")
         if self.noise is not None:
@@ -95,7 +88,7 @@ class MagCache:
         if not self.threshold or max(retained, 1) < steps - 1:
             return None
         if steps < 3:
-            return "the first step and the last one compute in any case: run 3 steps or more"
+            return TOO_FEW
         return (
             f"its retention={self.retention:g} computes the first {retained}, and the last one computes in any case: give it a "
             "smaller one"
@@ -103,8 +96,7 @@ class MagCache:
 
     def least(self, steps: int) -> int:
         first = max(self._retained(steps), 1)
-        between = max(steps - first - 1, 0)  # before the last one
-        return min(steps, first + between // (self.max_skips + 1) + 1) if self.threshold else steps
+        return fewest(steps, first, self.max_skips + 1) if self.threshold else steps
 
     def _retained(self, steps: int) -> int:
         """How many steps at the start of a schedule compute."""
@@ -149,17 +141,13 @@ def _error(table: Ratios, now: Now) -> float:
 
 def _table(what: str, values: Any) -> Ratios:
     good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
-    if not good or not all(_is_number(value) and value > 0 for value in values):
+    if not good or not all(is_number(value) and value > 0 for value in values):
         raise ValueError(f"{what}: expected a list of numbers above 0, one for each step, found {quoted(values)}")
     return tuple(float(value) for value in values)
 
 
 def _shares(values: Any) -> tuple[float, ...]:
     good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
-    if not good or not all(_is_number(value) and 0 <= value <= 1 for value in values):
+    if not good or not all(is_number(value) and 0 <= value <= 1 for value in values):
         raise ValueError(f"noise: expected a list of numbers in [0, 1], one for each step, found {quoted(values)}")
     return tuple(float(value) for value in values)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

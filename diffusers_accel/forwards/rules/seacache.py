@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffusers_accel.files import quoted
 from diffusers_accel.forwards.rule import NOISE, VIDEO, Decision, Now
+from diffusers_accel.forwards.rule_parts import TOO_FEW, check_count, check_threshold, fewest
 
 POWER = 3.0  # of the frequency by which the power of video falls, as the authors take it
 CLEANEST = 1e-6  # share of noise, or of video, that counts as none: a filter must have both
@@ -44,12 +44,8 @@ class SeaCache:
     max_skips: int = 2
 
     def __post_init__(self) -> None:
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)) or not self.threshold >= 0:
-            raise ValueError(f"threshold is a relative change, expected 0 or more, found {quoted(self.threshold)}")
-        if isinstance(self.max_skips, bool) or not isinstance(self.max_skips, int) or self.max_skips < 1:
-            raise ValueError(
-                f"max_skips is a number of steps, expected an integer of 1 or more, found {quoted(self.max_skips)}"
-            )
+        check_threshold(self.threshold)
+        check_count("max_skips", self.max_skips, 1)
 
     @property
     def label(self) -> str:
@@ -65,11 +61,10 @@ class SeaCache:
     def idle(self, steps: int) -> str | None:
         if not self.threshold or steps > 2:
             return None
-        return "the first step and the last one compute in any case: run 3 steps or more"
+        return TOO_FEW
 
     def least(self, steps: int) -> int:
-        between = max(steps - 2, 0)
-        return min(steps, 2 + between // (self.max_skips + 1)) if self.threshold else steps
+        return fewest(steps, 1, self.max_skips + 1) if self.threshold else steps
 
     def decide(self, now: Now, carry: Any) -> Decision:
         if not self.threshold or now.step - now.last.step > self.max_skips:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from diffusers_accel.files import quoted
 from diffusers_accel.forwards.rule import GUIDE, NOISE, SINCE_COMPUTED, VIDEO, Decision, Now
+from diffusers_accel.forwards.rule_parts import TOO_FEW, check_count, check_threshold, is_number
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,8 @@ class TeaCache:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "coefficients", _numbers(self.coefficients))
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)) or not self.threshold >= 0:
-            raise ValueError(f"threshold is a relative change, expected 0 or more, found {quoted(self.threshold)}")
-        if isinstance(self.warm_up, bool) or not isinstance(self.warm_up, int) or self.warm_up < 0:
-            raise ValueError(
-                f"warm_up is a number of steps, expected an integer of 0 or more, found {quoted(self.warm_up)}"
-            )
+        check_threshold(self.threshold)
+        check_count("warm_up", self.warm_up, 0)
         if not isinstance(self.indicator, str) or self.indicator in (NOISE, VIDEO, GUIDE, SINCE_COMPUTED, ""):
             raise ValueError(f'indicator: expected a name such as "tokens" or "time", found {quoted(self.indicator)}')
         if self.made_for is not None and not isinstance(self.made_for, str):
@@ -74,7 +70,7 @@ class TeaCache:
         if not self.threshold or first < steps - 1:
             return None
         if steps < 3:
-            return "the first step and the last one compute in any case: run 3 steps or more"
+            return TOO_FEW
         return (
             f"its warm_up computes the first {self.warm_up}, and the last one computes in any case: give it a smaller one, or "
             f"run {first + 2} steps or more"
@@ -101,13 +97,9 @@ class TeaCache:
 
 def _numbers(values: Any) -> tuple[float, ...]:
     good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
-    if not good or not all(_is_number(value) for value in values):
+    if not good or not all(is_number(value) for value in values):
         raise ValueError(
             "coefficients: expected the numbers of a polynomial, that of the highest degree first, found "
             f"{quoted(values)}"
         )
     return tuple(float(value) for value in values)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
