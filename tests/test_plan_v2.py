@@ -234,7 +234,7 @@ def test_forwards_come_back_from_a_file(forwards: Forwards, tmp_path: Path) -> N
 def test_what_is_no_forwards_is_refused(forwards: Any) -> None:
     with pytest.raises(PlanError, match=r"^forwards: expected Forwards\(rule, predictor\) or None, found"):
         bands(forwards=forwards)
-    with pytest.raises(PlanError, match="forwards.rule.threshold: expected a finite number"):
+    with pytest.raises(ValueError, match="threshold is a relative change, expected 0 or more and finite"):
         bands(forwards=easycache(threshold=float("inf")))
 
 

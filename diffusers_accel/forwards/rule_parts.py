@@ -18,7 +18,7 @@ def is_number(value: Any) -> bool:
 def check_threshold(value: Any) -> None:
     """Raises ValueError where it is no finite number of 0 or more."""
     if not (is_number(value) and value >= 0):
-        raise ValueError(f"threshold is a relative change, expected 0 or more, found {quoted(value)}")
+        raise ValueError(f"threshold is a relative change, expected 0 or more and finite, found {quoted(value)}")
 
 
 def check_count(name: str, value: Any, least: int) -> None:

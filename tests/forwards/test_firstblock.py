@@ -165,8 +165,8 @@ def test_an_expert_begins_anew() -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"threshold": -0.1}, "expected 0 or more, found -0.1"),
-        ({"threshold": float("nan")}, "expected 0 or more, found nan"),
+        ({"threshold": -0.1}, "expected 0 or more and finite, found -0.1"),
+        ({"threshold": float("nan")}, "expected 0 or more and finite, found nan"),
         ({"max_skips": 0}, "expected an integer of 1 or more, found 0"),
     ],
 )

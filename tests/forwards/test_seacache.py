@@ -273,9 +273,9 @@ def test_another_schedule_is_another_noise_level() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"threshold": -0.1}, "expected 0 or more, found -0.1"),
-        ({"threshold": float("nan")}, "expected 0 or more, found nan"),
-        ({"threshold": "1"}, "expected 0 or more, found '1'"),
+        ({"threshold": -0.1}, "expected 0 or more and finite, found -0.1"),
+        ({"threshold": float("nan")}, "expected 0 or more and finite, found nan"),
+        ({"threshold": "1"}, "expected 0 or more and finite, found '1'"),
         ({"max_skips": 0}, "expected an integer of 1 or more, found 0"),
         ({"max_skips": True}, "expected an integer of 1 or more, found True"),
     ],

@@ -337,7 +337,7 @@ def test_a_table_is_taken_for_the_model_that_it_was_made_for(monkeypatch: pytest
         ({"checkpoint": "mochi-1", "indicator": "time"}, "belong to 'tokens', found 'time'"),
         ({"coefficients": ()}, "coefficients: expected the numbers of a polynomial"),
         ({"coefficients": (1.0, float("inf"))}, "coefficients: expected the numbers"),
-        ({"coefficients": LINE, "threshold": -1}, "expected 0 or more, found -1"),
+        ({"coefficients": LINE, "threshold": -1}, "expected 0 or more and finite, found -1"),
         ({"coefficients": LINE, "warm_up": -1}, "expected an integer of 0 or more, found -1"),
         ({"coefficients": LINE, "indicator": "noise"}, "indicator: expected a name .* found 'noise'"),
     ],
