@@ -29,7 +29,7 @@ from diffusers_accel.files import prepare_folder, write_json, write_whole
 from diffusers_accel.forwards import EasyCache, Forwards, Last, Schedule
 from diffusers_accel.search.last_latents import LastLatents
 from diffusers_accel.search.running import Enough
-from diffusers_accel.search.steps.curve import DEFAULT, Curve
+from diffusers_accel.search.steps.curve import DEFAULT, Curve, evenly
 from diffusers_accel.search.steps.recorder import record
 from diffusers_accel.support.seeded import seeded
 
@@ -140,11 +140,6 @@ def others(curve: Curve, counts: Sequence[int], random: int) -> list[Tried]:
             for computed in dict.fromkeys(sets):
                 found.append(_scheduled(f"{predictor.label} at {list(computed)}", curve, predictor, computed))
     return found
-
-
-def evenly(steps: int, count: int) -> tuple[int, ...]:
-    """So many steps, the first and the last among them."""
-    return tuple(round(place) for place in np.linspace(0, steps - 1, count))
 
 
 def _scheduled(name: str, curve: Curve, predictor: Any, computed: tuple[int, ...]) -> Tried:

@@ -5,11 +5,12 @@ A front is walked once (`search.knapsack`); what any speed-up costs is then read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from diffusers_accel.forwards import Forwards
 from diffusers_accel.methods import Method
 from diffusers_accel.search.assignment import (
     NO_CORRECTION,
@@ -82,7 +83,23 @@ class Joint:
         self._weights = find_weights(scores, None)
         self._tables = build_tables(scores, cost, self._weights, dense_steps, among)
         choices = [None, *(each for each in self._steps.choices if self._steps.computes_first(each, dense_steps))]
-        self._fronts = [(chosen, *self._front(self._covered(chosen))) for chosen in choices]
+        fronts: dict[
+            tuple[int, ...] | None, tuple[Array, Array]
+        ] = {}  # the heads' are those of the steps that are computed
+        for chosen in choices:
+            computed = chosen.computed if chosen else None
+            if computed not in fronts:
+                fronts[computed] = self._front(self._covered(chosen))
+        self._fronts = [(chosen, *fronts[chosen.computed if chosen else None]) for chosen in choices]
+
+    def learn(self, errors: Mapping[Forwards, float]) -> None:
+        """Sets the errors of choices of steps that were measured since."""
+
+        def learned(chosen: StepChoice | None) -> StepChoice | None:
+            known = chosen is not None and chosen.forwards in errors
+            return replace(chosen, error=errors[chosen.forwards], measured=True) if chosen and known else chosen
+
+        self._fronts = [(learned(chosen), ratios, wrong) for chosen, ratios, wrong in self._fronts]
 
     def ranked(
         self,

@@ -76,7 +76,7 @@ def run_pipeline(
     if at_step_end is not None:
         arguments["callback_on_step_end"] = at_step_end
     device = torch.device(pipe._execution_device)
-    with _quiet(pipe), attach(pipe, make_engine) as attached, seeded(seed, device) as generator:
+    with quiet(pipe), attach(pipe, make_engine) as attached, seeded(seed, device) as generator:
         if around is not None:
             attached.watch(around)
         try:
@@ -115,7 +115,7 @@ def prompt_label(prompt: Prompt) -> str:
 
 
 @contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
+def quiet(pipe: Any) -> Iterator[None]:
     """Without the pipeline's own progress bars: the search shows one of its own."""
     bars = [(part, vars(part).get("_progress_bar_config")) for part in _with_bars(pipe)]
     for part, before in bars:

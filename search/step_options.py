@@ -22,13 +22,15 @@ from diffusers_accel.search.steps.curve import step_choices
 from diffusers_accel.search.steps.recorder import record
 
 PROMPTS = 2  # that are generated to record what each step gives
-KIND = Kind("diffusers_accel.steps", 1, "delete the file and search again")
+WAYS = 4  # to leave out so many steps, among which clips decide
+KIND = Kind("diffusers_accel.steps", 2, "delete the file and search again")
 
 
 class _Choice(Schema, frozen=True):
     forwards: dict[str, Any]
     computed: tuple[int, ...]
     error: float
+    measured: bool
 
 
 class _File(Schema, frozen=True):
@@ -43,7 +45,7 @@ class StepOptions:
     """Step caches to choose from.
 
     Args:
-        choices: they compute different steps, or predict the others differently.
+        choices: they compute different steps, or predict the others differently; several may compute as many.
         transformers: which one runs, for each step of the schedule.
         share: of a dense generation's wall time, what the forwards of the transformers take, attention included: 0..1.
         config: of the search that recorded the runs which they follow from: JSON data.
@@ -97,7 +99,8 @@ class StepOptions:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON, whole or not at all."""
         choices = tuple(
-            _Choice(forwards=each.forwards.to_json(), computed=each.computed, error=each.error) for each in self.choices
+            _Choice(forwards=each.forwards.to_json(), computed=each.computed, error=each.error, measured=each.measured)
+            for each in self.choices
         )
         content = _File(choices=choices, transformers=self.transformers, share=self.share, config=self.config)
         save_document(Path(path), KIND, content)
@@ -113,7 +116,8 @@ class StepOptions:
         found = load_document(Path(path), KIND, _File)
         try:
             choices = tuple(
-                StepChoice(Forwards.from_json(each.forwards), each.computed, each.error) for each in found.choices
+                StepChoice(Forwards.from_json(each.forwards), each.computed, each.error, each.measured)
+                for each in found.choices
             )
             return cls(choices, found.transformers, found.share, found.config)
         except ValueError as error:
@@ -143,5 +147,5 @@ def measure_steps(
         shares.append(min(1.0, timer.milliseconds / 1e3 / seconds))
         on_prompt(number + 1)
     transformers = trajectories[0].transformers
-    choices = tuple(each for each in step_choices(trajectories) if len(each.computed) < len(transformers))
+    choices = tuple(each for each in step_choices(trajectories, ways=WAYS) if len(each.computed) < len(transformers))
     return StepOptions(choices, transformers, float(np.median(shares)))

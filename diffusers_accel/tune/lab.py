@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from diffusers_accel.evals.compare import compare
 from diffusers_accel.evals.generate import Prompt
 from diffusers_accel.evals.measurement import Measurement
 from diffusers_accel.evals.report import Report
+from diffusers_accel.forwards import Forwards
 from diffusers_accel.plan import Plan
+from diffusers_accel.search.steps.measured import MeasuredSteps
+from diffusers_accel.support.processes import processes
 from diffusers_accel.tune.goal import Goal
 
 SAME = 100.0  # dB, for clips that equal the dense ones
@@ -21,8 +25,10 @@ class Lab(Protocol):
 
     def compare(self, plans: Mapping[str, Plan], prompts: Sequence[Prompt], last: bool) -> Report: ...
 
+    def step_error(self, forwards: Forwards, prompts: Sequence[Prompt]) -> float: ...
 
-@dataclass(frozen=True)
+
+@dataclass
 class PipelineLab:
     """The user's own pipeline.
 
@@ -40,6 +46,7 @@ class PipelineLab:
     floor: bool
     show: int
     progress: bool
+    _steps: MeasuredSteps | None = None
 
     def compare(self, plans: Mapping[str, Plan], prompts: Sequence[Prompt], last: bool) -> Report:
         return compare(
@@ -53,6 +60,13 @@ class PipelineLab:
             floor=self.floor and last,
             progress=self.progress,
         )
+
+    def step_error(self, forwards: Forwards, prompts: Sequence[Prompt]) -> float:
+        """Relative squared error of the final latents under a step cache alone, mean over the prompts, always the same ones."""
+        if self._steps is None:
+            self._steps = MeasuredSteps(self.pipe, prompts, self.call, self.seed)
+        with processes() as here:
+            return here.first(partial(self._steps.error, forwards))
 
 
 def metrics_of(goal: Goal) -> tuple[str, ...]:

@@ -11,15 +11,21 @@ from diffusers_accel.tune.model import Model
 HALVINGS = 24  # of the interval in which a speed-up is looked for
 
 
-def proposals(joint: Joint, speedup: float, model: Model) -> list[Expected]:
+def proposals(joint: Joint, speedup: float, model: Model, tried: bool = False) -> list[Expected]:
     """The best plan for each number of computed steps that should really reach the speed-up, the one with the least expected
     error first.
+
+    Args:
+        tried: choices of steps that were not measured come last.
 
     Raises:
         OutOfReach: there is none.
     """
     found: dict[int | None, Expected] = {}
-    for each in joint.ranked(speedup, model.correction, model.factor):
+    ranked = joint.ranked(speedup, model.correction, model.factor)
+    if tried:
+        ranked.sort(key=lambda each: each.steps is not None and not each.steps.measured)
+    for each in ranked:
         found.setdefault(each.computed, each)
     return list(found.values())
 

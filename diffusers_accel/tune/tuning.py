@@ -7,11 +7,14 @@ from dataclasses import dataclass, replace
 
 from diffusers_accel.evals.generate import Prompt
 from diffusers_accel.evals.report import Report
+from diffusers_accel.forwards import Forwards
 from diffusers_accel.plan import Plan
 from diffusers_accel.search.assignment import Assignment
 from diffusers_accel.search.budget import Budget
+from diffusers_accel.search.joint import Expected
 from diffusers_accel.search.profile import Profile
 from diffusers_accel.search.reach import OutOfReach
+from diffusers_accel.search.steps.choice import StepChoice
 from diffusers_accel.tune.goal import Goal
 from diffusers_accel.tune.lab import Lab, row_of, value_of
 from diffusers_accel.tune.model import NOTHING, Attempt, Model, computed
@@ -24,6 +27,7 @@ BREADTH = 3  # plans a round
 CHECKS = 3  # times that validation may send a plan back
 FIRST_SPEEDUP = 1.5  # that is tried where a quality is asked for and nothing is known yet
 CLOSE = 0.05  # share by which a loss may differ from the one that was asked for, before validation decides
+MOST_MEASURED = 16  # choices of steps that are tried alone
 SURE = 1.0  # dB: an interval of PSNR of more than that to each side cannot tell
 
 
@@ -70,19 +74,22 @@ class Tuning:
         self._correct = correct
         self._history: list[Attempt] = []
         self._loss = 0.0 if goal.is_speed else goal.loss(goal.value)  # that trials aim at
+        self._measured = 0  # choices of steps
 
     def run(self) -> tuple[Plan, Report, Proof]:
         """The plan, and the report and the numbers that decided."""
-        best = self._trials()
+        best, judged = self._trials(), []
         for check in range(1, CHECKS + 1):
             plan = self._plan(best)
             report = self._lab.compare({"plan": plan}, self._prompts.validation, not self._prompts.held_out)
             proof = proof_of(report, self._goal, "plan")
             self._say(f"validation {check}: {_seen(self._goal, proof.speedup, proof.value)} on {_clips(proof)}")
+            judged.append((plan, report, proof))
             again = self._again(best, proof) if check < CHECKS else None
             if again is None:
                 break
             best = again
+        plan, report, proof = max(judged, key=lambda each: _merit(self._goal, each[2]))
         if self._prompts.held_out:
             report = self._lab.compare({"plan": plan}, self._prompts.held_out, True)
             proof = proof_of(report, self._goal, "plan")
@@ -91,24 +98,45 @@ class Tuning:
 
     def _trials(self) -> Assignment:
         """The plan that the trials recommend."""
-        model = NOTHING
-        speedup = self._goal.value if self._goal.is_speed else FIRST_SPEEDUP
+        ranked = first_of(self._proposals(NOTHING), BREADTH)
         for number in range(1, ROUNDS + 1):
-            ranked = proposals(self._joint, speedup, model)
-            some = first_of(ranked, BREADTH) if model is NOTHING else ranked[:BREADTH]
+            some = ranked[:BREADTH]
             tried = self._try([self._joint.assignment(each) for each in some], number)
             self._history += tried
-            model = Model.of(self._history, self._goal)
-            if not self._goal.is_speed:
-                speedup = fastest_within(self._joint, self._loss, model)
             try:
-                best = self._joint.assignment(proposals(self._joint, speedup, model)[0])
+                ranked = self._proposals(Model.of(self._history, self._goal))
             except OutOfReach as reason:  # as it turns out: the best that there is goes on
                 self._say(str(reason))
                 return self._closest()
+            best = self._joint.assignment(ranked[0])
             if self._settled(best, tried):
                 break
         return best
+
+    def _proposals(self, model: Model) -> list[Expected]:
+        """What to try next, the best first. The choices of steps among the first of them are tried alone before: predicted errors
+        of these rely on errors that cancel."""
+        while True:
+            speedup, enough = self._speedup(model), self._measured >= MOST_MEASURED
+            ranked = proposals(self._joint, speedup, model, tried=enough)
+            new = [each.steps for each in ranked[:BREADTH] if each.steps is not None and not each.steps.measured]
+            if enough or not new:
+                return ranked
+            for steps in new:
+                self._measure(steps)
+
+    def _measure(self, steps: StepChoice) -> None:
+        error = self._lab.step_error(steps.forwards, self._prompts.trial)
+        self._joint.learn({steps.forwards: error})
+        self._measured += 1
+        seen = f"{steps.forwards.label}: error {error:.2g}, expected {steps.error:.2g}"
+        self._say(f"{len(steps.computed)} steps alone: {seen}")
+
+    def _speedup(self, model: Model) -> float:
+        """That a plan has to have, or may have."""
+        if self._goal.is_speed:
+            return self._goal.value
+        return FIRST_SPEEDUP if model is NOTHING else fastest_within(self._joint, self._loss, model)
 
     def _closest(self) -> Assignment:
         """Of what was tried the plan that comes closest to the goal."""
@@ -118,7 +146,7 @@ class Tuning:
 
     def _settled(self, best: Assignment, tried: Sequence[Attempt]) -> bool:
         """Whether the plan that is recommended now was just tried, and was what is asked."""
-        same = [each for each in tried if each.computed == computed(best.steps)]
+        same = [each for each in tried if _forwards(each.assignment) == _forwards(best)]
         if not same:
             return False
         if self._goal.is_speed:
@@ -156,14 +184,13 @@ class Tuning:
                 return None
             same = computed(best.steps)
             model = replace(model, slow={**model.slow, same: best.speedup / proof.speedup})
-            ranked = proposals(self._joint, self._goal.value, model)
+            ranked = self._proposals(model)
             return self._joint.assignment(next((each for each in ranked if each.computed == same), ranked[0]))
         wanted, seen = self._goal.loss(self._goal.value), self._goal.loss(_bound(proof, self._goal))
         if wanted * 10 ** (-SURE / 10) <= seen <= wanted:
             return None
         self._loss *= wanted * 10 ** (-0.3 * SURE / 10) / seen
-        speedup = fastest_within(self._joint, self._loss, model)
-        return self._joint.assignment(proposals(self._joint, speedup, model)[0])
+        return self._joint.assignment(self._proposals(model)[0])
 
     def _plan(self, assignment: Assignment) -> Plan:
         return self._profile.plan(assignment, Budget.speedup(max(1.0, assignment.speedup)), self._correct)
@@ -197,6 +224,17 @@ def _quality(goal: Goal, proof: Proof) -> bool | None:
     return False if goal.loss(best) > goal.loss(goal.value) else None
 
 
+def _merit(goal: Goal, proof: Proof) -> tuple[bool, float]:
+    """The larger, the better a plan does what is asked: as fast as asked and then the best; as good as asked and then the
+    fastest; where that is missed, the closest."""
+    if goal.is_speed:
+        fast = proof.speedup >= (1 - TOLERANCE) * goal.value
+        return fast, -goal.loss(proof.value) if fast else proof.speedup
+    loss = goal.loss(_bound(proof, goal))
+    good = loss <= goal.loss(goal.value)
+    return good, proof.speedup if good else -loss
+
+
 def _bound(proof: Proof, goal: Goal) -> float:
     """The worse end of the interval; the mean, where there is none."""
     if proof.spread is None or proof.spread.low is None or proof.spread.high is None:
@@ -217,6 +255,10 @@ def _seen(goal: Goal, speedup: float, value: float) -> str:
 
 def _clips(proof: Proof) -> str:
     return f"{proof.clips} clip{'s' * (proof.clips > 1)}"
+
+
+def _forwards(assignment: Assignment) -> Forwards | None:
+    return assignment.steps.forwards if assignment.steps else None
 
 
 def _name(assignment: Assignment) -> str:

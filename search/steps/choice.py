@@ -15,10 +15,12 @@ class StepChoice:
         forwards: rule and predictor, as `patch` takes them.
         computed: the steps that are computed, ascending, those that compute in any case among them. Of a rule that decides while
             it runs: those of the recorded prompt on which it computes most.
-        error: predicted relative squared error of the final latents, 0 or more, mean over the recorded prompts: it ranks choices;
-            the model's answer to deviating latents is not in it.
+        error: relative squared error of the final latents, 0 or more, mean over prompts. A predicted one ranks choices: the
+            model's answer to deviating latents is not in it.
+        measured: whether the model ran with it to find the error.
     """
 
     forwards: Forwards
     computed: tuple[int, ...]
     error: float
+    measured: bool = False

@@ -1,4 +1,4 @@
-"""For every number of computed steps the best way to leave the others out."""
+"""For every number of computed steps the best ways to leave the others out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from diffusers_accel.files import quoted
@@ -25,29 +26,33 @@ DEFAULT: tuple[Predictor, ...] = (Last("velocity"), Last("residual"), Taylor(1))
 
 
 def step_choices(
-    trajectories: Sequence[Trajectory], predictors: Sequence[Predictor] = DEFAULT, rules: Sequence[Rule] = ()
+    trajectories: Sequence[Trajectory],
+    predictors: Sequence[Predictor] = DEFAULT,
+    rules: Sequence[Rule] = (),
+    ways: int = 1,
 ) -> tuple[StepChoice, ...]:
-    """The choice of least predicted error for every number of computed steps that there is one for, fewest first.
+    """The choices of least predicted error for every number of computed steps that there is one for, fewest first.
 
     Args:
         trajectories: recorded prompts of one model and call; errors are means over them.
         predictors: each is tried for every schedule.
         rules: that decide while they run, tried with each predictor at every threshold that makes a difference.
+        ways: how many choices for a number of computed steps, for who can measure which one is best: of those of each
+            predictor, of the evenly spaced one and of that of each rule so many, least error first.
 
     Raises:
         ValueError: the trajectories are not of one schedule, or a predictor or rule does not fit it.
     """
     curve = Curve(trajectories)
-    best: dict[int, StepChoice] = {}
-    for predictor in predictors:
-        for choice in (
-            *curve.schedules(predictor),
-            *(each for rule in rules for each in curve.of_rule(rule, predictor)),
-        ):
-            count = len(choice.computed)
-            if count not in best or choice.error < best[count].error:
-                best[count] = choice
-    return tuple(best[count] for count in sorted(best))
+    groups = [curve.schedules(predictor) for predictor in predictors]
+    groups.append(tuple(each for predictor in predictors for each in curve.evenly_spaced(predictor)))
+    groups += [tuple(each for predictor in predictors for each in curve.of_rule(rule, predictor)) for rule in rules]
+    found: dict[int, dict[Forwards, StepChoice]] = {}
+    for group in groups:
+        for count, choice in _best_of_each_number(group).items():
+            found.setdefault(count, {}).setdefault(choice.forwards, choice)
+    ranked = (sorted(found[count].values(), key=lambda each: each.error)[:ways] for count in sorted(found))
+    return tuple(each for some in ranked for each in some)
 
 
 class Curve:
@@ -79,6 +84,17 @@ class Curve:
             StepChoice(Forwards(Schedule(steps=computed), predictor), computed, self.error(predictor, computed))
             for computed in best_paths(graph, together).values()
         )
+
+    def evenly_spaced(self, predictor: Predictor) -> tuple[StepChoice, ...]:
+        """For every number of computed steps those at equal distances, with one predictor."""
+        found: dict[int, StepChoice] = {}
+        for count in range(1 + (self.steps > 1), self.steps + 1):
+            computed = tuple(sorted({*evenly(self.steps, count), *self.fresh}))
+            choice = StepChoice(
+                Forwards(Schedule(steps=computed), predictor), computed, self.error(predictor, computed)
+            )
+            found.setdefault(len(computed), choice)
+        return tuple(found.values())
 
     def error(self, predictor: Predictor, computed: Sequence[int]) -> float:
         """Predicted error of computing exactly these steps, mean over the prompts."""
@@ -113,6 +129,21 @@ class Curve:
             Follower(samples, fits, predictor, predictor.looks_back, self.fresh)
             for samples, fits in zip(self._samples, self.fits, strict=True)
         ]
+
+
+def evenly(steps: int, count: int) -> tuple[int, ...]:
+    """So many steps of a schedule at equal distances, the first and the last among them."""
+    return tuple(round(place) for place in np.linspace(0, steps - 1, count).tolist())
+
+
+def _best_of_each_number(choices: Sequence[StepChoice]) -> dict[int, StepChoice]:
+    """Number of computed steps -> the choice of least error."""
+    best: dict[int, StepChoice] = {}
+    for each in choices:
+        count = len(each.computed)
+        if count not in best or each.error < best[count].error:
+            best[count] = each
+    return best
 
 
 def check_alike(trajectories: Sequence[Trajectory]) -> None:

@@ -236,8 +236,8 @@ def use_cost(scores: Scores, cost: Cost) -> None:
 
 def write_steps(folder: Path) -> tuple[Path, ...]:
     choices = tuple(
-        StepChoice(Forwards(Schedule(steps=computed), Last(of)), computed, error)
-        for computed, of, error in (((0, 4), "velocity", 0.25), ((0, 2, 4), "residual", 1e-3))
+        StepChoice(Forwards(Schedule(steps=computed), Last(of)), computed, error, measured)
+        for computed, of, error, measured in (((0, 4), "velocity", 0.25, True), ((0, 2, 4), "residual", 1e-3, False))
     )
     StepOptions(choices, ("transformer",) * 3 + ("transformer_2",) * 2, 0.875, {"seed": 3}).save(
         folder / "s.steps.json"

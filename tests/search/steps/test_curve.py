@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusers_accel.forwards import EasyCache, Forwards, Last, Schedule, Taylor
 from diffusers_accel.search.steps import StepChoice, step_choices
-from diffusers_accel.search.steps.curve import DEFAULT, Curve, short_number
+from diffusers_accel.search.steps.curve import DEFAULT, Curve, evenly, short_number
 from diffusers_accel.search.steps.trajectory import Trajectory
 from tests.search.steps.synthetic import SIGMAS, drawn, euler
 
@@ -35,6 +35,23 @@ def test_there_is_one_choice_for_each_number_of_steps() -> None:
         assert Forwards.from_json(choice.forwards.to_json()) == choice.forwards
     assert found[-1].error == 0
     assert found[0].error > 0.01
+
+
+def test_several_ways_differ_and_the_best_comes_first() -> None:
+    curve, one = Curve([lively()]), step_choices([lively()])
+    several = step_choices([lively()], ways=4)
+    for count in range(3, STEPS - 1):
+        some = [each for each in several if len(each.computed) == count]
+        assert 1 < len(some) <= 4 and len({each.forwards for each in some}) == len(some)
+        assert [each.error for each in some] == sorted(each.error for each in some)
+        assert some[0] == next(each for each in one if len(each.computed) == count)
+        even = min((curve.error(each, evenly(STEPS, count)), each.label) for each in DEFAULT)
+        assert even in [(each.error, each.forwards.predictor.label) for each in some]
+    assert set(step_choices([lively()], ways=2)) < set(several)
+
+
+def test_evenly_spaced_steps_begin_and_end_the_schedule() -> None:
+    assert [evenly(10, count) for count in (2, 4, 10)] == [(0, 9), (0, 3, 6, 9), tuple(range(10))]
 
 
 def test_the_step_is_computed_at_which_the_output_jumps() -> None:
