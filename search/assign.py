@@ -1,8 +1,7 @@
-"""Which steps run and which candidate each head takes: pure, deterministic, numpy only, seconds on a CPU for any model.
+"""Which candidate each head takes: pure, deterministic, numpy only, seconds on a CPU for any model.
 
 A speed-up or a density is a limit on the sum of costs over all heads and calls, under which the sum of errors is minimised
-(`search.knapsack`). With step caches to choose from, a speed-up is one budget over both scopes: for each choice of computed
-steps the heads get what time is left, and the pair with the least error of the final latents is taken.
+(`search.knapsack`). Every step runs here; one budget over heads and step caches is `search.joint`.
 
 The paper's own rule (Sparse-vDiT, arXiv 2506.03065, Eq. 2 and 3) is there as `Budget.sparse_vdit`. Its Algorithm 1 prints the
 penalty with the opposite sign; Eq. 2 is taken, the only reading that rewards sparsity.
@@ -24,10 +23,8 @@ from diffusers_accel.search.assignment import (
 )
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.cost import Cost
-from diffusers_accel.search.joint import Joint
 from diffusers_accel.search.reach import OutOfReach, attention_ratio, density_out_of_reach, faster
 from diffusers_accel.search.scores import DENSE, Scores
-from diffusers_accel.search.step_options import StepOptions
 
 
 def assign(
@@ -38,7 +35,6 @@ def assign(
     dense_steps: float = 0.0,
     span_weights: Sequence[float] | None = None,
     among: Collection[Method] | None = None,
-    steps: StepOptions | None = None,
 ) -> Assignment:
     """The assignment with the least error inside the budget.
 
@@ -50,19 +46,11 @@ def assign(
         span_weights: how much an error in each span matters, beside its number of calls, in whichever layer; None: as the scores
             measured it, for each span and layer.
         among: the candidates that may be taken beside dense; None: all.
-        steps: step caches to choose from, for a speed-up; None: every step runs.
 
     Raises:
         OutOfReach: no plan keeps the budget.
         ValueError: an argument does not fit.
     """
-    if steps is not None and budget.kind == "speedup":
-        if span_weights is not None:
-            raise ValueError(
-                "span_weights: found beside steps, which are weighed by what was measured; leave one of them out"
-            )
-        joint = Joint(scores, cost, steps, dense_steps, among)
-        return joint.assignment(joint.ranked(budget.value)[0])
     tables = build_tables(scores, cost, find_weights(scores, span_weights), dense_steps, among)
     if budget.kind == "sparse_vdit":
         choice = {name: table.sparse_vdit(scores, name, budget) for name, table in tables.items()}

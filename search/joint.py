@@ -5,13 +5,12 @@ A front is walked once (`search.knapsack`); what any speed-up costs is then read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from diffusers_accel.forwards import Forwards
-from diffusers_accel.methods import Method
 from diffusers_accel.search.assignment import (
     NO_CORRECTION,
     Assignment,
@@ -60,7 +59,7 @@ class Joint:
     Args:
         scores, cost: as of `assign`; all spans have to be measured where there are step caches to choose from.
         steps: None: every step is computed.
-        dense_steps, among: as of `assign`.
+        dense_steps: as of `assign`.
 
     Raises:
         ValueError: spans were not measured, so that errors of heads and of predicted steps have no common unit.
@@ -72,7 +71,6 @@ class Joint:
         cost: Cost,
         steps: StepOptions | None,
         dense_steps: float = 0.0,
-        among: Collection[Method] | None = None,
     ) -> None:
         if steps is not None and len(scores.impacts) < len(scores.spans):
             raise ValueError(
@@ -81,7 +79,7 @@ class Joint:
             )
         self._scores, self._steps = scores, steps or StepOptions((), tuple(scores.models), 1.0)
         self._weights = find_weights(scores, None)
-        self._tables = build_tables(scores, cost, self._weights, dense_steps, among)
+        self._tables = build_tables(scores, cost, self._weights, dense_steps, None)
         choices = [None, *(each for each in self._steps.choices if self._steps.computes_first(each, dense_steps))]
         fronts: dict[
             tuple[int, ...] | None, tuple[Array, Array]
@@ -91,6 +89,12 @@ class Joint:
             if computed not in fronts:
                 fronts[computed] = self._front(self._covered(chosen))
         self._fronts = [(chosen, *fronts[chosen.computed if chosen else None]) for chosen in choices]
+
+    @property
+    def steps(self) -> StepOptions:
+        """What there is to choose from, with what was learned."""
+        known = {chosen.forwards: chosen for chosen, _, _ in self._fronts if chosen}
+        return replace(self._steps, choices=tuple(known.get(each.forwards, each) for each in self._steps.choices))
 
     def learn(self, errors: Mapping[Forwards, float]) -> None:
         """Sets the errors of choices of steps that were measured since."""
@@ -106,12 +110,14 @@ class Joint:
         speedup: float,
         correction: Correction = NO_CORRECTION,
         slow: Callable[[StepChoice | None], float] = lambda steps: 1.0,
+        measured_first: bool = False,
     ) -> list[Expected]:
         """Every choice of steps with which a generation is so many times as fast, that of the least expected error first.
 
         Args:
             correction: of the errors.
             slow: real time / predicted time with a choice of steps.
+            measured_first: choices of steps whose errors are only predicted come last.
 
         Raises:
             OutOfReach: there is none.
@@ -134,7 +140,12 @@ class Joint:
                 f"a speed-up of {speedup:g} is out of reach: {means} a generation here {self.fastest(slow):.2f} times as fast "
                 "at most; ask for less"
             )
-        return sorted(found, key=lambda each: each.error)
+
+        def rank(each: Expected) -> tuple[bool, float]:
+            predicted = each.steps is not None and not each.steps.measured
+            return measured_first and predicted, each.error
+
+        return sorted(found, key=rank)
 
     def fastest(self, slow: Callable[[StepChoice | None], float] = lambda steps: 1.0) -> float:
         """The largest speed-up that there is."""

@@ -57,6 +57,8 @@ from diffusers_accel.search.scores import Array, CalibrationRun, Scores
 from diffusers_accel.search.screen import Screen
 from diffusers_accel.search.sensitivity import Dense, drift, impacts, layer_choice, plan_engine, span_choice
 from diffusers_accel.search.step_options import PROMPTS, StepOptions, measure_steps
+from diffusers_accel.search.steps.measured import MeasuredSteps
+from diffusers_accel.search.steps_alone import StepsAlone
 from diffusers_accel.search.stored_masks import USUAL_MASKS, MaskSettings
 from diffusers_accel.search.trial import CostTimer, Stopwatch, Trial
 from diffusers_accel.support.interrupted import Interrupted
@@ -65,6 +67,7 @@ from diffusers_accel.support.progress import clock
 
 ROWS = 256
 COST_SECONDS = 10.0
+MOST_ALONE = 6  # choices of steps that are run alone
 GO_ON = "Call search_plan again with the same arguments and it goes on from there"
 
 
@@ -274,7 +277,7 @@ def _search(
         with _alone(path, here), _telling(keeper, here):
             screen.say(f"calibration runs are kept in {path}")
             profile = search.profile(keeper)
-            plan = search.plan(profile) if budget is not None else None
+            plan = search.plan(profile, keeper.path) if budget is not None else None
             if plan is not None and plan_file is not None:
                 here.first(partial(_save, plan, plan_file))
     return profile, plan
@@ -320,6 +323,10 @@ def _kept(keeper: Keeper, here: Processes) -> str:
 
 def _save(plan: Plan, path: Path) -> None:
     plan.save(path)
+
+
+def _save_steps(steps: StepOptions, path: Path) -> None:
+    steps.save(path)
 
 
 class _Search:
@@ -381,18 +388,27 @@ class _Search:
             scores = self.spans(scores, keeper)
         return Profile(scores, cost, self.steps(scores, keeper.path) if ask.step_caches else None)
 
-    def plan(self, profile: Profile) -> Plan:
-        """The plan that was asked for."""
+    def _with_steps(self, profile: Profile, speedup: float, path: Path) -> Assignment:
+        """Of heads and steps for a speed-up. The best choices of steps were run alone then, which is kept."""
+        joint = profile.joint(self.ask.dense_steps)
+        measured = MeasuredSteps(self.pipe, self.prompts[:1], self.call, self.settings.seed)
+        alone = StepsAlone(
+            joint, lambda forwards: self.here.first(partial(measured.error, forwards)), MOST_ALONE, self.screen.say
+        )
+        ranked = alone.settle(lambda enough: joint.ranked(speedup, measured_first=enough), 1)
+        self.here.first(partial(_save_steps, joint.steps, steps_file(path)))
+        return joint.assignment(ranked[0])
+
+    def plan(self, profile: Profile, path: Path) -> Plan:
+        """The plan that was asked for; `path`: of the scores."""
         ask = self.ask
         assert ask.budget is not None
-        found = assign(
-            profile.scores,
-            profile.cost,
-            ask.budget,
-            dense_steps=ask.dense_steps,
-            span_weights=ask.span_weights,
-            steps=profile.steps,
-        )
+        if profile.steps is not None:
+            found = self._with_steps(profile, ask.budget.value, path)
+        else:
+            found = assign(
+                profile.scores, profile.cost, ask.budget, dense_steps=ask.dense_steps, span_weights=ask.span_weights
+            )
         self.screen.say(_expected(found))
         plan = profile.plan(found, ask.budget, ask.correct)
         for warning in plan.provenance.get("warnings", ()) if self.here.is_first else ():

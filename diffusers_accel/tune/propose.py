@@ -11,21 +11,18 @@ from diffusers_accel.tune.model import Model
 HALVINGS = 24  # of the interval in which a speed-up is looked for
 
 
-def proposals(joint: Joint, speedup: float, model: Model, tried: bool = False) -> list[Expected]:
+def proposals(joint: Joint, speedup: float, model: Model, measured_first: bool = False) -> list[Expected]:
     """The best plan for each number of computed steps that should really reach the speed-up, the one with the least expected
     error first.
 
     Args:
-        tried: choices of steps that were not measured come last.
+        measured_first: as of `Joint.ranked`.
 
     Raises:
         OutOfReach: there is none.
     """
     found: dict[int | None, Expected] = {}
-    ranked = joint.ranked(speedup, model.correction, model.factor)
-    if tried:
-        ranked.sort(key=lambda each: each.steps is not None and not each.steps.measured)
-    for each in ranked:
+    for each in joint.ranked(speedup, model.correction, model.factor, measured_first):
         found.setdefault(each.computed, each)
     return list(found.values())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from diffusers_accel.evals.generate import Prompt
 from diffusers_accel.evals.report import Report
@@ -14,7 +15,7 @@ from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.joint import Expected
 from diffusers_accel.search.profile import Profile
 from diffusers_accel.search.reach import OutOfReach
-from diffusers_accel.search.steps.choice import StepChoice
+from diffusers_accel.search.steps_alone import StepsAlone
 from diffusers_accel.tune.goal import Goal
 from diffusers_accel.tune.lab import Lab, row_of, value_of
 from diffusers_accel.tune.model import NOTHING, Attempt, Model, computed
@@ -27,7 +28,7 @@ BREADTH = 3  # plans a round
 CHECKS = 3  # times that validation may send a plan back
 FIRST_SPEEDUP = 1.5  # that is tried where a quality is asked for and nothing is known yet
 CLOSE = 0.05  # share by which a loss may differ from the one that was asked for, before validation decides
-MOST_MEASURED = 16  # choices of steps that are tried alone
+MOST_ALONE = 16  # choices of steps that are tried alone
 SURE = 1.0  # dB: an interval of PSNR of more than that to each side cannot tell
 
 
@@ -74,7 +75,7 @@ class Tuning:
         self._correct = correct
         self._history: list[Attempt] = []
         self._loss = 0.0 if goal.is_speed else goal.loss(goal.value)  # that trials aim at
-        self._measured = 0  # choices of steps
+        self._alone = StepsAlone(self._joint, partial(lab.step_error, prompts=prompts.trial), MOST_ALONE, say)
 
     def run(self) -> tuple[Plan, Report, Proof]:
         """The plan, and the report and the numbers that decided."""
@@ -114,23 +115,8 @@ class Tuning:
         return best
 
     def _proposals(self, model: Model) -> list[Expected]:
-        """What to try next, the best first. The choices of steps among the first of them are tried alone before: predicted errors
-        of these rely on errors that cancel."""
-        while True:
-            speedup, enough = self._speedup(model), self._measured >= MOST_MEASURED
-            ranked = proposals(self._joint, speedup, model, tried=enough)
-            new = [each.steps for each in ranked[:BREADTH] if each.steps is not None and not each.steps.measured]
-            if enough or not new:
-                return ranked
-            for steps in new:
-                self._measure(steps)
-
-    def _measure(self, steps: StepChoice) -> None:
-        error = self._lab.step_error(steps.forwards, self._prompts.trial)
-        self._joint.learn({steps.forwards: error})
-        self._measured += 1
-        seen = f"{steps.forwards.label}: error {error:.2g}, expected {steps.error:.2g}"
-        self._say(f"{len(steps.computed)} steps alone: {seen}")
+        """What to try next, the best first. The choices of steps among the first of them are tried alone before."""
+        return self._alone.settle(lambda enough: proposals(self._joint, self._speedup(model), model, enough), BREADTH)
 
     def _speedup(self, model: Model) -> float:
         """That a plan has to have, or may have."""

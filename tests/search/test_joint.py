@@ -12,8 +12,9 @@ import pytest
 from diffusers_accel.files import FileError
 from diffusers_accel.forwards import Forwards, Last, Schedule
 from diffusers_accel.search.assign import assign
-from diffusers_accel.search.assignment import Correction
+from diffusers_accel.search.assignment import Assignment, Correction
 from diffusers_accel.search.budget import Budget
+from diffusers_accel.search.cost import Cost
 from diffusers_accel.search.coverage import Coverage
 from diffusers_accel.search.joint import Joint
 from diffusers_accel.search.plan_making import make_plan
@@ -58,13 +59,18 @@ HEADS = np.array([*itertools.product(range(3), repeat=8)]).reshape(
 MS = np.array([100.0, 0.0, 50.0])
 
 
+def best_of(scores: Scores, cost: Cost, speedup: float, steps: StepOptions, dense_steps: float = 0.0) -> Assignment:
+    joint = Joint(scores, cost, steps, dense_steps)
+    return joint.assignment(joint.ranked(speedup)[0])
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("speedup", [1.2, 1.6, 2.0, 2.6])
 def test_against_all_pairs_of_steps_and_heads(seed: int, speedup: float) -> None:
     scores, cost = small_scores(seed), costs(*MS)
     choices = [choice(0, 2, 4, 6, 7, error=0.004), choice(0, 3, 7, error=0.02), choice(0, 1, 2, 3, 5, 7, error=0.001)]
     steps = options(*choices)
-    found = assign(scores, cost, Budget.speedup(speedup), steps=steps)
+    found = best_of(scores, cost, speedup, steps)
     best = _least_error(scores, steps, speedup)
     assert found.speedup >= speedup * (1 - 1e-9)
     # At most one head's choice away from the optimum, and the optimum of its own time.
@@ -113,9 +119,9 @@ def test_the_error_of_a_computed_step_is_made_again_in_those_it_stands_for() -> 
 def test_where_steps_are_cheap_heads_stay_dense_and_the_other_way_round() -> None:
     scores, cost = small_scores(), costs(100, 0, 50)
     cheap, dear = options(choice(0, 3, 7, error=1e-6)), options(choice(0, 3, 7, error=1e6))
-    cached = assign(scores, cost, Budget.speedup(1.5), steps=cheap)
+    cached = best_of(scores, cost, 1.5, cheap)
     assert cached.steps is not None and cached.heads_error == 0 and not cached.choice["transformer"].any()
-    sparse = assign(scores, cost, Budget.speedup(1.5), steps=dear)
+    sparse = best_of(scores, cost, 1.5, dear)
     assert sparse.steps is None and sparse.heads_error > 0
     # What clips have shown of the two errors decides as well.
     both = Joint(scores, cost, options(choice(0, 3, 7, error=0.05)))
@@ -126,10 +132,10 @@ def test_where_steps_are_cheap_heads_stay_dense_and_the_other_way_round() -> Non
 def test_both_together_reach_what_neither_does() -> None:
     scores, cost = small_scores(), costs(100, 0, 50)
     steps = options(choice(0, 2, 4, 6, 7))
-    found = assign(scores, cost, Budget.speedup(3.0), steps=steps)
+    found = best_of(scores, cost, 3.0, steps)
     assert found.steps is not None and found.heads_error > 0 and found.speedup >= 3.0
     with pytest.raises(OutOfReach, match="step caches and sparse attention together make a generation here 3.48 times"):
-        assign(scores, cost, Budget.speedup(4), steps=steps)
+        best_of(scores, cost, 4, steps)
     with pytest.raises(OutOfReach, match="2.50 is the most"):
         assign(scores, cost, Budget.speedup(3.0))
 
@@ -138,25 +144,19 @@ def test_dense_steps_are_computed() -> None:
     scores, cost = small_scores(), costs(100, 0, 50)
     late, early = choice(0, 1, 4, 7, error=0.02), choice(0, 3, 5, 7, error=0.001)
     steps = options(late, early)
-    assert assign(scores, cost, Budget.speedup(1.5), steps=steps).steps == early
-    assert assign(scores, cost, Budget.speedup(1.5), steps=steps, dense_steps=0.25).steps == late
-
-
-def test_a_density_and_the_papers_rule_leave_the_steps_alone() -> None:
-    scores, cost, steps = small_scores(), costs(100, 0, 50), options(choice(0, 3, 7, error=0.0))
-    for budget in (Budget.density(0.5), Budget.sparse_vdit()):
-        assert assign(scores, cost, budget, steps=steps).steps is None
+    assert best_of(scores, cost, 1.5, steps).steps == early
+    assert best_of(scores, cost, 1.5, steps, dense_steps=0.25).steps == late
 
 
 def test_spans_have_to_be_measured() -> None:
     scores = random_scores()
     with pytest.raises(ValueError, match="expected scores whose spans were measured"):
-        assign(scores, cost_of(scores), Budget.speedup(1.2), steps=options(choice(0, 3, 7)))
+        best_of(scores, cost_of(scores), 1.2, options(choice(0, 3, 7)))
 
 
 def test_the_plan_has_the_step_cache_and_what_it_is_expected_to_cost() -> None:
     scores, cost = small_scores(), costs(100, 0, 50)
-    found = assign(scores, cost, Budget.speedup(2.0), steps=options(choice(0, 2, 5, 7, error=1e-4)))
+    found = best_of(scores, cost, 2.0, options(choice(0, 2, 5, 7, error=1e-4)))
     plan = make_plan(scores, cost, found, Budget.speedup(2.0))
     assert found.steps is not None and plan.forwards == found.steps.forwards
     assert plan.provenance["predicted"]["steps_error"] == 1e-4
@@ -204,3 +204,23 @@ def test_what_a_front_says_the_assignment_does() -> None:
     slow = joint.ranked(1.6, slow=lambda steps: 1.5 if steps else 1.0)
     assert {each.speedup for each in slow} == {1.6, 1.6 * 1.5}
     assert joint.fastest() > joint.fastest(lambda steps: 2.0)
+
+
+def test_what_was_measured_takes_the_place_of_what_was_predicted() -> None:
+    scores, cost = small_scores(), costs(100, 0, 50)
+    good, bad, slow = (
+        choice(0, 2, 5, 7, error=0.004),
+        choice(0, 1, 5, 7, error=0.002),
+        choice(0, 2, 3, 4, 5, 7, error=0.001),
+    )
+    joint = Joint(scores, cost, options(good, bad, slow))
+
+    def ranked(measured_first: bool = False) -> list[StepChoice]:
+        some = joint.ranked(1.3, Correction(heads=0.0), measured_first=measured_first)
+        return [each.steps for each in some if each.steps]
+
+    assert ranked() == [slow, bad, good]
+    joint.learn({bad.forwards: 0.5})
+    known = replace(bad, error=0.5, measured=True)
+    assert ranked() == [slow, good, known] and ranked(measured_first=True) == [known, slow, good]
+    assert joint.steps.choices == (good, known, slow)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,8 @@ from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.plan_search import search_profile
 from diffusers_accel.search.profile import Profile
 from diffusers_accel.search.reach import OutOfReach
+from diffusers_accel.search.step_options import WAYS
+from diffusers_accel.search.steps.measured import MeasuredSteps
 from tests.search.test_search import METHODS, a_call, a_prompt, processors, search
 from tests.tiny import tiny_wan
 
@@ -32,8 +35,9 @@ def test_a_speed_that_attention_alone_cannot_give_is_found(tmp_path: Path) -> No
     )
     assert processors(pipe) == before and pipe.transformer.forward == forward
     assert profile.steps is not None and profile.steps.transformers == ("transformer",) * STEPS
-    # One choice for each number of computed steps, of which the first and the last are two; errors fall.
-    assert [len(each.computed) for each in profile.steps.choices] == [2, 3, 4, 5]
+    # Several choices for each number of computed steps, of which the first and the last are two; errors fall.
+    counts = [len(each.computed) for each in profile.steps.choices]
+    assert sorted(set(counts)) == [2, 3, 4, 5] and 1 < counts.count(3) <= WAYS
     assert all(each.computed[0] == 0 and each.computed[-1] == STEPS - 1 for each in profile.steps.choices)
     assert profile.steps.choices[0].error > profile.steps.choices[-1].error > 0
     attention, whole = profile.scores.attention_share, profile.steps.share
@@ -67,6 +71,31 @@ def test_what_was_recorded_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert Profile.load(path).steps == kept.steps
     alone = search(pipe, path, prompts=1, budget=Budget.speedup(1.0), call=call, step_caches=False)
     assert alone.forwards is None
+
+
+def test_the_steps_of_a_plan_were_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search takes what is best on the prompt, and keeps what it has seen: another speed measures only what is new."""
+    path, call = tmp_path / "s.safetensors", a_call(num_inference_steps=STEPS)
+    pipe = tiny_wan()
+    speedup = 1 / (1 - 0.4 * measured_share(pipe, path, call))
+    plan = search(pipe, path, prompts=1, budget=Budget.speedup(speedup), call=call)
+    seen = Profile.load(path).steps
+    assert plan.forwards is not None and seen is not None
+    known = {each.forwards: each.error for each in seen.choices if each.measured}
+    assert 1 <= len(known) <= plan_search.MOST_ALONE
+    assert plan.provenance["predicted"]["steps_error"] == known[plan.forwards]
+    alone = MeasuredSteps(pipe, [a_prompt(0)], call, 0)
+    assert known[plan.forwards] == pytest.approx(alone.error(plan.forwards))
+    monkeypatch.setattr(MeasuredSteps, "error", lambda *_: pytest.fail("measured again"))
+    assert search(pipe, path, prompts=1, budget=Budget.speedup(speedup), call=call).forwards is not None
+
+
+def measured_share(pipe: Any, path: Path, call: dict[str, Any]) -> float:
+    """Of the forwards in a generation; searched with it."""
+    search(pipe, path, prompts=1, budget=Budget.speedup(1.0), call=call)
+    steps = Profile.load(path).steps
+    assert steps is not None
+    return steps.share
 
 
 def test_of_another_search_it_is_recorded_again(tmp_path: Path) -> None:
