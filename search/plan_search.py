@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from diffusers_accel.attach.site import Engine, Site
 from diffusers_accel.files import only_writer, quoted
@@ -629,7 +630,8 @@ class _Search:
         span = generation + self.settings.probe_steps * (layers + 1) * trial.step_seconds
         spans = -(-len(self.settings.spans) // self.here.count) * span if self.measures_spans else 0.0
         model = next(iter(self.models.values()))
-        memory = measuring_bytes(trial.layout.tokens, model, self.settings)
+        device = torch.device(self.pipe._execution_device)
+        memory = measuring_bytes(trial.layout.tokens, model, self.settings, device)
         self.screen.say(
             f"search: {trial.layout.tokens:,} tokens, {len(self.settings.candidates)} candidates; {done} of {len(self.prompts)} "
             f"prompts finished before; about {clock(rounds * per_run + masks + spans + 1.5 * COST_SECONDS)} to go, "

@@ -34,9 +34,16 @@ from diffusers_accel.search.scores import Array, CalibrationRun, Scores
 from diffusers_accel.search.selections import KeptRows, RowReader, Selections
 from diffusers_accel.shape import ModelShape
 
-CHUNK_BYTES = (
-    1 << 30
-)  # heads are measured together as long as their intermediates stay below this; one head always fits
+LEAST_BYTES = 1 << 30
+SHARE = 1 / 16  # of a GPU's memory
+
+
+def together_bytes(device: torch.device) -> int:
+    """Heads are measured together as long as their intermediates stay below this; one head always fits. By the whole memory, not
+    by what is free, so that equal devices measure alike to the last bit."""
+    if device.type != "cuda":
+        return LEAST_BYTES
+    return max(LEAST_BYTES, int(SHARE * torch.cuda.get_device_properties(device).total_memory))
 
 
 def head_bytes(tokens: int, head_dim: int, rows: int, candidates: int) -> int:
@@ -47,11 +54,11 @@ def head_bytes(tokens: int, head_dim: int, rows: int, candidates: int) -> int:
     return one + 4 * candidates * rows * (3 * blocks + 3 * head_dim)
 
 
-def measuring_bytes(tokens: int, model: ModelShape, settings: ProbeSettings) -> int:
+def measuring_bytes(tokens: int, model: ModelShape, settings: ProbeSettings, device: torch.device) -> int:
     """Bytes that measuring one call takes beside the pipeline's own memory, at most."""
     one = head_bytes(tokens, model.head_dim, settings.rows, len(settings.candidates))
     projections = 4 * (model.heads * model.head_dim) ** 2
-    return max(one, min(CHUNK_BYTES, model.heads * one)) + 3 * projections
+    return max(one, min(together_bytes(device), model.heads * one)) + 3 * projections
 
 
 class RunProbe:
@@ -144,7 +151,7 @@ class RunProbe:
         """Shows a whole call of one segment of the schedule to the recorders."""
         with self._measuring(call, q.device), torch.autocast(q.device.type, enabled=False):
             for recorder in self._recorders:
-                recorder.add_call(call, segment, q, k, v, self._chunks(call.layout.tokens, *q.shape[2:]))
+                recorder.add_call(call, segment, q, k, v, self._chunks(q.device, call.layout.tokens, *q.shape[2:]))
 
     def finished(self, prompt: str, seconds: float) -> CalibrationRun:
         """The record of this run, which took `seconds` of wall time, measuring included."""
@@ -191,10 +198,10 @@ class RunProbe:
         mine, other = ([each for each in some.segments if each.kind != "text"] for some in (self.layout, layout))
         return mine == other
 
-    def _chunks(self, tokens: int, heads: int, dim: int) -> Iterator[slice]:
+    def _chunks(self, device: torch.device, tokens: int, heads: int, dim: int) -> Iterator[slice]:
         """The heads that are measured together."""
         one = head_bytes(tokens, dim, self.settings.rows, len(self.settings.candidates))
-        together = max(1, CHUNK_BYTES // one)
+        together = max(1, together_bytes(device) // one)
         for start in range(0, heads, together):
             yield slice(start, min(start + together, heads))
 
@@ -223,7 +230,7 @@ class RunProbe:
         found = RowProbe(candidates, self._selections, kept, ages, heads, dim)
         grams = head_grams(weight, heads)
         dense = q.new_empty((heads, len(rows), dim), dtype=torch.float32)
-        for some in self._chunks(tokens, heads, dim):
+        for some in self._chunks(q.device, tokens, heads, dim):
             here = call.of(call.heads[some])
             own_k, own_v = (of_heads(x, here.heads, heads) for x in (k, v))
             qkv = q[:, some], own_k, own_v
@@ -248,7 +255,7 @@ class RunProbe:
         rows, _ = self._rows(call, later, q.device)
         candidates = self.settings.candidates
         chunks: dict[int, list[KeptRows]] = {index: [] for index in members}
-        for some in self._chunks(call.layout.tokens, *q.shape[1:]):
+        for some in self._chunks(q.device, call.layout.tokens, *q.shape[1:]):
             here = call.of(call.heads[some])
             keys, values = (of_heads(x, here.heads, q.shape[1]) for x in (k, v))
             sampled = SampledHeads(q[:, some], keys, values, rows, call.layout)

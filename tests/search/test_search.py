@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -273,7 +275,7 @@ def test_low_precision_pipelines_give_nearly_the_same_scores(how, tmp_path):
 def test_memory_is_bounded_and_chunks_do_not_change_the_scores(tmp_path, monkeypatch):
     kinds = (*KINDS, Method(AxisOrder("hwf"), Stored(0.4)), Method(Patches(), Draft(0.4), "int8"))
     search(tiny_wan(), tmp_path / "together.safetensors", candidates=kinds)
-    monkeypatch.setattr(probe, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(probe, "LEAST_BYTES", 1)
     search(tiny_wan(), tmp_path / "one.safetensors", candidates=kinds)
     together, one = (Scores.load(tmp_path / name) for name in ("together.safetensors", "one.safetensors"))
     for name, array in together.sums.items():
@@ -281,7 +283,14 @@ def test_memory_is_bounded_and_chunks_do_not_change_the_scores(tmp_path, monkeyp
     # Wan 14B at 720p: one head of 40 at a time.
     assert probe.head_bytes(75600, 128, 256, len(candidates())) < 0.72 * 2**30
     settings = ProbeSettings(candidates(), ((0.0, 1.0),), 256, 1, 0)
-    assert probe.measuring_bytes(75600, ModelShape(40, 40, 128), settings) < 1.4 * 2**30
+    monkeypatch.undo()
+    assert probe.measuring_bytes(75600, ModelShape(40, 40, 128), settings, torch.device("cpu")) < 1.4 * 2**30
+
+
+@pytest.mark.parametrize(("gib", "expected"), [(141, 8.8), (80, 5.0), (12, 1.0)])
+def test_a_large_gpu_measures_more_heads_at_a_time(gib, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gib * 2**30))
+    assert probe.together_bytes(torch.device("cuda")) / 2**30 == pytest.approx(expected, abs=0.02)
 
 
 def test_steps_are_chosen_inside_their_spans():
