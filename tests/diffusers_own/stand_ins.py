@@ -137,6 +137,7 @@ MODELS: dict[str, Maker] = {
     "hf-internal-testing/tiny-gemma3": gemma3,
     "hf-internal-testing/tiny-random-hunyuanvideo": hunyuan_video,
     "finetrainers/dummy-hunyaunvideo": lambda folder: llama_tokenizer(folder / "tokenizer"),
+    "hf-internal-testing/tiny-cosmos3-modular-pipe": lambda folder: qwen_tokenizer(folder / "text_tokenizer"),
 }
 
 
