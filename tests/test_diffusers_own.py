@@ -57,6 +57,8 @@ def test_files_are_found_by_the_class_that_they_name(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="found none_such"):
         runs.chosen(["wan", "none_such"])
     done = runs.compared(tmp_path, tmp_path / "results", tmp_path, LTX, "pipelines", 1.0)
+    text = page.written([done], "9.8.7")
+    assert "- pipelines (`tests/pipelines`): `ltx`\n" in text and "- not run, lora: allegro, anyflow," in text
     assert "no tests of diffusers name" in page.line(done) and runs.kept(tmp_path / "results") == [done]
     assert json.loads((tmp_path / "results" / "ltx.pipelines.json").read_text(encoding="utf-8"))["files"] == []
 
