@@ -6,9 +6,11 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from diffusers_accel import unpatch
 from diffusers_accel.families.ltx import LTX
@@ -86,3 +88,14 @@ def test_what_follows_a_method_leaves_its_signature() -> None:
     before, seen = inspect.signature(Model.__init__), []
     plugin._after(Model, "__init__", lambda model: seen.append(model.layers))
     assert Model(layers=5).layers == 5 and seen == [5] and inspect.signature(Model.__init__) == before
+
+
+def test_a_mask_of_padding_is_resized_without_torchvision() -> None:
+    module = SimpleNamespace()
+    plugin._without_torchvision(module)
+    resize, nearest = module.transforms.functional.resize, module.transforms.InterpolationMode.NEAREST
+    mask = torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]])
+    assert torch.equal(resize(mask, [4, 2], interpolation=nearest)[0, 0, :, 0], torch.tensor([0.0, 0.0, 2.0, 2.0]))
+    there = SimpleNamespace(transforms="torchvision's")
+    plugin._without_torchvision(there)
+    assert there.transforms == "torchvision's"

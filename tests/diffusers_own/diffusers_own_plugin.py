@@ -14,10 +14,13 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers  # noqa: F401  the installed one, before a conftest of the checkout puts its own sources in front
 import pytest
+import torch
+import torch.nn.functional as F
 
 SEAM, RESULT, SECONDS = "DIFFUSERS_OWN_SEAM", "DIFFUSERS_OWN_RESULT", "DIFFUSERS_OWN_SECONDS"
 OVER = "the time that was given is over"
@@ -26,6 +29,8 @@ _CALLS = {"attention": 0}
 
 
 def pytest_configure(config: Any) -> None:
+    for name in ("transformers.transformer_cosmos", "controlnets.controlnet_cosmos"):
+        _without_torchvision(importlib.import_module(f"diffusers.models.{name}"))
     seam = os.environ.get(SEAM)
     if not seam:
         return
@@ -75,6 +80,17 @@ def _after(owner: type, name: str, do: Callable[[Any], object]) -> None:
         return out
 
     setattr(owner, name, method)
+
+
+def _without_torchvision(module: Any) -> None:
+    """Cosmos resizes its mask of padding by torchvision: where that is not installed, torch does it, also without a patch."""
+
+    def resize(image: torch.Tensor, size: list[int], interpolation: str) -> torch.Tensor:
+        return F.interpolate(image, size=size, mode=interpolation)
+
+    if not hasattr(module, "transforms"):
+        functional, modes = SimpleNamespace(resize=resize), SimpleNamespace(NEAREST="nearest")
+        module.transforms = SimpleNamespace(functional=functional, InterpolationMode=modes)
 
 
 def _patch_pipelines() -> None:
