@@ -90,6 +90,22 @@ def test_what_follows_a_method_leaves_its_signature() -> None:
     assert Model(layers=5).layers == 5 and seen == [5] and inspect.signature(Model.__init__) == before
 
 
+def test_each_file_has_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(plugin.SECONDS, "10")
+    monkeypatch.setattr(plugin, "_SHARE", {})
+    clock = iter([0.0, 4.0, 6.0, 6.0, 10.0])  # twice where a file begins
+    monkeypatch.setattr(plugin, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    first, second = (SimpleNamespace(path=Path(name)) for name in ("a", "b"))
+    plugin.pytest_collection_finish(SimpleNamespace(items=[first, first, second]))
+    plugin.pytest_runtest_setup(first)
+    with pytest.raises(pytest.skip.Exception, match=plugin.OVER):
+        plugin.pytest_runtest_setup(first)
+    plugin.pytest_runtest_setup(second)
+    said: list[str] = []
+    plugin.pytest_terminal_summary(SimpleNamespace(write_line=said.append))
+    assert said == [plugin.OVER]
+
+
 def test_a_mask_of_padding_is_resized_without_torchvision() -> None:
     module = SimpleNamespace()
     plugin._without_torchvision(module)
