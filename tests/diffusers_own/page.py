@@ -14,11 +14,12 @@ HEAD = """# diffusers' own tests under a patch
 Written by `python -m tests.diffusers_own CHECKOUT --page docs/diffusers-tests.md`, never by hand. diffusers' own tests of each
 family run twice on a CPU: as they are, and with every pipeline, or every transformer that is made for none, patched with `dense`.
 So whatever they do to a model is done to a patched one: saving and loading, LoRA, offloading, casting, caches, callbacks.
-A patch is for inference: tests that train fail under it by design, with an error that says so.
+A patch is for inference: tests that train fail under it by design, with an error that says so. So do those that give a model
+what no layout describes, such as AnyFlow-FAR without its cache, or a sequence of MiniMax-H3 whose rows lie in no frames.
 
 A test that fails without a patch too does not count: most of those compare with numbers of weights on the hub, where small
 stand-ins of other weights are used here, or load what there is no stand-in for. Tests that are skipped are left out, such as
-those that ask for a GPU.
+those that ask for a GPU. Without torchvision, torch resizes the mask of padding that Cosmos takes.
 """
 COLUMNS = (
     "family",
