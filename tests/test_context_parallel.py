@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import ContextParallelConfig
 from diffusers.hooks.context_parallel import apply_context_parallel
+from diffusers.models._modeling_parallel import ParallelConfig, TensorParallelConfig
 from torch import multiprocessing
 
 from diffusers_accel import Plan, patch
@@ -190,6 +191,22 @@ def check_other_families(found: list[dict[str, Any]]) -> None:
             "transformer: LTXVideoTransformer3DModel does not run under Ulysses, also without a patch: diffusers masks"
         )
         assert clips["run"].startswith(why) and clips["patched"].startswith(why)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"context_parallel_config": ContextParallelConfig(ring_degree=2)}, "ring attention merges pieces"),
+        ({"context_parallel_config": ContextParallelConfig(ring_degree=2, ulysses_degree=2)}, "ring attention merges"),
+        ({"tensor_parallel_config": TensorParallelConfig(tp_degree=2)}, "tensor parallelism shards heads"),
+    ],
+    ids=["ring", "ring and Ulysses", "tensor"],
+)
+def test_other_parallelism_is_refused_by_name(config: dict[str, Any], reason: str) -> None:
+    pipe = tiny_wan()
+    pipe.transformer._parallel_config = ParallelConfig(**config)
+    with pytest.raises(ValueError, match=f"transformer: {reason}"):
+        patch(pipe, "dense")
 
 
 def test_text_that_comes_in_pieces_is_refused() -> None:

@@ -6,9 +6,11 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from diffusers_accel import unpatch
 from diffusers_accel.families.ltx import LTX
@@ -57,6 +59,8 @@ def test_files_are_found_by_the_class_that_they_name(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="found none_such"):
         runs.chosen(["wan", "none_such"])
     done = runs.compared(tmp_path, tmp_path / "results", tmp_path, LTX, "pipelines", 1.0)
+    text = page.written([done], "9.8.7")
+    assert "- pipelines (`tests/pipelines`): `ltx`\n" in text and "- not run, lora: allegro, anyflow," in text
     assert "no tests of diffusers name" in page.line(done) and runs.kept(tmp_path / "results") == [done]
     assert json.loads((tmp_path / "results" / "ltx.pipelines.json").read_text(encoding="utf-8"))["files"] == []
 
@@ -84,3 +88,30 @@ def test_what_follows_a_method_leaves_its_signature() -> None:
     before, seen = inspect.signature(Model.__init__), []
     plugin._after(Model, "__init__", lambda model: seen.append(model.layers))
     assert Model(layers=5).layers == 5 and seen == [5] and inspect.signature(Model.__init__) == before
+
+
+def test_each_file_has_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(plugin.SECONDS, "10")
+    monkeypatch.setattr(plugin, "_SHARE", {})
+    clock = iter([0.0, 4.0, 6.0, 6.0, 10.0])  # twice where a file begins
+    monkeypatch.setattr(plugin, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    first, second = (SimpleNamespace(path=Path(name)) for name in ("a", "b"))
+    plugin.pytest_collection_finish(SimpleNamespace(items=[first, first, second]))
+    plugin.pytest_runtest_setup(first)
+    with pytest.raises(pytest.skip.Exception, match=plugin.OVER):
+        plugin.pytest_runtest_setup(first)
+    plugin.pytest_runtest_setup(second)
+    said: list[str] = []
+    plugin.pytest_terminal_summary(SimpleNamespace(write_line=said.append))
+    assert said == [plugin.OVER]
+
+
+def test_a_mask_of_padding_is_resized_without_torchvision() -> None:
+    module = SimpleNamespace()
+    plugin._without_torchvision(module)
+    resize, nearest = module.transforms.functional.resize, module.transforms.InterpolationMode.NEAREST
+    mask = torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]])
+    assert torch.equal(resize(mask, [4, 2], interpolation=nearest)[0, 0, :, 0], torch.tensor([0.0, 0.0, 2.0, 2.0]))
+    there = SimpleNamespace(transforms="torchvision's")
+    plugin._without_torchvision(there)
+    assert there.transforms == "torchvision's"

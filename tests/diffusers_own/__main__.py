@@ -24,11 +24,14 @@ def main() -> None:
     parser.add_argument("families", nargs="*", help="names of list_families(); all without any")
     parser.add_argument("--kinds", nargs="+", choices=runs.KINDS, default=list(runs.KINDS), metavar="kind")
     parser.add_argument(
-        "--minutes", type=float, default=10, help="at most for each run of a family and kind, of which there are two"
+        "--minutes",
+        type=float,
+        default=10,
+        help="at most for each run of a family and kind, of which there are two; its test files share it",
     )
     parser.add_argument("--results", type=Path, help="folder that keeps the results; what is in it is not run again")
     parser.add_argument("--page", type=Path, help="write the page there, of all that the folder of results holds")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     if not (given.checkout / "tests" / "pipelines").is_dir():
         parser.error(f"expected a checkout of diffusers with tests/pipelines in it, found {given.checkout}")
     families = runs.chosen(given.families)

@@ -2,7 +2,7 @@
 
 A pipeline is patched where it takes its components, a transformer that is made for no pipeline where it is made.
 `DIFFUSERS_OWN_SEAM` says which of the two, and nothing is patched without it; `DIFFUSERS_OWN_RESULT` is the file for the
-results, one line of JSON for each test; `DIFFUSERS_OWN_SECONDS` is when to stop.
+results, one line of JSON for each test; `DIFFUSERS_OWN_SECONDS` is how long it may take, which the test files share.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers  # noqa: F401  the installed one, before a conftest of the checkout puts its own sources in front
 import pytest
+import torch
+import torch.nn.functional as F
 
 SEAM, RESULT, SECONDS = "DIFFUSERS_OWN_SEAM", "DIFFUSERS_OWN_RESULT", "DIFFUSERS_OWN_SECONDS"
 OVER = "the time that was given is over"
-_STARTED = time.monotonic()
+_SHARE: dict[str, Any] = {}  # of the time, that of the test file which runs
 _CALLS = {"attention": 0}
 
 
 def pytest_configure(config: Any) -> None:
+    for name in ("transformers.transformer_cosmos", "controlnets.controlnet_cosmos"):
+        _without_torchvision(importlib.import_module(f"diffusers.models.{name}"))
     seam = os.environ.get(SEAM)
     if not seam:
         return
@@ -57,11 +62,22 @@ def _write(report: Any) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def pytest_collection_finish(session: Any) -> None:
+    _SHARE["seconds"] = float(os.environ[SECONDS]) / max(1, len({item.path for item in session.items}))
+
+
 def pytest_runtest_setup(item: Any) -> None:
-    """When the time is over, the test that would be next is skipped, which is not written, and none follows."""
-    if time.monotonic() - _STARTED > float(os.environ[SECONDS]):
-        item.session.shouldstop = OVER
+    """When the share of a test file is over, the rest of it is skipped, which is not written."""
+    if item.path != _SHARE.get("file"):
+        _SHARE.update(file=item.path, until=time.monotonic() + _SHARE["seconds"])
+    if time.monotonic() > _SHARE["until"]:
+        _SHARE["over"] = True
         pytest.skip(OVER)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if _SHARE.get("over"):
+        terminalreporter.write_line(OVER)
 
 
 def _after(owner: type, name: str, do: Callable[[Any], object]) -> None:
@@ -75,6 +91,17 @@ def _after(owner: type, name: str, do: Callable[[Any], object]) -> None:
         return out
 
     setattr(owner, name, method)
+
+
+def _without_torchvision(module: Any) -> None:
+    """Cosmos resizes its mask of padding by torchvision: where that is not installed, torch does it, also without a patch."""
+
+    def resize(image: torch.Tensor, size: list[int], interpolation: str) -> torch.Tensor:
+        return F.interpolate(image, size=size, mode=interpolation)
+
+    if not hasattr(module, "transforms"):
+        functional, modes = SimpleNamespace(resize=resize), SimpleNamespace(NEAREST="nearest")
+        module.transforms = SimpleNamespace(functional=functional, InterpolationMode=modes)
 
 
 def _patch_pipelines() -> None:

@@ -72,6 +72,14 @@ def qwen_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def qwen_processor(folder: Path) -> None:
+    """A tokenizer, which `AutoProcessor` takes where the configuration is of a text model: a processor of videos asks for
+    torchvision.
+    """
+    qwen_tokenizer(folder)
+    transformers.Qwen2Config().save_pretrained(folder)
+
+
 def _save(model: Any, folder: Path) -> None:
     model.eval().save_pretrained(folder)
 
@@ -132,11 +140,12 @@ def hunyuan_video(folder: Path) -> None:
 MODELS: dict[str, Maker] = {
     "hf-internal-testing/tiny-random-t5": t5,
     "hf-internal-testing/tiny-random-clip": clip_tokenizer,
-    "hf-internal-testing/tiny-random-Qwen2VLForConditionalGeneration": qwen_tokenizer,
+    "hf-internal-testing/tiny-random-Qwen2VLForConditionalGeneration": qwen_processor,
     "hf-internal-testing/tiny-random-SiglipVisionModel": siglip,
     "hf-internal-testing/tiny-gemma3": gemma3,
     "hf-internal-testing/tiny-random-hunyuanvideo": hunyuan_video,
     "finetrainers/dummy-hunyaunvideo": lambda folder: llama_tokenizer(folder / "tokenizer"),
+    "hf-internal-testing/tiny-cosmos3-modular-pipe": lambda folder: qwen_tokenizer(folder / "text_tokenizer"),
 }
 
 

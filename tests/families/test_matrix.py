@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from diffusers_accel.families import FAMILIES
@@ -10,6 +11,9 @@ from tests import matrix
 from tests.families import TINY
 from tests.families.test_every_family import FIRST, PACKED
 
+README = matrix.PAGE.parents[1] / "README.md"
+# Made with a supported transformer and refused: docs/families.md says why.
+REFUSED = {"LTXI2VLongMultiPromptPipeline", "LTX2DFRPipeline", "LTX2DFRTemporalRefinePipeline"}
 WITH_HISTORY = {family.name for family in FAMILIES.values() if family.history}
 
 
@@ -40,6 +44,13 @@ def test_the_page_says_of_every_family_what_goes_with_it() -> None:
     starter, own = titles.index("starter plan"), titles.index("diffusers' own tests")
     assert {name for name, row in rows.items() if row[starter]} == {each.family for each in CHECKPOINTS}
     assert {name: row[own] for name, row in rows.items() if row[own]} == matrix.own_tests()
+
+
+def test_the_readme_names_each_pipeline_that_works() -> None:
+    _, _, models = README.read_text(encoding="utf-8").partition("## Models")
+    named = set(re.findall(r"`(\w+Pipeline)`", models.partition("\n## ")[0]))
+    _, _, table = matrix.PAGE.read_text(encoding="utf-8").partition("## Pipelines by transformer")
+    assert named == set(re.findall(r"`(\w+Pipeline)`", table)) - REFUSED
 
 
 def test_results_are_read_by_kind_and_column(tmp_path: Path) -> None:
