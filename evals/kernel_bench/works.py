@@ -140,14 +140,16 @@ def _selected(point: Point, case: Case) -> Work:
         assert prepared.means is not None
         return select(*prepared.means, queries=tokens, keys=tokens, density=point.density)
 
-    def attend(prepared: Prepared, blocks: BlockPattern, **end: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(
+        prepared: Prepared, blocks: BlockPattern, out: Tensor | None = None, to: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         if isinstance(prepared.operands, Quantized):
-            return quantized_attention(prepared.operands, blocks, impl=point.impl, **end)
-        return attention(*prepared.operands, blocks, impl=point.impl, **end)
+            return quantized_attention(prepared.operands, blocks, impl=point.impl, out=out, rows=to)
+        return attention(*prepared.operands, blocks, impl=point.impl, out=out, rows=to)
 
     def attend_back(prepared: Prepared, blocks: BlockPattern) -> tuple[Tensor, Tensor]:
         """As a layer has it, with the output in the model's order."""
-        return attend(prepared, blocks, out=torch.empty_like(case.q), rows=rows)
+        return attend(prepared, blocks, torch.empty_like(case.q), rows)
 
     def call() -> tuple[Tensor, Tensor]:
         prepared = prepare()
