@@ -25,6 +25,7 @@ from diffusers_accel.forwards.report import ForwardsReport
 from diffusers_accel.forwards.scope import Scope
 from diffusers_accel.forwards.wrapper import Interceptor, wrap
 from diffusers_accel.kernels.kept import forget_kept
+from diffusers_accel.kernels.ranking import eight_bits_left_out
 from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import AUTO, NAMED, Method, Recipe
 from diffusers_accel.plan import Plan
@@ -405,16 +406,20 @@ def _check_leaves_something(recipe: Recipe, shapes: dict[str, ModelShape]) -> No
 
 
 def _with_precision(chosen: Plan | Recipe | Method, pipe: Any, found: dict[str, Any]) -> Plan | Recipe | Method:
-    """Settles the precision of a recipe that leaves it to the device: int8 on a GPU where a kernel has it."""
+    """Settles the precision of a recipe that leaves it to the device: int8 where a GPU's kernel has it and it is not left out."""
     if not isinstance(chosen, Recipe) or all(method.precision != AUTO for method in chosen.heads):
         return chosen
     quantized = replace(
         chosen, heads=tuple(replace(m, precision="int8") if m.precision == AUTO else m for m in chosen.heads)
     )
     reason = next((reason for _, reason in _refusals(pipe, quantized.heads, found)), None)
-    if reason is None and all(_device(pipe, module).type != "cpu" for module, _ in found.values()):
+    devices = [_device(pipe, module) for module, _ in found.values()]
+    if reason is None and any(device.type == "cpu" for device in devices):
+        reason = "int8 would only be simulated on a CPU"
+    reason = reason or next((why for device in devices if (why := eight_bits_left_out(device))), None)
+    if reason is None:
         return quantized
-    LOG.info("products stay in the model's own precision: %s", reason or "int8 would only be simulated on a CPU")
+    LOG.info("products stay in the model's own precision: %s", reason)
     heads = tuple(replace(method, precision="input") for method in quantized.heads)
     return replace(chosen, heads=heads)
 

@@ -1,4 +1,4 @@
-"""Which implementation `auto` takes, as one table, and which ones have to be asked for by name.
+"""Which implementation `auto` takes, as one table, and what has to be asked for by name.
 
 Plain data: names, numbers and texts. An implementation is a module `kernels/<operator>/<name>.py` and its line in
 `IMPLEMENTATIONS`. A benchmark that has measured it on a GPU adds a row to `RANKING`, above those that it narrows.
@@ -64,6 +64,22 @@ RANKING: tuple[Row, ...] = (
     Row("dense", (90, 109), "input", ANY_DIM, ("cudnn", "flash", "xformers", "cpu", "portable", "reference")),
     Row("dense", ANYWHERE, "input", ANY_DIM, ("flash", "cudnn", "xformers", "cpu", "portable", "reference")),
 )
+
+# (Lowest and highest compute capability, why): where nothing takes eight bits by itself although kernels have them. To be
+# removed, or to get more rows, when they have been measured there.
+EIGHT_BITS_IF_ASKED: tuple[tuple[tuple[int, int], str], ...] = (
+    (
+        (90, 90),
+        "eight bits must be asked for on Hopper until measured: with tiles of 64 keys they are bound by the issue of "
+        "instructions",
+    ),
+)
+
+
+def eight_bits_left_out(device: torch.device) -> str | None:
+    """Why nothing may take eight bits there unless it was told to, or None. What is asked for is obeyed all the same."""
+    found = place(device)
+    return next((why for (lowest, highest), why in EIGHT_BITS_IF_ASKED if lowest <= found <= highest), None)
 
 
 def order(operator: str, device: torch.device, precision: str, head_dim: int) -> tuple[str, ...]:

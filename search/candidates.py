@@ -10,6 +10,7 @@ import torch
 
 from diffusers_accel.families import Family, find
 from diffusers_accel.files import quoted
+from diffusers_accel.kernels.ranking import eight_bits_left_out
 from diffusers_accel.methods import (
     DENSE,
     AxisOrder,
@@ -80,7 +81,7 @@ def candidates(
 
 
 def candidates_for(pipe: Any, methods: Sequence[str] | None = None) -> tuple[Method, ...]:
-    """`candidates()` for a loaded pipeline: quantized ones where its GPU has a kernel for them."""
+    """`candidates()` for a loaded pipeline: quantized ones where its GPU has a kernel and they are not left out."""
     quantized = replace(DENSE, precision="int8")
     device = torch.device(pipe._execution_device)
     found: dict[str, Any] = find(pipe)
@@ -90,7 +91,7 @@ def candidates_for(pipe: Any, methods: Sequence[str] | None = None) -> tuple[Met
     families = [family for _, family in found.values()]
     return candidates(
         methods=methods,
-        quantized=device.type != "cpu" and not any(reasons),
+        quantized=device.type != "cpu" and not any(reasons) and eight_bits_left_out(device) is None,
         chunks=any(family.history for family in families),
         stripes=_same_places(families),
         stored=_same_places(families),

@@ -197,7 +197,8 @@ def reordered(
         axes: the order of all heads, a permutation of "fhw".
         dense_steps: share of the schedule that stays dense at its start; the paper has none.
         dense_layers: number of first layers that stay dense.
-        precision: of the products; "auto" is "int8" on a GPU and "input" on a CPU, where int8 would only be simulated.
+        precision: of the products; "auto" is "int8" on a GPU whose kernel has it, but "input" on Hopper, where int8 has not been
+            measured to be faster, and on a CPU, where it would only be simulated.
         rest: what happens to the blocks that are not read: "drop" or "pooled" (each takes part as its mean).
     """
     method = Method(AxisOrder(axes), Draft(density), precision, _rest(rest))

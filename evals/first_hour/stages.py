@@ -18,6 +18,7 @@ from diffusers_accel.evals.kernel_bench.points import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[2]  # of a checkout
 ROWS, STEPS, PROFILE = "rows.jsonl", "steps.jsonl", "ncu.txt"
+ATTENTION = ("portable", "hopper", "gluon")  # this project's kernels of it for a GPU
 REST = 12.0  # seconds of a benchmark's limit that are left for its start and its report
 # Where tools of the CUDA toolkit lie that are not on the PATH.
 TOOL_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/nvidia/nsight-compute")
@@ -65,13 +66,13 @@ def planned(device: str, folder: Path) -> list[HourStage]:
     return [
         HourStage(
             "tests",
-            20,
+            18,
             partial(_pytest, gpu, folder / "log-tests.txt"),
             missing=_no_tests,
             findings={1: "tests failed", 2: "some tests could not be collected"},
             cwd=ROOT,
         ),
-        *(_sanitizer(impl, gpu) for impl in ("portable", "hopper")),
+        *(_sanitizer(impl, gpu) for impl in ATTENTION),
         HourStage(
             "sweep", 14, partial(_bench, device, out, folder, sweep), pages, left=partial(_points, device, out, sweep)
         ),
@@ -118,13 +119,13 @@ def _sanitizer(impl: str, gpu: bool) -> HourStage:
 
     def command(seconds: float) -> list[str]:
         tool = [str(find_tool("compute-sanitizer")), "--tool", "memcheck", "--error-exitcode", "9"]
-        operators = ["--operators", "attention"] if impl == "hopper" else []
+        operators = ["--operators", "attention"] if impl != "portable" else []
         return [*tool, *_once("S1"), "--impls", impl, *operators]
 
     name = f"sanitizer-{impl}"
     return HourStage(
         name,
-        5,
+        4,
         command,
         missing=partial(_no_tool, "compute-sanitizer", gpu),
         findings={9: "memory is read or written where nothing was allocated", 1: "a result is wrong"},
@@ -134,9 +135,9 @@ def _sanitizer(impl: str, gpu: bool) -> HourStage:
 
 def _ncu(seconds: float) -> list[str]:
     tool = [str(find_tool("ncu")), "--profile-from-start", "off", "--clock-control", "none", "--set", "full"]
-    tool += ["--kernel-name", "regex:attention_kernel", "--launch-count", "2", "--log-file", PROFILE]
-    attention = ["--impls", "portable,hopper", "--operators", "attention", "--precisions", "input", "--warm-up", "1"]
-    return [*tool, *_once("W13"), *attention]
+    tool += ["--kernel-name", "regex:attention_kernel", "--launch-count", str(len(ATTENTION)), "--log-file", PROFILE]
+    attention = ["--operators", "attention", "--precisions", "input", "--warm-up", "1"]
+    return [*tool, *_once("W13"), "--impls", ",".join(ATTENTION), *attention]
 
 
 def _once(shape: str) -> list[str]:

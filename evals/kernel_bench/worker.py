@@ -151,6 +151,7 @@ class Bench:
         if point.operator == "dense" and point.precision == "input":
             self._dense.setdefault((point.shape, point.inputs), {})[point.impl] = median
         if point.operator == "selected":
+            row["t_scatter_ms"] = row.pop("t_back_ms") - kernel
             around = sum(row[name] for name in ("t_prep_ms", "t_select_ms", "t_scatter_ms"))
             row["overhead_share"] = around / kernel
         return row | {"gpu": gpu_state(self.device)}

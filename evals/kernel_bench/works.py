@@ -140,21 +140,20 @@ def _selected(point: Point, case: Case) -> Work:
         assert prepared.means is not None
         return select(*prepared.means, queries=tokens, keys=tokens, density=point.density)
 
-    def attend(prepared: Prepared, blocks: BlockPattern) -> tuple[Tensor, Tensor]:
+    def attend(
+        prepared: Prepared, blocks: BlockPattern, out: Tensor | None = None, to: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         if isinstance(prepared.operands, Quantized):
-            return quantized_attention(prepared.operands, blocks, impl=point.impl)
-        return attention(*prepared.operands, blocks, impl=point.impl)
+            return quantized_attention(prepared.operands, blocks, impl=point.impl, out=out, rows=to)
+        return attention(*prepared.operands, blocks, impl=point.impl, out=out, rows=to)
 
-    def scatter(out: Tensor) -> Tensor:
-        """As a layer writes a launch's output into the model's order."""
-        back = torch.empty_like(out)
-        back.view(1, -1, case.shape.dim).index_copy_(1, rows, out.flatten(1, 2))
-        return back
+    def attend_back(prepared: Prepared, blocks: BlockPattern) -> tuple[Tensor, Tensor]:
+        """As a layer has it, with the output in the model's order."""
+        return attend(prepared, blocks, torch.empty_like(case.q), rows)
 
     def call() -> tuple[Tensor, Tensor]:
         prepared = prepare()
-        out, lse = attend(prepared, choose(prepared))
-        return scatter(out), lse
+        return attend_back(prepared, choose(prepared))
 
     prepared = prepare()
     blocks = choose(prepared)
@@ -175,7 +174,7 @@ def _selected(point: Point, case: Case) -> Work:
             "t_prep_ms": prepare,
             "t_select_ms": partial(choose, prepared),
             "t_kernel_ms": partial(attend, prepared, blocks),
-            "t_scatter_ms": partial(scatter, torch.empty_like(case.q)),
+            "t_back_ms": partial(attend_back, prepared, blocks),
         },
     )
 
@@ -328,7 +327,7 @@ def _order(case: Case) -> Tensor:
     video = torch.arange(case.shape.tokens - case.shape.text).view(case.shape.grid).permute(2, 1, 0).flatten()
     order = torch.cat([video, torch.arange(len(video), case.shape.tokens)])
     heads = case.shape.heads
-    return (order[:, None] * heads + torch.arange(heads)).flatten().to(case.device)
+    return (order[:, None] * heads + torch.arange(heads)).flatten().to(case.device, torch.int32)
 
 
 def _pair(found: Any) -> tuple[Tensor, Tensor | None]:

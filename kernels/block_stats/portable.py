@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffusers_accel.kernels import hardware
+from diffusers_accel.kernels.rows import rows_at, rows_in_eights
 
 LOG2_E = 1.4426950408889634
 BLOCKS = (16, 32, 64, 128)
@@ -36,7 +37,7 @@ def block_stats(
         block_stats_kernel[(rows * heads * batch,)](
             q, k, lse, total, largest, small, *q.stride()[:3], *k.stride()[:3], heads, queries, keys,
             scale * LOG2_E, epsilon, DIM=dim, BLOCK_D=tile_of_dim(dim, q.dtype), BLOCK_Q=block_q, BLOCK_K=block_k,
-            HEAD_GROUP=heads // k.shape[2],
+            HEAD_GROUP=heads // k.shape[2], EIGHTS=rows_in_eights(q) and rows_in_eights(k),
             num_warps=warps(block_q, block_k, q.dtype), num_stages=2,
         )  # fmt: skip
     return total, largest, small
@@ -59,16 +60,16 @@ def block_stats_kernel(
     q_ptr, k_ptr, lse_ptr, total_ptr, largest_ptr, small_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, heads, queries, keys, qk_scale, epsilon,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HEAD_GROUP: tl.constexpr,
+    HEAD_GROUP: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """One row of blocks of one head; HEAD_GROUP heads of q share one of k."""
+    """One row of blocks of one head; HEAD_GROUP heads of q share one of k. EIGHTS says that both are `rows_in_eights`."""
     rows, columns = tl.cdiv(queries, BLOCK_Q), tl.cdiv(keys, BLOCK_K)
     block_row = tl.program_id(0) % rows
     line = (tl.program_id(0) // rows).to(tl.int64)
     row = block_row * BLOCK_Q + tl.arange(0, BLOCK_Q)
     token = tl.arange(0, BLOCK_K)
-    q_ptr += line // heads * q_stride_b + line % heads * q_stride_h
-    k_ptr += line // heads * k_stride_b + line % heads // HEAD_GROUP * k_stride_h
+    batch, head = line // heads, line % heads
+    q_rows = rows_at(q_ptr, batch, row[:, None].to(tl.int64), head, q_stride_b, q_stride_s, q_stride_h, EIGHTS)
     lse = tl.load(lse_ptr + line * queries + row, mask=row < queries, other=float("-inf")) * 1.4426950408889634
     # exp2(scores - inf) is the 0 of a query that does not exist or reads nothing.
     shift = tl.where(lse == float("-inf"), float("inf"), lse)
@@ -77,14 +78,13 @@ def block_stats_kernel(
     for block in range(columns):
         start = block * BLOCK_K
         exists = start + token < keys
-        k_block = k_ptr + tl.cast(start, tl.int64) * k_stride_s
+        at_keys = (start + token[None, :]).to(tl.int64)
+        k_rows = rows_at(k_ptr, batch, at_keys, head // HEAD_GROUP, k_stride_b, k_stride_s, k_stride_h, EIGHTS)
         scores = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
         for d in range(0, DIM, BLOCK_D):
             column = d + tl.arange(0, BLOCK_D)
-            q_at = q_ptr + row[:, None].to(tl.int64) * q_stride_s + column[None, :]
-            k_at = k_block + token[None, :] * k_stride_s + column[:, None]
-            q = tl.load(q_at, mask=(row[:, None] < queries) & (column[None, :] < DIM), other=0.0)
-            k = tl.load(k_at, mask=exists[None, :] & (column[:, None] < DIM), other=0.0)
+            q = tl.load(q_rows + column[None, :], mask=(row[:, None] < queries) & (column[None, :] < DIM), other=0.0)
+            k = tl.load(k_rows + column[:, None], mask=exists[None, :] & (column[:, None] < DIM), other=0.0)
             scores = tl.dot(q, k, scores, input_precision="ieee")
         p = tl.math.exp2(scores * qk_scale - shift[:, None])
         p = tl.where(exists[None, :], p, 0.0)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +239,8 @@ def test_the_summary_shows_the_steps_then_the_kernels_then_the_stages(tmp_path: 
 
 def test_what_a_gpu_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {stage.name: stage for stage in planned("cuda", tmp_path)}
-    order = ["tests", "sanitizer-portable", "sanitizer-hopper", "sweep", "kernels", "steps", "ncu"]
+    sanitizers = ["sanitizer-portable", "sanitizer-hopper", "sanitizer-gluon"]
+    order = ["tests", *sanitizers, "sweep", "kernels", "steps", "ncu"]
     assert list(found) == order and sum(stage.share for stage in found.values()) == 100
     for name in ("compute-sanitizer", "ncu"):
         monkeypatch.setattr(stages_module, "TOOL_FOLDERS", ())
@@ -260,6 +260,13 @@ def test_what_a_gpu_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert sweep[sweep.index("--operators") + 1] == "sweep" and sweep[sweep.index("--minutes") + 1] == "1.800"
     assert "sweep" not in kernels[kernels.index("--operators") + 1].split(",")
     assert found["sanitizer-portable"].env == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for name in sanitizers:  # `portable` has other operators, too
+        command = found[name].command(30.0)
+        assert command[command.index("--impls") + 1] == name.partition("-")[2]
+        assert ("--operators" in command) == (name != "sanitizer-portable")
+    profiled = found["ncu"].command(30.0)
+    impls = profiled[profiled.index("--impls") + 1].split(",")
+    assert profiled[profiled.index("--launch-count") + 1] == str(len(impls)) and "gluon" in impls
     assert all(stage.left() != "" for stage in (found["sweep"], found["kernels"], found["steps"]))
 
 
@@ -310,17 +317,15 @@ def test_a_machine_without_a_gpu_is_told_of_the_dry_run(tmp_path: Path, monkeypa
 def test_a_dry_run_goes_through_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real commands, on a CPU."""
     monkeypatch.setattr(running, "GRACE_SECONDS", 5.0)
-    chosen: Callable[..., list[HourStage]] = first_hour.planned
-    monkeypatch.setattr(
-        first_hour, "planned", lambda device, folder: [s for s in chosen(device, folder) if s.name != "tests"]
-    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # on which the tests of kernels would run for long
     arguments = ["--dry", "--out", str(tmp_path), "--minutes", "9"]
     assert first_hour.main(arguments) == 0
     data = read_json(tmp_path / "summary.json")
     assert {stage["name"]: stage["status"] for stage in data["stages"]} == {
-        "sanitizer-portable": "skipped", "sanitizer-hopper": "skipped", "sweep": "done", "kernels": "done", "steps": "done",
-        "ncu": "skipped",
+        "tests": "done", "sanitizer-portable": "skipped", "sanitizer-hopper": "skipped", "sanitizer-gluon": "skipped",
+        "sweep": "done", "kernels": "done", "steps": "done", "ncu": "skipped",
     }, data["stages"]  # fmt: skip
+    assert "skipped" in data["stages"][0]["why"], "each says that it needs a GPU"
     assert [row["method"] for row in data["steps"]] == ["stock", "pattern"]
     found = bench_rows.read(tmp_path / ROWS)
     attention = [row for row in found if row["operator"] == "attention" and row["impl"] == "cpu"]

@@ -119,6 +119,18 @@ def test_a_measured_row_makes_automatic_what_had_to_be_asked_for(
     assert chosen("cuda", F32, 128) == "portable"
 
 
+def test_eight_bits_have_to_be_asked_for_on_hopper(gpu: SimpleNamespace) -> None:
+    """Nobody takes them unasked there, and who asks gets them."""
+    left_out = {}
+    for gpu.capability in (80, 86, 89, 90, 100, 120):
+        left_out[gpu.capability] = ranking.eight_bits_left_out(CUDA)
+    assert [at for at, why in left_out.items() if why is not None] == [90]
+    assert "must be asked for on Hopper until measured" in str(left_out[90])
+    assert ranking.eight_bits_left_out(CPU) is None
+    gpu.capability = 90
+    assert chosen("cuda", BF16, 128, precision="int8") == chosen("cuda", BF16, 128, precision="int8_fp8") == "portable"
+
+
 def test_auto_never_takes_what_has_to_be_asked_for(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even where nothing else but the reference can run."""
     monkeypatch.setattr("diffusers_accel.kernels.attention.portable.refuses", lambda *inputs: "is broken")

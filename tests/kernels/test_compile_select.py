@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from diffusers_accel.kernels.block_stats import portable as block_stats
 from diffusers_accel.kernels.select import portable as select
-from tests.kernels.test_compile import BF16, F32, MATRIX, NAMES, compiled, every_arch, in_turn
+from tests.kernels.test_compile import BF16, F32, MATRIX, NAMES, assert_wide, compiled, every_arch, in_turn
 
 LISTS = {"map_ptr": "*fp32", "forced_ptr": "*u8", "histograms_ptr": "*i32", "blocks_ptr": "*i32", "counts_ptr": "*i32"}
 
@@ -62,9 +62,11 @@ def test_lists(arch: int, key_blocks: int, rule: str) -> None:
     ("dim", "dtype", "group"),
     [
         (64, BF16, 1),
+        (72, BF16, 1),
         (96, BF16, 1),
         (128, BF16, 1),
         (256, BF16, 1),
+        (72, F32, 1),
         (128, F32, 1),
         (128, BF16, 4),
     ],
@@ -74,9 +76,11 @@ def test_block_stats(arch: int, blocks: tuple[int, int], dim: int, dtype: torch.
     types = {"q_ptr": tensor, "k_ptr": tensor, "lse_ptr": "*fp32", "total_ptr": "*fp32", "largest_ptr": "*fp32"}
     types |= {"small_ptr": "*i32", "qk_scale": "fp32", "epsilon": "fp32"}
     constants = {"DIM": dim, "BLOCK_D": block_stats.tile_of_dim(dim, dtype), "BLOCK_Q": blocks[0], "BLOCK_K": blocks[1]}
-    constants["HEAD_GROUP"] = group
+    constants |= {"HEAD_GROUP": group, "EIGHTS": True}
     warps = block_stats.warps(*blocks, dtype)
     code = compiled(block_stats.block_stats_kernel, arch, types, constants, num_warps=warps, num_stages=2)
+    if (dtype, blocks) != (F32, (16, 16)):  # whose tiles have one number for each thread
+        assert_wide(code)
     if dtype == F32:
         assert not re.search(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", code)
     elif blocks[0] >= 64:  # Hopper's and later products want 64 rows, smaller tiles take the older instruction

@@ -325,6 +325,17 @@ def test_quantized_candidates_are_for_devices_that_have_kernels_for_them():
     assert not any(isinstance(m.select, Stored) and m.precision == "input" for m in candidates(quantized=True))
 
 
+@pytest.mark.parametrize(("capability", "found"), [(89, {"input", "int8"}), (90, {"input"})])
+def test_on_hopper_eight_bits_are_no_candidates_until_measured(capability, found, monkeypatch):
+    pytest.importorskip("triton", reason="without Triton no kernel of a GPU says anything")
+    pipe = tiny_wan()
+    pipe.transformer.to(torch.bfloat16)
+    monkeypatch.setattr("diffusers_accel.kernels.hardware.capability", lambda device: capability)
+    monkeypatch.setattr("diffusers_accel.kernels.ranking.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cuda", 63))
+    assert {method.precision for method in candidates_for(pipe)} == found
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
