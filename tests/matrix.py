@@ -2,6 +2,8 @@
 
 python -m pytest tests/families tests/test_context_parallel.py --junitxml=build/families.xml
 python -m tests.matrix build/families.xml
+
+Without results it only brings the column of diffusers' own tests up to date with their page.
 """
 
 from __future__ import annotations
@@ -189,10 +191,21 @@ def page(found: dict[str, dict[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_own_tests(text: str) -> str:
+    """The page as it is, but for the column of diffusers' own tests, the last of the features."""
+    before, title, rest = text.partition("## Features by family\n")
+    table, after, others = rest.partition("## Pipelines by transformer\n")
+    own = own_tests()
+    row = re.compile(r"^(\| `(\w+)` \|.*\|)[^|\n]*\|$", re.M)
+    return before + title + row.sub(lambda found: f"{found[1]} {own.get(found[2], '')} |", table) + after + others
+
+
 def _filled(text: str) -> str:
     return textwrap.fill(" ".join(text.split()), 138, break_on_hyphens=False, break_long_words=False)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(results(*map(Path, sys.argv[1:]))), encoding="utf-8")
+    given = [Path(path) for path in sys.argv[1:]]
+    text = page(results(*given)) if given else with_own_tests(PAGE.read_text(encoding="utf-8"))
+    PAGE.write_text(text, encoding="utf-8")
     print(f"wrote {PAGE}")

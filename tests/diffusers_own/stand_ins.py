@@ -63,21 +63,15 @@ def qwen_tokenizer(folder: Path) -> None:
         "<|video_pad|>",
     ]
     vocabulary = _numbered(*_bytes(), *special)
-    tokenizer = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=special[1:])
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocab=vocabulary, merges=[], additional_special_tokens=special[1:], processor_class="Qwen2Tokenizer"
+    )
     tokenizer.chat_template = (
         "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.content is string %}{{ message.content }}"
         "{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer.save_pretrained(folder)
-
-
-def qwen_processor(folder: Path) -> None:
-    """A tokenizer, which `AutoProcessor` takes where the configuration is of a text model: a processor of videos asks for
-    torchvision.
-    """
-    qwen_tokenizer(folder)
-    transformers.Qwen2Config().save_pretrained(folder)
 
 
 def _save(model: Any, folder: Path) -> None:
@@ -90,6 +84,25 @@ def t5(folder: Path) -> None:
     )
     _save(transformers.T5EncoderModel(config), folder)
     t5_tokenizer(folder)
+
+
+def qwen_vl(folder: Path) -> None:
+    """With a tokenizer as its processor, as one of videos asks for torchvision."""
+    text = {
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+        "bos_token_id": 256,
+        "eos_token_id": 258,
+    }
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 14}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision)
+    _save(transformers.Qwen2VLForConditionalGeneration(config), folder)
+    qwen_tokenizer(folder)
 
 
 def gemma3(folder: Path) -> None:
@@ -137,15 +150,21 @@ def hunyuan_video(folder: Path) -> None:
     clip_tokenizer(folder / "tokenizer_2")
 
 
+def cosmos3(folder: Path) -> None:
+    """The tokenizer of a pipeline, with the configuration by which `AutoTokenizer` finds its class."""
+    qwen_tokenizer(folder / "text_tokenizer")
+    transformers.Qwen2Config().save_pretrained(folder / "text_tokenizer")
+
+
 MODELS: dict[str, Maker] = {
     "hf-internal-testing/tiny-random-t5": t5,
     "hf-internal-testing/tiny-random-clip": clip_tokenizer,
-    "hf-internal-testing/tiny-random-Qwen2VLForConditionalGeneration": qwen_processor,
+    "hf-internal-testing/tiny-random-Qwen2VLForConditionalGeneration": qwen_vl,
     "hf-internal-testing/tiny-random-SiglipVisionModel": siglip,
     "hf-internal-testing/tiny-gemma3": gemma3,
     "hf-internal-testing/tiny-random-hunyuanvideo": hunyuan_video,
     "finetrainers/dummy-hunyaunvideo": lambda folder: llama_tokenizer(folder / "tokenizer"),
-    "hf-internal-testing/tiny-cosmos3-modular-pipe": lambda folder: qwen_tokenizer(folder / "text_tokenizer"),
+    "hf-internal-testing/tiny-cosmos3-modular-pipe": cosmos3,
 }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from diffusers_accel.families import FAMILIES
 from diffusers_accel.starter.checkpoints import CHECKPOINTS
 from tests import matrix
@@ -44,6 +46,21 @@ def test_the_page_says_of_every_family_what_goes_with_it() -> None:
     starter, own = titles.index("starter plan"), titles.index("diffusers' own tests")
     assert {name for name, row in rows.items() if row[starter]} == {each.family for each in CHECKPOINTS}
     assert {name: row[own] for name, row in rows.items() if row[own]} == matrix.own_tests()
+
+
+def test_the_column_of_diffusers_own_tests_is_renewed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = matrix.PAGE.read_text(encoding="utf-8")
+    assert matrix.with_own_tests(text) == text
+    own = tmp_path / "own.md"
+    own.write_text("| wan | lora | 9 | 5 | 2 | 2 | 1 |\n", encoding="utf-8")
+    monkeypatch.setattr(matrix, "OWN_TESTS", own)
+    before, after = text.splitlines(), matrix.with_own_tests(text).splitlines()
+    changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert all(
+        old.rpartition("|")[0].rpartition("|")[0] == new.rpartition("|")[0].rpartition("|")[0] for old, new in changed
+    )
+    wan = next(new for _, new in changed if new.startswith("| `wan` |"))
+    assert wan.endswith("| lora 5 of 7 |") and sum("lora" in new for _, new in changed) == 1
 
 
 def test_the_readme_names_each_pipeline_that_works() -> None:
