@@ -16,7 +16,7 @@ from diffusers_accel.cli.options import (
     Setup,
     takes_setup,
 )
-from diffusers_accel.cli.output import show_written
+from diffusers_accel.cli.output import mix, show_written
 from diffusers_accel.support.terminal import Withheld
 
 if TYPE_CHECKING:
@@ -142,9 +142,7 @@ def search(
     if warnings and not force:
         raise Withheld(f"{out}: not written: {'; '.join(warnings)}. What was measured is kept in {kept}")
     plan.save(out)
-    mix = ", ".join(f"{plan.methods[symbol].label} {share:.0%}" for symbol, share in plan.shares().items())
-    cached = f"{plan.forwards.label}; " if plan.forwards else ""
-    show_written(out, f"{cached}{mix}", setup)
+    show_written(out, mix(plan), setup)
 
 
 def _judged(
