@@ -39,6 +39,7 @@ def assign(
     span_weights: Sequence[float] | None = None,
     among: Collection[Method] | None = None,
     steps: StepOptions | None = None,
+    exact: bool = False,
 ) -> Assignment:
     """The assignment with the least error inside the budget.
 
@@ -51,8 +52,11 @@ def assign(
             measured it, for each span and layer.
         among: the candidates that may be taken beside dense; None: all.
         steps: step caches to choose from, for a speed-up; None: every step runs.
+        exact: solve a density or a speed-up as an integer program, with scipy; else the choice is at most one head away from the
+            optimum. Either way `Assignment.gap` says how far off it may be.
 
     Raises:
+        ImportError: `exact`, without scipy.
         OutOfReach: no plan keeps the budget.
         ValueError: an argument does not fit.
     """
@@ -61,22 +65,22 @@ def assign(
             raise ValueError(
                 "span_weights: found beside steps, which are weighed by what was measured; leave one of them out"
             )
-        joint = Joint(scores, cost, steps, dense_steps, among)
-        return joint.assignment(joint.ranked(budget.value)[0])
+        return Joint(scores, cost, steps, dense_steps, among, exact).best(budget.value)
     tables = build_tables(scores, cost, find_weights(scores, span_weights), dense_steps, among)
     if budget.kind == "sparse_vdit":
         choice = {name: table.sparse_vdit(scores, name, budget) for name, table in tables.items()}
         return summary(scores, tables, tables, choice)
-    return _within(budget, scores, tables)
+    return _within(budget, scores, tables, exact)
 
 
-def _within(budget: Budget, scores: Scores, tables: Tables) -> Assignment:
+def _within(budget: Budget, scores: Scores, tables: Tables, exact: bool) -> Assignment:
     """The assignment of all steps that keeps a density or a speed-up."""
     costs = {name: table.time if budget.kind == "speedup" else table.density for name, table in tables.items()}
     dense = sum(float(cost[..., DENSE].sum()) for cost in costs.values())
     ratio = budget.value if budget.kind == "density" else attention_ratio(scores.attention_share, budget.value)
     try:
-        return summary(scores, tables, tables, least_error(tables, costs, dense * ratio))
+        choice, bound = least_error(tables, costs, dense * ratio, exact)
+        return summary(scores, tables, tables, choice, bound=bound)
     except OutOfReach:
         raise OutOfReach(_out_of_reach(scores, budget, least_cost(tables, costs) / dense)) from None
 

@@ -76,6 +76,9 @@ def search(
     correct: Annotated[
         bool, typer.Option("--correct", help="The plan subtracts each head's mean error. (otherwise not)")
     ] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Solve for the best choice of heads, by scipy. (otherwise nearly the best)")
+    ] = False,
     scores: Annotated[
         Path | None, typer.Option("--scores", help="Keeps what was measured. (default: OUT with .scores.safetensors)")
     ] = None,
@@ -127,6 +130,7 @@ def search(
             "candidates": candidates_for(pipeline, sets),
             "dense_steps": dense_steps,
             "correct": correct,
+            "exact": exact,
             "seed": seed,
             "scores_path": kept,
             "step_caches": step_caches,
