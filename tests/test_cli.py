@@ -269,8 +269,12 @@ def test_doctor_search_and_report_of_a_pipeline_folder(
     assert plan.provenance["search"]["call"]["num_inference_steps"] == 4
     assert str(out) in capsys.readouterr().out
     assert out.with_name("plan.scores.safetensors").is_file()
-    run(*search, "--dense-steps", "0.3")
-    assert "finished before" in capsys.readouterr().err
+    front = tmp_path / "front"
+    run(*search, "--dense-steps", "0.3", "--pareto", front, "--exact")
+    found = capsys.readouterr()
+    assert "finished before" in found.err and f"{front / 'front.html'}: the front as it is predicted" in found.out
+    assert json.loads((front / "front.json").read_text())["predicted"] is True
+    assert Plan.load(out).provenance["assignment"]["gap"] < 1e-6
 
     pages = tmp_path / "pages"
     quality = ["--metric", "psnr", "--metric", "ssim", "--prompt", "a red circle", "--seed", "1"]

@@ -102,6 +102,8 @@ WRONG = [
     (f"{SEARCH} --speedup inf", "--speedup: expected a number, found inf"),
     (f"{SEARCH} --epsilon inf", "--epsilon: expected a number"),
     (f"{SEARCH} --epsilon 1 --lambda -1", "epsilon"),
+    (f"{SEARCH} --pareto file", "file: cannot be written: there is a file of that name"),
+    (f"{SEARCH} --epsilon 1 --pareto front", "--pareto: expected beside a goal or --density, found --epsilon"),
     (f"{SEARCH} --lambda 1", "--lambda: expected beside --epsilon"),
     (f"{SEARCH} --speedup 2 --density 0.5", "found --speedup and --density"),
     (f"{SEARCH} --dense-steps 1.5", "--dense-steps: expected a share in 0..1"),

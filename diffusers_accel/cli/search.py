@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,6 +98,12 @@ def search(
     page: Annotated[
         Path | None, typer.Option("--report", help="A folder for the report of the clips that had the last word.")
     ] = None,
+    pareto: Annotated[
+        Path | None,
+        typer.Option(
+            "--pareto", help="A folder for the front: plans for a few speed-ups, as predicted, and a page of them."
+        ),
+    ] = None,
     floor: Annotated[
         bool,
         typer.Option("--floor/--no-floor", help="In the report: how far dense in another exact kernel is from dense."),
@@ -121,6 +128,7 @@ def search(
     sets = None if methods is None else check_sets([name.strip() for name in methods.split(",")])
     check_seed(seed)
     check_share("--dense-steps", dense_steps)
+    _check_pareto(pareto, asked)
     judged = _judged(pipe, asked, validation, held_out, page, floor)
     with launched(setup.device) as here:
         kept = search_places(out, scores) if here.is_first else None
@@ -143,10 +151,39 @@ def search(
         warnings.append(tuned.verdict)
     if tuned is not None and page is not None:
         tuned.report.save(page)
+    if pareto is not None:
+        assert kept is not None  # by the first process
+        _write_front(pareto, kept, options)
     if warnings and not force:
         raise Withheld(f"{out}: not written: {'; '.join(warnings)}. What was measured is kept in {kept}")
     plan.save(out)
     show_written(out, mix(plan), setup)
+
+
+def _check_pareto(folder: Path | None, asked: Budget | Goal) -> None:
+    from diffusers_accel.files import prepare_folder
+    from diffusers_accel.search.budget import Budget
+
+    if folder is None:
+        return
+    if isinstance(asked, Budget) and asked.kind == "sparse_vdit":
+        raise ValueError(
+            "--pareto: expected beside a goal or --density, found --epsilon, whose search measures no spans"
+        )
+    prepare_folder(folder)
+
+
+def _write_front(folder: Path, scores: Path, options: dict[str, Any]) -> None:
+    """The front of what the search has kept, whatever was asked of it."""
+    from diffusers_accel.cli.output import show
+    from diffusers_accel.search.profile import Profile
+    from diffusers_accel.tune.front import find_front
+    from diffusers_accel.tune.front_files import save_front
+
+    found = replace(Profile.load(scores), exact=options["exact"])
+    found = found if options["step_caches"] else replace(found, steps=None)
+    page = save_front(find_front(found, dense_steps=options["dense_steps"]), found, folder, options["correct"])
+    show(f"{page}: the front as it is predicted; the plans are beside it")
 
 
 def _judged(
