@@ -14,6 +14,7 @@ from diffusers_accel.attach.site import Site
 from diffusers_accel.forwards.report import ForwardsReport
 from diffusers_accel.methods import BLOCK
 from diffusers_accel.run.engine import PlanEngine
+from diffusers_accel.support.ranges import ranges
 
 EXCEEDED = 1.2  # times the density that was asked for, from which on the report says why
 
@@ -83,7 +84,7 @@ class PatchReport:
             row = rows[0]
             density = "-" if row["density"] is None else f"{row['density']:.3f}"
             notes = "; ".join(f"{reason} (x{calls})" for reason, calls in row["notes"].items())
-            layers = f"{row['transformer']} {_ranges([one['layer'] for one in rows])}"
+            layers = f"{row['transformer']} {ranges([one['layer'] for one in rows])}"
             if row["reused"]:
                 kept = f"{row['cache_bytes'] / 2**20:,.0f} MiB"
                 notes = "; ".join(
@@ -107,7 +108,7 @@ def strangers(sites: Sequence[Site]) -> list[str]:
         if site.stranger:
             left.setdefault((site.transformer, site.stranger), []).append(site.layer)
     return [
-        f"{transformer} layers {_ranges(layers)}: their processors were replaced since patching, by {name}, and stay; these "
+        f"{transformer} layers {ranges(layers)}: their processors were replaced since patching, by {name}, and stay; these "
         "layers no longer run what the patch says. To have both, unpatch, set the processors, and patch then"
         for (transformer, name), layers in left.items()
     ]
@@ -151,14 +152,3 @@ def _starved(engines: Sequence[PlanEngine]) -> list[str]:
 def _shares(counts: dict[str, int]) -> str:
     total = sum(counts.values())
     return ", ".join(f"{name} {count / total:.0%}" for name, count in Counter(counts).most_common())
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2, 5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

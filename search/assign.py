@@ -35,6 +35,7 @@ def assign(
     dense_steps: float = 0.0,
     span_weights: Sequence[float] | None = None,
     among: Collection[Method] | None = None,
+    exact: bool = False,
 ) -> Assignment:
     """The assignment with the least error inside the budget.
 
@@ -46,8 +47,11 @@ def assign(
         span_weights: how much an error in each span matters, beside its number of calls, in whichever layer; None: as the scores
             measured it, for each span and layer.
         among: the candidates that may be taken beside dense; None: all.
+        exact: solve a density or a speed-up as an integer program, with scipy; else the choice is at most one head away from the
+            optimum. Either way `Assignment.gap` says how far off it may be.
 
     Raises:
+        ImportError: `exact`, without scipy.
         OutOfReach: no plan keeps the budget.
         ValueError: an argument does not fit.
     """
@@ -55,16 +59,17 @@ def assign(
     if budget.kind == "sparse_vdit":
         choice = {name: table.sparse_vdit(scores, name, budget) for name, table in tables.items()}
         return summary(scores, tables, tables, choice)
-    return _within(budget, scores, tables)
+    return _within(budget, scores, tables, exact)
 
 
-def _within(budget: Budget, scores: Scores, tables: Tables) -> Assignment:
+def _within(budget: Budget, scores: Scores, tables: Tables, exact: bool) -> Assignment:
     """The assignment of all steps that keeps a density or a speed-up."""
     costs = {name: table.time if budget.kind == "speedup" else table.density for name, table in tables.items()}
     dense = sum(float(cost[..., DENSE].sum()) for cost in costs.values())
     ratio = budget.value if budget.kind == "density" else attention_ratio(scores.attention_share, budget.value)
     try:
-        return summary(scores, tables, tables, least_error(tables, costs, dense * ratio))
+        choice, bound = least_error(tables, costs, dense * ratio, exact)
+        return summary(scores, tables, tables, choice, bound=bound)
     except OutOfReach:
         raise OutOfReach(_out_of_reach(scores, budget, least_cost(tables, costs) / dense)) from None
 

@@ -9,13 +9,16 @@ import numpy as np
 
 from diffusers_accel.methods import Method
 from diffusers_accel.search.cost import Cost
-from diffusers_accel.search.knapsack import knapsack
+from diffusers_accel.search.exact import improved
+from diffusers_accel.search.knapsack import bound_and_price, knapsack
 from diffusers_accel.search.reach import OutOfReach, faster
 from diffusers_accel.search.schedule import is_border, is_open
 from diffusers_accel.search.scores import DENSE, Array, Scores
 from diffusers_accel.search.step_options import StepOptions
 from diffusers_accel.search.steps.choice import StepChoice
 from diffusers_accel.search.tables import HeadTable
+
+PROVEN = 1e-6  # a gap that is told from none
 
 Tables = Mapping[str, HeadTable]
 
@@ -48,6 +51,7 @@ class Assignment:
         speedup: expected factor for a whole generation.
         steps: the step cache, None where every step runs.
         heads_error: weighted error of the heads: where all spans were measured, the relative squared error of the final latents.
+        bound: nothing that could have been chosen has a smaller `total()`; None: not known, as of the paper's rule.
     """
 
     choice: dict[str, Array]
@@ -57,11 +61,26 @@ class Assignment:
     speedup: float
     steps: StepChoice | None = None
     heads_error: float = 0.0
+    bound: float | None = None
+
+    @property
+    def gap(self) -> float | None:
+        """By which share the error may be above the least possible one, 0 or more; None: not known."""
+        if self.bound is None:
+            return None
+        return max(0.0, 1 - self.bound / self.total()) if self.total() > 0 else 0.0
 
     def total(self, correction: Correction = NO_CORRECTION) -> float:
         """The expected error of both scopes together."""
         predicted = self.steps.error if self.steps else 0.0
         return correction.heads * self.heads_error + correction.forwards * predicted
+
+
+def gap_words(gap: float | None) -> str:
+    """How far a choice may be from the best one, as the end of a line; "" where that is not known."""
+    if gap is None:
+        return ""
+    return ", the best choice" if gap <= PROVEN else f", its choice within {max(gap, 1e-4):.2%} of the best one"
 
 
 def build_tables(
@@ -87,17 +106,27 @@ def least_cost(tables: Tables, costs: Mapping[str, Array]) -> float:
     return sum(float(np.where(tables[name].allowed, cost, np.inf).min(-1).sum()) for name, cost in costs.items())
 
 
-def least_error(tables: Tables, costs: Mapping[str, Array], limit: float) -> dict[str, Array]:
-    """The choice with the least error whose costs are within the limit."""
+def least_error(
+    tables: Tables, costs: Mapping[str, Array], limit: float, exact: bool = False
+) -> tuple[dict[str, Array], float]:
+    """The choice with (nearly) the least error whose costs are within the limit, and what no choice falls below.
+
+    Args:
+        exact: solve it as an integer program.
+    """
     options = next(iter(costs.values())).shape[-1]
     error = np.concatenate([tables[name].error.reshape(-1, options) for name in costs])
     cost = np.concatenate([part.reshape(-1, options) for part in costs.values()])
     try:
         choice = knapsack(error, cost, limit)
-    except ValueError as error:
-        raise OutOfReach(str(error)) from None
+        bound, _ = bound_and_price(error, cost, limit)
+    except ValueError as reason:
+        raise OutOfReach(str(reason)) from None
+    if exact:
+        choice, bound = improved(error, cost, limit, choice)
     sizes = np.cumsum([table.error[..., 0].size for table in tables.values()])[:-1]
-    return {name: part.reshape(tables[name].error.shape[:-1]) for name, part in zip(costs, np.split(choice, sizes))}
+    parts = zip(costs, np.split(choice, sizes))
+    return {name: part.reshape(tables[name].error.shape[:-1]) for name, part in parts}, bound
 
 
 def summary(
@@ -107,8 +136,9 @@ def summary(
     choice: dict[str, Array],
     steps: StepOptions | None = None,
     chosen: StepChoice | None = None,
+    bound: float | None = None,
 ) -> Assignment:
-    """What a choice does. `tables` are those of all steps, `left` those of the steps that run."""
+    """What a choice does. `tables` are those of all steps, `left` those of the steps that run; `bound` is that of the heads."""
 
     def total(table: Array, chosen: Array) -> float:
         return float(np.take_along_axis(table, chosen[..., None], -1).sum())
@@ -127,6 +157,7 @@ def summary(
         speedup=steps.speedup(share, ratio, chosen) if steps else faster(share, ratio),
         steps=chosen,
         heads_error=sum(total(left[name].error, choice[name]) for name in choice),
+        bound=None if bound is None else bound + (chosen.error if chosen else 0.0),
     )
 
 

@@ -5,12 +5,14 @@ A front is walked once (`search.knapsack`); what any speed-up costs is then read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from diffusers_accel.forwards import Forwards
+from diffusers_accel.methods import Method
 from diffusers_accel.search.assignment import (
     NO_CORRECTION,
     Assignment,
@@ -59,7 +61,7 @@ class Joint:
     Args:
         scores, cost: as of `assign`; all spans have to be measured where there are step caches to choose from.
         steps: None: every step is computed.
-        dense_steps: as of `assign`.
+        dense_steps, among, exact: as of `assign`.
 
     Raises:
         ValueError: spans were not measured, so that errors of heads and of predicted steps have no common unit.
@@ -71,15 +73,18 @@ class Joint:
         cost: Cost,
         steps: StepOptions | None,
         dense_steps: float = 0.0,
+        among: Collection[Method] | None = None,
+        exact: bool = False,
     ) -> None:
         if steps is not None and len(scores.impacts) < len(scores.spans):
             raise ValueError(
                 "steps: expected scores whose spans were measured, by which errors of heads and of predicted steps are compared; "
                 "search without step caches"
             )
+        self._exact = exact
         self._scores, self._steps = scores, steps or StepOptions((), tuple(scores.models), 1.0)
         self._weights = find_weights(scores, None)
-        self._tables = build_tables(scores, cost, self._weights, dense_steps, None)
+        self._tables = build_tables(scores, cost, self._weights, dense_steps, among)
         choices = [None, *(each for each in self._steps.choices if self._steps.computes_first(each, dense_steps))]
         fronts: dict[
             tuple[int, ...] | None, tuple[Array, Array]
@@ -154,13 +159,36 @@ class Joint:
             self._steps.speedup(share, float(ratios[-1]), chosen) / slow(chosen) for chosen, ratios, _ in self._fronts
         )
 
+    def best(self, ranked: Sequence[Expected]) -> Assignment:
+        """Of some of what `ranked` gives, in its order, the one with the least error; its bound is that of all of these."""
+        if not self._exact:
+            near = self.assignment(ranked[0])
+            return replace(near, bound=min(near.total(), *map(self._least, ranked)))
+        found: Assignment | None = None
+        bound = math.inf
+        for expected in sorted(ranked, key=self._least):
+            if found is not None and self._least(expected) >= found.total():
+                break
+            other = self.assignment(expected)
+            assert other.bound is not None  # of a knapsack
+            found, bound = min(found or other, other, key=Assignment.total), min(bound, other.bound)
+        assert found is not None  # one was ranked
+        return replace(found, bound=min(bound, found.total()))
+
+    def _least(self, expected: Expected) -> float:
+        """What no choice of heads falls below with these steps, the steps' error included, by the relaxation."""
+        ratios, errors = next((x, y) for chosen, x, y in self._fronts if chosen is expected.steps)
+        limit = self._steps.attention_left(1 / expected.speedup, self._scores.attention_share, expected.steps)
+        heads = float(np.interp(limit, ratios[::-1], errors[::-1]))
+        return heads + (expected.steps.error if expected.steps else 0.0)
+
     def assignment(self, expected: Expected) -> Assignment:
-        """The choice of heads for one of `ranked`."""
+        """The choice of heads for one of `ranked`; its bound is that of these steps."""
         left = self._covered(expected.steps)
         ratio = self._steps.attention_left(1 / expected.speedup, self._scores.attention_share, expected.steps)
         limit = ratio * dense_time(self._tables)
-        choice = least_error(left, {name: table.time for name, table in left.items()}, limit)
-        return summary(self._scores, self._tables, left, choice, self._steps, expected.steps)
+        choice, bound = least_error(left, {name: table.time for name, table in left.items()}, limit, self._exact)
+        return summary(self._scores, self._tables, left, choice, self._steps, expected.steps, bound)
 
     def _covered(self, chosen: StepChoice | None) -> Tables:
         """The tables where only the chosen steps run."""

@@ -58,6 +58,27 @@ def front(error: Array, cost: Array) -> tuple[Array, Array]:
     return total, wrong
 
 
+def bound_and_price(error: Array, cost: Array, limit: float) -> tuple[float, float]:
+    """What no choice falls below, and the price of cost at which that is so. Arguments as of `knapsack`.
+
+    It is the optimum of the linear relaxation, in which an item may take shares of several options: the walk, stopped in the
+    middle of an edge (Sinha and Zoltners 1979). The price is the slope of that edge, 0 where cost is no object.
+
+    Raises:
+        ValueError: as of `knapsack`.
+    """
+    total, wrong = front(error, cost)
+    limit *= SLACK
+    over = np.flatnonzero(total > limit)
+    if not len(over):
+        return float(wrong[0]), 0.0
+    last = int(over[-1])
+    if last + 1 == len(total):
+        raise ValueError(f"a cost of {limit:.6g} is out of reach, the least possible is {total[last]:.6g}")
+    price = float((wrong[last + 1] - wrong[last]) / (total[last] - total[last + 1]))
+    return float(wrong[last]) + price * float(total[last] - limit), price
+
+
 def _hull_edges(error: Array, cost: Array, start: Array) -> tuple[Array, Array, Array, Array]:
     """Edges of all items' lower convex hulls, walked from `start` towards lower cost: item, option, slope, saving."""
     items = np.arange(len(error))

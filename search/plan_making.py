@@ -127,8 +127,16 @@ def _provenance(scores: Scores, cost: Cost, assignment: Assignment, methods: Map
             "latents_error": latents_error(scores, assignment),
             **({"steps_error": assignment.steps.error} if assignment.steps else {}),
         },
+        **_optimality(assignment),
         **({"warnings": found} if (found := warnings(scores, assignment)) else {}),
     }
+
+
+def _optimality(assignment: Assignment) -> dict[str, Any]:
+    """How far the choice may be from the best one, where that is known: of the predicted error, no choice is below the bound."""
+    if assignment.bound is None:
+        return {}
+    return {"assignment": {"error": assignment.total(), "bound": assignment.bound, "gap": assignment.gap}}
 
 
 def _times(scores: Scores, cost: Cost, transformer: str, methods: Mapping[str, Method]) -> dict[str, list[float]]:

@@ -32,11 +32,12 @@ from diffusers_accel.search.arguments import (
     makes_chunks,
 )
 from diffusers_accel.search.assign import assign
-from diffusers_accel.search.assignment import Assignment
+from diffusers_accel.search.assignment import Assignment, gap_words
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.candidates import candidates_for, check_candidates
 from diffusers_accel.search.checks import whole_number
 from diffusers_accel.search.cost import Cost
+from diffusers_accel.search.exact import check_solver
 from diffusers_accel.search.identity import (
     Found,
     check_layout,
@@ -89,6 +90,7 @@ def search_plan(
     probe_steps: int = 1,
     masks: MaskSettings = USUAL_MASKS,
     step_caches: bool = True,
+    exact: bool = False,
     scores_path: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Plan:
@@ -126,6 +128,7 @@ def search_plan(
         step_caches: for a speed-up, also choose which steps are computed; takes one more generation of each of the first
             `step_options.PROMPTS` prompts, and measured spans (no `span_weights`). False, and where a video is made chunk by
             chunk: every step is.
+        exact: solve the assignment as an integer program, with scipy, instead of at most one head away from the optimum.
         scores_path: file (.safetensors) that keeps what was measured, for this search alone while it runs; None: beside `out`,
             else in the user's cache. If it exists, the search goes on from there: more prompts can be added, another budget
             costs seconds. The kernel times are kept beside it as .cost.json.
@@ -160,6 +163,7 @@ def search_plan(
         masks=masks,
         step_caches=step_caches,
         correct=correct,
+        exact=exact,
         scores_path=scores_path,
         progress=progress,
     )
@@ -181,6 +185,7 @@ def search_profile(
     probe_steps: int = 1,
     masks: MaskSettings = USUAL_MASKS,
     step_caches: bool = True,
+    exact: bool = False,
     scores_path: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Profile:
@@ -204,6 +209,7 @@ def search_profile(
         masks=masks,
         step_caches=step_caches,
         correct=False,
+        exact=exact,
         scores_path=scores_path,
         progress=progress,
     )
@@ -227,6 +233,7 @@ def _search(
     masks: MaskSettings,
     step_caches: bool,
     correct: bool,
+    exact: bool,
     scores_path: str | os.PathLike[str] | None,
     progress: bool,
 ) -> tuple[Profile, Plan | None]:
@@ -256,8 +263,12 @@ def _search(
         check_callback(pipe)
     if not isinstance(correct, bool):
         raise TypeError(f"correct: expected True or False, found {quoted(correct)}")
+    if not isinstance(exact, bool):
+        raise TypeError(f"exact: expected True or False, found {quoted(exact)}")
+    if exact:
+        check_solver()
     caches = bool(step_caches) and kind == "speedup" and measures_spans and not makes_chunks(found)
-    ask = Ask(budget, dense_steps, weights, caches, correct)
+    ask = Ask(budget, dense_steps, weights, caches, correct, exact)
     with processes() as here:
         plan_file, scores_file = here.first(partial(check_places, out, scores_path))
         screen = Screen(progress and here.is_first)
@@ -271,6 +282,7 @@ def _search(
                 "dense_steps": dense_steps,
                 "span_weights": weights,
                 "correct": correct,
+                "exact": exact,
             },
         )
         path = scores_file or here.first(partial(cached_scores, identity))
@@ -293,6 +305,7 @@ class Ask:
     span_weights: tuple[float, ...] | None
     step_caches: bool
     correct: bool
+    exact: bool
 
 
 @contextmanager
@@ -387,7 +400,7 @@ class _Search:
                 # How spans are weighed decides nothing about what can be reached, so that is known before they are measured.
                 assign(scores, cost, ask.budget, dense_steps=ask.dense_steps)
             scores = self.spans(scores, keeper)
-        return Profile(scores, cost, self.steps(scores, keeper.path) if ask.step_caches else None)
+        return Profile(scores, cost, self.steps(scores, keeper.path) if ask.step_caches else None, ask.exact)
 
     def _with_steps(self, profile: Profile, speedup: float, path: Path) -> Assignment:
         """Of heads and steps for a speed-up. The best choices of steps were run alone then, which is kept."""
@@ -398,7 +411,7 @@ class _Search:
         )
         ranked = alone.settle(lambda enough: joint.ranked(speedup, measured_first=enough), 1)
         self.here.first(partial(_save_steps, joint.steps, steps_file(path)))
-        return joint.assignment(ranked[0])
+        return joint.best([each for each in ranked if each.steps is None or each.steps.measured] or ranked)
 
     def plan(self, profile: Profile, path: Path) -> Plan:
         """The plan that was asked for; `path`: of the scores."""
@@ -408,7 +421,12 @@ class _Search:
             found = self._with_steps(profile, ask.budget.value, path)
         else:
             found = assign(
-                profile.scores, profile.cost, ask.budget, dense_steps=ask.dense_steps, span_weights=ask.span_weights
+                profile.scores,
+                profile.cost,
+                ask.budget,
+                dense_steps=ask.dense_steps,
+                span_weights=ask.span_weights,
+                exact=ask.exact,
             )
         self.screen.say(_expected(found))
         plan = profile.plan(found, ask.budget, ask.correct)
@@ -649,7 +667,7 @@ def _expected(found: Assignment) -> str:
     computed = f", {len(found.steps.computed)} steps computed ({found.steps.forwards.label})" if found.steps else ""
     return (
         f"plan: expected {found.speedup:.2f}x{computed}, density {found.density:.2f}, "
-        f"attention {found.attention_ratio:.0%} of dense, error {found.error:.2g}"
+        f"attention {found.attention_ratio:.0%} of dense, error {found.error:.2g}{gap_words(found.gap)}"
     )
 
 

@@ -25,11 +25,13 @@ class Profile:
         scores: errors of the heads.
         cost: times of the candidates.
         steps: step caches to choose from; None where the search looked at none.
+        exact: assignments are solved as integer programs, see `assign`.
     """
 
     scores: Scores
     cost: Cost
     steps: StepOptions | None
+    exact: bool = False
 
     @classmethod
     def load(cls, scores: str | os.PathLike[str]) -> Profile:
@@ -44,7 +46,7 @@ class Profile:
 
     def joint(self, dense_steps: float = 0.0) -> Joint:
         """All pairs of a choice of steps and of heads."""
-        return Joint(self.scores, self.cost, self.steps, dense_steps)
+        return Joint(self.scores, self.cost, self.steps, dense_steps, exact=self.exact)
 
     def plan(self, assignment: Assignment, budget: Budget, correct: bool = False) -> Plan:
         """The plan of an assignment; with `correct` it subtracts each head's mean error."""

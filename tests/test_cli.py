@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ from diffusers_accel.cli.options import Setup
 from diffusers_accel.cli.search import find_asked
 from diffusers_accel.evals import kernel_bench
 from diffusers_accel.evals.toy import CALL
+from diffusers_accel.forwards import easycache
 from diffusers_accel.methods import NAMED
+from diffusers_accel.plan.card import card
+from diffusers_accel.plan.difference import difference
+from diffusers_accel.plan.merge import merge_plans
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.shape import ModelShape
@@ -151,6 +156,28 @@ def test_plan_show_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == plan.show() + "\n"
 
 
+def test_plan_diff_merge_and_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = {"transformer": ModelShape(2, 4, 64)}
+    one = replace(Plan.uniform(NAMED["pattern"](), "wan", models), forwards=easycache())
+    other = Plan.uniform(NAMED["draft"](), "wan", models)
+    paths = [tmp_path / name for name in ("one.json", "other.json", "merged.json", "card.md")]
+    one.save(paths[0])
+    other.save(paths[1])
+    run("plan", "diff", *paths[:2])
+    assert capsys.readouterr().out == difference(one, other, ("one", "other")) + "\n"
+    run("plan", "merge", *paths[:2], "--out", paths[2], "--until", "0.5")
+    assert Plan.load(paths[2]) == merge_plans(one, other, until=0.5, labels=("one.json", "other.json"))
+    said = capsys.readouterr().out
+    assert "easycache" in said and f"look at it:  diffusers-accel plan show {paths[2]}" in said
+    run("plan", "merge", *paths[:2], "--out", paths[2], "--forwards", "B")
+    assert Plan.load(paths[2]) == merge_plans(one, other, forwards="second", labels=("one.json", "other.json"))
+    capsys.readouterr()
+    run("plan", "card", paths[0])
+    assert capsys.readouterr().out == card(one, "one.json")
+    run("plan", "card", paths[0], "--out", paths[3])
+    assert paths[3].read_text(encoding="utf-8") == card(one, "one.json")
+
+
 def test_a_refusal_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "plan.json"
     path.write_text("{")
@@ -242,8 +269,12 @@ def test_doctor_search_and_report_of_a_pipeline_folder(
     assert plan.provenance["search"]["call"]["num_inference_steps"] == 4
     assert str(out) in capsys.readouterr().out
     assert out.with_name("plan.scores.safetensors").is_file()
-    run(*search, "--dense-steps", "0.3")
-    assert "finished before" in capsys.readouterr().err
+    front = tmp_path / "front"
+    run(*search, "--dense-steps", "0.3", "--pareto", front, "--exact")
+    found = capsys.readouterr()
+    assert "finished before" in found.err and f"{front / 'front.html'}: the front as it is predicted" in found.out
+    assert json.loads((front / "front.json").read_text())["predicted"] is True
+    assert Plan.load(out).provenance["assignment"]["gap"] < 1e-6
 
     pages = tmp_path / "pages"
     quality = ["--metric", "psnr", "--metric", "ssim", "--prompt", "a red circle", "--seed", "1"]

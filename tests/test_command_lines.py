@@ -32,6 +32,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("here")
     Plan.uniform(NAMED["cached"](), "wan", MODELS).save(folder / "searched.json")
     Plan.uniform(NAMED["draft"](), "wan", MODELS).save(folder / "draft.json")
+    Plan.uniform(NAMED["draft"](), "wan", {"transformer": ModelShape(3, 2, 32)}).save(folder / "large-model.json")
     (folder / "file").write_text("x")
     (folder / "taken.partial").write_text("somebody else's")
     (folder / "half.json").write_text("{")
@@ -101,6 +102,8 @@ WRONG = [
     (f"{SEARCH} --speedup inf", "--speedup: expected a number, found inf"),
     (f"{SEARCH} --epsilon inf", "--epsilon: expected a number"),
     (f"{SEARCH} --epsilon 1 --lambda -1", "epsilon"),
+    (f"{SEARCH} --pareto file", "file: cannot be written: there is a file of that name"),
+    (f"{SEARCH} --epsilon 1 --pareto front", "--pareto: expected beside a goal or --density, found --epsilon"),
     (f"{SEARCH} --lambda 1", "--lambda: expected beside --epsilon"),
     (f"{SEARCH} --speedup 2 --density 0.5", "found --speedup and --density"),
     (f"{SEARCH} --dense-steps 1.5", "--dense-steps: expected a share in 0..1"),
@@ -170,6 +173,24 @@ WRONG = [
     (f"{CALIBRATE} --plan draft.json", "a gate is for heads that reuse"),
     ("plan show serched.json", 'did you mean "searched.json"?'),
     ("plan show my-wan", "found a folder"),
+    ("plan diff searched.json", "B"),
+    ("plan diff searched.json drat.json", 'did you mean "draft.json"?'),
+    ("plan merge searched.json draft.json", "--out"),
+    ("plan merge searched.json draft.json --out c.txt", '--out: expected a file name that ends in ".json"'),
+    (
+        "plan merge searched.json draft.json --out c.json --until 1",
+        "--until: expected a share of the steps, or a sigma",
+    ),
+    ("plan merge searched.json draft.json --out c.json --until nan", "--until: expected a number, found nan"),
+    ("plan merge searched.json draft.json --out c.json --forwards C", "--forwards: expected A or B, found 'C'"),
+    ("plan merge searched.json large-model.json --out c.json", "transformers of the same sizes"),
+    ("plan merge searched.json draft.json --out folder.json", "folder.json: cannot be written: it is a folder"),
+    ("plan card serched.json", 'did you mean "searched.json"?'),
+    (
+        "plan card searched.json --out draft.json",
+        "--out: expected a file name that ends in \".md\", found 'draft.json'",
+    ),
+    ("plan card searched.json --out file/card.md", "file/card.md: cannot be written"),
     # places to write
     ("search toy --out plan.txt", '--out: expected a file name that ends in ".json"'),
     ("search toy --out folder.json", "folder.json: cannot be written: it is a folder"),

@@ -16,6 +16,9 @@ from diffusers_accel.cli import (
     doctor,
     metrics_fetch,
     metrics_show,
+    plan_card,
+    plan_diff,
+    plan_merge,
     plan_schema,
     plan_show,
     report,
@@ -36,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # its tables cut words at 80 columns
     context_settings={"help_option_names": ["-h", "--help"]},  # of all commands
 )
-plan_app = typer.Typer(help="Look at plan files.")
+plan_app = typer.Typer(help="Look at plan files, compare and merge them.")
 app.add_typer(plan_app, name="plan")
 metrics_app = typer.Typer(help="What reports measure quality by.")
 app.add_typer(metrics_app, name="metrics")
@@ -57,6 +60,9 @@ _add(app, "calibrate", calibrate.calibrate)
 _add(app, "report", report.report)
 _add(app, "bench", bench.bench, **bench.SETTINGS)
 _add(plan_app, "show", plan_show.plan_show)
+_add(plan_app, "diff", plan_diff.plan_diff)
+_add(plan_app, "merge", plan_merge.plan_merge)
+_add(plan_app, "card", plan_card.plan_card)
 _add(plan_app, "schema", plan_schema.plan_schema)
 _add(metrics_app, "show", metrics_show.metrics_show)
 _add(metrics_app, "fetch", metrics_fetch.metrics_fetch)

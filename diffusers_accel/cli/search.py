@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,7 @@ from diffusers_accel.cli.options import (
     Setup,
     takes_setup,
 )
-from diffusers_accel.cli.output import show_written
+from diffusers_accel.cli.output import mix, show_written
 from diffusers_accel.support.terminal import Withheld
 
 if TYPE_CHECKING:
@@ -76,6 +77,9 @@ def search(
     correct: Annotated[
         bool, typer.Option("--correct", help="The plan subtracts each head's mean error. (otherwise not)")
     ] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Solve for the best choice of heads, by scipy. (otherwise nearly the best)")
+    ] = False,
     scores: Annotated[
         Path | None, typer.Option("--scores", help="Keeps what was measured. (default: OUT with .scores.safetensors)")
     ] = None,
@@ -93,6 +97,12 @@ def search(
     ] = None,
     page: Annotated[
         Path | None, typer.Option("--report", help="A folder for the report of the clips that had the last word.")
+    ] = None,
+    pareto: Annotated[
+        Path | None,
+        typer.Option(
+            "--pareto", help="A folder for the front: plans for a few speed-ups, as predicted, and a page of them."
+        ),
     ] = None,
     floor: Annotated[
         bool,
@@ -118,6 +128,7 @@ def search(
     sets = None if methods is None else check_sets([name.strip() for name in methods.split(",")])
     check_seed(seed)
     check_share("--dense-steps", dense_steps)
+    _check_pareto(pareto, asked)
     judged = _judged(pipe, asked, validation, held_out, page, floor)
     with launched(setup.device) as here:
         kept = search_places(out, scores) if here.is_first else None
@@ -127,6 +138,7 @@ def search(
             "candidates": candidates_for(pipeline, sets),
             "dense_steps": dense_steps,
             "correct": correct,
+            "exact": exact,
             "seed": seed,
             "scores_path": kept,
             "step_caches": step_caches,
@@ -139,12 +151,39 @@ def search(
         warnings.append(tuned.verdict)
     if tuned is not None and page is not None:
         tuned.report.save(page)
+    if pareto is not None:
+        assert kept is not None  # by the first process
+        _write_front(pareto, kept, options)
     if warnings and not force:
         raise Withheld(f"{out}: not written: {'; '.join(warnings)}. What was measured is kept in {kept}")
     plan.save(out)
-    mix = ", ".join(f"{plan.methods[symbol].label} {share:.0%}" for symbol, share in plan.shares().items())
-    cached = f"{plan.forwards.label}; " if plan.forwards else ""
-    show_written(out, f"{cached}{mix}", setup)
+    show_written(out, mix(plan), setup)
+
+
+def _check_pareto(folder: Path | None, asked: Budget | Goal) -> None:
+    from diffusers_accel.files import prepare_folder
+    from diffusers_accel.search.budget import Budget
+
+    if folder is None:
+        return
+    if isinstance(asked, Budget) and asked.kind == "sparse_vdit":
+        raise ValueError(
+            "--pareto: expected beside a goal or --density, found --epsilon, whose search measures no spans"
+        )
+    prepare_folder(folder)
+
+
+def _write_front(folder: Path, scores: Path, options: dict[str, Any]) -> None:
+    """The front of what the search has kept, whatever was asked of it."""
+    from diffusers_accel.cli.output import show
+    from diffusers_accel.search.profile import Profile
+    from diffusers_accel.tune.front import find_front
+    from diffusers_accel.tune.front_files import save_front
+
+    found = replace(Profile.load(scores), exact=options["exact"])
+    found = found if options["step_caches"] else replace(found, steps=None)
+    page = save_front(find_front(found, dense_steps=options["dense_steps"]), found, folder, options["correct"])
+    show(f"{page}: the front as it is predicted; the plans are beside it")
 
 
 def _judged(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_accel.files import quoted
+from diffusers_accel.search.assignment import gap_words
 from diffusers_accel.search.plan_search import search_profile
 from diffusers_accel.search.profile import Profile
 from diffusers_accel.search.running import Prompt
@@ -85,7 +86,8 @@ def tune_plan(
     )
     if out is not None and first:
         plan.save(Path(out))
-    screen.say(words)
+    optimality = plan.provenance.get("assignment", {})
+    screen.say(f"{words}{gap_words(optimality.get('gap'))} by the predicted error" if optimality else words)
     return Tuned(goal, plan, report, proof, met, words)
 
 

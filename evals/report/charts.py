@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,31 @@ def density_per_layer(report: Findings) -> list[str]:
     """One SVG per transformer: realised density of each self-attention layer, a line per subject."""
     names = list(dict.fromkeys(row["transformer"] for subject in report.subjects for row in subject.layers))
     return [_density_chart(report, name) for name in names]
+
+
+def expected_front(curves: Mapping[str, Sequence[tuple[float, float]]], plans: Sequence[tuple[float, float]]) -> str:
+    """One SVG: expected speed-up across, expected error up, on a logarithmic scale; a line per curve, a mark per plan. Errors of
+    0 have no place on it."""
+    drawn = {name: [point for point in curve if point[1] > 0] for name, curve in curves.items()}
+
+    def draw(axes: Axes) -> None:
+        for i, (name, points) in enumerate(drawn.items()):
+            style: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "linestyle": ("-", DASHED, DOTTED)[i % 3]}
+            axes.plot([x for x, _ in points], [y for _, y in points], linewidth=1.6, label=_label(name), **style)
+        marks = [point for point in plans if point[1] > 0]
+        axes.plot([x for x, _ in marks], [y for _, y in marks], color=INK, marker="o", linestyle="none", label="plans")
+        if any(drawn.values()) or marks:
+            axes.set_yscale("log")
+        axes.set_xlabel("expected speed-up, end to end (x)   faster →")
+        axes.set_ylabel("expected error of the final latents   ↓ better")
+        _legend(axes)
+
+    found = "; ".join(
+        f"{name}: up to {points[-1][0]:.2f}x, at an error of {points[-1][1]:.2g}"
+        for name, points in drawn.items()
+        if points
+    )
+    return _svg("front", f"Expected error against expected speed-up. {found}", draw, (6.4, 3.9))
 
 
 def _point(

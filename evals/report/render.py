@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from diffusers_accel.layout import TokenLayout
 from diffusers_accel.methods import Method
 from diffusers_accel.plan.span import compact, row_text
 from diffusers_accel.plan.uses import made_for
+from diffusers_accel.support.markdown import as_markdown_text
 
 FOLDER = Path(__file__).parent
 MOST_LINES = 2_000  # of the table of clips
@@ -55,14 +55,6 @@ def markdown(report: Findings) -> str:
     environment = _environment(autoescape=False)
     environment.filters["text"] = as_markdown_text
     return environment.get_template("report.md.j2").render(**_shared(report)).rstrip() + "\n"
-
-
-def as_markdown_text(text: object) -> str:
-    """Anybody's text as Markdown that shows it as it is, in one line: in a heading, a table, a list or a paragraph."""
-    line = printable(text).strip().replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    line = re.sub(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
-    line = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line)  # at its start: an ordered list,
-    return re.sub(r"^[-+=#]", r"\\\g<0>", line)  # another list, a rule or a heading
 
 
 def _environment(autoescape: bool) -> jinja2.Environment:

@@ -112,6 +112,22 @@ def test_plan_show(tmp_path: Path, campaign: Campaign) -> None:
         campaign.count("hostile texts: plan show", "as before")
 
 
+def test_plan_diff_and_card(tmp_path: Path, campaign: Campaign) -> None:
+    usual, path = tmp_path / "usual.json", tmp_path / "plan.json"
+    named("usual").save(usual)
+    named("other").save(path)
+    blocks = structure(command("plan", "card", str(path))[1])
+    for text in TEXTS:
+        named(text).save(path)
+        code, shown, said = command("plan", "diff", str(usual), str(path))
+        assert not code and not said and not steers(shown), (text, said, steers(shown))
+        code, shown, said = command("plan", "card", str(path))
+        assert not code and not said and not steers(shown), (text, said, steers(shown))
+        assert structure(shown) == blocks, text
+        campaign.count("hostile texts: plan diff, plan card", "tried")
+        campaign.count("hostile texts: plan diff, plan card", "as before")
+
+
 def test_arguments(folder: Path, campaign: Campaign) -> None:
     """A message quotes what it was given, and steers nothing."""
     for text in TEXTS:

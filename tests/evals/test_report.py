@@ -40,6 +40,7 @@ from diffusers_accel.methods import (
 from diffusers_accel.methods.named import FOR_EVERY_MODEL
 from diffusers_accel.plan import Plan
 from diffusers_accel.shape import ModelShape
+from diffusers_accel.support.markdown import as_markdown_text
 from tests.evals import synthetic
 
 # What would be a tag, math, a cell's end, a heading, a style, code, a link, another direction, or a command of a terminal.
@@ -493,9 +494,7 @@ def test_the_distance_from_the_floor_has_its_interval_where_there_is_one() -> No
         found = replace(report, rows=(*report.rows, row))
         text = words.quality(found, METRICS["psnr"], "a")
         assert (
-            text in found.headline
-            and text in render.html(found)
-            and render.as_markdown_text(text) in render.markdown(found)
+            text in found.headline and text in render.html(found) and as_markdown_text(text) in render.markdown(found)
         )
         return text
 

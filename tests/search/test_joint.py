@@ -59,9 +59,11 @@ HEADS = np.array([*itertools.product(range(3), repeat=8)]).reshape(
 MS = np.array([100.0, 0.0, 50.0])
 
 
-def best_of(scores: Scores, cost: Cost, speedup: float, steps: StepOptions, dense_steps: float = 0.0) -> Assignment:
-    joint = Joint(scores, cost, steps, dense_steps)
-    return joint.assignment(joint.ranked(speedup)[0])
+def best_of(
+    scores: Scores, cost: Cost, speedup: float, steps: StepOptions, dense_steps: float = 0.0, exact: bool = False
+) -> Assignment:
+    joint = Joint(scores, cost, steps, dense_steps, exact=exact)
+    return joint.best(joint.ranked(speedup))
 
 
 @pytest.mark.parametrize("seed", range(3))
