@@ -20,7 +20,7 @@ PREDICTED = (
     "All of this is predicted: by the times of kernels and by errors that add up. None of these plans has made a clip, so use "
     "the numbers to choose what to try, and measure that with diffusers-accel report."
 )
-COLUMNS = ("plan", "expected speed-up", "expected error", "steps computed", "density", "at most above the least error")
+COLUMNS = ("plan", "expected speed-up", "expected error", "steps computed", "density", "gap")
 
 
 class _Plan(Schema, frozen=True):
@@ -114,8 +114,9 @@ def _page(front: Front, rows: list[_Plan], device: str) -> str:
 </header>
 <main>
 <figure>{chart}</figure>
-<p class="quiet">Error: relative squared error of the final latents, 0 for dense. Marks are the plans below. Times are those of
-{escape(printable(device))}.</p>
+<p class="quiet">Error: relative squared error of the final latents, 0 for dense. Marks are the plans below.
+The gap is the share by which an error may be above the least
+one that these choices allow. Times are those of {escape(printable(device))}.</p>
 <div class="scroll" tabindex="0" role="region" aria-label="plans">
 <table>
 <thead><tr>{head}</tr></thead>

@@ -75,6 +75,10 @@ def expected_front(curves: Mapping[str, Sequence[tuple[float, float]]], plans: S
         axes.plot([x for x, _ in marks], [y for _, y in marks], color=INK, marker="o", linestyle="none", label="plans")
         if any(drawn.values()) or marks:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(
+                lambda value, _: f"{value:g}"
+            )  # its own labels are formulas, which no page shows
+            axes.yaxis.set_minor_formatter(lambda value, _: "")
         axes.set_xlabel("expected speed-up, end to end (x)   faster →")
         axes.set_ylabel("expected error of the final latents   ↓ better")
         _legend(axes)

@@ -117,5 +117,6 @@ def test_the_chart_has_each_curve_and_no_error_of_zero() -> None:
         [(1.2, 0.1), (1.0, 0.0)],
     )
     assert "one" in svg and "&lt;two&gt;" in svg and "<two>" not in svg and "up to 2.00x, at an error of 0.5" in svg
+    assert "mathdefault" not in svg and ">0.1<" in re.sub(r"\s", "", svg)
     assert "zero: up to" not in svg and "none: up to" not in svg
     assert expected_front({}, []).startswith("<svg")
