@@ -77,7 +77,7 @@ def test_the_steps_of_a_plan_were_run_alone(tmp_path: Path, monkeypatch: pytest.
     """The search takes what is best on the prompt, and keeps what it has seen: another speed measures only what is new."""
     path, call = tmp_path / "s.safetensors", a_call(num_inference_steps=STEPS)
     pipe = tiny_wan()
-    speedup = 1 / (1 - 0.4 * measured_share(pipe, path, call))
+    speedup = 1 / (1 - 0.55 * measured_share(pipe, path, call))  # as much as heads alone cannot give
     plan = search(pipe, path, prompts=1, budget=Budget.speedup(speedup), call=call)
     seen = Profile.load(path).steps
     assert plan.forwards is not None and seen is not None
