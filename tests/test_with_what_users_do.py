@@ -222,7 +222,10 @@ def test_saved_and_copied_pipelines_are_as_if_unpatched(tmp_path: Path) -> None:
     for model in copies:
         other = WanPipeline(None, None, pipe.vae, pipe.scheduler, transformer=model.eval())
         other.set_progress_bar_config(disable=True)
-        assert np.array_equal(frames(other), stock)
+        # Weights that lie elsewhere in memory may be summed up in another order.
+        assert np.abs(frames(other) - stock).max() < 1e-4
+        own = pipe.transformer.state_dict()
+        assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
 
 
 def at(pipe: Any) -> Callable[[], Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from diffusers_accel.api import patch
+from diffusers_accel.methods import DENSE, Band, Method
 from diffusers_accel.search import plan_search
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.plan_search import search_profile
@@ -15,10 +16,11 @@ from diffusers_accel.search.profile import Profile
 from diffusers_accel.search.reach import OutOfReach
 from diffusers_accel.search.step_options import WAYS
 from diffusers_accel.search.steps.measured import MeasuredSteps
-from tests.search.test_search import METHODS, a_call, a_prompt, processors, search
+from tests.search.test_search import a_call, a_prompt, processors, search
 from tests.tiny import tiny_wan
 
 STEPS = 6
+NEARLY_DENSE = (DENSE, Method(select=Band(0.9)))  # that give no speed worth mentioning, on whatever machine
 
 
 def test_a_speed_that_attention_alone_cannot_give_is_found(tmp_path: Path) -> None:
@@ -28,7 +30,7 @@ def test_a_speed_that_attention_alone_cannot_give_is_found(tmp_path: Path) -> No
         pipe,
         [a_prompt(0)],
         call=call,
-        candidates=METHODS,
+        candidates=NEARLY_DENSE,
         rows=64,
         progress=False,
         scores_path=tmp_path / "s.safetensors",
@@ -42,8 +44,7 @@ def test_a_speed_that_attention_alone_cannot_give_is_found(tmp_path: Path) -> No
     assert profile.steps.choices[0].error > profile.steps.choices[-1].error > 0
     attention, whole = profile.scores.attention_share, profile.steps.share
     assert 0 < attention < whole <= 1
-    # As much as neither attention alone can give, nor dense forwards of all steps: half of the forwards at least.
-    speedup = 1 / (1 - 0.55 * whole)
+    speedup = 1 / (1 - 0.4 * whole)
     joint = profile.joint()
     found = joint.assignment(joint.ranked(speedup)[0])
     assert found.steps is not None and found.speedup >= speedup
@@ -77,8 +78,8 @@ def test_the_steps_of_a_plan_were_run_alone(tmp_path: Path, monkeypatch: pytest.
     """The search takes what is best on the prompt, and keeps what it has seen: another speed measures only what is new."""
     path, call = tmp_path / "s.safetensors", a_call(num_inference_steps=STEPS)
     pipe = tiny_wan()
-    speedup = 1 / (1 - 0.55 * measured_share(pipe, path, call))  # as much as heads alone cannot give
-    plan = search(pipe, path, prompts=1, budget=Budget.speedup(speedup), call=call)
+    speedup = 1 / (1 - 0.4 * measured_share(pipe, path, call))
+    plan = search(pipe, path, prompts=1, budget=Budget.speedup(speedup), call=call, candidates=NEARLY_DENSE)
     seen = Profile.load(path).steps
     assert plan.forwards is not None and seen is not None
     known = {each.forwards: each.error for each in seen.choices if each.measured}
@@ -87,12 +88,13 @@ def test_the_steps_of_a_plan_were_run_alone(tmp_path: Path, monkeypatch: pytest.
     alone = MeasuredSteps(pipe, [a_prompt(0)], call, 0)
     assert known[plan.forwards] == pytest.approx(alone.error(plan.forwards))
     monkeypatch.setattr(MeasuredSteps, "error", lambda *_: pytest.fail("measured again"))
-    assert search(pipe, path, prompts=1, budget=Budget.speedup(speedup), call=call).forwards is not None
+    again = search(pipe, path, prompts=1, budget=Budget.speedup(speedup), call=call, candidates=NEARLY_DENSE)
+    assert again.forwards is not None
 
 
 def measured_share(pipe: Any, path: Path, call: dict[str, Any]) -> float:
     """Of the forwards in a generation; searched with it."""
-    search(pipe, path, prompts=1, budget=Budget.speedup(1.0), call=call)
+    search(pipe, path, prompts=1, budget=Budget.speedup(1.0), call=call, candidates=NEARLY_DENSE)
     steps = Profile.load(path).steps
     assert steps is not None
     return steps.share

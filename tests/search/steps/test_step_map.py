@@ -34,7 +34,7 @@ def test_eulers_method_is_1_and_the_step_in_sigma() -> None:
     for fit, sigma, following in zip(fits, SIGMAS, SIGMAS[1:]):
         assert fit.x == pytest.approx((1.0,), abs=1e-6)
         assert fit.v == ({("", 0): pytest.approx(following - sigma, abs=1e-6)},)
-        assert fit.residual < 1e-6
+        assert fit.residual < 5e-6  # fp32
 
 
 def test_guidance_weights_fall_out_though_branches_are_nearly_alike() -> None:
@@ -56,7 +56,7 @@ def test_noise_that_a_sampler_adds_is_left_over_and_told() -> None:
         coefficients(euler(lambda step: {"": drawn(step + 1)}, {"": 1.0}, noise=lambda step: 0.1 * drawn(50 + step)))
     )
     for one, other in zip(exact, noisy, strict=True):
-        assert one.residual < 1e-6 and 0.2 < other.residual < 1
+        assert one.residual < 5e-6 and 0.2 < other.residual < 1
 
 
 def test_outputs_that_never_change_leave_a_fit_of_small_numbers() -> None:
