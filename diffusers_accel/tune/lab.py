@@ -62,7 +62,7 @@ class PipelineLab:
         )
 
     def step_error(self, forwards: Forwards, prompts: Sequence[Prompt]) -> float:
-        """Relative squared error of the final latents under a step cache alone, mean over the prompts, always the same ones."""
+        """Relative squared error of the final latents under a step cache, as of `MeasuredSteps`; always of the same prompts."""
         if self._steps is None:
             self._steps = MeasuredSteps(self.pipe, prompts, self.call, self.seed)
         with processes() as here:

@@ -15,8 +15,8 @@ class StepChoice:
         forwards: rule and predictor, as `patch` takes them.
         computed: the steps that are computed, ascending, those that compute in any case among them. Of a rule that decides while
             it runs: those of the recorded prompt on which it computes most.
-        error: relative squared error of the final latents, 0 or more, mean over prompts. A predicted one ranks choices: the
-            model's answer to deviating latents is not in it.
+        error: relative squared error of the final latents, 0 or more. A predicted one, a mean over prompts, ranks choices: the
+            model's answer to deviating latents is not in it. A measured one is a geometric mean.
         measured: whether the model ran with it to find the error.
     """
 
