@@ -49,11 +49,13 @@ class _Forward:
 
     Args:
         output: of the model, dense.
+        given: what the generation's own run of it gave, by which is seen how branches are joined; None: it did not end.
         changes: per layer, what the model's output changes by where that layer is sparse.
         felt: per layer, the energy of its error and of its dense output.
     """
 
     output: Tensor
+    given: Tensor | None = None
     changes: list[Tensor] = field(default_factory=list)
     felt: list[tuple[float, float]] = field(default_factory=list)
 
@@ -86,7 +88,7 @@ class LayerGains:
         self._probe_steps = probe_steps
         self._say = say
         self._partitions = Partitions(plan_tensors(scores, choice))
-        self._hooks: dict[str, Any] = {}
+        self._hooks: dict[str, tuple[Any, Any]] = {}
         self._layer: int | None = (
             None  # that is sparse in the forward that is run again; None: the generation's own runs
         )
@@ -104,13 +106,14 @@ class LayerGains:
                 yield
         finally:
             while self._hooks:
-                self._hooks.popitem()[1].remove()
+                for hook in self._hooks.popitem()[1]:
+                    hook.remove()
 
     def engine(self, site: Site) -> Engine:
         model = site.model
         if model.name not in self._hooks:
-            hook = partial(self._before, model)
-            self._hooks[model.name] = model.module.register_forward_pre_hook(hook, with_kwargs=True)
+            before = model.module.register_forward_pre_hook(partial(self._before, model), with_kwargs=True)
+            self._hooks[model.name] = before, model.module.register_forward_hook(self._after)
         return _SiteEngine(self, site, self._normal(site))
 
     def found(self) -> dict[str, Array]:
@@ -154,6 +157,13 @@ class LayerGains:
             self._layer = None
         self._forwards.append(forward)
 
+    @torch.compiler.disable(reason="copies what the model has computed")
+    @torch.no_grad()
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._layer is None and self._forwards and self._forwards[-1].given is None:
+            (given, *_), _ = opened(output)
+            self._forwards[-1].given = given.detach().to("cpu", copy=True)
+
     def _measures(self, model: AttachedModel) -> bool:
         step, steps = known(model.clock.now())
         spans = self._scores.spans
@@ -190,13 +200,12 @@ class LayerGains:
         if not forwards:
             return
         outputs = [forward.output for forward in forwards]
+        given = [forward.given for forward in forwards if forward.given is not None]
         branches: list[Tensor] = []
         weights: list[float] | None = None
-        if joined is not None:
+        if joined is not None and len(given) == len(forwards):
             branches = branches_of(outputs, joined)
-            weights = joined_by(branches, joined, latents)
-        if len(branches) == 1:  # is joined with none, and what is seen is of the sparse run, which may be far from it
-            weights = [1.0]
+            weights = joined_by(branches_of(given, joined), joined, latents)
         if weights is None:
             self._say(UNSEEN)
         sums = self._sums[self._transformer]

@@ -86,6 +86,10 @@ def pipe_shape(pipe):
     return family.shape(module)
 
 
+def hooks_of(module):
+    return dict(module._forward_pre_hooks), dict(module._forward_hooks)
+
+
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 def test_gains_are_those_of_patched_runs(scores, guidance):
     pipe = tiny_wan()
@@ -98,12 +102,12 @@ def test_gains_are_those_of_patched_runs(scores, guidance):
 def test_the_generation_is_not_changed_and_nothing_is_left(scores):
     pipe = tiny_wan()
     choice = span_choice(scores, SPAN)
-    hooks, scheduler = dict(pipe.transformer._forward_pre_hooks), vars(pipe.scheduler).keys()
+    hooks, scheduler = hooks_of(pipe.transformer), vars(pipe.scheduler).keys()
     last = LastLatents()
     gains = LayerGains(scores, SPAN, all_heads(BAND), plan_engine(scores, choice), 1, pytest.fail)
     with gains.watching(pipe):
         run_pipeline(pipe, gains.engine, a_prompt(0), a_call(), 0, last)
-    assert dict(pipe.transformer._forward_pre_hooks) == hooks and "step" not in vars(pipe.scheduler)
+    assert hooks_of(pipe.transformer) == hooks and "step" not in vars(pipe.scheduler)
     assert vars(pipe.scheduler).keys() == scheduler
     methods, spans = chosen_spans(scores, choice)
     with patch(pipe, Plan(scores.family, scores.models, methods, joined_spans(spans))):
@@ -145,7 +149,8 @@ def test_branches_that_are_joined_unseen_count_alike_and_that_is_said(scores):
     assert not np.allclose(found, seen, rtol=0.05)
 
 
-def test_a_single_branch_is_joined_with_none_however_sparse_the_run_is(scores, monkeypatch):
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_how_branches_are_joined_is_seen_however_sparse_the_run_is(scores, guidance, monkeypatch):
     monkeypatch.setattr(joining, "MOST_LEFT", 1e-9)  # so that attention of random weights makes a difference
 
     class Nothing:
@@ -154,7 +159,7 @@ def test_a_single_branch_is_joined_with_none_however_sparse_the_run_is(scores, m
         def attend(self, call, q, k, v):
             return torch.zeros_like(q)
 
-    found = gains_of(tiny_wan(), scores, all_heads(BAND), lambda site: Nothing(), guidance_scale=1.0).found()
+    found = gains_of(tiny_wan(), scores, all_heads(BAND), lambda site: Nothing(), guidance_scale=guidance).found()
     assert (found["transformer"] > 0).all()
 
 
