@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_accel.api import attach
+from diffusers_accel.api import attach, patch
 from diffusers_accel.attach.site import AttachedModel, Engine, Site
 from diffusers_accel.call import AttentionCall
+from diffusers_accel.forwards import Forwards
 from diffusers_accel.forwards.wrapper import Interceptor
 from diffusers_accel.support.identity import plain
 from diffusers_accel.support.seeded import seeded
@@ -61,6 +62,7 @@ def run_pipeline(
     seed: int,
     at_step_end: Callable[..., dict[str, Tensor]] | None = None,
     around: Callable[[AttachedModel], Interceptor] | None = None,
+    forwards: Forwards | None = None,
 ) -> bool:
     """One generation with `make_engine(site)` at every self-attention; detached again whatever happens.
 
@@ -68,6 +70,7 @@ def run_pipeline(
         make_engine: None leaves attention as it is.
         at_step_end: the pipeline's `callback_on_step_end`.
         around: what stands around the forwards of each transformer, such as a `TrajectoryRecorder`'s.
+        forwards: a step cache, in place of an engine: attention is as it is.
 
     Returns:
         True when the generation ran to its end, False when an engine or `at_step_end` said `Enough`.
@@ -76,7 +79,8 @@ def run_pipeline(
     if at_step_end is not None:
         arguments["callback_on_step_end"] = at_step_end
     device = torch.device(pipe._execution_device)
-    with quiet(pipe), attach(pipe, make_engine) as attached, seeded(seed, device) as generator:
+    attached = attach(pipe, make_engine) if forwards is None else patch(pipe, forwards)
+    with attached, _quiet(pipe), seeded(seed, device) as generator:
         if around is not None:
             attached.watch(around)
         try:
@@ -115,7 +119,7 @@ def prompt_label(prompt: Prompt) -> str:
 
 
 @contextmanager
-def quiet(pipe: Any) -> Iterator[None]:
+def _quiet(pipe: Any) -> Iterator[None]:
     """Without the pipeline's own progress bars: the search shows one of its own."""
     bars = [(part, vars(part).get("_progress_bar_config")) for part in _with_bars(pipe)]
     for part, before in bars:

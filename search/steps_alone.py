@@ -40,7 +40,7 @@ class StepsAlone:
             new = [each.steps for each in ranked[:breadth] if each.steps is not None and not each.steps.measured]
             if enough or not new:
                 return ranked
-            for steps in new:
+            for steps in new[: self.most - self._measured]:
                 self._measure(steps)
 
     def _measure(self, steps: StepChoice) -> None:

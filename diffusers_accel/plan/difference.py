@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections import Counter
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -83,10 +82,11 @@ def _methods(first: Plan, second: Plan, names: Names) -> str:
 
 
 def _by_label(plan: Plan) -> dict[str, float]:
-    found: Counter[str] = Counter()
+    found: dict[str, float] = {}
     for symbol, share in plan.shares().items():
-        found[plan.methods[symbol].label] += share  # type: ignore[assignment]  # a share, which a Counter adds up as well
-    return dict(found)
+        label = plan.methods[symbol].label
+        found[label] = found.get(label, 0.0) + share
+    return found
 
 
 def _not_comparable(first: Plan, second: Plan) -> str | None:

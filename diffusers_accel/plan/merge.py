@@ -98,7 +98,8 @@ def _told_apart(mine: Any, theirs: Any) -> tuple[Any, Any]:
     if not (isinstance(mine, Mapping) and isinstance(theirs, Mapping)):
         return mine, theirs
     keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
-    return tuple({key: each[key] for key in keys if key in each} for each in (mine, theirs))  # type: ignore[return-value]
+    mine, theirs = ({key: each[key] for key in keys if key in each} for each in (mine, theirs))
+    return mine, theirs
 
 
 def _sizes(plan: Plan) -> str:

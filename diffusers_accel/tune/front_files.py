@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from diffusers_accel.evals.report.charts import expected_front
-from diffusers_accel.evals.report.render import FOLDER
-from diffusers_accel.files import Kind, Schema, prepare_folder, printable, save_document, write_whole
+from diffusers_accel.evals.report.render import front_page
+from diffusers_accel.files import Kind, Schema, prepare_folder, save_document, write_whole
 from diffusers_accel.search.assignment import Assignment
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.profile import Profile
@@ -90,45 +89,8 @@ def _row(name: str, asked: float, found: Assignment) -> _Plan:
 
 
 def _page(front: Front, rows: list[_Plan], device: str) -> str:
-    style = (FOLDER / "report.css").read_text(encoding="utf-8")
     chart = expected_front(front.curves, [(row.speedup, row.error) for row in rows])
-    body = "\n".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in _cells(row))}</tr>" for row in rows)
-    head = "".join(f'<th scope="col">{escape(each)}</th>' for each in COLUMNS)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>Expected front: diffusers_accel search</title>
-<style>
-{style}
-</style>
-</head>
-<body>
-<header>
-<p class="kicker">diffusers_accel · front of a search</p>
-<h1>Expected speed-up against expected error</h1>
-<p class="headline">{escape(PREDICTED)}</p>
-</header>
-<main>
-<figure>{chart}</figure>
-<p class="quiet">Error: relative squared error of the final latents, 0 for dense. Marks are the plans below.
-The gap is the share by which an error may be above the least
-one that these choices allow. Times are those of {escape(printable(device))}.</p>
-<div class="scroll" tabindex="0" role="region" aria-label="plans">
-<table>
-<thead><tr>{head}</tr></thead>
-<tbody>
-{body}
-</tbody>
-</table>
-</div>
-</main>
-</body>
-</html>
-"""
+    return front_page(chart, PREDICTED, device, COLUMNS, [_cells(row) for row in rows])
 
 
 def _cells(row: _Plan) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,13 @@ def markdown(report: Findings) -> str:
     environment = _environment(autoescape=False)
     environment.filters["text"] = as_markdown_text
     return environment.get_template("report.md.j2").render(**_shared(report)).rstrip() + "\n"
+
+
+def front_page(chart: str, caution: str, device: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The page of a search's front: its chart, SVG, and a table of its plans."""
+    style = Markup((FOLDER / "report.css").read_text(encoding="utf-8"))
+    template = _environment(autoescape=True).get_template("front.html.j2")
+    return template.render(style=style, chart=Markup(chart), caution=caution, device=device, columns=columns, rows=rows)
 
 
 def _environment(autoescape: bool) -> jinja2.Environment:

@@ -7,15 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from diffusers_accel.api import patch
 from diffusers_accel.forwards import Forwards
 from diffusers_accel.search.last_latents import LastLatents
-from diffusers_accel.search.running import Enough, Prompt, as_arguments, quiet
+from diffusers_accel.search.running import Prompt, run_pipeline
 from diffusers_accel.search.sensitivity import drift
-from diffusers_accel.support.seeded import seeded
 
 
 @dataclass
@@ -46,18 +43,7 @@ class MeasuredSteps:
 
     def _latents(self, number: int, forwards: Forwards | None) -> Tensor:
         last = LastLatents(self._steps)
-        device = torch.device(self.pipe._execution_device)
-        patched = patch(self.pipe, forwards) if forwards is not None else None
-        try:
-            with quiet(self.pipe), seeded(self.seed + number, device) as generator:
-                arguments = {**self.call, **as_arguments(self.prompts[number]), "callback_on_step_end": last}
-                self.pipe(**arguments, generator=generator)
-        except Enough:
-            if hasattr(self.pipe, "maybe_free_model_hooks"):
-                self.pipe.maybe_free_model_hooks()  # what an offloaded pipeline does at the end of a call
-        finally:
-            if patched is not None:
-                patched.unpatch()
+        run_pipeline(self.pipe, None, self.prompts[number], self.call, self.seed + number, last, forwards=forwards)
         ending = last.ending
         self._steps = ending.steps
         return ending.latents

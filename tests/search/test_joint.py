@@ -16,13 +16,14 @@ from diffusers_accel.search.assignment import Assignment, Correction
 from diffusers_accel.search.budget import Budget
 from diffusers_accel.search.cost import Cost
 from diffusers_accel.search.coverage import Coverage
-from diffusers_accel.search.joint import Joint
+from diffusers_accel.search.joint import Expected, Joint
 from diffusers_accel.search.plan_making import make_plan
 from diffusers_accel.search.profile import Profile
 from diffusers_accel.search.reach import OutOfReach
 from diffusers_accel.search.scores import Scores
 from diffusers_accel.search.step_options import StepOptions
 from diffusers_accel.search.steps.choice import StepChoice
+from diffusers_accel.search.steps_alone import StepsAlone
 from tests.search.test_assign import cost_of, costs, make_scores, random_scores
 from tests.search.test_sensitivity import with_impacts
 
@@ -226,3 +227,19 @@ def test_what_was_measured_takes_the_place_of_what_was_predicted() -> None:
     known = replace(bad, error=0.5, measured=True)
     assert ranked() == [slow, good, known] and ranked(measured_first=True) == [known, slow, good]
     assert joint.steps.choices == (good, known, slow)
+
+
+def test_no_more_choices_are_run_alone_than_that() -> None:
+    scores, cost = small_scores(), costs(100, 0, 50)
+    joint = Joint(scores, cost, options(*(choice(0, inner, 5, 7, error=1e-3 * inner) for inner in range(1, 5))))
+    tried: list[Forwards] = []
+
+    def measure(forwards: Forwards) -> float:
+        tried.append(forwards)
+        return 0.5
+
+    def rank(enough: bool) -> list[Expected]:
+        return joint.ranked(1.3, Correction(heads=1e6), measured_first=enough)
+
+    ranked = StepsAlone(joint, measure, 2, lambda line: None).settle(rank, breadth=3)
+    assert len(tried) == 2 and ranked[0].steps is not None and ranked[0].steps.forwards in tried
